@@ -1,0 +1,119 @@
+"""The memory of an unfinished preparation: a line for each finished shard, so that a killed one can go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from shards.manifest import LeftOut, Manifest, Shard
+
+JOURNAL = "journal.jsonl"
+
+
+class Record(NamedTuple):
+    """A finished shard, and what of its share was left out. A shard of which nothing is left has no file."""
+
+    shard: Shard
+    left_out: tuple[LeftOut, ...]
+
+
+class Journal:
+    """``journal.jsonl``: the job in its first line, then a record a line. Held locked, against a second preparation.
+
+    Raises ValueError where the folder belongs to another job or to another process.
+    """
+
+    def __init__(self, folder: Path, job: Manifest) -> None:
+        self.path = folder / JOURNAL
+        _check_folder(folder)
+        self._file = self.path.open("a+b")
+        try:
+            self._lock()
+            self.records = self._read(job)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, record: Record) -> None:
+        """Put down a shard; when this returns it is on the disk."""
+        self._write_line({"shard": asdict(record.shard), "left_out": [asdict(each) for each in record.left_out]})
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path.parent} is being prepared by another process: wait for it") from None
+
+    def _read(self, job: Manifest) -> dict[str, Record]:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))  # a kill may have torn the last line
+        if not whole:
+            self._write_line(describe(job))
+            return {}
+        try:
+            found, *lines = [json.loads(line) for line in whole.splitlines()]
+            records = [_parse(line) for line in lines]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}): delete it, and the shards beside it") from None
+        refuse_other_job(self.path.parent, found, job)
+        return {record.shard.url: record for record in records}
+
+    def _write_line(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values, sort_keys=True).encode("ascii") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parse(line: dict[str, Any]) -> Record:
+    return Record(Shard(**line["shard"]), tuple(LeftOut(**each) for each in line["left_out"]))
+
+
+def describe(job: Manifest) -> dict[str, Any]:
+    """Return what a job's bytes depend on, as JSON values: its manifest without the shards."""
+    return json.loads(json.dumps(asdict(replace(job, splits={}))))
+
+
+def refuse_other_job(folder: Path, found: dict[str, Any], job: Manifest) -> None:
+    """Raise a ValueError that names the first difference, if ``found`` describes another job."""
+    old, new = _flat(found), _flat(describe(job))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            there, here = _short(old.get(key)), _short(new.get(key))
+            raise ValueError(
+                f"{folder} was prepared with another {key} ({there} there, {here} here): "
+                "name another folder, or delete this one"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
+    if names and not names & {JOURNAL, "manifest.json"}:
+        raise ValueError(f"{folder} is not empty and holds no shards: name a new folder")

@@ -1,0 +1,146 @@
+"""What a folder of shards holds: ``manifest.json``, the one file that names the others and their sha256.
+
+Its bytes are a function of the shards alone (no date, no host), so its sha256 stands for the whole folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar, by its file name; the key set is the one that ``wids`` reads."""
+
+    url: str
+    nsamples: int
+    filesize: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of the source that is no usable image: its id is a hole."""
+
+    id: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """``train`` or ``val``. Ids lie in [0, id_count); ``samples`` of them are in the shards, the others left out."""
+
+    name: str
+    samples: int
+    id_count: int
+    shards: tuple[Shard, ...]
+    samples_sha256: str
+    max_width: int
+    max_height: int
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole folder. Everything but ``splits`` is known before the first image is read."""
+
+    tool: str
+    image: str
+    """Extension of the image members: ``jpg`` or ``png``."""
+    classes: tuple[str, ...]
+    """Class names in the order of their labels."""
+    transform: dict[str, Any] = field(default_factory=dict)
+    """What was done to the images."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What else the bytes depend on: seed, shard size, the source's listing."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, those without an image included."""
+        return len(self.classes)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``folder/manifest.json``.
+
+    Raises FileNotFoundError where there is none, and ValueError where it cannot be understood; one line each.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{path} does not exist: prepare the shards (shards/prepare_*.py), or let an interrupted preparation finish"
+        ) from None
+    try:
+        return parse_manifest(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a manifest of version {VERSION} ({error}): prepare the shards again") from None
+
+
+def parse_manifest(values: dict[str, Any]) -> Manifest:
+    """Build a manifest from its JSON values; what is missing, unknown or contradictory raises."""
+    if values["version"] != VERSION:
+        raise ValueError(f"its version is {values['version']}")
+    splits = {name: _parse_split(name, split) for name, split in values["splits"].items()}
+    return Manifest(**{**values, "classes": tuple(values["classes"]), "splits": splits})
+
+
+def _parse_split(name: str, values: dict[str, Any]) -> Split:
+    shards = tuple(Shard(**shard) for shard in values["shards"])
+    left_out = tuple(LeftOut(**each) for each in values["left_out"])
+    split = Split(**{**values, "shards": shards, "left_out": left_out})
+    if split.name != name:
+        raise ValueError(f"split '{name}' calls itself '{split.name}'")
+    if sum(shard.nsamples for shard in shards) != split.samples:
+        raise ValueError(f"the shards of '{name}' do not add up to {split.samples} samples")
+    for shard in shards:
+        if Path(shard.url).name != shard.url:
+            raise ValueError(f"shard '{shard.url}' is not a plain file name")
+    return split
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``folder/manifest.json`` in one atomic step: a reader sees the old one or the whole new one."""
+    text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+    write_atomically(Path(folder) / MANIFEST, text.encode("ascii"))
+
+
+def manifest_sha256(folder: Path) -> str:
+    """Return the sha256 of ``folder/manifest.json`` as hexadecimal digits; it identifies the shards."""
+    read_manifest(folder)
+    return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename survives a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

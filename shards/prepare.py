@@ -1,0 +1,195 @@
+"""Make the shards of a plan, in parallel, and go on where a killed preparation stopped.
+
+What all ``prepare_*`` commands share. A shard is made under a temporary name, flushed, renamed, and only then put into
+the journal. A rerun keeps the recorded shards whose sha256 still holds, and so ends in the bytes of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from shards.command import add_jobs, for_each, positive, print_above, progress_bar, seed
+from shards.journal import JOURNAL, Journal, Record, describe, refuse_other_job
+from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
+from shards.plan import Job, Task, Unusable, plan_shards
+from shards.read import SAMPLE_DTYPE, SplitReader
+from shards.scan import is_on_record, scan_shard
+from shards.write import ShardWriter, index_path, write_samples
+
+
+class Finished(NamedTuple):
+    """A shard on the disk, and its rows of the sample table."""
+
+    record: Record
+    rows: np.ndarray
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every preparation takes."""
+    add_jobs(parser)
+    parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice (default: %(default)s)")
+    parser.add_argument(
+        "--samples-per-shard", type=positive, default=1250, help="about so many images in a tar (default: %(default)s)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that is no usable image")
+
+
+def prepare(job: Job, folder: Path, options: argparse.Namespace) -> int:
+    """Make the shards of a job, or those that are missing; return the exit code. It may be killed at any moment.
+
+    Raises ValueError or OSError, one line, for what the user can mend.
+    """
+    if options.dry_run:
+        _print_plan(job, folder, list(plan_shards(job, folder)))
+        return 0
+    recorded = _recorded(job, folder)
+    if not _is_complete(folder):
+        with Journal(folder, job.header) as journal:
+            _make_shards(job, folder, options, journal, recorded)
+    (folder / JOURNAL).unlink(missing_ok=True)  # the manifest says all it knows
+    return _report(folder, options.strict)
+
+
+def _print_plan(job: Job, folder: Path, tasks: list[Task]) -> None:
+    total = 0
+    for split, items in job.listings.items():
+        size = sum(item.size for item in items)
+        shards = sum(task.split == split for task in tasks)
+        total += size
+        print(f"{split}: {len(items):,} files, {_gigabytes(size)}, {shards:,} shards of about {len(items) // shards:,}")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    print(f"{job.header.num_classes:,} classes; {_gigabytes(total)} to read; {_gigabytes(free)} free at {there}")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.3f} GB"
+
+
+def _recorded(job: Job, folder: Path) -> dict[str, Record]:
+    """Return the shards that a finished manifest names, as records: a folder that lost a file is mended, too."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = read_manifest(folder)
+    refuse_other_job(folder, describe(manifest), job.header)
+    shards = {shard.url: shard for split in manifest.splits.values() for shard in split.shards}
+    left_out = {(name, each.id): each for name, split in manifest.splits.items() for each in split.left_out}
+    return {
+        task.path.name: Record(
+            shards.get(task.path.name, Shard(task.path.name, 0, 0, "")),
+            tuple(left_out[task.split, number] for number in task.ids if (task.split, number) in left_out),
+        )
+        for task in plan_shards(job, folder)
+    }
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        for name, split in read_manifest(folder).splits.items():
+            SplitReader(folder, name).check_sizes()
+            if not all(index_path(folder / shard.url).is_file() for shard in split.shards):
+                return False
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _make_shards(
+    job: Job, folder: Path, options: argparse.Namespace, journal: Journal, recorded: dict[str, Record]
+) -> None:
+    _remove_temporaries(folder)
+    tasks = list(plan_shards(job, folder, recorded | journal.records, strict=options.strict))
+    finished: dict[str, Finished] = {}
+    with progress_bar(sum(len(task.ids) for task in tasks), folder.name) as bar:
+
+        def receive(shard: Finished) -> None:
+            url = shard.record.shard.url
+            finished[url] = shard
+            if journal.records.get(url) != shard.record:
+                journal.append(shard.record)
+            for each in shard.record.left_out:
+                print_above(bar, f"left out: {each.path}: {each.reason}")
+            bar.update(len(shard.rows) + len(shard.record.left_out))
+
+        try:
+            for_each(make_shard, tasks, options.jobs, receive)
+        finally:
+            _remove_temporaries(folder)
+    splits = {
+        split: _finish_split(folder, split, [finished[task.path.name] for task in tasks if task.split == split])
+        for split in job.listings
+    }
+    write_manifest(folder, replace(job.header, splits=splits))
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def make_shard(task: Task) -> Finished:
+    """Write a shard, unless it is there as it is on record. Runs in a worker process."""
+    record = task.record
+    if record is not None:
+        if record.shard.nsamples == 0:
+            return Finished(record, np.empty(0, SAMPLE_DTYPE))
+        if is_on_record(task.path, record.shard):
+            scan = scan_shard(task.path, task.image)
+            index = index_path(task.path)
+            if index.is_file() and index.read_text(encoding="ascii", errors="replace") == scan.index_text:
+                return Finished(record, scan.rows)
+    return _write_shard(task)
+
+
+def _write_shard(task: Task) -> Finished:
+    left_out = []
+    with ShardWriter(task.path, task.image) as writer:
+        for number, item in zip(task.ids, task.items, strict=True):
+            try:
+                writer.add(number, item.label, *task.source.load(task.split, item))
+            except Unusable as reason:
+                if task.strict:
+                    raise ValueError(f"{task.split}/{item.path} is no usable image: {reason}") from None
+                left_out.append(LeftOut(number, f"{task.split}/{item.path}", str(reason)))
+        if len(left_out) == len(task.ids):
+            # DALI counts a tar without members as one empty sample.
+            return Finished(Record(Shard(task.path.name, 0, 0, ""), tuple(left_out)), np.empty(0, SAMPLE_DTYPE))
+        shard, rows = writer.close()
+    return Finished(Record(shard, tuple(left_out)), rows)
+
+
+def _finish_split(folder: Path, name: str, parts: list[Finished]) -> Split:
+    left_out = sorted((each for part in parts for each in part.record.left_out), key=lambda each: each.id)
+    parts = [part for part in parts if len(part.rows)]
+    if not parts:
+        raise ValueError(f"not one file of the split '{name}' is a usable image, the first being {left_out[0].path}")
+    samples, sha256 = write_samples(folder, name, [part.rows for part in parts])
+    return Split(
+        name=name,
+        samples=len(samples),
+        id_count=len(samples) + len(left_out),
+        shards=tuple(part.record.shard for part in parts),
+        samples_sha256=sha256,
+        max_width=int(samples["width"].max()),
+        max_height=int(samples["height"].max()),
+        left_out=tuple(left_out),
+    )
+
+
+def _report(folder: Path, strict: bool) -> int:
+    for name, split in read_manifest(folder).splits.items():
+        if strict and split.left_out:
+            raise ValueError(f"{split.left_out[0].path} is no usable image: {split.left_out[0].reason}")
+        size = sum(shard.filesize for shard in split.shards)
+        print(
+            f"{name}: {split.samples:,} images in {len(split.shards):,} shards, {_gigabytes(size)}; "
+            f"{len(split.left_out):,} files left out"
+        )
+    return 0

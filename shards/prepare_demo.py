@@ -1,0 +1,73 @@
+"""Draw a small, learnable classification task and write it as shards.
+
+    python shards/prepare_demo.py DESTINATION
+
+Twenty classes, five shapes in four textures (``shards/drawing.py``), as JPEGs of 64 × 64: 5,000 for training, 1,000 for
+validation, the same from the same ``--seed``. Takes some ten seconds; on a folder that is complete it does nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # started as a script: Python put this folder, not the root, on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from PIL import Image
+
+from shards.command import Parser, positive, run_command
+from shards.drawing import CLASSES, draw
+from shards.jpeg import encode_jpeg
+from shards.plan import Encoded, Item, make_job
+from shards.prepare import add_arguments, prepare
+
+QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Images that exist as soon as somebody asks for them."""
+
+    side: int
+    seed: int
+
+    def load(self, split: str, item: Item) -> Encoded:
+        """Draw the image; its generator is keyed by the seed, the split and its number alone."""
+        number = int(item.path.rpartition("/")[2])
+        key = np.array([self.seed, 2 * number + (split == "val")], np.uint64)
+        drawing = draw(CLASSES[item.label], self.side, np.random.Generator(np.random.Philox(key=key)))
+        return Encoded(encode_jpeg(Image.fromarray(drawing), QUALITY), self.side, self.side)
+
+
+def _listing(count: int) -> list[Item]:
+    # Labels in turn, so that every class has as many images as the next.
+    labels = [number % len(CLASSES) for number in range(count)]
+    return [Item(f"{CLASSES[label]}/{number:06d}", label, 0) for number, label in enumerate(labels)]
+
+
+def _parser() -> ArgumentParser:
+    parser = Parser(prog="prepare_demo.py", description="Draw a small, learnable classification task as shards.")
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--train", type=positive, default=5000, help="training images (default: %(default)s)")
+    parser.add_argument("--val", type=positive, default=1000, help="validation images (default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=64, help="their side in pixels (default: %(default)s)")
+    add_arguments(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    listings = {"train": _listing(options.train), "val": _listing(options.val)}
+    transform = {"size": options.size, "quality": QUALITY}
+    job = make_job("prepare_demo", "jpg", CLASSES, listings, Drawings(options.size, options.seed), options, transform)
+    return prepare(job, options.destination, options)
+
+
+if __name__ == "__main__":
+    run_command(main)

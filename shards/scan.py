@@ -1,0 +1,72 @@
+"""Read a shard back, header by header: what the tar itself says, against which index, table and manifest are held."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import tarfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from shards.manifest import Shard
+from shards.read import SAMPLE_DTYPE
+from shards.write import index_entry, index_text, member_names
+
+
+class Member(NamedTuple):
+    """A file of a tar: its name, and the place of its bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Scan(NamedTuple):
+    """A tar's rows of the sample table (``shard`` is 0 in them), and the text of the index it should have."""
+
+    rows: np.ndarray
+    index_text: str
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_on_record(path: Path, shard: Shard) -> bool:
+    """Return whether the file is there and is the recorded one, byte for byte."""
+    return path.is_file() and path.stat().st_size == shard.filesize and sha256_of(path) == shard.sha256
+
+
+def scan_shard(path: Path, image: str) -> Scan:
+    """Read the headers and the small members of a tar. Raises ValueError, naming the tar, where it is damaged."""
+    try:
+        with path.open("rb") as file:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                members = [Member(info.name, info.offset_data, info.size) for info in tar]
+            samples = [members[start : start + 4] for start in range(0, len(members), 4)]
+            rows = [_read_row(file, sample, image) for sample in samples]
+    except (tarfile.TarError, struct.error, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    lines = [" ".join(index_entry(*member) for member in sample) for sample in samples]
+    return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines))
+
+
+def _read_row(file: BinaryIO, sample: list[Member], image: str) -> tuple[int, ...]:
+    picture, *small = sample
+    if len(small) != 3:
+        raise ValueError(f"the sample of {picture.name} is incomplete")
+    label, sample_id, sides = (_read(file, member) for member in small)
+    row = (*struct.unpack("<q", sample_id), int(label), 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
+    names = tuple(member.name for member in sample)
+    if names != member_names(row[0], image):
+        raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
+    return row
+
+
+def _read(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)

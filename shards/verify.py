@@ -1,0 +1,182 @@
+"""Check a folder of shards: every byte, every number, every image.
+
+    python shards/verify.py DESTINATION
+
+Prints what is wrong, a line for each thing, and exits 1; or a summary with the label histogram, and exits 0. The tars'
+own contents are held against sample table, index and manifest, so whatever was damaged, exchanged or lost shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+if not __package__:  # started as a script: Python put this folder, not the root, on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from shards.command import Parser, add_jobs, for_each, progress_bar, run_command
+from shards.jpeg import decode
+from shards.manifest import Manifest, Shard, Split, read_manifest
+from shards.plan import Unusable
+from shards.read import SAMPLE_DTYPE, samples_path
+from shards.scan import scan_shard, sha256_of
+from shards.write import index_path
+
+
+class Task(NamedTuple):
+    """A shard to check, with the rows that the sample table has for it (None: the table is unusable)."""
+
+    folder: Path
+    shard: Shard
+    image: str
+    split: str
+    expected: np.ndarray | None
+
+
+class Checked(NamedTuple):
+    """What is wrong with a shard, and the rows that its tar really holds."""
+
+    task: Task
+    problems: list[str]
+    rows: np.ndarray
+
+
+def check_shard(task: Task) -> Checked:
+    """Check a tar and its index. Runs in a worker process."""
+    path, shard = task.folder / task.shard.url, task.shard
+    nothing = np.empty(0, SAMPLE_DTYPE)
+    if not path.is_file():
+        return Checked(task, [f"{path} is missing"], nothing)
+    problems = []
+    if path.stat().st_size != shard.filesize:
+        problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard.filesize:,}")
+    elif sha256_of(path) != shard.sha256:
+        problems.append(f"{path} has another sha256 than the manifest says")
+    try:
+        scan = scan_shard(path, task.image)
+    except ValueError as error:
+        return Checked(task, [*problems, str(error)], nothing)
+    if len(scan.rows) != shard.nsamples:
+        problems.append(f"{path} holds {len(scan.rows):,} samples, the manifest says {shard.nsamples:,}")
+    problems += _check_index(index_path(path), scan.index_text)
+    if task.expected is not None:
+        problems += _check_rows(path, scan.rows, task.expected)
+    return Checked(task, [*problems, *_check_images(path, scan.rows)], scan.rows)
+
+
+def _check_index(path: Path, text: str) -> list[str]:
+    if not path.is_file():
+        return [f"{path} is missing"]
+    return [] if path.read_text(encoding="ascii", errors="replace") == text else [f"{path} does not fit its tar"]
+
+
+def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
+    if len(rows) != len(expected):
+        return [f"{path} holds {len(rows):,} samples, the sample table {len(expected):,}"]
+    names = [name for name in SAMPLE_DTYPE.names or () if name != "shard" and (rows[name] != expected[name]).any()]
+    return [f"{path} and the sample table disagree about {', '.join(names)}"] if names else []
+
+
+def _check_images(path: Path, rows: np.ndarray) -> Iterator[str]:
+    with path.open("rb") as file:
+        for row in rows:
+            file.seek(row["offset"])
+            try:
+                width, height = decode(file.read(row["size"])).size
+            except Unusable as reason:
+                yield f"{path}: the image of id {row['id']} {reason}"
+                continue
+            if (width, height) != (row["width"], row["height"]):
+                yield f"{path}: the image of id {row['id']} is {width}×{height}, not {row['width']}×{row['height']}"
+
+
+def check_split(manifest: Manifest, split: Split, rows: np.ndarray) -> Iterator[str]:
+    """Check what concerns all the rows of a split, as its tars hold them."""
+    ids, counts = np.unique(rows["id"], return_counts=True)
+    left_out = np.array([each.id for each in split.left_out], np.int64)
+    for number in ids[counts > 1]:
+        yield f"{split.name}: id {number} comes more than once"
+    for number in np.intersect1d(ids, left_out):
+        yield f"{split.name}: id {number} is in a shard, the manifest says it was left out"
+    lacking = np.setdiff1d(np.arange(split.id_count), np.union1d(ids, left_out))
+    beyond = ids[(ids < 0) | (ids >= split.id_count)]
+    for numbers, what in ((lacking, "missing"), (beyond, f"outside of the manifest's {split.id_count:,}")):
+        if len(numbers):
+            yield f"{split.name}: {len(numbers):,} ids are {what}, the first being {numbers[0]}"
+    for label in np.setdiff1d(rows["label"], np.arange(manifest.num_classes)):
+        yield f"{split.name}: label {label} lies outside the manifest's {manifest.num_classes:,} classes"
+    if len(rows) and (rows["width"].max(), rows["height"].max()) != (split.max_width, split.max_height):
+        yield f"{split.name}: the largest sides are not the manifest's {split.max_width} and {split.max_height}"
+
+
+def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str]]:
+    """Check the sample table's file; return its rows, None where it cannot be used, and what is wrong."""
+    path = samples_path(folder, split.name)
+    if not path.is_file():
+        return None, [f"{path} is missing"]
+    problems = [] if sha256_of(path) == split.samples_sha256 else [f"{path} has another sha256 than the manifest says"]
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        return None, [*problems, f"{path} cannot be read: {error}"]
+    if table.dtype != SAMPLE_DTYPE or table.ndim != 1:
+        return None, [*problems, f"{path} is no sample table"]
+    places = np.repeat(np.arange(len(split.shards)), [shard.nsamples for shard in split.shards])
+    if not np.array_equal(table["shard"], places):
+        problems.append(f"{path} deals the samples to other shards than the manifest does")
+    return table, problems
+
+
+def verify(folder: Path, jobs: int) -> list[str]:
+    """Return everything that is wrong with a folder of shards; print the label histogram of each split."""
+    manifest = read_manifest(folder)
+    problems, tasks = [], []
+    for split in manifest.splits.values():
+        table, wrong = check_table(folder, split)
+        problems += wrong
+        for number, shard in enumerate(split.shards):
+            expected = None if table is None else table[table["shard"] == number]
+            tasks.append(Task(folder, shard, manifest.image, split.name, expected))
+    checked: dict[str, Checked] = {}
+    with progress_bar(sum(task.shard.nsamples for task in tasks), folder.name) as bar:
+
+        def receive(result: Checked) -> None:
+            checked[result.task.shard.url] = result
+            bar.update(result.task.shard.nsamples)
+
+        for_each(check_shard, tasks, jobs, receive)
+    results = [checked[task.shard.url] for task in tasks]
+    problems += [problem for result in results for problem in result.problems]
+    for split in manifest.splits.values():
+        rows = np.concatenate([result.rows for result in results if result.task.split == split.name])
+        problems += check_split(manifest, split, rows)
+        _print_histogram(manifest, split, rows)
+    return problems
+
+
+def _print_histogram(manifest: Manifest, split: Split, rows: np.ndarray) -> None:
+    counts = np.bincount(rows["label"].clip(0), minlength=manifest.num_classes)
+    there = counts[counts > 0]
+    range_text = f"{there.min():,} to {there.max():,} images in a class" if len(there) else "no images"
+    classes = f"{len(there):,} of {manifest.num_classes:,} classes"
+    left_out = f"{len(split.left_out):,} files left out"
+    print(f"{split.name}: {len(rows):,} images in {len(split.shards):,} shards; {classes}, {range_text}; {left_out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(prog="verify.py", description="Check a folder of shards: every byte, every number, every image.")
+    parser.add_argument("destination", type=Path)
+    add_jobs(parser)
+    options = parser.parse_args(arguments)
+    problems = verify(options.destination, options.jobs)
+    print("\n".join(problems) if problems else "all is well")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

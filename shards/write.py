@@ -1,0 +1,120 @@
+"""Write shards: USTAR tars whose bytes are a function of the samples alone, DALI's index beside each, the sample table.
+
+A sample with key ``00000042`` (its id) has the members ``00000042.jpg`` (or ``png``), ``.cls`` (the label as four ASCII
+digits: a fixed width, which DALI needs), ``.id.i64`` (a plain ``.id`` breaks webdataset's ``decode``) and ``.wh.i32``
+(width, height), numbers little endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import tarfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from shards.manifest import Shard, sync_folder, write_atomically
+from shards.read import SAMPLE_DTYPE, samples_path
+
+MAX_LABEL = 9_999
+MAX_ID = 99_999_999
+INDEX_VERSION = "v1.2"
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardWriter:
+    """Write one tar and its index under temporary names; ``close`` flushes them and gives them their own.
+
+    As a context manager it leaves nothing behind, unless it was closed.
+    """
+
+    def __init__(self, path: Path, image: str) -> None:
+        self.path = path
+        self.image = image
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = self._temporary.open("wb")
+        self._hash = hashlib.sha256()
+        self._offset = 0
+        self._index: list[str] = []
+        self._rows: list[tuple[int, ...]] = []
+
+    def add(self, sample_id: int, label: int, image: bytes, width: int, height: int) -> None:
+        """Append a sample. Raises ValueError where the label or the id has too many digits."""
+        if not 0 <= label <= MAX_LABEL:
+            raise ValueError(f"label {label} does not fit the four digits of a cls member")
+        if not 0 <= sample_id <= MAX_ID:
+            raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
+        contents = (image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height))
+        self._rows.append((sample_id, label, 0, self._offset + _BLOCK, len(image), width, height))
+        names = member_names(sample_id, self.image)
+        self._index.append(" ".join(self._add_member(*member) for member in zip(names, contents, strict=True)))
+
+    def close(self) -> tuple[Shard, np.ndarray]:
+        """Finish the tar and return its record and its rows of the sample table (``shard`` is 0 in them)."""
+        self._write(bytes(2 * _BLOCK))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        write_atomically(index_path(self.path), index_text(self._index).encode("ascii"))
+        self._temporary.rename(self.path)
+        sync_folder(self.path.parent)
+        shard = Shard(self.path.name, len(self._rows), self._offset, self._hash.hexdigest())
+        return shard, np.array(self._rows, SAMPLE_DTYPE)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _add_member(self, name: str, content: bytes) -> str:
+        header = tarfile.TarInfo(name)  # its defaults are all zeros and empty names, mode 0644
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        entry = index_entry(name, self._offset, len(content))
+        self._write(content)
+        self._write(bytes(-len(content) % _BLOCK))
+        return entry
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self._offset += len(content)
+
+
+def member_names(sample_id: int, image: str) -> tuple[str, ...]:
+    """Return the names of a sample's members, in their order; ``image`` is the image's extension."""
+    return tuple(f"{sample_id:08d}.{extension}" for extension in (image, "cls", "id.i64", "wh.i32"))
+
+
+def index_entry(name: str, offset: int, size: int) -> str:
+    """Return a member's part of its sample's line in the index."""
+    return f"{name.partition('.')[2]} {offset} {size} {name}"
+
+
+def index_text(lines: list[str]) -> str:
+    """Return the index of a tar, a line for each sample: the format of DALI's ``wds2idx``."""
+    return "".join(f"{line}\n" for line in (f"{INDEX_VERSION} {len(lines)}", *lines))
+
+
+def index_path(tar: Path) -> Path:
+    """Return the path of a tar's index."""
+    return tar.with_suffix(".idx")
+
+
+def write_samples(folder: Path, split: str, tables: list[np.ndarray]) -> tuple[np.ndarray, str]:
+    """Join the rows of a split's shards, in their order, to its sample table; return it and the sha256 of its file."""
+    samples = np.concatenate(tables) if tables else np.empty(0, SAMPLE_DTYPE)
+    samples["shard"] = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    buffer = io.BytesIO()
+    np.save(buffer, samples, allow_pickle=False)
+    content = buffer.getvalue()
+    write_atomically(samples_path(folder, split), content)
+    return samples, hashlib.sha256(content).hexdigest()

@@ -1,0 +1,175 @@
+"""``verify.py`` finds every kind of damage, and calls it by its name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import encode, jpeg, pixels
+
+from shards.manifest import LeftOut, Manifest, Split, read_manifest, write_manifest
+from shards.verify import main, verify
+from shards.write import ShardWriter, write_samples
+
+Sample = tuple[int, int, bytes, int, int]
+GOOD: list[Sample] = [(number, number % 2, jpeg(number), 20, 16) for number in range(8)]
+
+
+def write(folder: Path, samples: list[Sample], **changes: object) -> Path:
+    """Write a folder that agrees with itself, whatever the samples are."""
+    folder.mkdir()
+    shards, tables = [], []
+    for number in range(2):
+        with ShardWriter(folder / f"train-{number:06d}.tar", "jpg") as writer:
+            for sample in samples[number::2]:
+                writer.add(*sample)
+            shard, rows = writer.close()
+        shards.append(shard)
+        tables.append(rows)
+    _, sha256 = write_samples(folder, "train", tables)
+    split = replace(Split("train", len(samples), 8, tuple(shards), sha256, 20, 16), **changes)
+    write_manifest(folder, Manifest("test", "jpg", ("cat", "dog"), splits={"train": split}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "shards", GOOD)
+
+
+def test_good_shards_are_well_and_their_histogram_is_printed(folder, capsys):
+    assert main([str(folder), "--jobs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 8 images in 2 shards; 2 of 2 classes, 4 to 4 images in a class" in printed
+    assert printed.endswith("all is well\n")
+
+
+def test_what_is_wrong_is_listed_and_the_exit_code_is_one(folder, run):
+    (folder / "train-000000.idx").unlink()
+    (folder / "train-000001.tar").unlink()
+    done = run("verify.py", folder, "--jobs", 2)
+    assert done.returncode == 1
+    assert "train-000000.idx is missing" in done.stdout
+    assert "train-000001.tar is missing" in done.stdout
+
+
+def test_no_folder_is_an_error_of_one_line(tmp_path, run):
+    done = run("verify.py", tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def _flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def _flip_padding(folder: Path) -> None:
+    _flip(folder / "train-000000.tar", -1)
+
+
+def _flip_header(folder: Path) -> None:
+    _flip(folder / "train-000000.tar", 0)
+
+
+def _flip_table(folder: Path) -> None:
+    _flip(folder / "train.samples.npy", -1)
+
+
+def _grow(folder: Path) -> None:
+    with (folder / "train-000000.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def _swap_indices(folder: Path) -> None:
+    shutil.copy(folder / "train-000000.idx", folder / "train-000001.idx")
+
+
+def _swap_tars(folder: Path) -> None:
+    shutil.copy(folder / "train-000000.tar", folder / "train-000001.tar")
+
+
+def _lose_table(folder: Path) -> None:
+    (folder / "train.samples.npy").unlink()
+
+
+def _empty_table(folder: Path) -> None:
+    (folder / "train.samples.npy").write_bytes(b"")
+
+
+def _edit_table(column: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        samples = np.load(folder / "train.samples.npy")
+        samples[column][3] += 1
+        _, sha256 = write_samples(folder, "train", [samples[:4], samples[4:]])
+        manifest = read_manifest(folder)
+        split = replace(manifest.splits["train"], samples_sha256=sha256)
+        write_manifest(folder, replace(manifest, splits={"train": split}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_padding, "train-000000.tar has another sha256"),
+        (_flip_header, "train-000000.tar is damaged"),
+        (_grow, "train-000000.tar has 19,968 bytes"),
+        (_cut, "train-000001.tar is damaged"),
+        (_swap_indices, "train-000001.idx does not fit its tar"),
+        (_swap_tars, "id 0 comes more than once"),
+        (_flip_table, "train.samples.npy has another sha256"),
+        (_lose_table, "train.samples.npy is missing"),
+        (_empty_table, "train.samples.npy cannot be read"),
+        *(
+            (_edit_table(name), f"disagree about {name}")
+            for name in ("id", "label", "offset", "size", "width", "height")
+        ),
+    ],
+)
+def test_damaged_files_are_found(folder, damage, message):
+    damage(folder)
+    problems = verify(folder, 1)
+    assert any(message in problem for problem in problems), problems
+
+
+def _with(number: int, **changes: object) -> list[Sample]:
+    names = ("id", "label", "image", "width", "height")
+    samples = [dict(zip(names, sample, strict=True)) for sample in GOOD]
+    samples[number].update(changes)
+    return [tuple(sample.values()) for sample in samples]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (_with(3, id=5), "id 5 comes more than once"),
+        (_with(3, id=5), "1 ids are missing, the first being 3"),
+        (_with(3, id=8), "1 ids are outside of the manifest's 8, the first being 8"),
+        (_with(3, label=2), "label 2 lies outside the manifest's 2 classes"),
+        (_with(3, width=19), "the image of id 3 is 20×16, not 19×16"),
+        (_with(3, image=jpeg(3)[:-60]), "the image of id 3 cannot be decoded: image file is truncated"),
+        (_with(3, image=encode(pixels(3), "GIF")), "the image of id 3 neither a JPEG nor a PNG"),
+        (_with(3, image=jpeg(3, 30, 10), width=30, height=10), "the largest sides are not the manifest's"),
+    ],
+)
+def test_what_was_wrong_from_the_start_is_found(tmp_path, samples, message):
+    problems = verify(write(tmp_path / "shards", samples), 1)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_left_out_file_must_be_a_hole(tmp_path):
+    left_out = (LeftOut(3, "train/cat/3.JPEG", "empty"),)
+    assert verify(write(tmp_path / "good", [each for each in GOOD if each[0] != 3], left_out=left_out), 1) == []
+    assert verify(write(tmp_path / "bad", GOOD, left_out=left_out), 1) == [
+        "train: id 3 is in a shard, the manifest says it was left out"
+    ]
