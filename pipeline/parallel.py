@@ -1,0 +1,179 @@
+"""What the ranks know of one another: who they are, exact sums, rows gathered with gradient, statistics over all rows.
+
+The only file that imports torch.distributed. Without a process group every function answers for a single rank. All but
+the rank facts are collective: every rank calls them, in the same order, forward and backward, even with no rows.
+
+Gradients keep one rule. What is differentiated is the sum of the ranks' losses, so a backward here adds what the ranks
+send back; DDP then divides by their number. With equal numbers of rows a loss is therefore the mean over this rank's
+rows, and a loss of gathered rows the same number on every rank; neither asks for a factor.
+
+N rows, C columns or channels, B batch, H W space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def rank() -> int:
+    """Return this process's number among the ranks, 0 without a process group."""
+    return dist.get_rank() if _is_up() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if _is_up() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes files and prints."""
+    return rank() == 0
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Return the sum of the ranks' ``x``, of equal shape on all; without gradient."""
+    return _all_reduce(x, dist.ReduceOp.SUM)
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Return the mean of the ranks' ``x``, of equal shape on all; without gradient."""
+    return all_reduce_sum(x) / world_size()
+
+
+def all_reduce_min(x: Tensor) -> Tensor:
+    """Return the elementwise least of the ranks' ``x``, of equal shape on all; without gradient."""
+    return _all_reduce(x, dist.ReduceOp.MIN)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` holds on any rank. The host waits for the answer."""
+    if world_size() == 1:
+        return flag
+    # NCCL alone carries no tensors of the host.
+    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
+    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)))
+
+
+@contextmanager
+def averaged_buffers(module: nn.Module) -> Iterator[None]:
+    """Give ``module`` the mean of the ranks' floating-point buffers inside the context, and its own after it."""
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if world_size() == 1 or not buffers:
+        yield
+        return
+    own = [buffer.clone() for buffer in buffers]
+    # One flat all-reduce, in float64 so that the mean of equal numbers is that number.
+    means = all_reduce_mean(torch.cat([buffer.double().flatten() for buffer in buffers]))
+    for buffer, mean in zip(buffers, means.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+    try:
+        yield
+    finally:
+        for buffer, before in zip(buffers, own, strict=True):
+            buffer.copy_(before)
+
+
+def global_sum(x: Tensor) -> Tensor:
+    """Return the sum of the ranks' ``x``, of equal shape on all; gradients are summed over the ranks."""
+    return _GlobalSum.apply(x)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Return the rows of all ranks in their order, equally many of each; gradients are summed over the ranks."""
+    return _GatherRows.apply(x)
+
+
+def standardize(x_NC: Tensor, eps: float, *, across_ranks: bool = True) -> Tensor:
+    """Return (x − mean)·(variance + eps)^(−1/2) of every column over the rows of all ranks, or of this one.
+
+    The variance is the biased one and both statistics are differentiated through. One all-reduce forward and one
+    backward; ranks may have different numbers of rows. Sums are in float64, so that a large mean costs no digits; the
+    result has the dtype of ``x``.
+    """
+    return _Standardize.apply(x_NC, eps, across_ranks)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the rows of all ranks, on any device and backend; it keeps no running averages."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the normalised, scaled and shifted map."""
+        x_BHWC = x_BCHW.movedim(1, -1)
+        normal_BHWC = standardize(x_BHWC.flatten(0, -2), self.eps).view(x_BHWC.shape)
+        return (normal_BHWC * self.weight + self.bias).movedim(-1, 1)
+
+
+def _is_up() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    result = x.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(result, operation)
+    return result
+
+
+class _GlobalSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce_sum(grad)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        if world_size() == 1:
+            return x.clone()
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce_sum(grad).narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+class _Standardize(torch.autograd.Function):
+    """h = (x − μ)·r with r = (v + ε)^(−1/2), and ∂L/∂x = r·(g − Σg/N − h·Σ(g·h)/N), sums over the rows of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, eps: float, across_ranks: bool) -> Tensor:
+        ctx.add_up = all_reduce_sum if across_ranks else Tensor.detach
+        x = x_NC.double()
+        sums = ctx.add_up(torch.cat([x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)]))
+        count, (mean_C, square_C) = sums[0], (sums[1:] / sums[0]).chunk(2)
+        scale_C = ((square_C - mean_C.square()).clamp(min=0) + eps).rsqrt()
+        h_NC = ((x - mean_C) * scale_C).to(x_NC.dtype)
+        ctx.save_for_backward(h_NC, scale_C, count)
+        return h_NC
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_NC: Tensor
+    ) -> tuple[Tensor, None, None]:
+        h_NC, scale_C, count = ctx.saved_tensors
+        grad, h = grad_NC.double(), h_NC.double()
+        mean_grad_C, mean_product_C = (ctx.add_up(torch.cat([grad.sum(0), (grad * h).sum(0)])) / count).chunk(2)
+        return (scale_C * (grad - mean_grad_C - h * mean_product_C)).to(grad_NC.dtype), None, None

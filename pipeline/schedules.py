@@ -1,0 +1,80 @@
+"""Learning rates and ramps as pure functions of Progress. Nothing here has a state or a ``.step()``.
+
+A run's place is everything a schedule may depend on, so a resumed run, or one on more ranks, has the same rates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from pipeline.batch import Progress
+
+
+class Schedule(BaseModel):
+    """The learning rate over a run: a linear warm-up into steps or a cosine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["step", "cosine", "constant"] = "constant"
+    rate: PositiveFloat
+    """Learning rate after warm-up, for the recipe's global batch."""
+    milestones: tuple[NonNegativeFloat, ...] = ()
+    """``step``: epochs at which the rate is multiplied by ``factor``."""
+    factor: PositiveFloat = 0.1
+    final_rate: NonNegativeFloat = 0.0
+    """``cosine``: the rate at the end of the run."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_rate: NonNegativeFloat = 0.0
+    """Rate at the first step of the warm-up."""
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self) -> Schedule:
+        if bool(self.milestones) != (self.kind == "step"):
+            raise ValueError("milestones go with kind: step, and kind: step needs milestones")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise, got {list(self.milestones)}")
+        return self
+
+
+def learning_rate(schedule: Schedule, progress: Progress, epochs: float) -> float:
+    """Return the rate of the step that begins at ``progress`` in a run of ``epochs`` epochs."""
+    at = progress.fraction
+    if at < schedule.warmup_epochs:
+        return schedule.warmup_rate + (schedule.rate - schedule.warmup_rate) * at / schedule.warmup_epochs
+    if schedule.kind == "step":
+        return schedule.rate * schedule.factor ** sum(at >= milestone for milestone in schedule.milestones)
+    if schedule.kind == "cosine":
+        way = min((at - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-12), 1.0)
+        return schedule.final_rate + (schedule.rate - schedule.final_rate) * (1 + math.cos(math.pi * way)) / 2
+    return schedule.rate
+
+
+class Ramp(BaseModel):
+    """How a loss weight grows, and when it holds, in epochs: ``{linear_epochs: 20}``, ``{from: 0, until: 30}``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    linear_epochs: NonNegativeFloat = 0.0
+    """The factor is min(epoch / linear_epochs, 1) with epochs counted from 1, as in DKD's published warm-up."""
+    start: NonNegativeFloat = Field(default=0.0, alias="from")
+    until: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _from_before_until(self) -> Ramp:
+        if self.until is not None and self.until <= self.start:
+            raise ValueError(f"from: {self.start} must lie before until: {self.until}")
+        return self
+
+
+def ramp_factor(ramp: Ramp | None, progress: Progress) -> float:
+    """Return the factor of a loss weight in the step that begins at ``progress``."""
+    if ramp is None:
+        return 1.0
+    if progress.fraction < ramp.start or (ramp.until is not None and progress.fraction >= ramp.until):
+        return 0.0
+    if ramp.linear_epochs == 0:
+        return 1.0
+    return min((progress.epoch + 1 - math.floor(ramp.start)) / ramp.linear_epochs, 1.0)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_ranks import Ranks
+
+# Two OpenMP threads wait for one another actively, and a test's tensors are small.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--endurance", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption(
+        "--published",
+        type=Path,
+        default=Path(__file__).parent / "published",
+        help="folder of published values to check (default: tests/published)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine or this command does not offer; the reasons stand at the end of the report."""
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "endurance": None if config.getoption("--endurance") else "takes minutes; give --endurance",
+        "shared": None if SHARED.is_dir() else "needs the real data sets beside the checkout",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two standing gloo processes: ``ranks(function, *args)`` runs ``function(rank, world, *args)`` on both."""
+    both = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield both
+    both.close()
