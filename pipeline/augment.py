@@ -1,0 +1,128 @@
+"""The order of an epoch, crops and flips, as pure functions of (seed, epoch or view, id).
+
+Every draw comes from a counter and not from a generator's state (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011): what happens to a sample depends neither on its batch nor on its rank nor on what was drawn before,
+so a run resumes anywhere and on any number of ranks.
+
+Boxes are (top, left, height, width) in pixels. Shape suffixes: B rows of a batch, N samples of a split.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# What a draw is for, so that an order and a crop of one seed share no numbers. Attempts at a crop count on from _CROP.
+_ORDER, _SHARDS, _FLIP, _PAD, _CROP = 0, 1, 2, 3, 16
+_ATTEMPTS = 10
+
+
+def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Return Philox4x32-10 of each column of ``counter`` [4, …]: four random words a column, as [4, …]."""
+    mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x0, x1, x2, x3 = counter.astype(np.uint64)
+    key0, key1 = key
+    for _ in range(10):
+        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x1 = (product1 >> shift) ^ x1 ^ np.uint64(key0), product1 & mask
+        x2, x3 = (product0 >> shift) ^ x3 ^ np.uint64(key1), product0 & mask
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([x0, x1, x2, x3]).astype(np.uint32)
+
+
+def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
+    """Return four words for each (id, draw), which broadcast, as [4, …]; seed and id have 64 bits, the rest 32."""
+    ids_64, view_64, draw_64 = np.broadcast_arrays(*(np.asarray(x, np.int64) for x in (ids, view, draw)))
+    counter = np.stack([draw_64, view_64, ids_64, ids_64 >> 32]).astype(np.uint32)
+    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+
+
+def uniforms(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.float64]:
+    """Return four uniform numbers in [0, 1) for each (id, draw), as [4, …]."""
+    return np.ldexp(random_words(ids, view, draw, seed=seed).astype(np.float64), -32)
+
+
+def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int = 0) -> NDArray[np.int64]:
+    """Return the row numbers [N] of a split in the order of an epoch: a permutation.
+
+    ``shards_N`` is the shard of each row. With ``shuffle_shards`` = 0 the whole split is shuffled; otherwise the shards
+    are, and then the samples within groups of that many shards, so that reads stay near one another on cold storage.
+    """
+    shards_N = np.asarray(shards_N)
+    keys_N = _sort_keys(len(shards_N), _ORDER, seed, epoch)
+    if shuffle_shards == 0 or len(shards_N) == 0:
+        return np.argsort(keys_N, kind="stable")
+    place_of_shard = np.argsort(_sort_keys(int(shards_N.max()) + 1, _SHARDS, seed, epoch), kind="stable")
+    return np.lexsort([keys_N, place_of_shard[shards_N] // shuffle_shards])
+
+
+def _sort_keys(count: int, draw: int, seed: int, epoch: int) -> NDArray[np.uint64]:
+    """Return random 64-bit keys; sorting by our own keys, because numpy's shuffles may change between its releases."""
+    high, low, _, _ = random_words(np.arange(count), epoch, draw, seed=seed).astype(np.uint64)
+    return high << np.uint64(32) | low
+
+
+def global_batch(order_N: NDArray[np.int64], step: int, batch: int) -> NDArray[np.int64]:
+    """Return the rows of global batch ``step`` of an epoch; the last ``N % batch`` rows of the order belong to none."""
+    return order_N[step * batch : (step + 1) * batch]
+
+
+def rank_rows(rows: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
+    """Return the rows of a global batch that ``rank`` takes: ``rank``, ``rank + world``, …"""
+    return rows[rank::world]
+
+
+def random_resized_crop(
+    ids_B: ArrayLike,
+    view: int,
+    widths_B: ArrayLike,
+    heights_B: ArrayLike,
+    *,
+    seed: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> NDArray[np.int64]:
+    """Return the boxes [B, 4] of torchvision's RandomResizedCrop: ten attempts at area and ratio, else the centre."""
+    widths_B, heights_B = np.asarray(widths_B, np.int64), np.asarray(heights_B, np.int64)
+    draws = _CROP + np.arange(_ATTEMPTS)[:, None]
+    for_area, for_ratio, for_top, for_left = uniforms(ids_B, view, draws, seed=seed)  # [attempts, B] each
+    area = widths_B * heights_B * (scale[0] + (scale[1] - scale[0]) * for_area)
+    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * for_ratio)
+    width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (width > 0) & (width <= widths_B) & (height > 0) & (height <= heights_B)
+    top = np.floor(for_top * (heights_B - height + 1))
+    left = np.floor(for_left * (widths_B - width + 1))
+    first_fit = fits.argmax(axis=0), np.arange(len(widths_B))
+    boxes_B4 = np.stack([x[first_fit] for x in (top, left, height, width)], axis=1).astype(np.int64)
+    return np.where(fits.any(axis=0)[:, None], boxes_B4, _centre_box(widths_B, heights_B, ratio))
+
+
+def _centre_box(widths_B: NDArray, heights_B: NDArray, ratio: tuple[float, float]) -> NDArray[np.int64]:
+    """Return the largest centred boxes [B, 4] whose width over height lies within ``ratio``."""
+    aspect = widths_B / heights_B
+    width = np.where(aspect > max(ratio), np.rint(heights_B * max(ratio)), widths_B).astype(np.int64)
+    height = np.where(aspect < min(ratio), np.rint(widths_B / min(ratio)), heights_B).astype(np.int64)
+    return np.stack([(heights_B - height) // 2, (widths_B - width) // 2, height, width], axis=1)
+
+
+def pad_crop(ids_B: ArrayLike, view: int, *, seed: int, pad: int) -> NDArray[np.int64]:
+    """Return the (top, left) [B, 2], 0 … 2·pad, of a crop of an image's own size from the image padded by ``pad``."""
+    for_top, for_left, _, _ = uniforms(ids_B, view, _PAD, seed=seed)
+    return np.floor(np.stack([for_top, for_left], axis=1) * (2 * pad + 1)).astype(np.int64)
+
+
+def flips(ids_B: ArrayLike, view: int, *, seed: int, probability: float) -> NDArray[np.bool_]:
+    """Return which images [B] are mirrored left to right."""
+    return uniforms(ids_B, view, _FLIP, seed=seed)[0] < probability
+
+
+def resize_and_centre_crop(
+    widths_B: ArrayLike, heights_B: ArrayLike, resize: int, size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each image's (height, width) [B, 2] after resizing and its crop's (top, left) [B, 2], as torchvision does.
+
+    The short side becomes ``resize``, the long side is cut to an integer; the crop of ``size`` × ``size`` is centred.
+    """
+    sides_B2 = np.stack([np.asarray(heights_B, np.int64), np.asarray(widths_B, np.int64)], axis=1)
+    resized_B2 = resize * sides_B2 // sides_B2.min(axis=1, keepdims=True)
+    return resized_B2, np.rint((resized_B2 - size) / 2).astype(np.int64)

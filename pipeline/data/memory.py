@@ -1,0 +1,79 @@
+"""Small sets kept decoded on the device: padded, cropped and mirrored there, under the same laws and in the same order.
+
+Shape suffixes: B rows of a request, N samples of a split, H W C as stored, P pixels of all padded images.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.config import Config
+from pipeline.data.requests import Request, place
+from shards.read import SplitReader
+
+_ROWS_AT_ONCE = 1024
+
+
+class Memory:
+    """One split as bytes on the device, with ``config.pad`` zeros around every image.
+
+    Raises ValueError, one line, for an image that cannot be decoded.
+    """
+
+    def __init__(self, reader: SplitReader, config: Config, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        images_NHWC = torch.from_numpy(decode(reader, config.size)).to(device)
+        self._pixels_PC = F.pad(images_NHWC, (0, 0, *[config.pad] * 4)).flatten(0, 2)
+        self._mean_C, self._std_C = (255 * torch.tensor(values, device=device) for values in (config.mean, config.std))
+
+    def __call__(self, requests: Iterator[Request]) -> Generator[tuple[Request, Tensor], None, None]:
+        """Yield each request with its images [B, C, H, W] in float32."""
+        for request in requests:
+            images_BHWC = self._cropped(request).float().sub_(self._mean_C).div_(self._std_C)
+            images_BCHW = images_BHWC.permute(0, 3, 1, 2)
+            yield request, images_BCHW if self._config.channels_last else images_BCHW.contiguous()
+
+    def _cropped(self, request: Request) -> Tensor:
+        """Gather the crops, mirrored where the request says so, as uint8 [B, H, W, C]."""
+        size, pad = self._config.size, self._config.pad
+        geometry = request.geometry
+        place_B4 = np.column_stack([request.rows_B, geometry.crops_B2 + pad, geometry.flips_B])
+        rows_B, tops_B, lefts_B, flips_B = torch.from_numpy(place_B4).to(self._device).unbind(1)
+        along = torch.arange(size, device=self._device)
+        down_BH = tops_B[:, None] + along
+        across_BW = lefts_B[:, None] + torch.where(flips_B[:, None] == 1, along.flip(0), along)
+        # One number a pixel: a third of the time that indexing by image, row and column takes.
+        lines_BH = rows_B[:, None] * (size + 2 * pad) + down_BH
+        numbers_BHW = lines_BH[:, :, None] * (size + 2 * pad) + across_BW[:, None, :]
+        return self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
+
+
+def decode(reader: SplitReader, size: int) -> NDArray[np.uint8]:
+    """Return all images of a split in storage order, [N, H, W, C]. Raises ValueError for one that is broken."""
+    images_NHWC = np.empty((len(reader.samples), size, size, 3), np.uint8)
+
+    def decode_from(start: int) -> None:
+        rows = np.arange(start, min(start + _ROWS_AT_ONCE, len(images_NHWC)))
+        for row, encoded in zip(rows.tolist(), reader.bytes(rows), strict=True):
+            try:
+                with Image.open(io.BytesIO(encoded.tobytes())) as image:
+                    images_NHWC[row] = np.asarray(image.convert("RGB"))
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+                raise ValueError(
+                    f"data.path: {place(reader, row)} cannot be decoded ({error}); "
+                    f"shards/verify.py {reader.folder} lists what is wrong"
+                ) from error
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode_from, range(0, len(images_NHWC), _ROWS_AT_ONCE)))
+    return images_NHWC

@@ -1,0 +1,208 @@
+"""From the order of an epoch to requests: which samples a micro-batch holds and what becomes of each image.
+
+Everything that decides *what* a batch is stands here; a loader only turns requests into pixels.
+
+Shape suffixes: B rows of a micro-batch. Boxes are (top, left, height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import augment
+from pipeline.batch import Progress
+from pipeline.data.config import Config
+from shards.read import SplitReader
+
+Columns = Callable[[NDArray[np.int64], int], dict[str, NDArray]]
+"""``columns(ids, view)``: further arrays by name, a row for each id."""
+
+T = TypeVar("T")
+
+# A distant file system answers several reads in the time of one.
+_READS_AT_ONCE = 8
+
+
+class Geometry(NamedTuple):
+    """What becomes of each image: cut the box out, resize it, take the crop (zeros outside the image), mirror it."""
+
+    boxes_B4: NDArray[np.int64]
+    resized_B2: NDArray[np.int64]
+    """(height, width) of the box after resizing."""
+    crops_B2: NDArray[np.int64]
+    """(top, left) of the ``size`` × ``size`` crop in the resized box."""
+    flips_B: NDArray[np.bool_]
+
+
+class Request(NamedTuple):
+    """A micro-batch of one rank, but for its pixels. The tensors are on the host, pinned where they go to a GPU."""
+
+    rows_B: NDArray[np.int64]
+    """Places in the split's sample table."""
+    geometry: Geometry
+    encoded: list[NDArray[np.uint8]]
+    """The encoded images, in memory; empty for a loader that does not decode."""
+    ids_B: Tensor
+    labels_B: Tensor
+    extra: dict[str, Tensor]
+
+
+def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry:
+    """Return the random geometry of rows of a sample table at one look."""
+    ids, widths, heights = samples_B["id"], samples_B["width"], samples_B["height"]
+    flips = augment.flips(ids, view, seed=config.seed, probability=config.flip)
+    if config.crop == "pad":
+        offsets = augment.pad_crop(ids, view, seed=config.seed, pad=config.pad)
+        boxes = _whole(widths, heights)
+        return Geometry(boxes, boxes[:, 2:], offsets - config.pad, flips)
+    boxes = augment.random_resized_crop(
+        ids, view, widths, heights, seed=config.seed, scale=config.scale, ratio=config.ratio
+    )
+    return Geometry(boxes, np.full_like(boxes[:, 2:], config.size), np.zeros_like(boxes[:, :2]), flips)
+
+
+def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
+    """Return the geometry of validation for rows of a sample table."""
+    widths, heights = samples_B["width"], samples_B["height"]
+    resized, crops = augment.resize_and_centre_crop(widths, heights, config.resize or config.size, config.size)
+    return Geometry(_whole(widths, heights), resized, crops, np.zeros(len(samples_B), np.bool_))
+
+
+def _whole(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
+    zeros_B = np.zeros_like(widths_B)
+    return np.stack([zeros_B, zeros_B, heights_B, widths_B], axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows this rank takes of which global batch, and in how many micro-batches."""
+
+    config: Config
+    readers: dict[str, SplitReader]
+    batch: int
+    """Size of the global batch; the world size times the accumulation divides it."""
+    accumulation: int
+    seed: int
+    rank: int
+    world: int
+    columns: Columns | None = None
+    encoded: bool = True
+    """Whether requests carry the encoded images."""
+    pin: bool = False
+    """Whether host tensors are pinned, for a GPU."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a training request."""
+        return self.batch // (self.world * self.accumulation)
+
+    @property
+    def validation_batch(self) -> int:
+        """Rows of a validation request; the last may have fewer."""
+        return self.config.validation_batch or self.micro_batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return len(self.readers["train"].samples) // self.batch
+
+    def training(self, progress: Progress, epochs: int) -> Generator[Request, None, None]:
+        """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
+        shards = self.readers["train"].samples["shard"]
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for epoch in range(progress.epoch, epochs):
+                order = augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)
+                first = progress.step_in_epoch if epoch == progress.epoch else 0
+                for step in range(first, self.steps_per_epoch):
+                    rows = augment.rank_rows(augment.global_batch(order, step, self.batch), self.rank, self.world)
+                    for part in np.split(rows, self.accumulation):
+                        yield self._training_request(part, self.config.view(epoch), pool)
+
+    def validation(self) -> Generator[Request, None, None]:
+        """Yield this rank's share of the validation split in storage order, as many requests on every rank.
+
+        Where the split does not divide, a rank ends in a padded row: its id and its label are −1.
+        """
+        count = len(self.readers["val"].samples)
+        share = -(-count // self.world)
+        rows = np.arange(share) * self.world + self.rank
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for first in range(0, share, self.validation_batch):
+                yield self._validation_request(rows[first : first + self.validation_batch], count, pool)
+
+    def _training_request(self, rows: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> Request:
+        samples = self.readers["train"].samples[rows]
+        extra = {} if self.columns is None else self.columns(samples["id"], view)
+        return Request(
+            rows,
+            training_geometry(self.config, samples, view),
+            self._encoded("train", rows, pool),
+            self._host(samples["id"]),
+            self._host(samples["label"].astype(np.int64)),
+            {name: self._host(array) for name, array in extra.items()},
+        )
+
+    def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> Request:
+        real = rows < count
+        rows = np.minimum(rows, count - 1)
+        samples = self.readers["val"].samples[rows]
+        return Request(
+            rows,
+            validation_geometry(self.config, samples),
+            self._encoded("val", rows, pool),
+            self._host(np.where(real, samples["id"], -1)),
+            self._host(np.where(real, samples["label"], -1).astype(np.int64)),
+            {},
+        )
+
+    def _encoded(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
+        if not self.encoded:
+            return []
+        views = self.readers[split].bytes(rows)
+        list(pool.map(_read_into_memory, [views[start::_READS_AT_ONCE] for start in range(_READS_AT_ONCE)]))
+        return views
+
+    def _host(self, array: NDArray) -> Tensor:
+        """Copy an array, which may be a read-only view of a file, into a host tensor."""
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        tensor = torch.empty(array.shape, dtype=dtype, pin_memory=self.pin)
+        np.copyto(tensor.numpy(), array)
+        return tensor
+
+
+def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:
+    # The maximum touches every page, so that page faults happen here; numpy lets the training thread run meanwhile.
+    for view in views:
+        view.max(initial=0)
+
+
+def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """Yield ``items``, which a thread computes up to ``depth`` ahead; its exceptions are raised here.
+
+    Closing the generator ends the thread, after the item it is at, and closes ``items``.
+    """
+    end = object()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        ahead = deque(worker.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(worker.submit(next, items, end))
+            yield item  # type: ignore[misc]  # the end is the one item that is no T
+    finally:
+        worker.shutdown(cancel_futures=True)
+        items.close()
+
+
+def place(reader: SplitReader, row: int) -> str:
+    """Return where a sample lies, for an error: ``sample 42 in …/train-000000.tar``."""
+    sample = reader.samples[row]
+    return f"sample {sample['id']} in {reader.folder / reader.split.shards[sample['shard']].url}"

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shard_factory import config_of
+
+from pipeline.batch import Progress
+from pipeline.data.requests import Plan, Request, read_ahead
+from shards.read import SplitReader
+
+quick = settings(
+    derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def readers(photo_shards: Path) -> dict[str, SplitReader]:
+    return {split: SplitReader(photo_shards, split) for split in ("train", "val")}
+
+
+def plan_of(
+    readers: dict[str, SplitReader], batch: int = 6, accumulation: int = 1, rank: int = 0, world: int = 1, **keys
+):
+    config = config_of(
+        readers["train"].folder, **{key: keys.pop(key) for key in ("views", "shuffle_shards") if key in keys}
+    )
+    return Plan(config, readers, batch, accumulation, 3, rank, world, **{"encoded": False, **keys})
+
+
+def rows_of(requests: list[Request]) -> list[tuple]:
+    """Return everything that decides the pixels, a tuple a row."""
+    return [
+        (int(request.ids_B[k]), int(request.labels_B[k]), *(column[k].tolist() for column in request.geometry))
+        for request in requests
+        for k in range(len(request.rows_B))
+    ]
+
+
+def interleaved(shares: list[list[tuple]], batch: int) -> list[tuple]:
+    """Put the ranks' rows back in the order of the global batches."""
+    world, each = len(shares), batch // len(shares)
+    batches = range(len(shares[0]) // each)
+    return [shares[row % world][step * each + row // world] for step in batches for row in range(batch)]
+
+
+@quick
+@given(
+    unit=st.integers(1, 6),
+    accumulation=st.integers(1, 3),
+    shuffle_shards=st.integers(0, 3),
+    start=st.integers(0, 40),
+    views=st.sampled_from([None, 1, 2]),
+)
+def test_the_global_batches_are_the_same_for_any_number_of_ranks_and_micro_batches(
+    readers: dict[str, SplitReader], unit: int, accumulation: int, shuffle_shards: int, start: int, views: int | None
+) -> None:
+    """Ids, labels, boxes, crops and flips, from any step on."""
+    batch = 6 * accumulation * min(unit, 6 // accumulation)
+    steps = 37 // batch
+    progress = Progress(steps, step=start % (2 * steps))
+
+    def share(rank: int, world: int, accumulation: int) -> list[tuple]:
+        plan = plan_of(readers, batch, accumulation, rank, world, shuffle_shards=shuffle_shards, views=views)
+        assert plan.steps_per_epoch == steps
+        return rows_of(list(plan.training(progress, 2)))
+
+    alone = share(0, 1, 1)
+    assert len(alone) == (2 * steps - progress.step) * batch
+    for world in (1, 2, 3):
+        assert interleaved([share(rank, world, accumulation) for rank in range(world)], batch) == alone
+
+
+def test_every_id_comes_once_an_epoch_bar_the_tail_which_differs(readers: dict[str, SplitReader]) -> None:
+    plan = plan_of(readers, batch=6)
+    known = set(readers["train"].samples["id"].tolist())
+    left_out = []
+    for epoch in range(4):
+        ids = [row[0] for row in rows_of(list(plan.training(Progress(6, step=6 * epoch), epoch + 1)))]
+        assert len(ids) == len(set(ids)) == 36
+        left_out.append(known - set(ids))
+    assert len(set.union(*left_out)) > 1
+
+
+def test_micro_batches_are_consecutive_parts_of_the_ranks_rows(readers: dict[str, SplitReader]) -> None:
+    whole = next(plan_of(readers, batch=12, rank=1, world=2).training(Progress(3), 1))
+    parts = plan_of(readers, batch=12, accumulation=3, rank=1, world=2).training(Progress(3), 1)
+    first = [next(parts) for _ in range(3)]
+    assert [len(part.rows_B) for part in first] == [2, 2, 2]
+    assert np.concatenate([part.rows_B for part in first]).tolist() == whole.rows_B.tolist()
+
+
+def test_labels_and_encoded_images_are_those_of_the_ids(readers: dict[str, SplitReader]) -> None:
+    request = next(plan_of(readers, encoded=True).training(Progress(6), 1))
+    samples = readers["train"].samples
+    labels = readers["train"].labels_by_id()
+    assert request.labels_B.tolist() == [labels[number] for number in request.ids_B.tolist()]
+    for row, number, encoded in zip(request.rows_B, request.ids_B.tolist(), request.encoded, strict=True):
+        assert samples[row]["id"] == number
+        assert encoded[:3].tobytes() == b"\xff\xd8\xff"
+        assert len(encoded) == samples[row]["size"]
+
+
+@pytest.mark.parametrize(("views", "same"), [(None, False), (2, True)])
+def test_views_take_turns(readers: dict[str, SplitReader], views: int | None, same: bool) -> None:
+    plan = plan_of(readers, views=views)
+    epochs = [rows_of(list(plan.training(Progress(6, step=6 * epoch), epoch + 1))) for epoch in range(4)]
+    looks = [{row[0]: row for row in rows} for rows in epochs]
+
+    def agree(one: int, other: int) -> bool:
+        both = looks[one].keys() & looks[other].keys()
+        return all(looks[one][number] == looks[other][number] for number in both)
+
+    assert agree(0, 2) == agree(1, 3) == same
+    assert not agree(0, 1)
+    assert epochs[0] != epochs[2]  # the order is another one, whatever the views
+
+
+@quick
+@given(world=st.integers(1, 4), validation_batch=st.integers(1, 12))
+def test_validation_holds_each_image_once_in_equally_many_batches_of_every_rank(
+    readers: dict[str, SplitReader], world: int, validation_batch: int
+) -> None:
+    shares = []
+    for rank in range(world):
+        plan = plan_of(readers, batch=12, rank=rank, world=world)
+        config = plan.config.model_copy(update={"validation_batch": validation_batch})
+        shares.append(list(Plan(config, readers, 12, 1, 3, rank, world, encoded=False).validation()))
+    sizes = [[len(request.rows_B) for request in share] for share in shares]
+    assert sizes == [sizes[0]] * world
+    rows = [row for share in shares for row in rows_of(share)]
+    real = [row for row in rows if row[0] != -1]
+    assert sorted(row[0] for row in real) == sorted(readers["val"].samples["id"].tolist())
+    labels = readers["val"].labels_by_id()
+    assert all(row[1] == labels[row[0]] for row in real)
+    assert all(row[1] == -1 for row in rows if row[0] == -1)
+    assert len(rows) - len(real) == -len(real) % world
+
+
+def test_columns_are_asked_for_ids_and_view_on_another_thread_and_travel(readers: dict[str, SplitReader]) -> None:
+    asked: list[tuple[list[int], int, int]] = []
+    table = np.arange(2 * 60, dtype=np.float16).reshape(60, 2)
+    table.flags.writeable = False  # as a memory-mapped cache is
+
+    def columns(ids: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        asked.append((ids.tolist(), view, threading.get_ident()))
+        return {"logits": table[ids], "row": ids[:, None].astype(np.int32)}
+
+    plan = plan_of(readers, columns=columns, views=2)
+    requests = list(read_ahead(plan.training(Progress(6, step=18), 4), 2))
+    assert [ids for ids, _, _ in asked] == [request.ids_B.tolist() for request in requests]
+    assert {view for _, view, _ in asked} == {1}
+    assert threading.get_ident() not in {thread for _, _, thread in asked}
+    for request in requests:
+        np.testing.assert_array_equal(request.extra["logits"].numpy(), table[request.ids_B])
+        assert request.extra["row"].flatten().tolist() == request.ids_B.tolist()
+
+
+def numbers(produced: list[int], fail_at: int = 1000) -> Generator[int, None, None]:
+    for number in range(20):
+        if number == fail_at:
+            raise KeyError("no such row")
+        produced.append(number)
+        yield number
+
+
+@pytest.mark.parametrize("depth", [1, 3, 50])
+def test_reading_ahead_keeps_order_and_depth(depth: int) -> None:
+    produced: list[int] = []
+    ahead = read_ahead(numbers(produced), depth)
+    seen = []
+    for number in ahead:
+        seen.append(number)
+        assert len(produced) <= len(seen) + depth
+    assert seen == list(range(20))
+
+
+def test_an_exception_of_the_reading_thread_comes_out_where_the_item_would_have() -> None:
+    seen = []
+    with pytest.raises(KeyError, match="no such row"):
+        seen.extend(read_ahead(numbers([], fail_at=7), 3))
+    ahead = read_ahead(numbers([], fail_at=7), 3)
+    assert [next(ahead) for _ in range(7)] == list(range(7))
+
+
+def test_closing_early_ends_the_thread_and_the_source() -> None:
+    before = threading.active_count()
+    source = numbers([])
+    ahead = read_ahead(source, 2)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    assert threading.active_count() == before + 1
+    ahead.close()
+    assert threading.active_count() == before
+    assert list(source) == []
