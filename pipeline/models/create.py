@@ -1,0 +1,47 @@
+"""Networks by name: torchvision's classifiers first, the project's own second, a user's factory by its path."""
+
+from __future__ import annotations
+
+import importlib
+from difflib import get_close_matches
+
+import torchvision.models
+from torch import nn
+
+from pipeline.models import cifar_resnet, mobilenet_v1
+
+OWN = {**cifar_resnet.MODELS, **mobilenet_v1.MODELS}
+
+
+def known_models() -> list[str]:
+    """Return the names ``create_model`` knows, torchvision's first."""
+    return [*torchvision.models.list_models(torchvision.models), *OWN]
+
+
+def create_model(name: str, num_classes: int) -> nn.Module:
+    """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
+
+    ``name`` is one of ``known_models()``, or ``package.module:factory``, called as ``factory(num_classes=…)``.
+    Raises ValueError where there is no such network.
+    """
+    if ":" in name:
+        return _from_factory(name, num_classes)
+    if name in OWN:
+        return OWN[name](num_classes)
+    if name in known_models():
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    near = get_close_matches(name, known_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give a torchvision name or package.module:factory"
+    raise ValueError(f"there is no model {name!r}; {hint}")
+
+
+def _from_factory(path: str, num_classes: int) -> nn.Module:
+    module_name, _, factory_name = path.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"no model factory at {path!r}: {error}") from error
+    model = factory(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{path!r} returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model

@@ -1,0 +1,76 @@
+"""BatchNorm folded into the convolution before it, in the module tree: a traced copy would lose the hooks.
+
+A convolution and a BatchNorm are a pair only where one forward shows it: each ran once, the BatchNorm took exactly the
+tensor that the convolution returned, and nothing else read that tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def fold_batchnorms(model: nn.Module, images_BCHW: Tensor, *, spared: Collection[nn.Module] = ()) -> int:
+    """Fold BatchNorms of ``model``, in evaluation mode, in place; return how many became ``nn.Identity``.
+
+    ``images_BCHW`` is any batch of the network's size. Modules in ``spared``, such as those that hooks watch, stay.
+    """
+    probe = _Probe()
+    hooks = register_module_forward_pre_hook(probe.before), register_module_forward_hook(probe.after)
+    with torch.no_grad(), hooks[0], hooks[1], probe:
+        model(images_BCHW)
+    pairs = {bn: conv for conv, bn in probe.pairs() if conv not in spared and bn not in spared}
+    for bn, conv in pairs.items():
+        _fold(conv, bn)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in pairs:
+                setattr(parent, name, nn.Identity())
+    return len(pairs)
+
+
+class _Probe(TorchDispatchMode):
+    """Watches one forward: which convolution made a tensor, which BatchNorm took it, how many operations read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Counter[nn.Module]()
+        # Tensors go by id; keeping those that convolutions made keeps their ids from being used again.
+        self.made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+        self.taken: list[tuple[int, nn.BatchNorm2d]] = []
+        self.reads = Counter[int]()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls[module] += 1
+        if isinstance(module, nn.BatchNorm2d) and not module.training and module.running_mean is not None:
+            self.taken += [(id(x), module) for x in args if id(x) in self.made]
+
+    def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Conv2d):
+            self.made[id(output)] = (module, output)
+            self.reads[id(output)] = 0  # whatever had this id before is gone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Return the convolutions whose output had one reader, a BatchNorm, both having run once."""
+        candidates = [(self.made[key][0], bn) for key, bn in self.taken if self.reads[key] == 1]
+        return [(conv, bn) for conv, bn in candidates if self.calls[conv] == self.calls[bn] == 1]
+
+
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )

@@ -1,0 +1,89 @@
+"""Weights from a file, or torchvision's published ones, into a network of exactly that architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.models
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.hub import load_state_dict_from_url
+
+FILES = (".pt", ".pth", ".safetensors")
+# Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it.
+COUNTER = "num_batches_tracked"
+
+
+def load_weights(model: nn.Module, source: str, name: str) -> None:
+    """Load ``source`` into ``model``: a ``.pt``, ``.pth`` or ``.safetensors`` file, or torchvision's for ``name``.
+
+    The file holds a state dict, maybe under ``state_dict`` and maybe with DDP's ``module.`` before each key. Raises
+    ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another architecture.
+    """
+    state = _read_file(Path(source)) if source.endswith(FILES) else _published(name, source)
+    _check_fit(model, state, source, name)
+    model.load_state_dict(state, strict=True)
+
+
+def _read_file(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such weights file")
+    read = load_file if path.suffix == ".safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        found = read(path)
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        kind = type(error).__name__
+        raise ValueError(f"{path}: cannot be read as tensors ({kind}); save model.state_dict() there") from error
+    return _plain(found, path)
+
+
+def _plain(found: Any, path: Path) -> Mapping[str, Tensor]:
+    """Return the state dict inside what a file holds, with plain keys."""
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path}: expected tensors by name, a state dict; save model.state_dict() there")
+    if found and all(key.startswith("module.") for key in found):
+        return {key.removeprefix("module."): value for key, value in found.items()}
+    return found
+
+
+def _published(name: str, weights_name: str) -> Mapping[str, Tensor]:
+    files = f"give a file ({', '.join(FILES)})"
+    try:
+        published = torchvision.models.get_model_weights(name).__members__
+    except ValueError:
+        raise ValueError(f"{weights_name}: torchvision has no weights of {name!r}; {files}") from None
+    if weights_name not in published:
+        raise ValueError(f"{weights_name}: no weights of {name}; torchvision has {', '.join(published)}; or {files}")
+    weights = published[weights_name].value
+    try:
+        return load_state_dict_from_url(
+            weights.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{weights_name} of {name}: no download from {weights.url} ({reason}); {files}") from error
+
+
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
+    """Raise ValueError unless ``state`` has the keys and shapes of ``model``."""
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
+    unexpected = [key for key in state if key not in wanted]
+    reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    head = list(wanted)[-1].rpartition(".")[0]
+    if reshaped and not (missing or unexpected) and all(key.startswith(f"{head}.") for key in reshaped):
+        theirs, ours = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
+        raise ValueError(f"{source}: the weights have {theirs} classes, the network has {ours}, as many as the shards")
+    problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
+    problems += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
+    if reshaped:
+        theirs, ours = tuple(state[reshaped[0]].shape), tuple(wanted[reshaped[0]].shape)
+        problems += [f"{len(reshaped)} of another shape (first {reshaped[0]}: {theirs}, expected {ours})"]
+    if problems:
+        raise ValueError(f"{source}: weights of another architecture than {name}: {'; '.join(problems)}")
