@@ -1,0 +1,195 @@
+"""What every loss is: a frozen config, the facts it is built from, and named parts.
+
+A file of this folder holds one pure function and one ``Loss``; its name is the loss's in a recipe. There is no list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, create_model
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.schedules import Ramp, ramp_factor
+
+
+class Taps(NamedTuple):
+    """The taps a loss reads, by canonical stage name, of each network. Logits always come and are not named here."""
+
+    student: frozenset[str] = frozenset()
+    teacher: frozenset[str] = frozenset()
+
+    def union(self, other: Taps) -> Taps:
+        """Return the taps that either asks for."""
+        return Taps(self.student | other.student, self.teacher | other.teacher)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one probe forward and the shards' manifest tell a loss at construction."""
+
+    num_classes: int
+    student_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of each student tap without the batch dimension, by tap name."""
+    teacher_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    id_count: int = 0
+    """One more than the largest training sample id: the rows of a bank indexed by id."""
+    labels_by_id: np.ndarray | None = None
+    """int64 [id_count]; −1 where no sample has that id."""
+    autocast: torch.dtype | None = None
+    """The recipe's autocast type, under which the convolutions of auxiliary modules run; None is none."""
+
+
+class Loss(nn.Module):
+    """A loss. Its auxiliary modules are its attributes, so they are moved, trained, saved and left out at export.
+
+    ``forward(student, teacher, batch)`` returns the unweighted parts by name. A loss that wraps another overrides
+    ``parts`` instead and calls the other's ``parts``.
+    """
+
+    class Config(BaseModel):
+        """Every loss's config has a weight and a ramp; a paper's constants have no defaults and stand in recipes."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+        weight: float = 1.0
+        ramp: Ramp | None = None
+
+        def taps(self) -> Taps:
+            """Return the taps this loss and those inside it read."""
+            return Taps()
+
+    scope: ClassVar[Literal["sample", "statistics", "batch"]] = "sample"
+    """What it needs of other ranks: nothing; sums, through ``parallel``; or all rows, gathered by the Distiller."""
+    needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.facts = facts
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return the unweighted scalar parts by name."""
+        raise NotImplementedError
+
+    def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return ``forward``'s parts × weight × ramp, computed in at least float32 with autocast off."""
+        with torch.autocast(student.logits_BK.device.type, enabled=False):
+            seen = promoted(teacher) if self.needs_teacher else teacher
+            return self.scaled(self(promoted(student), seen, batch), progress)
+
+    def scaled(self, parts: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
+        """Return ``parts`` × weight × ramp."""
+        factor = self.config.weight * ramp_factor(self.config.ramp, progress)
+        return {name: factor * value for name, value in parts.items()}
+
+
+def promoted(outputs: Outputs) -> Outputs:
+    """Return ``outputs`` with half-precision tensors in float32; float32 and float64 pass as they are."""
+
+    def promote(x: Tensor) -> Tensor:
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+    return Outputs(promote(outputs.logits_BK), {name: promote(x) for name, x in outputs.features.items()})
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss as a recipe names it: which class, with which config."""
+
+    name: str
+    loss: type[Loss]
+    config: Loss.Config
+
+    def build(self, facts: Facts) -> Loss:
+        """Return the loss."""
+        return self.loss(self.config, facts)
+
+    @property
+    def scopes(self) -> frozenset[str]:
+        """The scopes of this loss and of those it wraps."""
+        inner = [value for _, value in self.config if isinstance(value, LossSpec)]
+        return frozenset({self.loss.scope}).union(*(spec.scopes for spec in inner))
+
+
+def known_losses() -> list[str]:
+    """Return the names of the losses in this folder."""
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return sorted(name for name in names if not name.startswith("_") and _losses_of(f"{__package__}.{name}"))
+
+
+def find_loss(name: str) -> type[Loss]:
+    """Return the loss of that name: a file of this folder, or a user's own as ``package.module:Class``.
+
+    Raises ValueError where there is none.
+    """
+    if ":" in name:
+        path, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(path), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"no loss at {name!r}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Loss)):
+            raise ValueError(f"{name!r} is not a pipeline.losses.Loss")
+        return found
+    if name not in known_losses():
+        near = get_close_matches(name, known_losses(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known_losses())}"
+        raise ValueError(f"there is no loss {name!r}; {hint}")
+    (loss,) = _losses_of(f"{__package__}.{name}")
+    return loss
+
+
+def _losses_of(module_name: str) -> list[type[Loss]]:
+    """Return the losses a module defines (not those it imports): one in a loss file, none in a file of formulas."""
+    module = importlib.import_module(module_name)
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name]
+    return [value for value in own if issubclass(value, Loss)]
+
+
+def load_spec(name: str, config: Any) -> LossSpec:
+    """Return the spec of one ``name: {…}`` entry; a config error keeps its key's path."""
+    loss = find_loss(name)
+    # A one-field model, so that the loss's name stands in the path of an error below it.
+    entry = create_model("entry", entry=(loss.Config, ...))
+    entry.model_fields["entry"].validation_alias = name
+    entry.model_rebuild(force=True)
+    return LossSpec(name, loss, entry.model_validate({name: {} if config is None else config}).entry)  # type: ignore[attr-defined]
+
+
+def _load_inner(value: Any) -> LossSpec:
+    if isinstance(value, LossSpec):
+        return value
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError("expected exactly one loss, such as {kd: {temperature: 4.0}}")
+    ((name, config),) = value.items()
+    return load_spec(name, config)
+
+
+def _load_losses(value: Any) -> dict[str, LossSpec]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected losses by name, such as {ce: {}, kd: {temperature: 4.0}}")
+    return {name: config if isinstance(config, LossSpec) else load_spec(name, config) for name, config in value.items()}
+
+
+def _dump(spec: LossSpec) -> dict[str, Any]:
+    return {spec.name: spec.config.model_dump(mode="json", by_alias=True)}
+
+
+InnerLoss = Annotated[LossSpec, BeforeValidator(_load_inner), PlainSerializer(_dump)]
+"""A field of a loss's config that holds another loss: ``inner: {dkd: {…}}``."""
+
+Losses = Annotated[
+    dict[str, LossSpec],
+    BeforeValidator(_load_losses),
+    PlainSerializer(lambda specs: {name: value for spec in specs.values() for name, value in _dump(spec).items()}),
+]
+"""The recipe's ``losses``."""

@@ -1,0 +1,185 @@
+"""What holds of every loss. A new one is found by itself; it needs its recipe in configs/methods and an oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gloo_ranks import Ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import (
+    CLASSES,
+    PROGRESS,
+    Example,
+    config_of,
+    draws_of_the_global_batch,
+    every_loss,
+    example,
+    inputs_of,
+    oracle,
+    those_with,
+    with_global_statistics,
+)
+
+from pipeline.batch import Outputs
+from pipeline.losses._base import load_spec
+
+quick = settings(max_examples=15, derandomize=True, deadline=None)
+
+
+@every_loss
+def test_a_loss_equals_its_oracle_to_ten_digits(name: str):
+    case = example(name)
+    expected = oracle(name).parts(
+        load_spec(name, config_of(name)).config.model_dump(mode="json"), inputs_of(case, seed=3)
+    )
+    weight = case.loss.config.weight
+    found = case.parts(seed=3)
+    assert set(found) == set(expected)
+    for part, value in expected.items():
+        assert found[part].item() == pytest.approx(weight * value, rel=1e-10), part
+
+
+@every_loss
+def test_parts_are_finite_scalars_under_short_names(name: str):
+    for part, value in example(name, dtype=torch.float32).parts().items():
+        assert part.isidentifier()
+        assert value.shape == ()
+        assert value.isfinite()
+
+
+@every_loss
+def test_gradient_reaches_the_student_and_every_parameter_and_never_the_teacher(name: str):
+    case = example(name)
+    case.total().backward()
+    reached = [case.student.logits_BK] if not case.student.features else list(case.student.features.values())
+    for tensor in reached:
+        assert tensor.grad is not None
+        assert tensor.grad.abs().amax() > 0
+    for key, parameter in case.loss.named_parameters():
+        assert parameter.grad is not None, key
+        # A bias before a BatchNorm has a gradient that is zero.
+        assert parameter.ndim == 1 or parameter.grad.abs().amax() > 0, key
+    for tensor in (case.teacher.logits_BK, *case.teacher.features.values()):
+        assert tensor.grad is None
+
+
+@every_loss
+def test_gradient_is_exact(name: str):
+    case = example(name, rows=3)
+
+    def total(*_: torch.Tensor) -> torch.Tensor:
+        return case.total()
+
+    tensors = [case.student.logits_BK, *case.student.features.values()]
+    assert torch.autograd.gradcheck(total, tensors, fast_mode=len(tensors) > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@every_loss
+def test_logits_of_a_thousand_in_half_stay_finite(name: str, dtype: torch.dtype, autocast: torch.dtype | None):
+    case = example(name, dtype=dtype, autocast=autocast, scale=1000.0)
+    for _ in range(2):
+        total = case.total()
+        assert total.dtype == torch.float32
+        assert total.isfinite()
+    total.backward()
+    for tensor in case.student_tensors():
+        assert tensor.grad is None or tensor.grad.isfinite().all()
+
+
+@every_loss
+def test_state_survives_saving_and_loading(name: str):
+    case, other = example(name), example(name, seed=1)
+    other.loss.load_state_dict(case.loss.state_dict(), strict=True)
+    again = case._replace(loss=other.loss)
+    assert {k: v.item() for k, v in again.parts().items()} == {k: v.item() for k, v in case.parts().items()}
+
+
+@every_loss
+def test_the_same_seed_repeats_the_loss_bit_for_bit(name: str):
+    case = example(name, dtype=torch.float32)
+    assert case.total(seed=5).item() == case.total(seed=5).item()
+
+
+@those_with("vanishes at the teacher")
+@quick
+@given(seed=st.integers(0, 1000), scale=st.floats(0.01, 30))
+def test_a_loss_vanishes_where_the_student_equals_the_teacher(name: str, seed: int, scale: float):
+    case = example(name, scale=scale, seed=seed)
+    equal = case._replace(student=Outputs(case.teacher.logits_BK.detach().clone().requires_grad_(), {}))
+    total = equal.total()
+    total.backward()
+    assert total.item() == pytest.approx(0, abs=1e-12)
+    assert equal.student.logits_BK.grad is not None
+    assert equal.student.logits_BK.grad.abs().amax() < 1e-12
+
+
+@those_with("never negative")
+@quick
+@given(seed=st.integers(0, 1000), scale=st.floats(0.01, 30), rows=st.integers(1, 9))
+def test_a_loss_is_never_negative(name: str, seed: int, scale: float, rows: int):
+    assert example(name, scale=scale, seed=seed, rows=rows).total().item() > -1e-12
+
+
+def shifted(case: Example, shift: torch.Tensor) -> Example:
+    return case._replace(
+        student=case.student._replace(logits_BK=case.student.logits_BK + shift),
+        teacher=case.teacher._replace(logits_BK=case.teacher.logits_BK - 2 * shift),
+    )
+
+
+@those_with("ignores a shift of the logits")
+@quick
+@given(seed=st.integers(0, 1000), shift=st.floats(-100, 100))
+def test_a_loss_ignores_a_shift_of_a_rows_logits(name: str, seed: int, shift: float):
+    case = example(name, seed=seed)
+    moved = shifted(case, shift * torch.arange(6, dtype=torch.float64).unsqueeze(1))
+    assert moved.total().item() == pytest.approx(case.total().item(), rel=1e-9)
+
+
+@those_with("ignores a shift of a class")
+@quick
+@given(seed=st.integers(0, 1000), shift=st.floats(-100, 100))
+def test_a_loss_ignores_a_shift_of_a_class_over_the_batch(name: str, seed: int, shift: float):
+    case = example(name, seed=seed)
+    moved = shifted(case, shift * torch.arange(CLASSES, dtype=torch.float64))
+    assert moved.total().item() == pytest.approx(case.total().item(), rel=1e-9)
+
+
+@those_with("ignores the order of rows")
+@quick
+@given(seed=st.integers(0, 1000), order=st.permutations(range(6)))
+def test_a_loss_ignores_the_order_of_rows(name: str, seed: int, order: list[int]):
+    case = example(name, seed=seed)
+    total = case.at(order).total()
+    assert total.item() == pytest.approx(case.total().item(), rel=1e-12)
+
+
+def loss_of_a_rank(rank: int, world: int, name: str) -> dict[str, torch.Tensor]:
+    """Return this rank's loss and the gradients that DDP would give, each for the loss of all ranks."""
+    case = example(name, with_global_statistics(load_spec(name, config_of(name))), rows=8)
+    own = case.at(list(range(8 * rank // world, 8 * (rank + 1) // world)))
+    torch.manual_seed(0)
+    with draws_of_the_global_batch(rank, world):
+        total = torch.stack(list(own.loss.parts(own.student, own.teacher, own.batch, PROGRESS).values())).sum() / world
+    total.backward()
+    rows = {f"row {i}": x.grad for i, x in enumerate(own.student_tensors()) if x.grad is not None}
+    return {
+        "total": total.detach(),
+        **rows,
+        **{k: p.grad for k, p in own.loss.named_parameters() if p.grad is not None},
+    }
+
+
+@every_loss
+def test_two_ranks_equal_one_in_loss_and_gradient(name: str, ranks: Ranks):
+    if "batch" in load_spec(name, config_of(name)).scopes:
+        pytest.skip("its rows are gathered by the Distiller")
+    one = loss_of_a_rank(0, 1, name)
+    first, second = ranks(loss_of_a_rank, name)
+    assert set(first) == set(second) == set(one)
+    for key, expected in one.items():
+        both = torch.cat([first[key], second[key]]) if key.startswith("row ") else first[key] + second[key]
+        torch.testing.assert_close(both, expected, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
