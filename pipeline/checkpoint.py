@@ -1,0 +1,193 @@
+"""Checkpoints, whole or not there, and plain weights of the student.
+
+A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced and renamed:
+
+    distiller.safetensors    student, losses and auxiliary modules, of rank 0
+    buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
+    optimizer.pt  scaler.pt  ema.safetensors
+    state.json               progress, best accuracy, the journal's length, world size, format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline import parallel
+from pipeline.batch import Progress
+from pipeline.distiller import Distiller
+from pipeline.ema import EMA
+from pipeline.recipe import Checkpoints as Config
+from pipeline.recipe import RecipeError, Stop
+
+FORMAT = "ddp"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation accuracy so far, in percent, and its epoch (counted from 1)."""
+
+    top1: float = -1.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is: what a checkpoint holds besides tensors."""
+
+    progress: Progress
+    best: Best = field(default_factory=Best)
+    journal_bytes: int = 0
+
+
+class Checkpoints:
+    """Saves and restores a run, and keeps the last ``keep`` checkpoints."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        accelerator: Accelerator,
+        distiller: Distiller,
+        optimizer: Any,
+        ema: EMA | None,
+    ) -> None:
+        self.config = config
+        self.folder = folder / "checkpoints"
+        self.accelerator = accelerator
+        self.distiller = distiller
+        self.optimizer = optimizer
+        self.ema = ema
+
+    def due(self, progress: Progress) -> bool:
+        """Whether the run is to be saved after this step."""
+        every_steps, every_epochs = self.config.every_steps, self.config.every_epochs
+        if every_steps and progress.step % every_steps == 0:
+            return True
+        return bool(every_epochs) and progress.epoch_ended and progress.epoch % every_epochs == 0
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint; every rank calls it at the same step."""
+        final = self.folder / f"step-{state.progress.step}"
+        temporary = self.folder / f".tmp-{final.name}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        _save_tensors(dict(self.distiller.named_buffers()), temporary / f"buffers-{parallel.rank()}.safetensors")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._write(temporary, state)
+            temporary.rename(final)
+            _fsync(self.folder)
+            for old in self._steps()[: -self.config.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, state: State) -> None:
+        _save_tensors(self.distiller.state_dict(), folder / "distiller.safetensors")
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        if self.accelerator.scaler is not None:
+            torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+        if self.ema is not None:
+            _save_tensors(self.ema.state_dict(), folder / "ema.safetensors")
+        facts = {"format": FORMAT, "world_size": parallel.world_size()}
+        (folder / "state.json").write_text(json.dumps({**asdict(state), **facts}, indent=2) + "\n")
+        for path in [*folder.iterdir(), folder]:
+            _fsync(path)
+
+    def load(self, steps_per_epoch: int) -> State:
+        """Restore the newest checkpoint and return its state; a fresh state if there is none.
+
+        Raises RecipeError for a checkpoint of another format.
+        """
+        steps = self._steps()
+        if not steps:
+            return State(Progress(steps_per_epoch))
+        folder = steps[-1]
+        saved = json.loads((folder / "state.json").read_text())
+        if saved["format"] != FORMAT:
+            raise RecipeError(
+                f"{folder}: its format is {saved['format']} and this run's is {FORMAT}; continue it as it began"
+            )
+        self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        self._load_buffers(folder, saved["world_size"])
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
+        return State(Progress(**saved["progress"]), Best(**saved["best"]), saved["journal_bytes"])
+
+    def _load_buffers(self, folder: Path, world_size: int) -> None:
+        """Restore this rank's buffers; on another number of ranks start from the mean of those that were."""
+        ranks = [parallel.rank()] if world_size == parallel.world_size() else range(world_size)
+        files = [load_file(folder / f"buffers-{rank}.safetensors") for rank in ranks]
+        for name, buffer in self.distiller.named_buffers():
+            stack = torch.stack([file[name] for file in files])
+            buffer.copy_(stack.mean(0) if stack.is_floating_point() else stack[0])
+
+    def _steps(self) -> list[Path]:
+        """Return the whole checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+class Stopping:
+    """Whether to end this command before the run is over: ``stop:``, or a signal that a scheduler sent to any rank."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, stop: Stop, poll_steps: int) -> None:
+        self.stop = stop
+        self.poll_steps = poll_steps
+        self.began = time.monotonic()
+        self.noticed = False
+        for number in self.SIGNALS:
+            signal.signal(number, self._notice)
+
+    def _notice(self, _number: int, _frame: FrameType | None) -> None:
+        self.noticed = True
+
+    def due(self, progress: Progress) -> str | None:
+        """Return why to stop after this step, the same on every rank; None to go on."""
+        if self.stop.epoch is not None and progress.fraction >= self.stop.epoch:
+            return f"stop.epoch={self.stop.epoch}"
+        if self.stop.steps is not None and progress.step >= self.stop.steps:
+            return f"stop.steps={self.stop.steps}"
+        if progress.step % self.poll_steps == 0 or parallel.world_size() == 1:
+            late = self.stop.minutes is not None and time.monotonic() - self.began >= 60 * self.stop.minutes
+            if parallel.any_rank(self.noticed or late):
+                return "a signal to stop" if self.noticed else f"stop.minutes={self.stop.minutes}"
+        return None
+
+
+def export_student(model: nn.Module, path: Path) -> None:
+    """Write the plain weights of ``model``, which load into the same architecture with ``strict=True``."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    _save_tensors(model.state_dict(), temporary)
+    _fsync(temporary)
+    temporary.rename(path)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

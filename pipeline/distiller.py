@@ -1,0 +1,32 @@
+"""The one trainable module: the student, the losses and the losses' auxiliary modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.guard import poisoned
+from pipeline.losses._base import Facts, LossSpec
+from pipeline.taps import FeatureTaps
+
+
+class Distiller(nn.Module):
+    """Student + losses. All trainable work is inside ``forward``, as DDP and ZeRO need it; the teacher is outside."""
+
+    def __init__(self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts) -> None:
+        super().__init__()
+        self.student = student
+        # A module's name may not hold a dot; a user's loss is named package.module:Class.
+        self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})
+
+    def forward(self, batch: Batch, teacher: Outputs | None, progress: Progress) -> dict[str, Tensor]:
+        """Return the weighted parts as ``loss`` or ``loss/part``, ``total``, their sum, and ``top1`` in percent."""
+        student = self.student(batch.images_BCHW)
+        parts: dict[str, Tensor] = {}
+        for name, loss in self.losses.items():
+            named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
+            parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
+        correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
+        total = poisoned(torch.stack(list(parts.values())).sum())
+        return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}

@@ -1,0 +1,127 @@
+"""Measure a student exactly: every validation image once, over any number of ranks.
+
+    python pipeline/evaluate.py runs/demo/seed-0 [weights=best]      the student of a run: last, best or ema
+    python pipeline/evaluate.py RECIPE weights=FILE [key=value …]    a weights file, in a recipe's network, on its data
+
+Prints top-1 and top-5 in percent; with ``teacher=yes`` also the teacher's, and how often the two agree.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline import parallel
+from pipeline.batch import Batch
+from pipeline.build import build_loader, build_student, build_teacher
+from pipeline.data.loader import Loader
+from pipeline.launch import create_accelerator, entry, use_all_cores
+from pipeline.models.weights import load_weights
+from pipeline.recipe import Recipe, RecipeError, load_recipe, split_words
+from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
+from pipeline.taps import FeatureTaps, evaluating
+from pipeline.teacher import Teacher
+
+OWN_WORDS = ("weights", "teacher")
+NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
+
+
+class Accuracy(NamedTuple):
+    """Exact accuracies over the validation split, in percent."""
+
+    top1: float
+    top5: float
+    samples: int
+
+
+def count_correct(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Return int64 [3]: right at first, right among the first five, rows. A padded row (label −1) counts nowhere."""
+    real_B1 = (labels_B >= 0)[:, None]
+    hits_B5 = (logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]) & real_B1
+    return torch.stack([hits_B5[:, 0].sum(), hits_B5.sum(), real_B1.sum()])
+
+
+@torch.no_grad()
+def accuracy(answer: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Accuracy:
+    """Return the accuracy of ``answer``, which gives logits [B, K], over all ranks' ``batches``."""
+    counts_3 = sum_over_ranks(count_correct(answer(batch), batch.labels_B) for batch in batches)
+    top1, top5, samples = counts_3.tolist()
+    return Accuracy(100 * top1 / samples, 100 * top5 / samples, samples)
+
+
+def sum_over_ranks(counts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of integer ``counts`` of one shape, over all of them and all ranks; the host waits once."""
+    return parallel.all_reduce_sum(torch.stack(list(counts)).sum(0))
+
+
+def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accelerator) -> Accuracy:
+    """Return the accuracy of ``student`` in eval mode under the recipe's autocast.
+
+    BatchNorm statistics are the ranks' mean; the student's mode and its own statistics are afterwards what they were.
+    """
+    with evaluating(student), parallel.averaged_buffers(student), accelerator.autocast():
+        return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
+
+
+@torch.no_grad()
+def agreement(student: FeatureTaps, teacher: Teacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
+    """Return on how many of the validation images, in percent, student and teacher give the same class."""
+
+    def count(batch: Batch) -> Tensor:
+        same_B = student(batch.images_BCHW).logits_BK.argmax(1) == teacher(batch).logits_BK.argmax(1)
+        real_B = batch.labels_B >= 0
+        return torch.stack([(same_B & real_B).sum(), real_B.sum()])
+
+    with evaluating(student), accelerator.autocast():
+        same, samples = sum_over_ranks(map(count, batches)).tolist()
+    return 100 * same / samples
+
+
+def main(words: Sequence[str]) -> None:
+    """Evaluate what the command line names."""
+    own = {key: word.partition("=")[2] for word in words for key in OWN_WORDS if word.startswith(f"{key}=")}
+    target, overrides = split_words([word for word in words if word.partition("=")[0] not in OWN_WORDS])
+    folder = target if target.is_dir() else None
+    loaded = load_recipe(folder / RECIPE if folder else target, overrides)
+    prepare_shards(loaded)
+    weights = _weights_file(own.get("weights", "last"), folder or run_folder(loaded))
+    use_all_cores()
+    recipe = find_run(loaded).recipe
+    accelerator = create_accelerator(recipe)
+    loader = build_loader(recipe, accelerator.device, splits=("val",))
+    student = build_student(recipe, loader.num_classes).to(accelerator.device)
+    load_weights(student.model, str(weights), recipe.student.model)
+    result = evaluate(student, loader.validation(), accelerator)
+    accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")
+    if own.get("teacher") == "yes":
+        _report_teacher(recipe, loader, student, accelerator)
+
+
+def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
+    teacher = build_teacher(recipe, loader, accelerator.device)
+    if teacher is None:
+        raise RecipeError("teacher=yes: the recipe has no teacher")
+    result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
+    accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
+    accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")
+
+
+def _weights_file(name: str, folder: Path) -> Path:
+    file = folder / NAMED_WEIGHTS[name] if name in NAMED_WEIGHTS else Path(name)
+    if not file.is_file():
+        raise RecipeError(f"weights: there is no file {file}; train the run first, or give weights=FILE")
+    return file
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,144 @@
+"""What a run writes down: JSON lines, trackers and a progress bar.
+
+A line of ``journal.jsonl`` holds one step's own values; what depends on the machine stands under ``timing``. The loss
+trace of a run is every line without ``timing``, and is the same however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import parallel
+from pipeline.batch import Progress
+from pipeline.recipe import Recipe
+
+Item = TypeVar("Item")
+
+
+class Journal:
+    """Keeps the loss parts of a step on the device and writes every ``every_steps``-th; the host waits only then."""
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, total_steps: int, track: Callable[[dict[str, float], int], None]
+    ) -> None:
+        self.path = folder / "journal.jsonl"
+        self.every_steps = recipe.journal.every_steps
+        self.batch = recipe.batch
+        self.total_steps = total_steps
+        self.track = track
+        self.main = parallel.is_main()
+        self.sums: dict[str, Tensor] = {}
+        self.micro_batches = 0
+        self.bar: tqdm[Any] | None = None
+        self.images = self.seconds = 0.0
+        """Images trained on by this process and the time that took, evaluations left out."""
+
+    @contextmanager
+    def writing(self, progress: Progress, length: int) -> Iterator[None]:
+        """Open the journal, cut at ``length`` bytes, where the resumed checkpoint left it, and start the clock."""
+        self._restart_clock(progress.step)
+        if not self.main:
+            yield
+            return
+        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
+        with self.path.open("a") as self.file, bar as self.bar:
+            self.file.truncate(length)
+            self.file.seek(length)
+            yield
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far, all of them on disk."""
+        if not self.main:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
+        """Yield what ``stream`` yields, and count the time it was waited for."""
+        while True:
+            before = time.perf_counter()
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - before
+            yield item
+
+    def observe(self, losses: dict[str, Tensor]) -> None:
+        """Add the loss parts of a micro-batch to its step's."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.micro_batches += 1
+
+    def due(self, progress: Progress) -> bool:
+        """Whether the step that ended at ``progress`` is written down."""
+        return progress.step % self.every_steps == 0 or progress.step == 1 or progress.step == self.total_steps
+
+    def record(self, progress: Progress, rate: float, gradient_norm: Tensor) -> None:
+        """Close a step, and write it down if it is due; then every rank takes part."""
+        sums, self.sums, micro_batches, self.micro_batches = self.sums, {}, self.micro_batches, 0
+        if not self.due(progress):
+            return
+        means = torch.stack([*(value / micro_batches for value in sums.values()), gradient_norm])
+        values = dict(zip([*sums, "gradient_norm"], parallel.all_reduce_mean(means).tolist(), strict=True))
+        timing = self._timing(progress.step)
+        place = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
+        self._write({**place, "rate": rate, **values, "timing": timing}, progress.step)
+        if self.bar is not None:
+            speed, wait = timing["images_per_second"], timing["data_wait"]
+            told = f"loss {values['total']:.3f} top1 {values['top1']:.1f} {speed:.0f} img/s wait {wait:.0%}"
+            self.bar.set_postfix_str(told, refresh=False)
+            self.bar.update(progress.step - self.bar.n)
+
+    @contextmanager
+    def pause(self, progress: Progress) -> Iterator[None]:
+        """Leave what happens inside out of the training rates."""
+        self._timing(progress.step)
+        yield
+        self._restart_clock(progress.step)
+
+    def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
+        """Write down an evaluation."""
+        self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
+        if self.main:
+            tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
+
+    def _write(self, line: dict[str, Any], step: int) -> None:
+        if not self.main:
+            return
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        flat = {**line, **{f"timing/{name}": value for name, value in line.get("timing", {}).items()}}
+        self.track({name: value for name, value in flat.items() if isinstance(value, float)}, step)
+
+    def _restart_clock(self, step: int) -> None:
+        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), step
+
+    def _timing(self, step: int) -> dict[str, float]:
+        seconds, images, waited = time.perf_counter() - self.since, (step - self.since_step) * self.batch, self.waited
+        self._restart_clock(step)
+        self.images += images
+        self.seconds += seconds
+        return {"images_per_second": round(images / seconds, 1), "data_wait": round(waited / seconds, 4)}
+
+    @property
+    def images_per_second(self) -> float:
+        """Training rate of this process's share of the run."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def trace(path: Path) -> list[dict[str, Any]]:
+    """Return a run's loss trace: the journal's lines without ``timing``."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]

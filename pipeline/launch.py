@@ -1,0 +1,74 @@
+"""What every entry point does before its own work: one-line errors, all cores, the promised Accelerator."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.runs import world_size_asked
+
+
+def entry(main: Callable[[Sequence[str]], None]) -> None:
+    """Run an entry point on the command line's words; what a user can mend ends in one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("PIPELINE_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def use_all_cores() -> None:
+    """Give one process on a CPU every core it may use: Accelerate's launcher sets OMP_NUM_THREADS to 1."""
+    if world_size_asked() == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerator:
+    """Return the Accelerator of a recipe, with its trackers if there is a run ``folder``.
+
+    Raises RecipeError where the machine cannot do what is asked, or where the ranks do not see one another.
+    """
+    cpu = not torch.cuda.is_available()
+    if cpu and recipe.precision == "fp16":
+        raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        # The loader gives whole global batches, so accumulation never has to end early at a loader's end.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.accumulation, sync_with_dataloader=False
+        ),
+        step_scheduler_with_optimizer=False,
+        log_with=(list(recipe.journal.trackers) or None) if folder else None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)) if folder else None,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=recipe.accumulation == 1,
+                bucket_cap_mb=8,
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+        ],
+    )
+    if accelerator.num_processes != world_size_asked():
+        raise RecipeError(
+            f"the launcher started {world_size_asked()} ranks and each sees {accelerator.num_processes}; "
+            "on a CPU start them with torchrun --nproc_per_node N pipeline/train.py"
+        )
+    return accelerator

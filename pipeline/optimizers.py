@@ -1,0 +1,53 @@
+"""The one optimizer of the student and of the losses' auxiliary modules: its parameter groups and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, model_validator
+from torch import nn
+
+
+class Config(BaseModel):
+    """The recipe's ``optimizer``. The learning rate stands in ``schedule``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: NonNegativeFloat = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+    decay_norms_and_biases: bool = True
+    """False leaves weight decay off normalisation layers' parameters and off every bias."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Config:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: true needs momentum above 0")
+        return self
+
+
+def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
+    """Return SGD over every trainable parameter of ``module``.
+
+    Fused, because that step takes a ``found_inf`` flag on the device and then leaves weights and momentum alone.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    free = [] if config.decay_norms_and_biases else [p for p in parameters if p.ndim <= 1]
+    spared = {id(parameter) for parameter in free}
+    groups = [{"params": [p for p in parameters if id(p) not in spared]}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Give every parameter group the rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

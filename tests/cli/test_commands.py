@@ -1,0 +1,138 @@
+"""The commands of the README, as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.journal import trace
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "pipeline" / "train.py")
+BIN = Path(sys.executable).parent
+
+CE = """
+student: {model: cifar_resnet8}
+losses: {ce: {}}
+data: {path: shards, prepare: [shards/prepare_demo.py, --train, "60", --val, "20", --size, "24", --jobs, "1"], size: 16,
+       mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
+epochs: 3
+batch: 12
+schedule: {rate: 0.05}
+journal: {every_steps: 1}
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def run(*command: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**more), check=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is not the project's, with a recipe that stands on two others and on shards, none of them made."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "ce.yaml").write_text(CE + "folder: runs/ce\n")
+    (folder / "teacher.yaml").write_text(
+        "base: ce.yaml\nstudent: {model: cifar_resnet20}\nepochs: 1\nfolder: runs/teacher\n"
+    )
+    ddkd = yaml.safe_load((ROOT / "configs" / "methods" / "ddkd.yaml").read_text())["losses"]
+    own = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "compare": ["ce.yaml"], "losses": ddkd}
+    (folder / "ddkd.yaml").write_text(yaml.safe_dump({**own, "folder": "runs/ddkd"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def main_job(place: Path) -> subprocess.CompletedProcess[str]:
+    """The main job through Accelerate's launcher: it makes its shards, its teacher and the student to compare with."""
+    return run(str(BIN / "accelerate"), "launch", "--cpu", TRAIN, "ddkd.yaml", folder=place)
+
+
+def test_the_main_job_makes_what_it_stands_on_and_ends_with_a_table(
+    place: Path, main_job: subprocess.CompletedProcess[str]
+):
+    assert main_job.returncode == 0, main_job.stderr
+    table = main_job.stdout.splitlines()[-3:]
+    for row, name in zip(table, ("teacher", "ce", "ddkd"), strict=True):
+        result = json.loads((place / "runs" / name / "result.json").read_text())
+        assert f"{result['parameters']:,}" in row
+        assert f"{result['top1']:.2f}" in row
+        assert row.endswith(f"runs/{name}")
+    assert main_job.stdout.count("$ python pipeline/train.py") == 2
+    assert main_job.stdout.count("$ python shards/prepare_demo.py") == 1
+
+
+def test_a_killed_run_repeats_the_trace_of_one_that_was_not(place: Path, main_job: subprocess.CompletedProcess[str]):
+    command = [
+        sys.executable,
+        TRAIN,
+        "ddkd.yaml",
+        "folder=runs/killed",
+        "checkpoints={every_steps: 2, every_epochs: 0}",
+    ]
+    journal = place / "runs" / "killed" / "journal.jsonl"
+    dice = random.Random(time.time_ns())  # any step will do
+    for least in (1, 7):
+        with subprocess.Popen(
+            command, cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            lines = least + dice.randrange(5)
+            while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < lines):
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    assert run(*command, folder=place).returncode == 0
+    whole = place / "runs" / "ddkd"
+    assert trace(journal) == trace(whole / "journal.jsonl")
+    for name in ("student.safetensors", "student_best.safetensors"):
+        assert (place / "runs" / "killed" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_two_ranks_train_together_and_one_process_goes_on(place: Path, main_job: subprocess.CompletedProcess[str]):
+    words = [TRAIN, "ddkd.yaml", "folder=runs/two", "compare=null"]
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    done = run(*torchrun, *words, "stop.steps=7", folder=place)
+    assert done.returncode == 0, done.stderr
+    checkpoint = place / "runs" / "two" / "checkpoints" / "step-7"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert (state["world_size"], state["progress"]["samples_seen"]) == (2, 7 * 12)
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"buffers-0.safetensors", "buffers-1.safetensors"} <= files
+    done = run(sys.executable, *words, folder=place)
+    assert done.returncode == 0, done.stderr
+    lines = trace(place / "runs" / "two" / "journal.jsonl")
+    assert [line["step"] for line in lines if "total" in line] == list(range(1, 16))
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(place: Path, main_job: subprocess.CompletedProcess[str]):
+    command = [sys.executable, TRAIN, "ce.yaml", "folder=runs/signal", "epochs=40", "checkpoints.every_epochs=0"]
+    journal = place / "runs" / "signal" / "journal.jsonl"
+    with subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < 5):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate()
+    assert process.returncode == 0
+    assert "(a signal to stop); the same command continues" in told
+    (checkpoint,) = (place / "runs" / "signal" / "checkpoints").iterdir()
+    steps = [line["step"] for line in trace(journal) if "total" in line]
+    assert checkpoint.name == f"step-{steps[-1]}"
+
+
+def test_a_run_is_evaluated_by_its_folder(place: Path, main_job: subprocess.CompletedProcess[str]):
+    done = run(sys.executable, str(ROOT / "pipeline" / "evaluate.py"), "runs/ddkd", folder=place)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((place / "runs" / "ddkd" / "result.json").read_text())
+    assert f"top-1 {result['top1']:.2f}" in done.stdout

@@ -1,0 +1,130 @@
+"""Each ends before any work with one line that names the file and the key and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.models import create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+Train = Callable[..., None]
+
+
+def refused(train: Train, *words: str) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        train(*words)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_missing_folder_of_shards(run_train: Train):
+    message = refused(run_train, "ce.yaml", "data.path=nowhere")
+    assert "ce.yaml: data.path: there are no shards in 'nowhere'" in message
+    assert "prepare_imagenet.py" in message
+
+
+def test_a_shard_that_is_shorter_than_the_manifest_says(run_train: Train, shards: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    tar = next(copy.glob("train-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert str(tar) in refused(run_train, "ce.yaml", f"data.path={copy}")
+
+
+def test_a_batch_that_the_accumulation_does_not_divide(run_train: Train):
+    assert refused(run_train, "ce.yaml", "accumulation=5").startswith("batch: 12 does not divide by")
+
+
+def test_a_folder_that_holds_another_recipes_run(run_train: Train):
+    run_train("ce.yaml", "stop.steps=1")
+    message = refused(run_train, "ce.yaml", "seed=1", "batch=6")
+    assert "runs/ce: holds the run of another recipe (it differs in batch, seed)" in message
+
+
+def test_keys_that_are_no_part_of_the_run_may_change(run_train: Train):
+    run_train("ce.yaml", "stop.steps=1")
+    run_train("ce.yaml", "stop.steps=2", "journal.every_steps=2", "data.threads=1", "checkpoints.keep=5")
+
+
+def test_teacher_weights_of_another_architecture(run_train: Train, tmp_path: Path):
+    file = tmp_path / "resnet8.pt"
+    torch.save(create_model("cifar_resnet8", 20).state_dict(), file)
+    message = refused(
+        run_train,
+        "ddkd.yaml",
+        "compare=null",
+        "teacher.recipe=null",
+        "teacher.model=cifar_resnet20",
+        f"teacher.weights={file}",
+    )
+    assert str(file) in message
+    assert "another architecture than cifar_resnet20" in message
+
+
+def test_teacher_weights_of_another_number_of_classes(run_train: Train, tmp_path: Path):
+    file = tmp_path / "hundred.pt"
+    torch.save(create_model("cifar_resnet20", 100).state_dict(), file)
+    message = refused(
+        run_train,
+        "ddkd.yaml",
+        "compare=null",
+        "teacher.recipe=null",
+        "teacher.model=cifar_resnet20",
+        f"teacher.weights={file}",
+    )
+    assert "100 classes" in message
+
+
+def test_shards_whose_classes_are_not_the_teachers(run_train: Train, shards: Path, tmp_path: Path):
+    run_train("teacher.yaml")
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["classes"] = manifest["classes"][::-1]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "are not those that the teacher of" in refused(run_train, "ddkd.yaml", "compare=null", f"data.path={copy}")
+
+
+def test_half_precision_without_a_gpu(run_train: Train):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "precision: fp16 needs a GPU" in refused(run_train, "ce.yaml", "precision=fp16")
+
+
+def test_a_run_that_is_not_there_must_be_made_by_one_process_first(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(run_train, "ddkd.yaml")
+    assert "one process must make first: python pipeline/train.py" in message
+    assert "teacher.yaml" in message
+
+
+def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+    run_train("ce.yaml", "stop.steps=1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("pipeline.launch.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
+    assert "the launcher started 2 ranks and each sees 1" in refused(run_train, "ce.yaml")
+
+
+def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), "ce.yaml", "batsh=3"]
+    done = subprocess.run(
+        command,
+        cwd=recipes,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: command line: batsh: unknown key; did you mean 'batch'?"
+    assert done.stdout == ""

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.recipe import ROOT, RecipeError, dump_recipe, load_recipe, split_words
+
+MINIMAL = """
+student: {model: resnet18}
+teacher: {model: resnet34, weights: teacher.pt}
+losses: {ce: {}, kd: {temperature: 4.0, weight: 0.9}}
+data: {path: shards, loader: dali, size: 64, mean: [0.5, 0.5, 0.5], std: [0.2, 0.2, 0.2]}
+epochs: 3
+batch: 8
+schedule: {rate: 0.1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(recipe: Path):
+    loaded = load_recipe(
+        recipe, ["batch=16", "losses.kd.temperature=2", "schedule.rate=1e-4", "batch=32", "data.mean=[0.1,0.2,0.3]"]
+    ).recipe
+    assert (loaded.batch, loaded.schedule.rate, loaded.data.mean) == (32, 1e-4, (0.1, 0.2, 0.3))
+    assert loaded.losses["kd"].config.temperature == 2.0  # type: ignore[attr-defined]
+
+
+def test_a_resolved_recipe_reads_back_as_itself(recipe: Path, tmp_path: Path):
+    first = load_recipe(recipe, ["losses.kd.ramp={from: 1, linear_epochs: 5}"]).recipe
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(dump_recipe(first)))
+    assert dump_recipe(load_recipe(again).recipe) == dump_recipe(first)
+
+
+def test_bases_are_merged_in_order_and_null_deletes(recipe: Path, tmp_path: Path):
+    (tmp_path / "more.yaml").write_text("losses: {kd: null, dkd: {alpha: 1, beta: 2, temperature: 4}}\nclip: 5.0\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("base: [recipe.yaml, more.yaml]\nlosses: {dkd: {beta: 8}}\nclip: null\n")
+    loaded = load_recipe(child).recipe
+    assert list(loaded.losses) == ["ce", "dkd"]
+    assert loaded.losses["dkd"].config.model_dump(include={"alpha", "beta"}) == {"alpha": 1.0, "beta": 8.0}
+    assert loaded.clip is None
+
+
+def test_an_unknown_key_is_named_with_its_file_and_the_known_one(recipe: Path, tmp_path: Path):
+    assert refused(recipe, "losses.kd.temprature=3").endswith(
+        "command line: losses.kd.temprature: unknown key; did you mean 'temperature'?"
+    )
+    child = tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\nschedule: {rat: 0.1}\n")
+    assert refused(child).endswith("child.yaml: schedule.rat: unknown key; did you mean 'rate'?")
+    assert "did you mean 'batch'?" in refused(recipe, "batsh=3")
+    assert "did you mean 'threads'?" in refused(recipe, "data.thread=3")
+    assert "did you mean 'weights'?" in refused(recipe, "teacher.weigths=x")
+    assert "did you mean 'linear_epochs'?" in refused(recipe, "losses.kd.ramp={linear_epoch: 3}")
+
+
+def test_the_keys_of_a_nested_loss_are_checked_like_all_others(recipe: Path):
+    nested = "losses={perception: {eps: 1e-5, inner: {dkd: {alpha: 1, beta: 8, temperature: 4, gamma: 1}}}}"
+    assert "losses.perception.inner.dkd.gamma: unknown key; known here are" in refused(recipe, "losses.kd=null", nested)
+    assert "there is no loss 'dkdd'; did you mean 'dkd'?" in refused(recipe, "losses.dkdd={}")
+
+
+def test_a_wrong_type_says_what_was_given(recipe: Path):
+    assert refused(recipe, "batch=many").endswith(
+        "command line: batch: should be a valid integer, unable to parse string as an integer, got 'many'"
+    )
+    assert refused(recipe, "epochs=0").endswith("command line: epochs: should be greater than 0, got 0")
+    assert "precision" in refused(recipe, "precision=int8")
+
+
+def test_a_missing_key_is_named(recipe: Path):
+    assert refused(recipe, "schedule=null").endswith("schedule: this key is required")
+    assert refused(recipe, "losses.kd.temperature=null").endswith("losses.kd.temperature: this key is required")
+
+
+def test_a_loss_without_its_teacher_is_refused(recipe: Path):
+    assert "the loss 'kd' needs a teacher" in refused(recipe, "teacher=null")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("epochs: 3\nepochs: 4\n")
+    assert "the key 'epochs' stands twice" in refused(path)
+
+
+def test_bad_yaml_is_named_with_its_line(tmp_path: Path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("epochs: 3\nlosses: {ce: {}\nbatch: 3\n")
+    assert "bad.yaml: line " in refused(path)
+
+
+def test_a_recipe_that_is_not_there_is_one_line(tmp_path: Path):
+    assert "no such recipe" in refused(tmp_path / "none.yaml")
+    (tmp_path / "child.yaml").write_text("base: none.yaml\n")
+    assert "base: there is no file 'none.yaml' beside it" in refused(tmp_path / "child.yaml")
+
+
+def test_a_recipe_may_not_be_its_own_base(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    assert "its own base" in refused(tmp_path / "a.yaml")
+
+
+def test_a_recipe_names_others_relative_to_its_own_file(recipe: Path, tmp_path: Path):
+    folder = tmp_path / "students"
+    folder.mkdir()
+    (tmp_path / "pair.yaml").write_text(
+        "base: recipe.yaml\nteacher: {recipe: recipe.yaml, weights: null, model: null}\n"
+    )
+    (folder / "child.yaml").write_text("base: ../pair.yaml\ncompare: [../recipe.yaml]\n")
+    loaded = load_recipe(folder / "child.yaml").recipe
+    assert loaded.teacher is not None
+    assert (loaded.teacher.recipe, loaded.compare) == (str(recipe), (str(recipe),))
+    assert "another recipe is named that is not there" in refused(folder / "child.yaml", "teacher.recipe=gone.yaml")
+
+
+def test_the_command_line_is_a_recipe_and_overrides():
+    assert split_words(["a.yaml", "batch=3"]) == (Path("a.yaml"), ["batch=3"])
+    assert split_words(["batch=3"])[0] == ROOT / "configs" / "demo.yaml"
+    with pytest.raises(RecipeError, match="expected one recipe"):
+        split_words(["a.yaml", "b.yaml"])
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = [path for path in CONFIGS if f"pipeline/train.py {path.relative_to(ROOT)}" in path.read_text()]
+
+
+def test_every_file_beside_a_pair_says_its_command():
+    beside = {path for path in CONFIGS if (path.parent / "pair.yaml").is_file() and path.name != "pair.yaml"}
+    assert len(beside) >= 18
+    assert beside <= set(RECIPES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_recipe_loads(path: Path):
+    assert load_recipe(path).recipe.losses
