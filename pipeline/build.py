@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import NamedTuple
 
 import torch
@@ -15,16 +13,17 @@ from pipeline.losses._base import Facts
 from pipeline.models import create_model
 from pipeline.models.stages import stages
 from pipeline.models.weights import load_weights
-from pipeline.recipe import Recipe, RecipeError, load_recipe
-from pipeline.runs import STUDENT, Run, find_run
+from pipeline.recipe import Recipe, RecipeError, about
+from pipeline.runs import STUDENT, Run, find_run, load_dependency
 from pipeline.taps import FeatureTaps, tap_shapes
 from pipeline.teacher import Normalization, Teacher
+from shards.manifest import Manifest
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_loader(recipe: Recipe, device: torch.device, splits: tuple[str, ...] = ("train", "val")) -> Loader:
-    """Return this rank's loader."""
+def build_loader(recipe: Recipe, device: torch.device, splits: tuple[str, ...]) -> Loader:
+    """Return this rank's loader of those splits."""
     return create_loader(
         recipe.data,
         batch=recipe.batch,
@@ -37,41 +36,59 @@ def build_loader(recipe: Recipe, device: torch.device, splits: tuple[str, ...] =
     )
 
 
+def training_splits(manifest: Manifest) -> tuple[str, ...]:
+    """Return ``train`` and, where the shards have it, ``val``."""
+    return ("train", "val") if "val" in manifest.splits else ("train",)
+
+
 def build_student(recipe: Recipe, num_classes: int) -> FeatureTaps:
     """Return the student as the recipe's seed initialises it, with the taps its losses read."""
     torch.manual_seed(recipe.seed)
     config = recipe.student
-    model = create_model(config.model, num_classes)
-    return FeatureTaps(model, stages(model) | (config.stages or {}), recipe.taps.student)
+    with about("student.model"):
+        model = create_model(config.model, num_classes)
+    with about("student.stages"):
+        taps = FeatureTaps(model, stages(model) | (config.stages or {}), recipe.taps.student)
+    # The weights' layout is the images', or every gradient would be copied into DDP's buckets in another.
+    return taps.to(memory_format=layout(recipe))  # type: ignore[call-overload]
+
+
+def layout(recipe: Recipe) -> torch.memory_format:
+    """Return the memory format of images and weights."""
+    return torch.channels_last if recipe.data.channels_last else torch.contiguous_format
 
 
 def load_start(recipe: Recipe, student: FeatureTaps) -> None:
     """Load the weights that ``student.start`` names, if it does."""
     start = recipe.student.start
     if start is not None:
-        weights = start.weights or str(_run_of(start.recipe).folder / STUDENT)
-        load_weights(student.model, weights, recipe.student.model)
+        weights = start.weights or str(_finished(recipe, start.recipe).folder / STUDENT)
+        with about("student.start"):
+            load_weights(student.model, weights, recipe.student.model)
 
 
-def build_teacher(recipe: Recipe, loader: Loader, device: torch.device) -> Teacher | None:
+def build_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> Teacher | None:
     """Return the frozen teacher, or None for a recipe without one.
 
-    Raises RecipeError where it learned other classes than the shards'.
+    Raises RecipeError where its weights do not fit the network or the shards' classes.
     """
     config = recipe.teacher
     if config is None:
         return None
-    source = _teacher_source(recipe, loader)
-    model = create_model(source.model, loader.num_classes)
-    load_weights(model, source.weights, source.model)
-    given = Normalization(recipe.data.mean, recipe.data.std)
+    source = _teacher_source(recipe)
+    with about("teacher.model"):
+        model = create_model(source.model, manifest.num_classes)
+    with about("teacher.weights"):
+        load_weights(model, source.weights, source.model)
+    with about("teacher.stages"):
+        taps = FeatureTaps(model, stages(model) | (source.stages or {}), recipe.taps.teacher)
     return Teacher(
-        FeatureTaps(model, stages(model) | (source.stages or {}), recipe.taps.teacher),
+        taps,
         batch=config.batch or 1,
         image_size=recipe.data.size,
         dtype=config.torch_dtype(device),
         device=device,
-        given=given,
+        given=Normalization(recipe.data.mean, recipe.data.std),
         expected=Normalization(config.mean or source.normalization.mean, config.std or source.normalization.std),
         fold=config.fold,
     )
@@ -86,28 +103,26 @@ class _Source(NamedTuple):
     normalization: Normalization
 
 
-def _teacher_source(recipe: Recipe, loader: Loader) -> _Source:
+def _teacher_source(recipe: Recipe) -> _Source:
     config = recipe.teacher
     assert config is not None
     if config.recipe is None:
         assert config.model is not None
         assert config.weights is not None
         return _Source(config.model, config.weights, config.stages, Normalization(recipe.data.mean, recipe.data.std))
-    run = _run_of(config.recipe)
-    result = run.result or {}
-    if result.get("classes") != classes_sha256(loader):
-        raise RecipeError(
-            f"data.path: the classes of {recipe.data.path} are not those that the teacher of {config.recipe} learned; "
-            "prepare the shards with the same --classes, or train the teacher on these"
-        )
+    run = _finished(recipe, config.recipe)
     weights = config.weights or str(run.folder / STUDENT)
     student, data = run.recipe.student, run.recipe.data
     return _Source(student.model, weights, config.stages or student.stages, Normalization(data.mean, data.std))
 
 
-def _run_of(recipe: str | None) -> Run:
-    assert recipe is not None
-    return find_run(load_recipe(recipe))
+def _finished(recipe: Recipe, path: str | None) -> Run:
+    """Return the finished run of another recipe that ``recipe`` stands on."""
+    assert path is not None
+    run = find_run(load_dependency(recipe, path))
+    if run.result is None:
+        raise RecipeError(f"{run.folder} holds no finished run of {path}; make it: {run.command}")
+    return run
 
 
 def build_distiller(recipe: Recipe, loader: Loader, teacher: Teacher | None, device: torch.device) -> Distiller:
@@ -123,9 +138,5 @@ def build_distiller(recipe: Recipe, loader: Loader, teacher: Teacher | None, dev
         labels_by_id=loader.labels_by_id,
         autocast=AUTOCAST[recipe.precision],
     )
-    return Distiller(student, recipe.losses, facts).to(device)
-
-
-def classes_sha256(loader: Loader) -> str:
-    """Return what identifies the class names of the shards in the order of their labels."""
-    return hashlib.sha256(json.dumps(loader.manifest.classes).encode()).hexdigest()
+    distiller = Distiller(student, recipe.losses, facts).to(device)
+    return distiller.to(memory_format=layout(recipe))  # type: ignore[call-overload]

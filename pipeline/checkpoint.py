@@ -5,7 +5,7 @@ A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced 
     distiller.safetensors    student, losses and auxiliary modules, of rank 0
     buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
     optimizer.pt  scaler.pt  ema.safetensors
-    state.json               progress, best accuracy, the journal's length, world size, format
+    state.json               progress, the journal's length, world size, format
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ from pipeline.batch import Progress
 from pipeline.distiller import Distiller
 from pipeline.ema import EMA
 from pipeline.recipe import Checkpoints as Config
-from pipeline.recipe import RecipeError, Stop
+from pipeline.recipe import RecipeError
 
 FORMAT = "ddp"
 
@@ -45,10 +43,9 @@ class Best:
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is: what a checkpoint holds besides tensors."""
+    """Where a run is: what a checkpoint holds besides tensors. The best accuracy stands in the best weights' file."""
 
     progress: Progress
-    best: Best = field(default_factory=Best)
     journal_bytes: int = 0
 
 
@@ -93,7 +90,8 @@ class Checkpoints:
             temporary.rename(final)
             _fsync(self.folder)
             for old in self._steps()[: -self.config.keep]:
-                shutil.rmtree(old)
+                # Renamed first: a name without .tmp is always a whole checkpoint.
+                shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, state: State) -> None:
@@ -113,6 +111,9 @@ class Checkpoints:
 
         Raises RecipeError for a checkpoint of another format.
         """
+        if self.accelerator.is_main_process:
+            for left in self.folder.glob(".tmp-*"):
+                shutil.rmtree(left)
         steps = self._steps()
         if not steps:
             return State(Progress(steps_per_epoch))
@@ -129,7 +130,7 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
         if self.ema is not None:
             self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
-        return State(Progress(**saved["progress"]), Best(**saved["best"]), saved["journal_bytes"])
+        return State(Progress(**saved["progress"]), saved["journal_bytes"])
 
     def _load_buffers(self, folder: Path, world_size: int) -> None:
         """Restore this rank's buffers; on another number of ranks start from the mean of those that were."""
@@ -144,45 +145,27 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-class Stopping:
-    """Whether to end this command before the run is over: ``stop:``, or a signal that a scheduler sent to any rank."""
+def export_student(model: nn.Module, path: Path, best: Best | None = None) -> None:
+    """Write the plain weights of ``model``, which load into the same architecture with ``strict=True``.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, stop: Stop, poll_steps: int) -> None:
-        self.stop = stop
-        self.poll_steps = poll_steps
-        self.began = time.monotonic()
-        self.noticed = False
-        for number in self.SIGNALS:
-            signal.signal(number, self._notice)
-
-    def _notice(self, _number: int, _frame: FrameType | None) -> None:
-        self.noticed = True
-
-    def due(self, progress: Progress) -> str | None:
-        """Return why to stop after this step, the same on every rank; None to go on."""
-        if self.stop.epoch is not None and progress.fraction >= self.stop.epoch:
-            return f"stop.epoch={self.stop.epoch}"
-        if self.stop.steps is not None and progress.step >= self.stop.steps:
-            return f"stop.steps={self.stop.steps}"
-        if progress.step % self.poll_steps == 0 or parallel.world_size() == 1:
-            late = self.stop.minutes is not None and time.monotonic() - self.began >= 60 * self.stop.minutes
-            if parallel.any_rank(self.noticed or late):
-                return "a signal to stop" if self.noticed else f"stop.minutes={self.stop.minutes}"
-        return None
-
-
-def export_student(model: nn.Module, path: Path) -> None:
-    """Write the plain weights of ``model``, which load into the same architecture with ``strict=True``."""
+    ``best`` goes into the file's metadata, so that weights and accuracy never part.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
-    _save_tensors(model.state_dict(), temporary)
+    _save_tensors(model.state_dict(), temporary, {"best": json.dumps(asdict(best))} if best else None)
     _fsync(temporary)
     temporary.rename(path)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+def exported_best(path: Path) -> Best:
+    """Return the accuracy that ``export_student`` wrote with the best weights; none yet where there is no file."""
+    if not path.is_file():
+        return Best()
+    with safe_open(path, framework="pt") as file:
+        return Best(**json.loads(file.metadata()["best"]))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def _fsync(path: Path) -> None:

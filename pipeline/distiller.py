@@ -16,6 +16,11 @@ class Distiller(nn.Module):
 
     def __init__(self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts) -> None:
         super().__init__()
+        for name, spec in specs.items():
+            if "batch" in spec.scopes:
+                raise ValueError(
+                    f"losses.{name}: losses over the rows of all ranks (scope batch) are not supported yet"
+                )
         self.student = student
         # A module's name may not hold a dot; a user's loss is named package.module:Class.
         self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})

@@ -3,7 +3,7 @@
     python pipeline/evaluate.py runs/demo/seed-0 [weights=best]      the student of a run: last, best or ema
     python pipeline/evaluate.py RECIPE weights=FILE [key=value …]    a weights file, in a recipe's network, on its data
 
-Prints top-1 and top-5 in percent; with ``teacher=yes`` also the teacher's, and how often the two agree.
+Prints top-1 and top-5 in percent; with ``agreement=yes`` also the teacher's, and how often the two agree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, 
 from pipeline.taps import FeatureTaps, evaluating
 from pipeline.teacher import Teacher
 
-OWN_WORDS = ("weights", "teacher")
+OWN_WORDS = ("weights", "agreement")
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 
 
@@ -96,21 +96,20 @@ def main(words: Sequence[str]) -> None:
     prepare_shards(loaded)
     weights = _weights_file(own.get("weights", "last"), folder or run_folder(loaded))
     use_all_cores()
-    recipe = find_run(loaded).recipe
-    accelerator = create_accelerator(recipe)
-    loader = build_loader(recipe, accelerator.device, splits=("val",))
-    student = build_student(recipe, loader.num_classes).to(accelerator.device)
-    load_weights(student.model, str(weights), recipe.student.model)
+    accelerator = create_accelerator(loaded.recipe)
+    loader = build_loader(loaded.recipe, accelerator.device, ("val",))
+    student = build_student(loaded.recipe, loader.num_classes).to(accelerator.device)
+    load_weights(student.model, str(weights), loaded.recipe.student.model)
     result = evaluate(student, loader.validation(), accelerator)
     accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")
-    if own.get("teacher") == "yes":
-        _report_teacher(recipe, loader, student, accelerator)
+    if own.get("agreement", "no") == "yes":
+        _report_teacher(find_run(loaded).recipe, loader, student, accelerator)
 
 
 def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
-    teacher = build_teacher(recipe, loader, accelerator.device)
+    teacher = build_teacher(recipe, loader.manifest, accelerator.device)
     if teacher is None:
-        raise RecipeError("teacher=yes: the recipe has no teacher")
+        raise RecipeError("agreement=yes: the recipe has no teacher")
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
 
 GRADIENT = "the gradient"
+SMALLEST_SCALE = 2.0**-20
+"""A GradScaler's scale that no overflow of scaled gradients explains."""
 
 
 class NonFiniteError(ValueError):
@@ -31,6 +33,7 @@ class FiniteGuard:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.names: list[str] = []
+        self.scaler: torch.amp.GradScaler | None = None
         self.first_step_P = torch.empty(0, dtype=torch.int64, device=device)
 
     def watch(self, losses: dict[str, Tensor], step: int) -> None:
@@ -49,6 +52,7 @@ class FiniteGuard:
         no error.
         """
         if optimizer.scaler is not None:
+            self.scaler = optimizer.scaler
             return
         finite = torch.isfinite(gradient_norm.detach()).reshape(1)
         self._note(self.first_step_P[-1:], finite, step)
@@ -59,6 +63,8 @@ class FiniteGuard:
 
     def check(self) -> None:
         """Raise NonFiniteError if anything so far, on any rank, was not finite. Every rank calls it at one step."""
+        if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
         first_steps = parallel.all_reduce_min(self.first_step_P).tolist()
         step = min(first_steps, default=self.NEVER)
         if step < self.NEVER:

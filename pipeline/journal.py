@@ -7,6 +7,7 @@ trace of a run is every line without ``timing``, and is the same however often t
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -117,6 +118,10 @@ class Journal:
     def _write(self, line: dict[str, Any], step: int) -> None:
         if not self.main:
             return
+        # JSON has no infinity: the gradient of a step that a GradScaler skips.
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         flat = {**line, **{f"timing/{name}": value for name, value in line.get("timing", {}).items()}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +19,15 @@ from accelerate.utils import (
 )
 
 from pipeline.recipe import Recipe, RecipeError
-from pipeline.runs import world_size_asked
+from pipeline.runs import Unfinished, world_size_asked
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point on the command line's words; what a user can mend ends in one line and exit code 2."""
     try:
         main(sys.argv[1:])
+    except Unfinished as unfinished:
+        print(unfinished)
     except (ValueError, OSError) as error:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
@@ -46,6 +49,8 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     cpu = not torch.cuda.is_available()
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    # Accelerate has no field yet for the name that torch would rather have.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),

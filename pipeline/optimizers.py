@@ -37,7 +37,7 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
     free = [] if config.decay_norms_and_biases else [p for p in parameters if p.ndim <= 1]
     spared = {id(parameter) for parameter in free}
     groups = [{"params": [p for p in parameters if id(p) not in spared]}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=0.0,
         momentum=config.momentum,
@@ -45,6 +45,11 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if config.momentum:
+        # The fused step allocates momentum without filling it, and a first step that is skipped would leave it so.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from pipeline.data.loader import Config as Data
 from pipeline.ema import Config as Averaging
-from pipeline.losses._base import InnerLoss, Losses, Taps, find_loss
+from pipeline.losses._base import Losses, LossSpec, Taps, find_loss
 from pipeline.optimizers import Config as Optimizer
 from pipeline.schedules import Schedule
 from pipeline.teacher import Config as TeacherConfig
@@ -131,6 +132,15 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one line."""
 
 
+@contextmanager
+def about(place: str) -> Iterator[None]:
+    """Say in front of what a user got wrong inside where it was said: a file or a key."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
 @dataclass(frozen=True)
 class LoadedRecipe:
     """A recipe, and the file it came from."""
@@ -154,7 +164,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         return LoadedRecipe(Recipe.model_validate(tree), path)
     except ValidationError as error:
-        raise RecipeError(_one_line(error, origins, _shown(path))) from None
+        raise RecipeError(_one_line(error, origins, shown(path))) from None
 
 
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
@@ -178,7 +188,9 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(), _Yaml)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{_shown(path)}: line {line}: {error.problem}") from None
+        raise RecipeError(f"{shown(path)}: line {line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{shown(path)}: not a YAML file: {error}") from None
 
 
 # -- composition ------------------------------------------------------------------------------------------------------
@@ -204,24 +216,27 @@ def _existing(path: Path) -> Path:
     for candidate in (path, ROOT / path):
         if candidate.is_file():
             return candidate.resolve()
-    raise RecipeError(f"{path}: no such recipe; recipes stand under {_shown(ROOT / 'configs')}")
+    raise RecipeError(f"{path}: no such recipe; recipes stand under {shown(ROOT / 'configs')}")
 
 
 def _compose(path: Path, origins: dict[tuple[str, ...], str], above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
-        raise RecipeError(f"{_shown(path)}: base: the file is its own base, by way of {_shown(above[-1])}")
+        raise RecipeError(f"{shown(path)}: base: the file is its own base, by way of {shown(above[-1])}")
     own = read_yaml(path)
     if not isinstance(own, dict):
-        raise RecipeError(f"{_shown(path)}: expected a mapping of keys, got {type(own).__name__}")
+        raise RecipeError(f"{shown(path)}: expected a mapping of keys, got {type(own).__name__}")
     bases = own.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise RecipeError(f"{shown(path)}: base: expected a file or a list of files, got {bases!r}")
     tree: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         base_path = (path.parent / base).resolve()
         if not base_path.is_file():
-            raise RecipeError(f"{_shown(path)}: base: there is no file {base!r} beside it")
+            raise RecipeError(f"{shown(path)}: base: there is no file {base!r} beside it")
         _merge(tree, _compose(base_path, origins, (*above, path)), None, origins)
     _anchor_references(own, path)
-    _merge(tree, own, _shown(path), origins)
+    _merge(tree, own, shown(path), origins)
     return tree
 
 
@@ -279,18 +294,18 @@ def _anchor_references(own: dict[str, Any], path: Path) -> None:
     for container, key in _references(own):
         beside = path.parent / str(container[key])
         if beside.is_file():
-            container[key] = _shown(beside.resolve())
+            container[key] = shown(beside.resolve())
 
 
 def _resolve_references(tree: dict[str, Any], path: Path) -> None:
     for container, key in _references(tree):
         try:
-            container[key] = _shown(_existing(Path(str(container[key]))))
+            container[key] = shown(_existing(Path(str(container[key]))))
         except RecipeError as error:
-            raise RecipeError(f"{_shown(path)}: another recipe is named that is not there: {error}") from None
+            raise RecipeError(f"{shown(path)}: another recipe is named that is not there: {error}") from None
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Return the path as a message shows it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
@@ -324,14 +339,12 @@ def _known_keys(location: Iterable[str]) -> list[str]:
     """Return the keys that may stand in the section at ``location``."""
     section: Any = Recipe
     for part in location:
-        if section in (Losses, InnerLoss):
+        if section is LossSpec:  # what stands here is the name of a loss
             section = find_loss(part).Config
             continue
-        field = section.model_fields[part]
-        section = field.rebuild_annotation()
-        if section not in (Losses, InnerLoss):
-            models = [a for a in (section, *_unpacked(section)) if isinstance(a, type) and issubclass(a, BaseModel)]
-            section = models[0]
+        annotation = section.model_fields[part].annotation
+        candidates = [kind for kind in (annotation, *_unpacked(annotation)) if isinstance(kind, type)]
+        section = next(kind for kind in candidates if kind is LossSpec or issubclass(kind, BaseModel))
     return [field.alias or name for name, field in section.model_fields.items()]
 
 

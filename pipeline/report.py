@@ -8,28 +8,25 @@ from torch import nn
 
 from pipeline.checkpoint import Best
 from pipeline.evaluate import Accuracy
-from pipeline.recipe import load_recipe
-from pipeline.runs import RESULT, Run, find_run, write_json
+from pipeline.runs import RESULT, Run, find_run, load_dependency, write_json
 
 
 def write_result(
     run: Run,
     student: nn.Module,
-    classes: str,
-    last: Accuracy,
+    last: Accuracy | None,
     best: Best,
     averaged: Accuracy | None,
     images_per_second: float,
 ) -> None:
-    """Write what the finished run measured: accuracies in percent, parameters, training images per second, classes."""
+    """Write what the finished run measured: accuracies in percent, parameters, training images per second."""
     result = {
         "identity": run.digest,
-        "classes": classes,
         "model": run.recipe.student.model,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "top1": last.top1,
-        "top5": last.top5,
-        "best_top1": best.top1,
+        "top1": last.top1 if last else None,
+        "top5": last.top5 if last else None,
+        "best_top1": best.top1 if last else None,
         "best_epoch": best.epoch,
         "ema_top1": averaged.top1 if averaged else None,
         "epochs": run.recipe.epochs,
@@ -43,7 +40,7 @@ def print_table(run: Run) -> None:
     recipe = run.recipe
     others = [("teacher", recipe.teacher.recipe)] if recipe.teacher and recipe.teacher.recipe else []
     others += [("student", path) for path in recipe.compare]
-    runs = [(role, find_run(load_recipe(path))) for role, path in others]
+    runs = [(role, find_run(load_dependency(recipe, path))) for role, path in others]
     rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher else "network", run)]]
     print(_table([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
 
@@ -58,11 +55,15 @@ def _row(role: str, run: Run) -> list[str]:
         losses,
         result["model"],
         f"{result['parameters']:,}",
-        f"{result['top1']:.2f}",
-        f"{result['best_top1']:.2f}",
+        _percent(result["top1"]),
+        _percent(result["best_top1"]),
         f"{result['images_per_second']:,.0f}",
         str(run.folder),
     ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -7,12 +7,14 @@ has an Accelerator.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,15 +24,18 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.recipe import ROOT, LoadedRecipe, Recipe, RecipeError, dump_recipe, load_recipe, read_yaml
-from shards.manifest import MANIFEST, manifest_sha256
+from pipeline.recipe import ROOT, LoadedRecipe, Recipe, RecipeError, dump_recipe, load_recipe, read_yaml, shown
+from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
 
 RESULT = "result.json"
 RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
+VERSIONS = "versions.json"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends before it takes the machine away."""
 
 # What a command may change without making another run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
@@ -64,7 +69,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that makes this run."""
-        return f"python pipeline/train.py {shlex.quote(_relative(self.path))}"
+        return f"python pipeline/train.py {shlex.quote(shown(self.path))}"
 
 
 def run_folder(loaded: LoadedRecipe) -> Path:
@@ -87,14 +92,19 @@ def find_run(loaded: LoadedRecipe) -> Run:
 
 def _teacher_batch(recipe: Recipe, folder: Path) -> int:
     """Return the teacher's chunk: the run's own if it has begun, so that other ranks ask alike, else a rank's rows."""
-    if (folder / RECIPE).is_file():
-        return read_yaml(folder / RECIPE)["teacher"]["batch"]
-    return max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
+    saved = (read_yaml(folder / RECIPE) or {}) if (folder / RECIPE).is_file() else {}
+    begun = (saved.get("teacher") or {}).get("batch")
+    return begun or max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
 
 
 def world_size_asked() -> int:
     """Return the number of ranks that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_asked() -> bool:
+    """Whether the launcher started this process as the first rank."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -103,11 +113,13 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     for key in _NOT_IDENTITY:
         del tree[key]
     for key in _NOT_IDENTITY_DATA:
-        tree["data"].pop(key, None)
-    tree["data"]["manifest"] = manifest_sha256(Path(recipe.data.path))
+        del tree["data"][key]
+    folder = Path(recipe.data.path)
+    tree["data"]["manifest"] = manifest_sha256(folder)
+    tree["data"]["classes"] = hashlib.sha256(json.dumps(read_manifest(folder).classes).encode()).hexdigest()
     for section in (tree["teacher"], tree["student"]["start"]):
         if section and section["recipe"]:
-            section["recipe"] = find_run(load_recipe(section["recipe"])).digest
+            section["recipe"] = find_run(load_dependency(recipe, section["recipe"])).digest
     return tree
 
 
@@ -122,20 +134,28 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
 # -- what a run stands on ---------------------------------------------------------------------------------------------
 
 
-def stand(loaded: LoadedRecipe) -> Run:
+class Unfinished(Exception):
+    """A run that this one stands on was told to stop; the same command continues it."""
+
+
+def stand(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> Run:
     """Make the shards and the runs that ``loaded`` stands on, where they are not there, and return its run.
 
     Under several ranks they must be there already: RecipeError names the command that makes them.
     """
+    if loaded.path in above:
+        raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
     prepare_shards(loaded)
     for path in dependencies(loaded.recipe):
-        run = stand(load_recipe(path))
-        if run.result is None:
-            _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path)], run.command)
-        if find_run(load_recipe(path)).result is None:
-            raise RecipeError(
-                f"{_relative(run.path)}: {run.folder} holds no finished run of this recipe after {run.command}"
-            )
+        dependency = load_dependency(loaded.recipe, path)
+        run = stand(dependency, (*above, loaded.path))
+        if run.result is not None:
+            continue
+        check_folder(run)
+        words = [f"data.path={json.dumps(loaded.recipe.data.path)}"]
+        _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words], run.command)
+        if find_run(dependency).result is None:
+            raise Unfinished(f"{run.command} was stopped before its end; the same command continues")
     return find_run(loaded)
 
 
@@ -146,6 +166,11 @@ def dependencies(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys([*teacher, *start, *recipe.compare]))
 
 
+def load_dependency(recipe: Recipe, path: str) -> LoadedRecipe:
+    """Return a recipe that ``recipe`` stands on, on the same shards, wherever this command says that they lie."""
+    return load_recipe(path, [f"data.path={json.dumps(recipe.data.path)}"])
+
+
 def prepare_shards(loaded: LoadedRecipe) -> None:
     """Run ``data.prepare`` if ``data.path`` has no manifest."""
     data = loaded.recipe.data
@@ -153,22 +178,25 @@ def prepare_shards(loaded: LoadedRecipe) -> None:
         return
     if not data.prepare:
         raise RecipeError(
-            f"{_relative(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
+            f"{shown(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
             "make them with shards/prepare_imagenet.py, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
     _execute([sys.executable, str(ROOT / script), *arguments], shlex.join(["python", script, *arguments]))
 
 
-def _execute(command: list[str], shown: str) -> None:
+def _execute(command: list[str], told: str) -> None:
+    """Run a command to its end, and pass on what a scheduler tells this process meanwhile."""
     if world_size_asked() > 1:
-        raise RecipeError(
-            f"this run stands on something that is not there yet and that one process must make first: {shown}"
-        )
-    print(f"$ {shown}", flush=True)
-    status = subprocess.run(command, check=False).returncode
+        raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
+    print(f"$ {told}", flush=True)
+    with subprocess.Popen(command) as process:
+        handlers = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in STOP_SIGNALS}
+        status = process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if status != 0:
-        raise RecipeError(f"this run stands on another that ended with exit code {status}: {shown}")
+        raise RecipeError(f"this run stands on another that ended with exit code {status}: {told}")
 
 
 # -- opening a folder -------------------------------------------------------------------------------------------------
@@ -177,34 +205,53 @@ def _execute(command: list[str], shown: str) -> None:
 def check_folder(run: Run) -> None:
     """Raise RecipeError if the run folder holds another run."""
     saved = run.folder / IDENTITY
-    if not saved.is_file():
-        return
-    other = json.loads(saved.read_text())
-    if other != run.identity:
-        keys = ", ".join(differences(other, run.identity))
+    differing = differences(json.loads(saved.read_text()), run.identity) if saved.is_file() else []
+    if "data.classes" in differing:
         raise RecipeError(
-            f"{run.folder}: holds the run of another recipe (it differs in {keys}); give folder=ANOTHER or remove it"
+            f"data.path: the classes of {run.recipe.data.path} are not those that {run.folder} was trained on; "
+            "prepare the shards with the same --classes, or give folder=ANOTHER"
         )
+    if differing:
+        keys = ", ".join(differing)
+        raise RecipeError(f"{run.folder}: holds the run of another recipe (other {keys}); give folder=ANOTHER")
 
 
 def open_folder(run: Run) -> None:
-    """Write down what the run is, if it begins; the main process calls it once everything could be built."""
-    if (run.folder / IDENTITY).is_file():
-        return
+    """Write down what the run is, or compare it; the main process calls it once everything could be built.
+
+    The folder is this process's until it ends. Raises RecipeError if another trains in it.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / RECIPE).write_text(yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False))
-    write_json(run.folder / "versions.json", versions())
+    _lock(run.folder)
+    now = versions()
+    if (run.folder / IDENTITY).is_file():
+        changed = differences(json.loads((run.folder / VERSIONS).read_text()), now)
+        if changed:
+            print(
+                f"warning: {run.folder} was begun with another {', '.join(changed)}; its numbers may differ from there on"
+            )
+        return
+    write_atomically(run.folder / RECIPE, yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False).encode())
+    write_json(run.folder / VERSIONS, now)
     write_json(run.folder / IDENTITY, run.identity)
+
+
+def _lock(folder: Path) -> None:
+    # The descriptor stays open, and the lock with it, as long as the process lives; no crash can leave it behind.
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        # By process, not by descriptor: a second run of one process is no other.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RecipeError(
+            f"{folder}: another process is training in this folder; wait for it, or give folder=ANOTHER"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that the file is either the old one or the new one, whole."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def versions() -> dict[str, Any]:
@@ -228,7 +275,3 @@ def _commit() -> dict[str, Any]:
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain"))}
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -118,8 +118,9 @@ class Teacher(nn.Module):
         if self.renormalization is not None:
             scale_C11, shift_C11 = self.renormalization
             images_BCHW = images_BCHW * scale_C11 + shift_C11
-        padded = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, -len(images_BCHW) % self.batch))
-        return padded.to(self.dtype, memory_format=torch.channels_last)
+        if lacking := -len(images_BCHW) % self.batch:
+            images_BCHW = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, lacking))
+        return images_BCHW.to(self.dtype, memory_format=torch.channels_last)
 
 
 def _renormalization(given: Normalization, expected: Normalization) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline import parallel
-from pipeline.build import build_distiller, build_loader, build_teacher, classes_sha256
-from pipeline.checkpoint import Best, Checkpoints, State, Stopping, export_student
+from pipeline.build import build_distiller, build_loader, build_teacher, training_splits
+from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
 from pipeline.data.loader import Loader
 from pipeline.ema import EMA
 from pipeline.evaluate import Accuracy, accuracy, evaluate
@@ -34,12 +34,14 @@ from pipeline.guard import FiniteGuard
 from pipeline.journal import Journal
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.optimizers import create_optimizer, set_learning_rate
-from pipeline.recipe import Recipe, RecipeError, load_recipe, split_words
+from pipeline.recipe import Recipe, RecipeError, about, load_recipe, shown, split_words
 from pipeline.report import print_table, write_result
-from pipeline.runs import STUDENT, STUDENT_BEST, STUDENT_EMA, Run, check_folder, open_folder, stand
+from pipeline.runs import STUDENT, STUDENT_BEST, STUDENT_EMA, Run, check_folder, is_main_asked, open_folder, stand
 from pipeline.schedules import learning_rate
+from pipeline.stopping import Stopping
 from pipeline.taps import FeatureTaps
 from pipeline.teacher import Teacher
+from shards.manifest import read_manifest
 
 
 def main(words: Sequence[str]) -> None:
@@ -49,7 +51,7 @@ def main(words: Sequence[str]) -> None:
         check_folder(run)
         use_all_cores()
         train(run)
-    if run.result is not None and parallel.is_main():
+    if run.result is not None and is_main_asked():
         print_table(run)
 
 
@@ -57,10 +59,13 @@ def train(run: Run) -> None:
     """Train the run from where it is to its end, or to where ``stop`` or a signal ends this command."""
     recipe = run.recipe
     accelerator = create_accelerator(recipe, run.folder)
-    loader = build_loader(recipe, accelerator.device)
-    teacher = build_teacher(recipe, loader, accelerator.device)
-    check_teacher(recipe, teacher, loader)
-    raw_distiller = build_distiller(recipe, loader, teacher, accelerator.device)
+    device = accelerator.device
+    with about(shown(run.path)):
+        manifest = read_manifest(Path(recipe.data.path))
+        teacher = build_teacher(recipe, manifest, device)
+        loader = build_loader(recipe, device, training_splits(manifest))
+        raw_distiller = build_distiller(recipe, loader, teacher, device)
+        check_teacher(recipe, teacher, loader)
     student = raw_distiller.student
     ema = EMA(recipe.ema, student.model) if recipe.ema else None
     if accelerator.is_main_process:
@@ -70,17 +75,21 @@ def train(run: Run) -> None:
     distiller, optimizer = accelerator.prepare(raw_distiller, create_optimizer(recipe.optimizer, raw_distiller))
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, raw_distiller, optimizer, ema)
     state = checkpoints.load(loader.steps_per_epoch)
-    progress, best, last = state.progress, state.best, None
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step}})
+    progress, best, last = state.progress, exported_best(run.folder / STUDENT_BEST), None
+    # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
+    purge = {"purge_step": progress.step + 1} if progress.step else {}
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
     journal = Journal(run.folder, recipe, total_steps=recipe.epochs * loader.steps_per_epoch, track=accelerator.log)
-    guard = FiniteGuard(accelerator.device)
+    guard = FiniteGuard(device)
     stopping = Stopping(recipe.stop, recipe.checkpoints.poll_steps)
 
-    gradient_norm = torch.zeros((), device=accelerator.device)
+    gradient_norm = torch.zeros((), device=device)
     distiller.train()
     seed_draws(recipe.seed, progress.step)
+    reason = stopping.due(progress)
     with journal.writing(progress, state.journal_bytes):
-        for batch in journal.waiting(loader.stream(progress, recipe.epochs)):  # a micro-batch
+        batches = iter(()) if reason else loader.stream(progress, recipe.epochs)  # micro-batches
+        for batch in journal.waiting(batches):
             rate = learning_rate(recipe.schedule, progress, recipe.epochs)
             set_learning_rate(optimizer, rate)
             with accelerator.accumulate(distiller):
@@ -104,23 +113,26 @@ def train(run: Run) -> None:
             if saving or progress.epoch_ended or journal.due(progress):
                 guard.check()
             journal.record(progress, rate, gradient_norm)
-            if progress.epoch_ended:
+            if progress.epoch_ended and loader.validates:
                 with journal.pause(progress):
                     last = evaluate(student, loader.validation(), accelerator)
                 if last.top1 > best.top1:
                     best = Best(last.top1, progress.epoch)
-                    export(student, run.folder / STUDENT_BEST, accelerator)
+                    export(student, run.folder / STUDENT_BEST, accelerator, best)
                 journal.evaluated(progress, {"top1": last.top1, "top5": last.top5})
             if saving:
-                checkpoints.save(State(progress, best, journal.length))
+                checkpoints.save(State(progress, journal.length))
             if reason:
-                accelerator.print(f"stopped after step {progress.step} ({reason}); the same command continues")
                 break
+    if reason:
+        accelerator.print(f"stopped after step {progress.step} ({reason}); the same command continues")
     if progress.step == journal.total_steps:
-        last = last or evaluate(student, loader.validation(), accelerator)
+        if last is None and loader.validates:  # saved after the last step, and interrupted before its result was
+            last = evaluate(student, loader.validation(), accelerator)
         averaged = export_all(run, student, ema, loader, accelerator)
         if accelerator.is_main_process:
-            write_result(run, student, classes_sha256(loader), last, best, averaged, journal.images_per_second)
+            write_result(run, student, last, best, averaged, journal.images_per_second)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -140,6 +152,8 @@ def check_teacher(recipe: Recipe, teacher: Teacher | None, loader: Loader) -> No
     """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``."""
     if teacher is None or recipe.teacher is None or recipe.teacher.expect_top1 is None:
         return
+    if not loader.validates:
+        raise RecipeError(f"teacher.expect_top1: {recipe.data.path} has no validation images to measure it with")
     measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
     if measured < recipe.teacher.expect_top1:
         raise RecipeError(
@@ -148,11 +162,11 @@ def check_teacher(recipe: Recipe, teacher: Teacher | None, loader: Loader) -> No
         )
 
 
-def export(student: FeatureTaps, path: Path, accelerator: Accelerator) -> None:
+def export(student: FeatureTaps, path: Path, accelerator: Accelerator, best: Best | None = None) -> None:
     """Write the student's plain weights, with BatchNorm statistics averaged over the ranks."""
     with parallel.averaged_buffers(student):
         if accelerator.is_main_process:
-            export_student(student.model, path)
+            export_student(student.model, path, best)
 
 
 def export_all(
@@ -164,7 +178,7 @@ def export_all(
         return None
     with ema.applied():
         export(student, run.folder / STUDENT_EMA, accelerator)
-        return evaluate(student, loader.validation(), accelerator)
+        return evaluate(student, loader.validation(), accelerator) if loader.validates else None
 
 
 if __name__ == "__main__":

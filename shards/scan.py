@@ -60,6 +60,8 @@ def _read_row(file: BinaryIO, sample: list[Member], image: str) -> tuple[int, ..
     if len(small) != 3:
         raise ValueError(f"the sample of {picture.name} is incomplete")
     label, sample_id, sides = (_read(file, member) for member in small)
+    if len(label) != 4 or not label.isdigit():
+        raise ValueError(f"{small[0].name} is no label of four digits")
     row = (*struct.unpack("<q", sample_id), int(label), 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
     names = tuple(member.name for member in sample)
     if names != member_names(row[0], image):

@@ -26,6 +26,8 @@ from shards.read import SAMPLE_DTYPE, samples_path
 from shards.scan import scan_shard, sha256_of
 from shards.write import index_path
 
+NO_ROWS = np.empty(0, SAMPLE_DTYPE)
+
 
 class Task(NamedTuple):
     """A shard to check, with the rows that the sample table has for it (None: the table is unusable)."""
@@ -48,9 +50,8 @@ class Checked(NamedTuple):
 def check_shard(task: Task) -> Checked:
     """Check a tar and its index. Runs in a worker process."""
     path, shard = task.folder / task.shard.url, task.shard
-    nothing = np.empty(0, SAMPLE_DTYPE)
     if not path.is_file():
-        return Checked(task, [f"{path} is missing"], nothing)
+        return Checked(task, [f"{path} is missing"], NO_ROWS)
     problems = []
     if path.stat().st_size != shard.filesize:
         problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard.filesize:,}")
@@ -59,7 +60,7 @@ def check_shard(task: Task) -> Checked:
     try:
         scan = scan_shard(path, task.image)
     except ValueError as error:
-        return Checked(task, [*problems, str(error)], nothing)
+        return Checked(task, [*problems, str(error)], NO_ROWS)
     if len(scan.rows) != shard.nsamples:
         problems.append(f"{path} holds {len(scan.rows):,} samples, the manifest says {shard.nsamples:,}")
     problems += _check_index(index_path(path), scan.index_text)
@@ -152,15 +153,15 @@ def verify(folder: Path, jobs: int) -> list[str]:
     results = [checked[task.shard.url] for task in tasks]
     problems += [problem for result in results for problem in result.problems]
     for split in manifest.splits.values():
-        rows = np.concatenate([result.rows for result in results if result.task.split == split.name])
+        rows = np.concatenate([NO_ROWS, *(result.rows for result in results if result.task.split == split.name)])
         problems += check_split(manifest, split, rows)
         _print_histogram(manifest, split, rows)
     return problems
 
 
 def _print_histogram(manifest: Manifest, split: Split, rows: np.ndarray) -> None:
-    counts = np.bincount(rows["label"].clip(0), minlength=manifest.num_classes)
-    there = counts[counts > 0]
+    labels = rows["label"]
+    there = np.unique(labels[(labels >= 0) & (labels < manifest.num_classes)], return_counts=True)[1]
     range_text = f"{there.min():,} to {there.max():,} images in a class" if len(there) else "no images"
     classes = f"{len(there):,} of {manifest.num_classes:,} classes"
     left_out = f"{len(split.left_out):,} files left out"

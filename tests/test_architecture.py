@@ -32,7 +32,7 @@ LEVELS = {
             "pipeline.teacher",
             "pipeline.checkpoint",
         ),
-        *("pipeline.journal", "pipeline.launch"),
+        *("pipeline.journal", "pipeline.launch", "pipeline.stopping"),
     ],
     3: ["pipeline.train", "pipeline.evaluate", "pipeline.report"],
 }

@@ -72,6 +72,11 @@ class Loader:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
         return self._batches(self.plan.training(progress, epochs), self._images["train"])
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation images; shards may hold training images alone."""
+        return "val" in self._images
+
     def validation(self) -> Iterator[Batch]:
         """Yield the validation images, each once over all ranks; equally many batches on every rank.
 
@@ -107,7 +112,7 @@ def create_loader(
     ``columns(ids, view)`` is called on the reading thread; its arrays travel to the device as ``Batch.extra``.
     Raises FileNotFoundError or ValueError, one line, where the shards are not whole or do not fit the recipe.
     """
-    if batch % (world * accumulation):
+    if "train" in splits and batch % (world * accumulation):
         raise ValueError(
             f"batch: {batch} does not divide by {world} ranks × accumulation: {accumulation}; "
             f"make it a multiple of {world * accumulation}"

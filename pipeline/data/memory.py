@@ -48,7 +48,10 @@ class Memory:
         size, pad = self._config.size, self._config.pad
         geometry = request.geometry
         place_B4 = np.column_stack([request.rows_B, geometry.crops_B2 + pad, geometry.flips_B])
-        rows_B, tops_B, lefts_B, flips_B = torch.from_numpy(place_B4).to(self._device).unbind(1)
+        host_B4 = torch.from_numpy(place_B4)
+        if self._device.type == "cuda":  # or the copy would wait for all that the GPU has yet to do
+            host_B4 = host_B4.pin_memory()
+        rows_B, tops_B, lefts_B, flips_B = host_B4.to(self._device, non_blocking=True).unbind(1)
         along = torch.arange(size, device=self._device)
         down_BH = tops_B[:, None] + along
         across_BW = lefts_B[:, None] + torch.where(flips_B[:, None] == 1, along.flip(0), along)

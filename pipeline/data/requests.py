@@ -103,7 +103,7 @@ class Plan:
     @property
     def micro_batch(self) -> int:
         """Rows of a training request."""
-        return self.batch // (self.world * self.accumulation)
+        return max(self.batch // (self.world * self.accumulation), 1)
 
     @property
     def validation_batch(self) -> int:

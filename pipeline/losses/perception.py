@@ -39,10 +39,10 @@ class Perception(Loss):
     scope = "statistics"
 
     class Config(Loss.Config):
-        """``{eps: 1.0e-5, inner: {dkd: {…}}}``; weight and ramp multiply the inner loss's own."""
+        """``{inner: {dkd: {…}}}``; weight and ramp multiply the inner loss's own."""
 
         inner: InnerLoss
-        eps: PositiveFloat
+        eps: PositiveFloat = 1e-5
         """Added to the variance; the paper has none and would divide by zero."""
         stat_scope: Annotated[str, AfterValidator(_checked_scope)] = "global"
         """Rows that a statistic covers: all ranks', this rank's, or with ``ghost:N`` each N consecutive ones of it."""

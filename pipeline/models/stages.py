@@ -37,6 +37,8 @@ def find_stage(paths: Mapping[str, str], name: str) -> str:
 
     Raises ValueError where the network has no such stage.
     """
+    if name in paths:
+        return paths[name]
     numbers = [int(match[1]) for match in map(STAGE.fullmatch, paths) if match]
     stage, dot, kind = name.partition(".")
     resolved = f"stage{max(numbers)}{dot}{kind}" if stage == "last" and numbers else name

@@ -42,13 +42,26 @@ def test_a_shard_that_is_shorter_than_the_manifest_says(run_train: Train, shards
 
 
 def test_a_batch_that_the_accumulation_does_not_divide(run_train: Train):
-    assert refused(run_train, "ce.yaml", "accumulation=5").startswith("batch: 12 does not divide by")
+    assert "ce.yaml: batch: 12 does not divide by" in refused(run_train, "ce.yaml", "accumulation=5")
 
 
 def test_a_folder_that_holds_another_recipes_run(run_train: Train):
     run_train("ce.yaml", "stop.steps=1")
     message = refused(run_train, "ce.yaml", "seed=1", "batch=6")
-    assert "runs/ce: holds the run of another recipe (it differs in batch, seed)" in message
+    assert "runs/ce: holds the run of another recipe (other batch, seed)" in message
+
+
+def test_a_folder_that_holds_the_run_of_a_student_alone(run_train: Train):
+    run_train("teacher.yaml")
+    run_train("ce.yaml", "stop.steps=1", "folder=runs/mixed")
+    message = refused(run_train, "ddkd.yaml", "compare=null", "folder=runs/mixed")
+    assert "runs/mixed: holds the run of another recipe" in message
+
+
+def test_recipes_that_stand_on_one_another(run_train: Train, recipes: Path):
+    (recipes / "a.yaml").write_text("base: ce.yaml\ncompare: [b.yaml]\nfolder: runs/a\n")
+    (recipes / "b.yaml").write_text("base: ce.yaml\ncompare: [a.yaml]\nfolder: runs/b\n")
+    assert "the recipe stands on itself, by way of" in refused(run_train, "a.yaml")
 
 
 def test_keys_that_are_no_part_of_the_run_may_change(run_train: Train):
@@ -67,7 +80,7 @@ def test_teacher_weights_of_another_architecture(run_train: Train, tmp_path: Pat
         "teacher.model=cifar_resnet20",
         f"teacher.weights={file}",
     )
-    assert str(file) in message
+    assert f"ddkd.yaml: teacher.weights: {file}" in message
     assert "another architecture than cifar_resnet20" in message
 
 
@@ -92,7 +105,9 @@ def test_shards_whose_classes_are_not_the_teachers(run_train: Train, shards: Pat
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["classes"] = manifest["classes"][::-1]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "are not those that the teacher of" in refused(run_train, "ddkd.yaml", "compare=null", f"data.path={copy}")
+    assert "are not those that runs/teacher was trained on" in refused(
+        run_train, "ddkd.yaml", "compare=null", f"data.path={copy}"
+    )
 
 
 def test_half_precision_without_a_gpu(run_train: Train):

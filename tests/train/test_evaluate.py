@@ -58,7 +58,7 @@ def test_a_network_agrees_with_itself_on_every_image(
     run_train("teacher.yaml")
     run_train("ddkd.yaml", "compare=null", "student.model=cifar_resnet20", "stop.steps=1")
     capsys.readouterr()
-    words = ["runs/ddkd", "weights=runs/teacher/student.safetensors", "teacher=yes"]
+    words = ["runs/ddkd", "weights=runs/teacher/student.safetensors", "agreement=yes"]
     evaluate.main(words)
     printed = capsys.readouterr().out
     student, teacher = re.findall(r"top-1 ([\d.]+)", printed)

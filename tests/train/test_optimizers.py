@@ -66,6 +66,17 @@ def test_found_inf_leaves_weights_and_momentum_alone():
     )
 
 
+def test_a_first_step_that_is_skipped_leaves_momentum_at_zero():
+    module = network()
+    optimizer = create_optimizer(Config(momentum=0.9), module)
+    set_learning_rate(optimizer, 0.1)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(not optimizer.state[p]["momentum_buffer"].any() for p in module.parameters())
+
+
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(ValidationError, match="needs momentum"):
         Config(momentum=0, nesterov=True)

@@ -75,6 +75,9 @@ def test_the_keys_of_a_nested_loss_are_checked_like_all_others(recipe: Path):
     nested = "losses={perception: {eps: 1e-5, inner: {dkd: {alpha: 1, beta: 8, temperature: 4, gamma: 1}}}}"
     assert "losses.perception.inner.dkd.gamma: unknown key; known here are" in refused(recipe, "losses.kd=null", nested)
     assert "there is no loss 'dkdd'; did you mean 'dkd'?" in refused(recipe, "losses.dkdd={}")
+    ddkd = ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"
+    assert "did you mean 'temperature'?" in refused(ddkd, "losses.ddkd.logit_distance.dkd.temprature=3")
+    assert "did you mean 'latent'?" in refused(ddkd, "losses.ddkd.feature.latnt=3")
 
 
 def test_a_wrong_type_says_what_was_given(recipe: Path):
@@ -98,6 +101,13 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
     path = tmp_path / "twice.yaml"
     path.write_text("epochs: 3\nepochs: 4\n")
     assert "the key 'epochs' stands twice" in refused(path)
+
+
+def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path):
+    path = tmp_path / "odd.yaml"
+    for base in ("3", "[1, 2]", "{a: b}"):
+        path.write_text(f"base: {base}\n")
+        assert "odd.yaml: base: expected a file or a list of files" in refused(path)
 
 
 def test_bad_yaml_is_named_with_its_line(tmp_path: Path):

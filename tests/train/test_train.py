@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.guard import NonFiniteError
 from pipeline.journal import trace
@@ -74,6 +75,31 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(
     assert measured[0] == measured[1]
 
 
+def test_a_command_that_is_already_where_it_stops_does_nothing(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "stop.steps=4")
+    before = (recipes / "runs" / "ce" / "journal.jsonl").read_bytes()
+    run_train("ce.yaml", "stop.steps=4")
+    assert (recipes / "runs" / "ce" / "journal.jsonl").read_bytes() == before
+
+
+def test_shards_without_validation_images_are_trained_on(run_train: Train, recipes: Path, shards: Path):
+    copy = recipes / "alone"
+    shutil.copytree(shards, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    run_train("ce.yaml", f"data.path={copy}", "epochs=1")
+    assert json.loads((recipes / "runs" / "ce" / "result.json").read_text())["top1"] is None
+
+
+def test_shards_may_lie_elsewhere_than_the_recipes_say(run_train: Train, recipes: Path, shards: Path):
+    run_train("teacher.yaml")
+    copy = recipes / "local"
+    shutil.copytree(shards, copy)
+    run_train("ddkd.yaml", "compare=null", "stop.steps=2")
+    run_train("ddkd.yaml", "compare=null", "stop.steps=3", f"data.path={copy}")
+
+
 def test_lines_written_after_the_checkpoint_are_cut_on_resume(run_train: Train, recipes: Path):
     run_train("ce.yaml", "stop.steps=4", "folder=runs/cut")
     journal = recipes / "runs" / "cut" / "journal.jsonl"
@@ -107,8 +133,6 @@ def test_a_non_finite_loss_ends_the_run_with_its_name_and_step_and_touches_nothi
     weights = load_file(checkpoint)
     name = "student.model.fc.bias"
     poisoned = {**weights, name: torch.full_like(weights[name], torch.inf)}
-    from safetensors.torch import save_file
-
     save_file(poisoned, checkpoint)
     with pytest.raises(NonFiniteError, match="ce is not finite at step 3"):
         run_train(*words)
