@@ -1,25 +1,28 @@
-# A list of commands; each is what CI runs.
-.PHONY: install demo quick test lint format types
+# A list of commands; .ci/run is made of them.
+.PHONY: install lint types test everything quick demo format
 
 install:
-	launchers/uv sync
-
-demo:
-	launchers/uv run accelerate launch pipeline/train.py
-
-quick:
-	launchers/uv run pytest -q -m "not endurance" tests/losses tests/data tests/models
-
-test:
-	launchers/uv run pytest
+	launchers/uv sync --quiet
 
 lint:
 	launchers/uv run ruff check .
 	launchers/uv run ruff format --check .
-	bash -n launchers/uv
+	bash -n launchers/uv .ci/run
 
 types:
 	launchers/uv run pyright
+
+test:
+	launchers/uv run pytest
+
+everything: install lint types
+	launchers/uv run pytest --endurance
+
+quick:
+	launchers/uv run pytest -q tests/losses tests/data tests/models
+
+demo:
+	launchers/uv run accelerate launch pipeline/train.py
 
 format:
 	launchers/uv run ruff format .

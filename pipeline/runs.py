@@ -227,9 +227,7 @@ def open_folder(run: Run) -> None:
     if (run.folder / IDENTITY).is_file():
         changed = differences(json.loads((run.folder / VERSIONS).read_text()), now)
         if changed:
-            print(
-                f"warning: {run.folder} was begun with another {', '.join(changed)}; its numbers may differ from there on"
-            )
+            print(f"warning: {run.folder} was begun with another {', '.join(changed)}; its numbers may differ")
         return
     write_atomically(run.folder / RECIPE, yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False).encode())
     write_json(run.folder / VERSIONS, now)
