@@ -11,7 +11,6 @@ A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from pipeline.distiller import Distiller
 from pipeline.ema import EMA
 from pipeline.recipe import Checkpoints as Config
 from pipeline.recipe import RecipeError
+from shards.manifest import sync_path
 
 FORMAT = "ddp"
 
@@ -88,7 +88,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             self._write(temporary, state)
             temporary.rename(final)
-            _fsync(self.folder)
+            sync_path(self.folder)
             for old in self._steps()[: -self.config.keep]:
                 # Renamed first: a name without .tmp is always a whole checkpoint.
                 shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
@@ -104,7 +104,7 @@ class Checkpoints:
         facts = {"format": FORMAT, "world_size": parallel.world_size()}
         (folder / "state.json").write_text(json.dumps({**asdict(state), **facts}, indent=2) + "\n")
         for path in [*folder.iterdir(), folder]:
-            _fsync(path)
+            sync_path(path)
 
     def load(self, steps_per_epoch: int) -> State:
         """Restore the newest checkpoint and return its state; a fresh state if there is none.
@@ -152,7 +152,7 @@ def export_student(model: nn.Module, path: Path, best: Best | None = None) -> No
     """
     temporary = path.with_name(f".tmp-{path.name}")
     _save_tensors(model.state_dict(), temporary, {"best": json.dumps(asdict(best))} if best else None)
-    _fsync(temporary)
+    sync_path(temporary)
     temporary.rename(path)
 
 
@@ -166,11 +166,3 @@ def exported_best(path: Path) -> Best:
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

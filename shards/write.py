@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from shards.manifest import Shard, sync_folder, write_atomically
+from shards.manifest import Shard, sync_path, write_atomically
 from shards.read import SAMPLE_DTYPE, samples_path
 
 MAX_LABEL = 9_999
@@ -61,7 +61,7 @@ class ShardWriter:
         self._file.close()
         write_atomically(index_path(self.path), index_text(self._index).encode("ascii"))
         self._temporary.rename(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
         shard = Shard(self.path.name, len(self._rows), self._offset, self._hash.hexdigest())
         return shard, np.array(self._rows, SAMPLE_DTYPE)
 

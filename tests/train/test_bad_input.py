@@ -69,33 +69,17 @@ def test_keys_that_are_no_part_of_the_run_may_change(run_train: Train):
     run_train("ce.yaml", "stop.steps=2", "journal.every_steps=2", "data.threads=1", "checkpoints.keep=5")
 
 
-def test_teacher_weights_of_another_architecture(run_train: Train, tmp_path: Path):
-    file = tmp_path / "resnet8.pt"
-    torch.save(create_model("cifar_resnet8", 20).state_dict(), file)
-    message = refused(
-        run_train,
-        "ddkd.yaml",
-        "compare=null",
-        "teacher.recipe=null",
-        "teacher.model=cifar_resnet20",
-        f"teacher.weights={file}",
-    )
+@pytest.mark.parametrize(
+    ("model", "classes", "reason"),
+    [("cifar_resnet8", 20, "another architecture than cifar_resnet20"), ("cifar_resnet20", 100, "100 classes")],
+)
+def test_teacher_weights_that_do_not_fit(run_train: Train, tmp_path: Path, model: str, classes: int, reason: str):
+    file = tmp_path / "weights.pt"
+    torch.save(create_model(model, classes).state_dict(), file)
+    teacher = f"teacher={{recipe: null, model: cifar_resnet20, weights: {file}}}"
+    message = refused(run_train, "ddkd.yaml", "compare=null", teacher)
     assert f"ddkd.yaml: teacher.weights: {file}" in message
-    assert "another architecture than cifar_resnet20" in message
-
-
-def test_teacher_weights_of_another_number_of_classes(run_train: Train, tmp_path: Path):
-    file = tmp_path / "hundred.pt"
-    torch.save(create_model("cifar_resnet20", 100).state_dict(), file)
-    message = refused(
-        run_train,
-        "ddkd.yaml",
-        "compare=null",
-        "teacher.recipe=null",
-        "teacher.model=cifar_resnet20",
-        f"teacher.weights={file}",
-    )
-    assert "100 classes" in message
+    assert reason in message
 
 
 def test_shards_whose_classes_are_not_the_teachers(run_train: Train, shards: Path, tmp_path: Path):
