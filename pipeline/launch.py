@@ -24,8 +24,12 @@ from pipeline.runs import Unfinished, world_size_asked
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point on the command line's words; what a user can mend ends in one line and exit code 2."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(sys.modules["__main__"].__doc__)
+        return
     try:
-        main(sys.argv[1:])
+        main(words)
     except Unfinished as unfinished:
         print(unfinished)
     except (ValueError, OSError) as error:

@@ -114,6 +114,13 @@ def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest
     assert "the launcher started 2 ranks and each sees 1" in refused(run_train, "ce.yaml")
 
 
+@pytest.mark.parametrize("entry", ["train.py", "evaluate.py"])
+def test_help_tells_the_commands(recipes: Path, entry: str):
+    command = [sys.executable, str(ROOT / "pipeline" / entry), "--help"]
+    told = subprocess.run(command, cwd=recipes, capture_output=True, text=True, check=True).stdout
+    assert f"pipeline/{entry} RECIPE" in told
+
+
 def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
     command = [sys.executable, str(ROOT / "pipeline" / "train.py"), "ce.yaml", "batsh=3"]
     done = subprocess.run(
