@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from pipeline import parallel
@@ -28,7 +28,7 @@ from pipeline.distiller import Distiller
 from pipeline.ema import EMA
 from pipeline.recipe import Checkpoints as Config
 from pipeline.recipe import RecipeError
-from shards.manifest import sync_path
+from shards.manifest import sync_path, write_atomically
 
 FORMAT = "ddp"
 
@@ -83,7 +83,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        _save_tensors(dict(self.distiller.named_buffers()), temporary / f"buffers-{parallel.rank()}.safetensors")
+        save_file(_storable(dict(self.distiller.named_buffers())), temporary / f"buffers-{parallel.rank()}.safetensors")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._write(temporary, state)
@@ -95,12 +95,12 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, state: State) -> None:
-        _save_tensors(self.distiller.state_dict(), folder / "distiller.safetensors")
+        save_file(_storable(self.distiller.state_dict()), folder / "distiller.safetensors")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         if self.accelerator.scaler is not None:
             torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
         if self.ema is not None:
-            _save_tensors(self.ema.state_dict(), folder / "ema.safetensors")
+            save_file(_storable(self.ema.state_dict()), folder / "ema.safetensors")
         facts = {"format": FORMAT, "world_size": parallel.world_size()}
         (folder / "state.json").write_text(json.dumps({**asdict(state), **facts}, indent=2) + "\n")
         for path in [*folder.iterdir(), folder]:
@@ -150,10 +150,8 @@ def export_student(model: nn.Module, path: Path, best: Best | None = None) -> No
 
     ``best`` goes into the file's metadata, so that weights and accuracy never part.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
-    _save_tensors(model.state_dict(), temporary, {"best": json.dumps(asdict(best))} if best else None)
-    sync_path(temporary)
-    temporary.rename(path)
+    metadata = {"best": json.dumps(asdict(best))} if best else None
+    write_atomically(path, save(_storable(model.state_dict()), metadata))
 
 
 def exported_best(path: Path) -> Best:
@@ -164,5 +162,6 @@ def exported_best(path: Path) -> Best:
         return Best(**json.loads(file.metadata()["best"]))
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors takes them: without gradient, in rows."""
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

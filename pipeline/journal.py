@@ -38,8 +38,8 @@ class Journal:
         self.total_steps = total_steps
         self.track = track
         self.main = parallel.is_main()
-        self.sums: dict[str, Tensor] = {}
-        self.micro_batches = 0
+        self.micro_batches: list[Tensor] = []
+        """The loss parts [P] of each micro-batch of the step under way, on the device."""
         self.bar: tqdm[Any] | None = None
         self.images = self.seconds = 0.0
         """Images trained on by this process and the time that took, evaluations left out."""
@@ -77,10 +77,9 @@ class Journal:
             yield item
 
     def observe(self, losses: dict[str, Tensor]) -> None:
-        """Add the loss parts of a micro-batch to its step's."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.micro_batches += 1
+        """Keep the loss parts of a micro-batch for its step."""
+        self.names = [*losses, "gradient_norm"]
+        self.micro_batches.append(torch.stack([value.detach() for value in losses.values()]))
 
     def due(self, progress: Progress) -> bool:
         """Whether the step that ended at ``progress`` is written down."""
@@ -88,12 +87,12 @@ class Journal:
 
     def record(self, progress: Progress, rate: float, gradient_norm: Tensor) -> None:
         """Close a step, and write it down if it is due; then every rank takes part."""
-        sums, self.sums, micro_batches, self.micro_batches = self.sums, {}, self.micro_batches, 0
+        micro_batches, self.micro_batches = self.micro_batches, []
         if not self.due(progress):
             return
-        means = torch.stack([*(value / micro_batches for value in sums.values()), gradient_norm])
-        values = dict(zip([*sums, "gradient_norm"], parallel.all_reduce_mean(means).tolist(), strict=True))
-        timing = self._timing(progress.step)
+        means_P = torch.cat([torch.stack(micro_batches).mean(0), gradient_norm.reshape(1)])
+        values = dict(zip(self.names, parallel.all_reduce_mean(means_P).tolist(), strict=True))
+        timing = self._count(progress.step)
         place = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
         self._write({**place, "rate": rate, **values, "timing": timing}, progress.step)
         if self.bar is not None:
@@ -105,7 +104,7 @@ class Journal:
     @contextmanager
     def pause(self, progress: Progress) -> Iterator[None]:
         """Leave what happens inside out of the training rates."""
-        self._timing(progress.step)
+        self._count(progress.step)
         yield
         self._restart_clock(progress.step)
 
@@ -130,7 +129,8 @@ class Journal:
     def _restart_clock(self, step: int) -> None:
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), step
 
-    def _timing(self, step: int) -> dict[str, float]:
+    def _count(self, step: int) -> dict[str, float]:
+        """Count the time since the clock was started as training, start it again, and return the rates of that time."""
         seconds, images, waited = time.perf_counter() - self.since, (step - self.since_step) * self.batch, self.waited
         self._restart_clock(step)
         self.images += images

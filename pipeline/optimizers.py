@@ -34,9 +34,10 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
     Fused, because that step takes a ``found_inf`` flag on the device and then leaves weights and momentum alone.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    free = [] if config.decay_norms_and_biases else [p for p in parameters if p.ndim <= 1]
-    spared = {id(parameter) for parameter in free}
-    groups = [{"params": [p for p in parameters if id(p) not in spared]}, {"params": free, "weight_decay": 0.0}]
+    smallest_decayed = 0 if config.decay_norms_and_biases else 2  # dimensions: norms and biases have one
+    decayed = [parameter for parameter in parameters if parameter.ndim >= smallest_decayed]
+    spared = [parameter for parameter in parameters if parameter.ndim < smallest_decayed]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=0.0,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from pipeline.checkpoint import Best
@@ -46,13 +44,11 @@ def print_table(run: Run) -> None:
 
 
 def _row(role: str, run: Run) -> list[str]:
-    result: dict[str, Any] | None = run.result
-    losses = " + ".join(run.recipe.losses)
-    if result is None:
-        return [role, losses, run.recipe.student.model, *["-"] * 4, str(run.folder)]
+    result = run.result
+    assert result is not None, "a table is printed once everything it names is finished"
     return [
         role,
-        losses,
+        " + ".join(run.recipe.losses),
         result["model"],
         f"{result['parameters']:,}",
         _percent(result["top1"]),

@@ -19,7 +19,7 @@ from shards.journal import JOURNAL, Journal, Record, describe, refuse_other_job
 from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
 from shards.plan import Job, Task, Unusable, plan_shards
 from shards.read import SAMPLE_DTYPE, SplitReader
-from shards.scan import is_on_record, scan_shard
+from shards.scan import index_fits, is_on_record, scan_shard
 from shards.write import ShardWriter, index_path, write_samples
 
 
@@ -142,8 +142,7 @@ def make_shard(task: Task) -> Finished:
             return Finished(record, np.empty(0, SAMPLE_DTYPE))
         if is_on_record(task.path, record.shard):
             scan = scan_shard(task.path, task.image)
-            index = index_path(task.path)
-            if index.is_file() and index.read_text(encoding="ascii", errors="replace") == scan.index_text:
+            if index_fits(task.path, scan):
                 return Finished(record, scan.rows)
     return _write_shard(task)
 

@@ -67,18 +67,19 @@ def classes_of(files: dict[str, list[Found]]) -> list[str]:
 
 
 def list_items(files: list[Found], classes: Sequence[str]) -> list[Item]:
-    """Number the classes of a split's files; sorted by path."""
+    """Number the classes of a split's files."""
     labels = {wnid: label for label, wnid in enumerate(classes)}
     for file in files:
         if file.wnid not in labels:
             raise ValueError(
                 f"{file.path} is of the class {file.wnid}, which the list of --classes lacks: add it there"
             )
-    return sorted(Item(file.path, labels[file.wnid], file.size, file.offset) for file in files)
+    return [Item(file.path, labels[file.wnid], file.size, file.offset) for file in files]
 
 
 def choose(items: list[Item], count: int, seed: int, split: str) -> list[Item]:
     """Choose ``count`` images of a split at random, as evenly over the classes as they allow."""
+    items = sorted(items)  # the folder's own order differs between file systems
     order = permutation(len(items), seed, f"{split} subset")
     labels = np.array([items[place].label for place in order])
     by_class = np.argsort(labels, kind="stable")

@@ -12,7 +12,7 @@ import numpy as np
 
 from shards.manifest import Shard
 from shards.read import SAMPLE_DTYPE
-from shards.write import index_entry, index_text, member_names
+from shards.write import index_entry, index_path, index_text, member_names
 
 
 class Member(NamedTuple):
@@ -39,6 +39,12 @@ def sha256_of(path: Path) -> str:
 def is_on_record(path: Path, shard: Shard) -> bool:
     """Return whether the file is there and is the recorded one, byte for byte."""
     return path.is_file() and path.stat().st_size == shard.filesize and sha256_of(path) == shard.sha256
+
+
+def index_fits(tar: Path, scan: Scan) -> bool:
+    """Return whether the index beside a tar is there and is the one that belongs to it."""
+    path = index_path(tar)
+    return path.is_file() and path.read_text(encoding="ascii", errors="replace") == scan.index_text
 
 
 def scan_shard(path: Path, image: str) -> Scan:

@@ -23,7 +23,7 @@ from shards.jpeg import decode
 from shards.manifest import Manifest, Shard, Split, read_manifest
 from shards.plan import Unusable
 from shards.read import SAMPLE_DTYPE, samples_path
-from shards.scan import scan_shard, sha256_of
+from shards.scan import index_fits, scan_shard, sha256_of
 from shards.write import index_path
 
 NO_ROWS = np.empty(0, SAMPLE_DTYPE)
@@ -63,16 +63,12 @@ def check_shard(task: Task) -> Checked:
         return Checked(task, [*problems, str(error)], NO_ROWS)
     if len(scan.rows) != shard.nsamples:
         problems.append(f"{path} holds {len(scan.rows):,} samples, the manifest says {shard.nsamples:,}")
-    problems += _check_index(index_path(path), scan.index_text)
+    if not index_fits(path, scan):
+        index = index_path(path)
+        problems.append(f"{index} does not fit its tar" if index.is_file() else f"{index} is missing")
     if task.expected is not None:
         problems += _check_rows(path, scan.rows, task.expected)
     return Checked(task, [*problems, *_check_images(path, scan.rows)], scan.rows)
-
-
-def _check_index(path: Path, text: str) -> list[str]:
-    if not path.is_file():
-        return [f"{path} is missing"]
-    return [] if path.read_text(encoding="ascii", errors="replace") == text else [f"{path} does not fit its tar"]
 
 
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
