@@ -2,7 +2,7 @@
 .PHONY: install lint types test everything quick demo format
 
 install:
-	launchers/uv sync --quiet
+	launchers/uv sync --quiet --compile-bytecode
 
 lint:
 	launchers/uv run ruff check .

@@ -4,7 +4,7 @@ A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced 
 
     distiller.safetensors    student, losses and auxiliary modules, of rank 0
     buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
-    optimizer.pt  scaler.pt  ema.safetensors
+    optimizer.pt  scaler.pt  ema.safetensors  teacher.safetensors (the student's moving average as its teacher)
     state.json               progress, the journal's length, world size, format
 """
 
@@ -26,8 +26,10 @@ from pipeline import parallel
 from pipeline.batch import Progress
 from pipeline.distiller import Distiller
 from pipeline.ema import EMA
+from pipeline.losses._base import Loss
 from pipeline.recipe import Checkpoints as Config
 from pipeline.recipe import RecipeError
+from pipeline.teacher import EMATeacher
 from shards.manifest import sync_path, write_atomically
 
 FORMAT = "ddp"
@@ -59,14 +61,14 @@ class Checkpoints:
         accelerator: Accelerator,
         distiller: Distiller,
         optimizer: Any,
-        ema: EMA | None,
+        averages: dict[str, EMA | EMATeacher],
     ) -> None:
         self.config = config
         self.folder = folder / "checkpoints"
         self.accelerator = accelerator
         self.distiller = distiller
         self.optimizer = optimizer
-        self.ema = ema
+        self.averages = averages
 
     def due(self, progress: Progress) -> bool:
         """Whether the run is to be saved after this step."""
@@ -83,7 +85,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        save_file(_storable(dict(self.distiller.named_buffers())), temporary / f"buffers-{parallel.rank()}.safetensors")
+        save_file(_storable(rank_buffers(self.distiller)), temporary / f"buffers-{parallel.rank()}.safetensors")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._write(temporary, state)
@@ -99,8 +101,8 @@ class Checkpoints:
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         if self.accelerator.scaler is not None:
             torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
-        if self.ema is not None:
-            save_file(_storable(self.ema.state_dict()), folder / "ema.safetensors")
+        for name, average in self.averages.items():
+            save_file(_storable(average.state_dict()), folder / f"{name}.safetensors")
         facts = {"format": FORMAT, "world_size": parallel.world_size()}
         (folder / "state.json").write_text(json.dumps({**asdict(state), **facts}, indent=2) + "\n")
         for path in [*folder.iterdir(), folder]:
@@ -128,21 +130,29 @@ class Checkpoints:
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
-        if self.ema is not None:
-            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
+        for name, average in self.averages.items():
+            average.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return State(Progress(**saved["progress"]), saved["journal_bytes"])
 
     def _load_buffers(self, folder: Path, world_size: int) -> None:
         """Restore this rank's buffers; on another number of ranks start from the mean of those that were."""
         ranks = [parallel.rank()] if world_size == parallel.world_size() else range(world_size)
         files = [load_file(folder / f"buffers-{rank}.safetensors") for rank in ranks]
-        for name, buffer in self.distiller.named_buffers():
+        for name, buffer in rank_buffers(self.distiller).items():
             stack = torch.stack([file[name] for file in files])
             buffer.copy_(stack.mean(0) if stack.is_floating_point() else stack[0])
 
     def _steps(self) -> list[Path]:
         """Return the whole checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def rank_buffers(distiller: Distiller) -> dict[str, Tensor]:
+    """Return the saved buffers that differ between the ranks: all but those that a loss itself holds, as banks are."""
+    losses = [module for module in distiller.modules() if isinstance(module, Loss)]
+    shared = {id(buffer) for loss in losses for buffer in loss.buffers(recurse=False)}
+    saved = distiller.state_dict().keys()
+    return {name: x for name, x in distiller.named_buffers() if name in saved and id(x) not in shared}
 
 
 def export_student(model: nn.Module, path: Path, best: Best | None = None) -> None:

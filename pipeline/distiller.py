@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.guard import poisoned
-from pipeline.losses._base import Facts, LossSpec
+from pipeline.losses._base import Facts, Loss, LossSpec
 from pipeline.taps import FeatureTaps
 
 
@@ -16,11 +16,6 @@ class Distiller(nn.Module):
 
     def __init__(self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts) -> None:
         super().__init__()
-        for name, spec in specs.items():
-            if "batch" in spec.scopes:
-                raise ValueError(
-                    f"losses.{name}: losses over the rows of all ranks (scope batch) are not supported yet"
-                )
         self.student = student
         # A module's name may not hold a dot; a user's loss is named package.module:Class.
         self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})
@@ -35,3 +30,9 @@ class Distiller(nn.Module):
         correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
         total = poisoned(torch.stack(list(parts.values())).sum())
         return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
+
+    def commit(self) -> None:
+        """Let the losses that keep a state of their own take in the global batch that has just been learned from."""
+        for module in self.losses.modules():
+            if isinstance(module, Loss):
+                module.commit()

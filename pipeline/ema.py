@@ -19,12 +19,15 @@ class Config(BaseModel):
 
 
 class EMA:
-    """Averages of a network's weights: average ← decay · average + (1 − decay) · weight. Buffers stay its own."""
+    """Averages of a network's weights: average ← decay · average + (1 − decay) · weight. Buffers stay its own.
 
-    def __init__(self, config: Config, network: nn.Module) -> None:
+    They are kept in the tensors ``into``, by parameter name, or in copies of the network's weights.
+    """
+
+    def __init__(self, config: Config, network: nn.Module, into: dict[str, Tensor] | None = None) -> None:
         self.decay = config.decay
         self.network = network
-        self.averages = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        self.averages = into or {name: weight.detach().clone() for name, weight in network.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -30,7 +30,7 @@ from pipeline.models.weights import load_weights
 from pipeline.recipe import Recipe, RecipeError, load_recipe, split_words
 from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
 from pipeline.taps import FeatureTaps, evaluating
-from pipeline.teacher import Teacher
+from pipeline.teacher import AnyTeacher, EMATeacher
 
 OWN_WORDS = ("weights", "agreement")
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
@@ -74,7 +74,7 @@ def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accele
 
 
 @torch.no_grad()
-def agreement(student: FeatureTaps, teacher: Teacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
+def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
     """Return on how many of the validation images, in percent, student and teacher give the same class."""
 
     def count(batch: Batch) -> Tensor:
@@ -110,6 +110,8 @@ def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accele
     teacher = build_teacher(recipe, loader.manifest, accelerator.device)
     if teacher is None:
         raise RecipeError("agreement=yes: the recipe has no teacher")
+    if isinstance(teacher, EMATeacher):
+        raise RecipeError("agreement=yes: the teacher is the student's moving average, which no run keeps to its end")
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")

@@ -34,9 +34,11 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
     Fused, because that step takes a ``found_inf`` flag on the device and then leaves weights and momentum alone.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    undecayed = undecayed_parameters(module)
     smallest_decayed = 0 if config.decay_norms_and_biases else 2  # dimensions: norms and biases have one
-    decayed = [parameter for parameter in parameters if parameter.ndim >= smallest_decayed]
-    spared = [parameter for parameter in parameters if parameter.ndim < smallest_decayed]
+    decays = [parameter.ndim >= smallest_decayed and parameter not in undecayed for parameter in parameters]
+    decayed = [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay]
+    spared = [parameter for parameter, decay in zip(parameters, decays, strict=True) if not decay]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
@@ -51,6 +53,11 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that no weight decay may touch: a module names its own in an attribute ``undecayed``."""
+    return {own.get_parameter(name) for own in module.modules() for name in getattr(own, "undecayed", ())}
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -1,6 +1,7 @@
 """Recipes: YAML files under ``configs/`` that name everything a run is made of.
 
-``load_recipe(path, overrides)`` composes the file with its ``base:`` files and the command line's ``key=value`` words
+``load_recipe(path, overrides)`` composes the file with its ``base:`` files and the command line's ``key=value`` words,
+puts what stands under ``constants:`` where ``${name}`` stands, so that a number that several places share stands once,
 and maps the result onto the typed ``Recipe`` strictly. An error is one line: file, dotted key, given, expected.
 """
 
@@ -10,6 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -156,15 +158,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     """
     path = _existing(Path(path))
     origins: dict[tuple[str, ...], str] = {}
-    tree = _compose(path, origins, ())
-    for word in overrides:
-        _merge(tree, _override(word), "command line", origins)
-    tree = _without_nulls(tree)
+    tree = composed(path, overrides, origins)
+    _unpack_models(tree)
     _resolve_references(tree, path)
     try:
         return LoadedRecipe(Recipe.model_validate(tree), path)
     except ValidationError as error:
         raise RecipeError(_one_line(error, origins, shown(path))) from None
+
+
+def composed(
+    path: Path, overrides: Sequence[str] = (), origins: dict[tuple[str, ...], str] | None = None
+) -> dict[str, Any]:
+    """Return what a recipe file, a whole one or a part, says with its ``base:`` files, overrides and constants.
+
+    ``origins`` learns which file said what.
+    """
+    origins = {} if origins is None else origins
+    tree = _compose(path, origins, ())
+    for word in overrides:
+        _merge(tree, _override(word), "command line", origins)
+    tree = _without_nulls(tree)
+    constants = tree.pop("constants", {})
+    return _filled(tree, constants, origins, shown(path), ())
 
 
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
@@ -194,6 +210,11 @@ def read_yaml(path: Path) -> Any:
 
 
 # -- composition ------------------------------------------------------------------------------------------------------
+
+
+_SLOT = re.compile(r"\$\{(.*)\}")
+_UNDER = "${}"
+"""Key of the slot that the other keys of its mapping lie over."""
 
 
 class _Yaml(yaml.SafeLoader):
@@ -254,6 +275,8 @@ def _merge(
             origins[here] = origin
         if isinstance(value, dict):
             below = tree.get(key)
+            if isinstance(below, str) and _SLOT.fullmatch(below):
+                below = {_UNDER: below}  # a constant that is a mapping may be changed in part
             tree[key] = below if isinstance(below, dict) else {}
             _merge(tree[key], value, origin, origins, here)
         else:
@@ -264,6 +287,39 @@ def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree without the keys that a null deletes; only now, since a base may delete another base's."""
     kept = ((key, value) for key, value in tree.items() if value is not None)
     return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in kept}
+
+
+def _filled(
+    tree: dict[str, Any],
+    constants: dict[str, Any],
+    origins: dict[tuple[str, ...], str],
+    default: str,
+    at: tuple[str, ...],
+) -> dict[str, Any]:
+    """Return the tree with each ``${name}`` replaced by what ``constants`` hold under that dotted name."""
+    filled: dict[str, Any] = {}
+    for key, value in tree.items():
+        here = at if key == _UNDER else (*at, str(key))
+        slot = _SLOT.fullmatch(value) if isinstance(value, str) else None
+        where = f"{origins.get(here, default)}: {'.'.join(here)}"
+        if isinstance(value, dict):
+            found: Any = _filled(value, constants, origins, default, here)
+        else:
+            found = _constant(constants, slot[1], where) if slot else value
+        if key == _UNDER and not isinstance(found, dict):
+            raise RecipeError(f"{where}: ${{{slot[1] if slot else ''}}} is one value, {found!r}, and has no keys")
+        _merge(filled, found if key == _UNDER else {key: found}, None, {})
+    return filled
+
+
+def _constant(constants: Any, name: str, where: str) -> Any:
+    found = constants
+    for part in name.split("."):
+        if not isinstance(found, dict) or part not in found:
+            known = f"known are {', '.join(constants)}" if constants else "there are none"
+            raise RecipeError(f"{where}: there is no constant {name!r}; {known}")
+        found = found[part]
+    return deepcopy(found)
 
 
 def _override(word: str) -> dict[str, Any]:
@@ -277,14 +333,26 @@ def _override(word: str) -> dict[str, Any]:
     return value
 
 
+def _unpack_models(tree: dict[str, Any]) -> None:
+    """Turn ``model: {path: package.module:factory, stages: {…}}`` into the keys ``model`` and ``stages``."""
+    teacher = tree.get("teacher")
+    members = teacher.get("members") if isinstance(teacher, dict) else None
+    for section in (tree.get("student"), teacher, *(members if isinstance(members, list) else ())):
+        own = section.get("model") if isinstance(section, dict) else None
+        if isinstance(own, dict) and isinstance(section, dict) and own.keys() <= {"path", "stages"}:
+            section |= {"model": own.get("path"), "stages": own.get("stages", section.get("stages"))}
+
+
 def _references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any], Any]]:
     """Yield every place, as container and key, that names another recipe."""
     for keys in (("teacher",), ("student", "start")):
         section: Any = tree
         for key in keys:
             section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get("recipe"), str):
-            yield section, "recipe"
+        members = section.get("members") if isinstance(section, dict) else None
+        for one in (section, *(members if isinstance(members, list) else ())):
+            if isinstance(one, dict) and isinstance(one.get("recipe"), str):
+                yield one, "recipe"
     if isinstance(tree.get("compare"), list):
         yield from ((tree["compare"], index) for index in range(len(tree["compare"])))
 
@@ -339,6 +407,8 @@ def _known_keys(location: Iterable[str]) -> list[str]:
     """Return the keys that may stand in the section at ``location``."""
     section: Any = Recipe
     for part in location:
+        if part.isdecimal():  # a place in a list, whose sections are all alike
+            continue
         if section is LossSpec:  # what stands here is the name of a loss
             section = find_loss(part).Config
             continue

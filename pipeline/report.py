@@ -36,7 +36,7 @@ def write_result(
 def print_table(run: Run) -> None:
     """Print the run beside the runs it stands on: teacher, compared students, itself."""
     recipe = run.recipe
-    others = [("teacher", recipe.teacher.recipe)] if recipe.teacher and recipe.teacher.recipe else []
+    others = [("teacher", path) for path in recipe.teacher.recipes] if recipe.teacher else []
     others += [("student", path) for path in recipe.compare]
     runs = [(role, find_run(load_dependency(recipe, path))) for role, path in others]
     rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher else "network", run)]]

@@ -117,7 +117,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     folder = Path(recipe.data.path)
     tree["data"]["manifest"] = manifest_sha256(folder)
     tree["data"]["classes"] = hashlib.sha256(json.dumps(read_manifest(folder).classes).encode()).hexdigest()
-    for section in (tree["teacher"], tree["student"]["start"]):
+    teacher = tree["teacher"] or {}
+    for section in (teacher, *(teacher.get("members") or ()), tree["student"]["start"]):
         if section and section["recipe"]:
             section["recipe"] = find_run(load_dependency(recipe, section["recipe"])).digest
     return tree
@@ -138,19 +139,19 @@ class Unfinished(Exception):
     """A run that this one stands on was told to stop; the same command continues it."""
 
 
-def stand(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> Run:
+def stand(loaded: LoadedRecipe) -> Run:
     """Make the shards and the runs that ``loaded`` stands on, where they are not there, and return its run.
 
-    Under several ranks they must be there already: RecipeError names the command that makes them.
+    What a finished run stood on is not asked for again. Under several ranks all must be there already: RecipeError
+    names the command that makes it.
     """
-    if loaded.path in above:
-        raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
+    refuse_circles(loaded)
     prepare_shards(loaded)
     for path in dependencies(loaded.recipe):
         dependency = load_dependency(loaded.recipe, path)
-        run = stand(dependency, (*above, loaded.path))
-        if run.result is not None:
+        if find_run(dependency).result is not None:
             continue
+        run = stand(dependency)
         check_folder(run)
         words = [f"data.path={json.dumps(loaded.recipe.data.path)}"]
         _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words], run.command)
@@ -159,9 +160,17 @@ def stand(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> Run:
     return find_run(loaded)
 
 
+def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
+    """Raise RecipeError if a recipe stands on itself: its identity would have no end."""
+    if loaded.path in above:
+        raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
+    for path in dependencies(loaded.recipe):
+        refuse_circles(load_dependency(loaded.recipe, path), (*above, loaded.path))
+
+
 def dependencies(recipe: Recipe) -> list[str]:
     """Return the recipes that ``recipe`` names, each once."""
-    teacher = [recipe.teacher.recipe] if recipe.teacher and recipe.teacher.recipe else []
+    teacher = recipe.teacher.recipes if recipe.teacher else []
     start = [recipe.student.start.recipe] if recipe.student.start and recipe.student.start.recipe else []
     return list(dict.fromkeys([*teacher, *start, *recipe.compare]))
 

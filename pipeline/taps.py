@@ -5,30 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Outputs
-from pipeline.models.stages import find_stage
+from pipeline.models.stages import canonical, deep_stages, find_stage
+
+CAM = "cam"
+"""The tap that is computed: the class activation map [K, H, W], Zhou et al., CVPR 2016, eq. 2, without the bias."""
+
+LAYOUTS = {"nhwc": "BHWC", "tokens": "BNC"}
+ENDINGS = ("", "in", *LAYOUTS, *(f"in:{layout}" for layout in LAYOUTS))
+
+
+class NormParameters(NamedTuple):
+    """Scale and shift of a BatchNorm, per channel."""
+
+    weight_C: Tensor
+    bias_C: Tensor
 
 
 class FeatureTaps(nn.Module):
     """A model whose forward returns ``Outputs``: its logits, and the features that were asked for.
 
-    ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted``, aliases such as
-    ``last`` among them, are the keys of ``Outputs.features``. The plain network, whose state dict is the one to export,
-    is ``.model``. Raises ValueError where a stage or its module does not exist.
+    ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted`` are the keys of
+    ``Outputs.features``: aliases such as ``last`` keep theirs, ``all`` and ``all.preact`` become those of every stage,
+    and ``cam`` is the class activation map. Maps are [B, C, H, W] whatever the network computes them as. The plain
+    network, whose state dict is the one to export, is ``.model``. Raises ValueError where a stage or its module does
+    not exist.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, str], wanted: Iterable[str]) -> None:
         super().__init__()
         self.model = model
-        self.paths = {name: find_stage(stages, name) for name in sorted(set(wanted))}
+        self.stages = dict(stages)
+        self.wanted = sorted({name for want in wanted for name in deep_stages(stages, want)})
+        needed = {"map" if name == CAM else name for name in self.wanted}
+        if CAM in self.wanted:
+            self._linear_head()
+        self.paths = {name: find_stage(stages, name) for name in sorted(needed)}
         self._captured: dict[str, tuple[Tensor, int]] | None = None
-        for path in sorted(set(self.paths.values())):
-            self._watch(path)
+        names = {path: name for name, path in self.paths.items()}
+        for path, name in names.items():
+            self._watch(path, name)
         for module in model.modules() if self.paths else ():
             if getattr(module, "inplace", False):
                 module.register_forward_pre_hook(self._spare_taps)
@@ -44,12 +66,55 @@ class FeatureTaps(nn.Module):
         finally:
             self._captured = None
         if not isinstance(logits_BK, Tensor):
-            raise ValueError(f"{_type(self.model)} returned a {_type(logits_BK)}, expected one tensor of logits")
-        return Outputs(logits_BK, {name: self._intact(name, path, captured) for name, path in self.paths.items()})
+            raise ValueError(
+                f"{_type(self.model)} returned a {_type(logits_BK)}, expected one tensor of logits; give a factory "
+                "whose network has no auxiliary heads"
+            )
+        features = {name: self._intact(name, path, captured) for name, path in self.paths.items()}
+        if CAM in self.wanted:
+            features[CAM] = self._class_activation(features["map"])
+        return Outputs(logits_BK, {name: features[name] for name in self.wanted})
 
     def tapped_modules(self) -> set[nn.Module]:
         """Return the modules whose input or output is captured."""
-        return {self._module_at(path) for path in self.paths.values()}
+        return {self._module_at(path, name) for name, path in self.paths.items()}
+
+    def norms(self) -> dict[str, NormParameters]:
+        """Return copies of the parameters of the BatchNorm that ends each tapped ``.preact``, by the tap's name.
+
+        A tap whose stage names none (``stageN.norm``) is left out. Raises ValueError where what it names is none.
+        """
+        taps = [tap for tap in self.paths if tap.endswith(".preact")]
+        names = [canonical(self.stages, f"{tap.removesuffix('.preact')}.norm") for tap in taps]
+        return {tap: self._norm(name) for tap, name in zip(taps, names, strict=True) if name in self.stages}
+
+    def _norm(self, name: str) -> NormParameters:
+        norm = self._module_at(self.stages[name], name)
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.affine:
+            raise ValueError(
+                f"stage {name!r}: {self.stages[name]!r} is a {_type(norm)}, expected a BatchNorm2d with scale and shift"
+            )
+        return NormParameters(norm.weight.detach().clone(), norm.bias.detach().clone())
+
+    def _linear_head(self) -> nn.Linear:
+        """Return the layer whose weights a class activation map takes. Raises ValueError where there is none."""
+        head = self._module_at(self.stages["logits"], "logits") if {"map", "logits"} <= self.stages.keys() else None
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"tap {CAM!r}: no average of a map followed by one linear layer is known of {_type(self.model)}; "
+                "name both by stages: {map: <module path>, logits: <module path>}"
+            )
+        return head
+
+    def _class_activation(self, map_BCHW: Tensor) -> Tensor:
+        """Return Σ_c w_kc · F_c at every pixel: what the linear head says of it before the average."""
+        weight_KC = self._linear_head().weight
+        if map_BCHW.ndim != 4 or map_BCHW.shape[1] != weight_KC.shape[1]:
+            raise ValueError(
+                f"tap {CAM!r}: the stage 'map' of {_type(self.model)} is shaped {list(map_BCHW.shape[1:])}, and its "
+                f"linear head takes {weight_KC.shape[1]} channels"
+            )
+        return nn.functional.conv2d(map_BCHW, weight_KC[..., None, None])
 
     def _intact(self, name: str, path: str, captured: dict[str, tuple[Tensor, int]]) -> Tensor:
         if path not in captured:
@@ -57,20 +122,25 @@ class FeatureTaps(nn.Module):
         value, version = captured[path]
         if version != _version(value):
             raise ValueError(f"tap {name!r}: {_type(self.model)} overwrites {path!r} in place; tap another module")
-        return value
-
-    def _watch(self, path: str) -> None:
-        # Bound methods, unlike closures, follow a deep copy of this module to the copy.
-        if path.endswith(":in"):
-            self._module_at(path).register_forward_pre_hook(partial(self._keep_input, path))
-        else:
-            self._module_at(path).register_forward_hook(partial(self._keep_output, path))
-
-    def _module_at(self, path: str) -> nn.Module:
         try:
-            return self.model.get_submodule(path.removesuffix(":in"))
+            return _as_map(value, path.rpartition(":")[2])
+        except ValueError as error:
+            raise ValueError(f"tap {name!r}: {_type(self.model)} computes at {path!r} {error}") from None
+
+    def _watch(self, path: str, name: str) -> None:
+        module = self._module_at(path, name)
+        if (ending := path.partition(":")[2]) not in ENDINGS:
+            raise ValueError(f"stage {name!r}: {path!r} ends in {ending!r}; known are {', '.join(ENDINGS[1:])}")
+        # Bound methods, unlike closures, follow a deep copy of this module to the copy.
+        if ending.startswith("in"):
+            module.register_forward_pre_hook(partial(self._keep_input, path))
+        else:
+            module.register_forward_hook(partial(self._keep_output, path))
+
+    def _module_at(self, path: str, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path.partition(":")[0])
         except AttributeError as error:
-            name = next(name for name, known in self.paths.items() if known == path)
             raise ValueError(f"stage {name!r}: {_type(self.model)} has no module {path!r}: {error}") from error
 
     def _keep_input(self, path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -115,6 +185,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+def _as_map(value: Tensor, layout: str) -> Tensor:
+    """Return [B, H, W, C] or the square part of tokens [B, N, C], whose first ones may be of no place, as a map."""
+    if layout not in LAYOUTS:
+        return value
+    if value.ndim != len(LAYOUTS[layout]):
+        raise ValueError(f"a tensor shaped {list(value.shape)}, and :{layout} is for [{', '.join(LAYOUTS[layout])}]")
+    if layout == "nhwc":
+        return value.movedim(-1, 1)
+    side = isqrt(value.shape[1])
+    return value[:, -(side * side) :].movedim(-1, 1).unflatten(2, (side, side))
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,15 +1,22 @@
-"""The frozen network that is learned from."""
+"""What is learned from: a frozen network, several of them, or the student's own moving average.
+
+M members, B batch, K classes.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import parallel
 from pipeline.batch import Batch, Outputs
+from pipeline.ema import EMA
+from pipeline.ema import Config as Averaging
+from pipeline.losses._base import promoted
 from pipeline.models.folding import fold_batchnorms
 from pipeline.taps import FeatureTaps
 
@@ -19,8 +26,8 @@ TOLERANCE = 1e-3
 Triple = tuple[float, float, float]
 
 
-class Config(BaseModel):
-    """The recipe's ``teacher``: a network with its weights, or the student of another recipe's run."""
+class Network(BaseModel):
+    """A frozen network: which it is, with which weights, and how it computes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,31 +39,71 @@ class Config(BaseModel):
     """Instead of ``model`` and ``weights``: the recipe whose run gives the network, its weights, mean and std."""
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
-    batch: PositiveInt | None = None
-    """Images of one forward, whatever the batch; default: a rank's rows in the run's first start."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """``auto`` is fp16 on a GPU and fp32 on a CPU."""
+    """``auto`` is fp16 on a GPU and fp32 on a CPU; for a moving average see ``EMATeacher``."""
     fold: bool = True
     """Whether BatchNorm is folded into the convolution before it."""
     mean: Triple | None = None
     """What the teacher's training images were normalised with; default: the recipe's own."""
     std: Triple | None = None
-    expect_top1: float | None = Field(default=None, ge=0, le=100)
-    """Percent on the validation images below which the run does not begin."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> Config:
+    def _complete(self) -> Self:
+        self.check_source()
+        return self
+
+    def check_source(self) -> None:
+        """Raise ValueError unless there is one source of the network and its weights."""
         by_recipe = self.recipe is not None and self.model is None
         by_model = self.recipe is None and self.model is not None and self.weights is not None
         if not (by_recipe or by_model):
             raise ValueError("give either model and weights (a file, or a name such as IMAGENET1K_V1), or recipe")
-        return self
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """Return the precision the teacher computes in on ``device``."""
+        """Return the precision the network computes in on ``device``."""
         if self.dtype == "auto":
             return torch.float16 if device.type == "cuda" else torch.float32
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
+
+
+class Config(Network):
+    """The recipe's ``teacher``: a network; or several, ``members``; or the ``average`` of the student's own weights."""
+
+    members: tuple[Network, ...] | None = Field(default=None, min_length=1)
+    """Networks whose softened answers are mixed; features are those of the first."""
+    combine: Literal["mean", "entropy", "confidence"] | None = None
+    """How the members are weighed, as ``member_weights`` says."""
+    temperature: float | None = Field(default=None, gt=0)
+    """T of the mixture: the one at which a loss of the logits has exactly it as its target."""
+    average: Averaging | None = None
+    batch: PositiveInt | None = None
+    """Images of one forward, whatever the batch; default: a rank's rows in the run's first start."""
+    expect_top1: float | None = Field(default=None, ge=0, le=100)
+    """Percent on the validation images below which the run does not begin."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        kind = next((key for key in _BESIDE if getattr(self, key) is not None), None)
+        given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
+        allowed = {kind, *_BESIDE[kind]} if kind else {*Network.model_fields, "batch", "expect_top1"}
+        if stray := sorted(given - allowed):
+            raise ValueError(f"{', '.join(stray)} cannot stand beside {kind or 'a single network, without members'}")
+        if kind is None:
+            self.check_source()
+        elif kind == "members" and (self.combine is None or self.temperature is None):
+            raise ValueError("members need combine (mean, entropy or confidence) and temperature")
+        if self.combine == "confidence" and self.expect_top1 is not None:
+            raise ValueError("expect_top1 says nothing beside combine: confidence, which knows the labels")
+        return self
+
+    @property
+    def recipes(self) -> list[str]:
+        """The recipes whose runs the networks come from."""
+        return [network.recipe for network in self.members or (self,) if network.recipe is not None]
+
+
+_BESIDE = {"members": ("combine", "temperature", "batch", "expect_top1"), "average": ("dtype", "batch")}
+"""What may stand beside a teacher that is no single network of its own."""
 
 
 class Normalization(NamedTuple):
@@ -85,11 +132,14 @@ class Teacher(nn.Module):
         given: Normalization | None = None,
         expected: Normalization | None = None,
         fold: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.batch = batch
         self.dtype = dtype
+        self.autocast = autocast
         taps.requires_grad_(False).eval()
+        self.norms = taps.norms()
         if fold:
             _fold(taps, image_size)
         self.taps = taps.to(device, dtype)
@@ -102,7 +152,8 @@ class Teacher(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         """Return the answers for ``batch.images_BCHW`` in the teacher's precision, as ordinary tensors."""
         images_BCHW = self._prepared(batch.images_BCHW)
-        with torch.inference_mode(), torch.autocast(images_BCHW.device.type, enabled=False):
+        autocast = torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(), autocast:
             chunks = [self.taps(chunk) for chunk in images_BCHW.split(self.batch)]
         # Copied outside of inference mode: autograd refuses to save that mode's own tensors for a loss's backward.
         rows = len(batch.images_BCHW)
@@ -121,6 +172,92 @@ class Teacher(nn.Module):
         if lacking := -len(images_BCHW) % self.batch:
             images_BCHW = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, lacking))
         return images_BCHW.to(self.dtype, memory_format=torch.channels_last)
+
+
+class TeacherEnsemble(nn.Module):
+    """Several teachers, asked one after the other, whose softened answers are mixed.
+
+    Its logits are T·log Σ_m w_m·softmax(z_m/T), so that KD at this T has the mixture itself as its target, and the
+    gradient of the members' KD losses weighed with w_m. Only the first one's features are answered. Architectures,
+    precisions and normalisations may differ. Hinton et al., 2015, arXiv:1503.02531, section 3, and ``member_weights``.
+    """
+
+    def __init__(self, members: list[Teacher], *, combine: str, temperature: float) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.combine = combine
+        self.temperature = temperature
+        self.norms = members[0].norms
+
+    @property
+    def taps(self) -> FeatureTaps:
+        """The network whose features are answered."""
+        return self.members[0].taps  # type: ignore[return-value]
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Return the mixture in at least float32, and the first member's features."""
+        first, *others = (member(batch) for member in self.members)
+        logits_MBK = torch.stack([promoted(answer).logits_BK for answer in (first, *others)])
+        weights_MB = member_weights(logits_MBK, batch.labels_B, self.combine)
+        log_p_MBK = (logits_MBK / self.temperature).log_softmax(2) + weights_MB.log().unsqueeze(2)
+        return Outputs(self.temperature * log_p_MBK.logsumexp(0), first.features)
+
+
+def member_weights(logits_MBK: Tensor, labels_B: Tensor, combine: str) -> Tensor:
+    """Return each member's weight for each row [M, B], of sum 1 over the members.
+
+    ``mean``: 1/M. ``entropy``: (1 − H_m/ΣH)/(M − 1), H the entropy of the member's answer (Kwon et al., ICASSP 2020).
+    ``confidence``: (1 − softmax_m(CE_m))/(M − 1), CE its cross-entropy with the label (CA-MKD, Zhang et al., ICASSP
+    2022, arXiv:2201.00007, eq. 3). The answers are not softened for it.
+    """
+    members = len(logits_MBK)
+    if combine == "mean" or members == 1:
+        return logits_MBK.new_full(logits_MBK.shape[:2], 1 / members)
+    log_p_MBK = logits_MBK.log_softmax(2)
+    if combine == "entropy":
+        entropy_MB = -(log_p_MBK.exp() * log_p_MBK).sum(2)
+        total_B = entropy_MB.sum(0)
+        share_MB = torch.where(total_B > 0, entropy_MB / total_B, 1 / members)  # all of them sure: as one
+    else:
+        # A padded row of a validation batch has no label, and is not counted.
+        place_MB1 = labels_B.clamp(min=0).expand(members, -1).unsqueeze(2)
+        share_MB = (-log_p_MBK.gather(2, place_MB1).squeeze(2)).softmax(0)
+    return (1 - share_MB) / (members - 1)
+
+
+class EMATeacher(Teacher):
+    """The moving average of the student's weights: mean teacher, Tarvainen and Valpola, NeurIPS 2017, arXiv:1703.01780.
+
+    It answers in evaluation mode, with the student's BatchNorm statistics, which under DDP are the ranks' mean: every
+    rank has the same teacher. Weights are float32 and the forward runs under ``autocast``: of the precisions bf16
+    rather than fp16, because the first statistics fit no network yet, and deep ones answer with more than 65504.
+    """
+
+    def __init__(
+        self, taps: FeatureTaps, average: Averaging, *, batch: int, device: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        super().__init__(
+            taps, batch=batch, image_size=0, dtype=torch.float32, device=device, fold=False, autocast=autocast
+        )
+        self.average = average
+
+    def follow(self, student: nn.Module) -> None:
+        """Begin as that plain network is, and follow it from now on."""
+        network = self.taps.model
+        network.load_state_dict(student.state_dict())
+        self.ema = EMA(self.average, student, into=dict(network.named_parameters()))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the student by one step; every rank calls it."""
+        self.ema.update()
+        with parallel.averaged_buffers(self.ema.network):
+            for own, students in zip(self.taps.model.buffers(), self.ema.network.buffers(), strict=True):
+                own.copy_(students)
+
+
+AnyTeacher = Teacher | TeacherEnsemble
+"""What answers as a teacher: ``teacher(batch)``, its ``taps`` and its ``norms``."""
 
 
 def _renormalization(given: Normalization, expected: Normalization) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
     accelerate launch pipeline/train.py                                     the demo (configs/demo.yaml)
     accelerate launch pipeline/train.py configs/imagenet/r50_mbv1/ddkd.yaml data.path=/data/imagenet
     torchrun --nproc_per_node 2 pipeline/train.py RECIPE [key=value …]      two ranks, on CPUs too
+    python pipeline/train.py --check RECIPE [key=value …]                   what it is made of, without training
 
 The same command continues a run that was interrupted. Data flows one way: shards → Batch → teacher(batch) →
 distiller(batch, answers) → losses["total"] → backward → step.
@@ -26,6 +27,7 @@ from torch import nn
 
 from pipeline import parallel
 from pipeline.build import build_distiller, build_loader, build_teacher, training_splits
+from pipeline.check import check
 from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
 from pipeline.data.loader import Loader
 from pipeline.ema import EMA
@@ -40,12 +42,15 @@ from pipeline.runs import STUDENT, STUDENT_BEST, STUDENT_EMA, Run, check_folder,
 from pipeline.schedules import learning_rate
 from pipeline.stopping import Stopping
 from pipeline.taps import FeatureTaps
-from pipeline.teacher import Teacher
+from pipeline.teacher import AnyTeacher, EMATeacher
 from shards.manifest import read_manifest
 
 
 def main(words: Sequence[str]) -> None:
-    """Train what the command line names, unless it is finished, and print its table."""
+    """Train what the command line names, unless it is finished, and print its table; with ``--check`` only look."""
+    if "--check" in words:
+        print(check(load_recipe(*split_words([word for word in words if word != "--check"]))))
+        return
     run = stand(load_recipe(*split_words(words)))
     if run.result is None:
         check_folder(run)
@@ -68,12 +73,16 @@ def train(run: Run) -> None:
         check_teacher(recipe, teacher, loader)
     student = raw_distiller.student
     ema = EMA(recipe.ema, student.model) if recipe.ema else None
+    averages: dict[str, EMA | EMATeacher] = {"ema": ema} if ema else {}
+    if isinstance(teacher, EMATeacher):
+        teacher.follow(student.model)
+        averages["teacher"] = teacher
     if accelerator.is_main_process:
         open_folder(run)
     accelerator.wait_for_everyone()
 
     distiller, optimizer = accelerator.prepare(raw_distiller, create_optimizer(recipe.optimizer, raw_distiller))
-    checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, raw_distiller, optimizer, ema)
+    checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, raw_distiller, optimizer, averages)
     state = checkpoints.load(loader.steps_per_epoch)
     progress, best, last = state.progress, exported_best(run.folder / STUDENT_BEST), None
     # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
@@ -106,8 +115,9 @@ def train(run: Run) -> None:
                 continue  # Progress counts whole global batches.
             progress = progress.after(recipe.batch)
             seed_draws(recipe.seed, progress.step)
-            if ema:
-                ema.update()
+            raw_distiller.commit()
+            for average in averages.values():
+                average.update()
             reason = stopping.due(progress) if progress.step < journal.total_steps else None
             saving = bool(reason) or checkpoints.due(progress)
             if saving or progress.epoch_ended or journal.due(progress):
@@ -148,7 +158,7 @@ def clip(accelerator: Accelerator, distiller: nn.Module, largest: float | None) 
     return norm
 
 
-def check_teacher(recipe: Recipe, teacher: Teacher | None, loader: Loader) -> None:
+def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
     """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``."""
     if teacher is None or recipe.teacher is None or recipe.teacher.expect_top1 is None:
         return

@@ -1,6 +1,6 @@
 """Write CIFAR-100 as shards.
 
-    python shards/prepare_cifar.py SOURCE DESTINATION
+    python shards/prepare_cifar.py SOURCE DESTINATION [--train-per-class 100]
 
 SOURCE is the official ``cifar-100-python.tar.gz`` or the folder ``cifar-100-python`` out of it. Its 50,000 training
 images become the split ``train``, its 10,000 test images ``val``; an id is the image's row in the official file, labels
@@ -14,6 +14,7 @@ import pickle
 import sys
 import tarfile
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +27,7 @@ if not __package__:  # started as a script: Python put this folder, not the root
 import numpy as np
 from PIL import Image
 
-from shards.command import Parser, run_command
+from shards.command import Parser, positive, run_command
 from shards.plan import Encoded, Item, make_job
 from shards.prepare import add_arguments, prepare
 
@@ -96,10 +97,23 @@ def _listing(source: Path, name: str, classes: int) -> list[Item]:
     return [Item(f"{row:05d}", label, 3 * SIDE * SIDE) for row, label in enumerate(labels)]
 
 
+def _first_of_each_class(listing: list[Item], count: int) -> list[Item]:
+    seen = Counter[int]()
+    kept = []
+    for item in listing:
+        seen[item.label] += 1
+        if seen[item.label] <= count:
+            kept.append(item)
+    return kept
+
+
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_cifar.py", description="Write CIFAR-100 as shards.")
     parser.add_argument("source", type=Path, help=f"the folder {FOLDER}, or {FOLDER}.tar.gz")
     parser.add_argument("destination", type=Path, help="folder of the shards, made if need be")
+    parser.add_argument(
+        "--train-per-class", type=positive, metavar="N", help="only the first N training images of every class"
+    )
     add_arguments(parser)
     return parser
 
@@ -110,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = options.source.resolve()
     classes = [name.decode() for name in _column(source, "meta", "fine_label_names")]
     listings = {split: _listing(source, name, len(classes)) for split, name in FILES.items()}
+    if options.train_per_class:
+        listings["train"] = _first_of_each_class(listings["train"], options.train_per_class)
     job = make_job("prepare_cifar", "png", classes, listings, CifarFiles(source), options, {})
     return prepare(job, options.destination, options)
 

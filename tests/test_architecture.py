@@ -34,7 +34,7 @@ LEVELS = {
         ),
         *("pipeline.journal", "pipeline.launch", "pipeline.stopping"),
     ],
-    3: ["pipeline.train", "pipeline.evaluate", "pipeline.report"],
+    3: ["pipeline.train", "pipeline.evaluate", "pipeline.compare", "pipeline.report", "pipeline.check"],
 }
 
 

@@ -18,6 +18,8 @@ class Config(BaseModel):
     """Folder of shards, with its ``manifest.json``."""
     prepare: tuple[str, ...] = ()
     """Script and arguments that make the shards where they are missing; the destination is added."""
+    classes: PositiveInt | None = None
+    """Number of classes the shards must have; null takes as many as they have."""
     loader: Literal["dali", "memory"] = "dali"
     """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device."""
     size: PositiveInt

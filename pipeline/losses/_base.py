@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, create_model
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.parallel import gather_rows
 from pipeline.schedules import Ramp, ramp_factor
+from pipeline.taps import NormParameters
 
 
 class Taps(NamedTuple):
@@ -44,6 +48,8 @@ class Facts:
     """One more than the largest training sample id: the rows of a bank indexed by id."""
     labels_by_id: np.ndarray | None = None
     """int64 [id_count]; −1 where no sample has that id."""
+    teacher_norms: dict[str, NormParameters] = field(default_factory=dict)
+    """Scale and shift of the BatchNorm that ends a teacher's ``stageN.preact``, by tap name, as before folding."""
     autocast: torch.dtype | None = None
     """The recipe's autocast type, under which the convolutions of auxiliary modules run; None is none."""
 
@@ -82,14 +88,107 @@ class Loss(nn.Module):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return ``forward``'s parts × weight × ramp, computed in at least float32 with autocast off."""
-        with torch.autocast(student.logits_BK.device.type, enabled=False):
+        with autocast(student.logits_BK, None):
             seen = promoted(teacher) if self.needs_teacher else teacher
             return self.scaled(self(promoted(student), seen, batch), progress)
+
+    def commit(self) -> None:
+        """Take in what ``forward`` saw of this global batch; called after its update, once, on every rank.
+
+        Only here may a loss change state of its own, such as a bank over the data set: ``forward`` is a function. A
+        loss's own buffers are the same on every rank, and a checkpoint holds them once.
+        """
+
+    def run(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+        """Return an auxiliary network's answer under the recipe's autocast, in the dtype of ``x``."""
+        return run_under(self.facts.autocast, network, x, *more)
 
     def scaled(self, parts: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
         """Return ``parts`` × weight × ramp."""
         factor = self.config.weight * ramp_factor(self.config.ramp, progress)
         return {name: factor * value for name, value in parts.items()}
+
+
+def run_under(dtype: torch.dtype | None, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+    """Return the network's answer under that autocast type, None for none, brought back to the dtype of ``x``."""
+    with autocast(x, dtype):
+        return network(x, *more).to(x.dtype)
+
+
+def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Return the context that computes with ``x`` under that autocast type, None for none."""
+    if x.device.type == "meta":  # where shapes are computed and numbers are not; torch has no autocast there
+        return nullcontext()
+    return torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def checked_scope(scope: str) -> str:
+    """Return ``scope`` if it is ``global``, ``rank`` or ``ghost:N``; raise ValueError otherwise."""
+    kind, _, rows = scope.partition(":")
+    if scope in ("global", "rank") or (kind == "ghost" and rows.isdecimal() and int(rows) > 1):
+        return scope
+    raise ValueError(f"expected global, rank or ghost:N with N > 1 consecutive rows of a rank, got {scope!r}")
+
+
+StatScope = Annotated[str, AfterValidator(checked_scope)]
+"""Rows that a statistic covers: all ranks', this rank's, or with ``ghost:N`` each N consecutive ones of it."""
+
+
+class BatchLoss(Loss):
+    """A loss of how rows relate to one another. ``forward`` is given the rows of all ranks at once.
+
+    Of them it sees logits, the taps that its config names, labels and ids; the images are this rank's. Under gradient
+    accumulation the rows are those of a micro-batch.
+    """
+
+    scope = "batch"
+
+    class Config(Loss.Config):
+        """With ``stat_scope: rank`` or ``ghost:N`` it takes a rank's rows, or groups of them, as published code did."""
+
+        stat_scope: StatScope = "global"
+
+    def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return ``forward``'s parts of the gathered rows, or the mean of those of the groups, × weight × ramp."""
+        taps = self.config.taps()
+        student, teacher = only(student, taps.student), only(teacher, taps.teacher)
+        with autocast(student.logits_BK, None):
+            groups = self.groups(promoted(student), promoted(teacher), batch)
+            found = [self(*group) for group in groups]
+            means = {name: torch.stack([parts[name] for parts in found]).mean() for name in found[0]}
+            return self.scaled(means, progress)
+
+    def groups(self, student: Outputs, teacher: Outputs, batch: Batch) -> list[tuple[Outputs, Outputs, Batch]]:
+        """Return what each group of related rows consists of."""
+        kind, _, rows = self.config.stat_scope.partition(":")
+        if kind == "global":
+            labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1)).unbind(1)
+            return [(gathered(student), gathered(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
+        size = int(rows) if rows else max(len(batch.labels_B), 1)
+        places = torch.arange(len(batch.labels_B), device=batch.labels_B.device).split(size)
+        batches = [batch._replace(labels_B=batch.labels_B[place], ids_B=batch.ids_B[place]) for place in places]
+        return [(at(student, p), at(teacher, p), rows) for p, rows in zip(places, batches, strict=True)]
+
+
+def only(outputs: Outputs, taps: frozenset[str]) -> Outputs:
+    """Return ``outputs`` with only the features that ``taps`` name, ``all`` meaning every stage."""
+    if any(tap.partition(".")[0] == "all" for tap in taps):
+        return outputs
+    return outputs._replace(features={name: x for name, x in outputs.features.items() if name in taps})
+
+
+def gathered(outputs: Outputs) -> Outputs:
+    """Return the outputs of all ranks' rows, with gradient: one collective, whatever the number of features."""
+    tensors = [outputs.logits_BK, *outputs.features.values()]
+    flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1))
+    parts = flat.split([x[0].numel() for x in tensors], 1)
+    logits_BK, *features = (part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True))
+    return Outputs(logits_BK, dict(zip(outputs.features, features, strict=True)))
+
+
+def at(outputs: Outputs, rows_B: Tensor) -> Outputs:
+    """Return those rows of the outputs."""
+    return Outputs(outputs.logits_BK[rows_B], {name: x[rows_B] for name, x in outputs.features.items()})
 
 
 def promoted(outputs: Outputs) -> Outputs:
@@ -193,3 +292,32 @@ Losses = Annotated[
     PlainSerializer(lambda specs: {name: value for spec in specs.values() for name, value in _dump(spec).items()}),
 ]
 """The recipe's ``losses``."""
+
+
+class Wrapping(Loss):
+    """Another loss, ``inner``, of logits that were changed first; weight and ramp multiply the inner loss's own."""
+
+    class Config(Loss.Config):
+        """``{inner: {dkd: {…}}}``."""
+
+        inner: InnerLoss
+
+        def taps(self) -> Taps:
+            """Return the inner loss's taps."""
+            return self.inner.config.taps()
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.inner = config.inner.build(facts)
+
+    def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits that the inner loss sees, of student and teacher."""
+        raise NotImplementedError
+
+    def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return the inner loss's parts on the changed logits, × weight × ramp."""
+        with autocast(student.logits_BK, None):
+            student, teacher = promoted(student), promoted(teacher)
+            student_BK, teacher_BK = self.changed(student.logits_BK, teacher.logits_BK.detach())
+            seen = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
+            return self.scaled(self.inner.parts(*seen, batch, progress), progress)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline.losses._base import run_under
 from pipeline.losses.diffusion import (
     Autoencoder,
     Diffusion,
@@ -126,9 +127,8 @@ class Denoiser(nn.Module):
         return self.run(lambda *inputs: functional_call(self.predictor, constants, inputs), y_BCHW, t_B)
 
     def run(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
-        """Return the network's answer, computed under the recipe's autocast and brought back to the dtype of ``x``."""
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return network(x, *more).to(x.dtype)
+        """Return the network's answer, computed under the recipe's autocast, in the dtype of ``x``."""
+        return run_under(self.autocast, network, x, *more)
 
     def alpha_bars_on(self, device: torch.device) -> Tensor:
         """Return ᾱ on that device, kept there for the next step."""

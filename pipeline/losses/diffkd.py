@@ -11,14 +11,14 @@ B batch, C channels, H W space, K classes.
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.losses._base import Facts, InnerLoss, Loss, Taps, promoted
+from pipeline.losses._base import Facts, InnerLoss, Loss, Taps, autocast, promoted
 from pipeline.losses._denoiser import Denoiser
+from pipeline.losses._levels import Stage, channels, stage_names, stage_taps
 from pipeline.losses._tools import pool_to_smaller
 from pipeline.losses.diffusion import Autoencoder, Bottleneck, Diffusion, logit_adapter, logit_predictor, map_predictor
 
@@ -28,8 +28,8 @@ class FeatureBranch(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stage: str = "last"
-    """Tap of both networks; maps of different size are averaged down to the smaller."""
+    stage: Stage = "last"
+    """Tap of the networks; maps of different size are averaged down to the smaller."""
     latent: PositiveInt | Literal["auto"] | None = None
     """Width of the autoencoder's latent: ``auto`` is half the teacher's, at most 1024; none is no autoencoder."""
     predictor_reduction: PositiveInt
@@ -81,9 +81,8 @@ class DiffKD(Loss):
 
         def taps(self) -> Taps:
             """Return the feature branch's tap and those of the logits' distance."""
-            stage = frozenset([self.feature.stage] if self.feature else [])
-            inner = self.logit_distance.config.taps() if self.logit_distance else Taps()
-            return Taps(stage, stage).union(inner)
+            own = stage_taps(self.feature.stage) if self.feature else Taps()
+            return own.union(self.logit_distance.config.taps() if self.logit_distance else Taps())
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
@@ -93,7 +92,7 @@ class DiffKD(Loss):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the branches' parts, × weight × ramp."""
-        with torch.autocast(student.logits_BK.device.type, enabled=False):
+        with autocast(student.logits_BK, None):
             student, teacher = promoted(student), promoted(teacher)
             parts = self.feature_parts(student, teacher) | self.logit_parts(student, teacher, batch, progress)
             return self.scaled(parts, progress)
@@ -102,8 +101,9 @@ class DiffKD(Loss):
         """Return ``feature``, ``diffusion_feature`` and, with an autoencoder, ``autoencoder``."""
         if self.feature_denoiser is None:
             return {}
-        c, stage = self.config, self.config.feature.stage
-        denoised = self.feature_denoiser(*pool_to_smaller(student.features[stage], teacher.features[stage]))
+        c = self.config
+        of_student, of_teacher = stage_names(c.feature.stage)
+        denoised = self.feature_denoiser(*pool_to_smaller(student.features[of_student], teacher.features[of_teacher]))
         distance = F.mse_loss(denoised.student_BCHW, denoised.target_BCHW)
         parts = {
             "feature": c.distance_weight * c.feature.weight * distance,
@@ -130,7 +130,8 @@ def feature_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:
     c, norm = config.feature, config.diffusion.norm
     if c is None:
         return None
-    student_C, teacher_C = (_channels(shapes, c.stage) for shapes in (facts.student_shapes, facts.teacher_shapes))
+    student, teacher = stage_names(c.stage)
+    student_C, teacher_C = (channels(facts.student_shapes, student), channels(facts.teacher_shapes, teacher))
     latent = min(teacher_C // 2, 1024) if c.latent == "auto" else c.latent or teacher_C
     return Denoiser(
         config.diffusion,
@@ -156,9 +157,3 @@ def logit_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:
         adapter=logit_adapter(classes, c.adapter_expansion, norm),
         autocast=facts.autocast,
     )
-
-
-def _channels(shapes: dict[str, tuple[int, ...]], stage: str) -> int:
-    if len(shapes[stage]) != 3:
-        raise ValueError(f"feature.stage: {stage!r} is shaped {list(shapes[stage])}, and a map [C, H, W] is needed")
-    return shapes[stage][0]

@@ -1,7 +1,8 @@
 """ResNets for 32×32 images, He et al., CVPR 2016, §4.2: three stages of basic blocks, 6n + 2 layers.
 
 Where a shortcut changes shape it is a 1×1 convolution with BatchNorm (the paper's option B), as in the literature on
-knowledge distillation and its published weights. The ×4 networks are the wide ones of that literature.
+knowledge distillation and its published weights. The ×4 networks are the wide ones of that literature, and its
+ResNet-50 is ImageNet's with a stem that keeps the resolution.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3
 
 from pipeline.models.initialization import he_normal
 
@@ -54,7 +56,17 @@ def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
 
 
+def resnet50(num_classes: int) -> ResNet:
+    """Return a ResNet-50 whose maps are 32, 16, 8 and 4 pixels wide on a 32-pixel image: no stride, no max-pooling."""
+    model = ResNet(Bottleneck, [3, 4, 6, 3], num_classes)
+    model.conv1 = conv3x3(3, 64)
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    he_normal(model)
+    return model
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth=depth, widths=NARROW) for depth in (8, 20, 32, 56, 110)},
     **{f"cifar_resnet{depth}x4": partial(CifarResNet, depth=depth, widths=WIDE) for depth in (8, 32)},
+    "cifar_resnet50": resnet50,
 }

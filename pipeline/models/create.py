@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's classifiers first, the project's own second, a user's factory by its path."""
+"""Networks by name: torchvision's classifiers, the project's own, timm's as ``timm/<name>``, a user's by its path."""
 
 from __future__ import annotations
 
@@ -8,22 +8,44 @@ from difflib import get_close_matches
 import torchvision.models
 from torch import nn
 
-from pipeline.models import cifar_resnet, mobilenet_v1
+from pipeline.models import (
+    cifar_mobilenet_v2,
+    cifar_resnet,
+    cifar_shufflenet_v1,
+    cifar_shufflenet_v2,
+    cifar_vgg,
+    cifar_wrn,
+    mobilenet_v1,
+)
+from pipeline.models.from_timm import PREFIX, create_timm_model
 
-OWN = {**cifar_resnet.MODELS, **mobilenet_v1.MODELS}
+OWN = {
+    **cifar_resnet.MODELS,
+    **cifar_wrn.MODELS,
+    **cifar_vgg.MODELS,
+    **cifar_mobilenet_v2.MODELS,
+    **cifar_shufflenet_v1.MODELS,
+    **cifar_shufflenet_v2.MODELS,
+    **mobilenet_v1.MODELS,
+}
 
 
 def known_models() -> list[str]:
-    """Return the names ``create_model`` knows, torchvision's first."""
+    """Return the names ``create_model`` knows without timm, torchvision's first."""
     return [*torchvision.models.list_models(torchvision.models), *OWN]
 
 
 def create_model(name: str, num_classes: int) -> nn.Module:
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
 
-    ``name`` is one of ``known_models()``, or ``package.module:factory``, called as ``factory(num_classes=…)``.
-    Raises ValueError where there is no such network.
+    ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
+    ``factory(num_classes=…)``. Raises ValueError where there is no such network.
+
+    Weights of timm and of torchvision's Inception want images of their own mean and std: a recipe gives those of the
+    teacher as ``teacher: {mean, std}``, and ``teacher: {expect_top1}`` notices where it does not.
     """
+    if name.startswith(PREFIX):
+        return create_timm_model(name, num_classes)
     if ":" in name:
         return _from_factory(name, num_classes)
     if name in OWN:
@@ -31,7 +53,11 @@ def create_model(name: str, num_classes: int) -> nn.Module:
     if name in known_models():
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     near = get_close_matches(name, known_models(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "give a torchvision name or package.module:factory"
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else "give a torchvision name, timm/<name> or package.module:factory"
+    )
     raise ValueError(f"there is no model {name!r}; {hint}")
 
 

@@ -1,23 +1,24 @@
-"""Where each network computes the canonical stages ``stem, stage1 … stage4, embedding, logits`` and ``stageN.preact``.
+"""The canonical stages ``stem, stage1 … stage4, map, embedding, logits`` of a network, by module path.
 
-A stage is written as a module path: ``layer4`` is that module's output, ``layer4.1.relu:in`` its last call's input.
+``layer4`` is that module's output, ``layer4.1.relu:in`` its last call's input. An ending ``:nhwc`` says that the tensor
+has its channels last, ``:tokens`` that it is a row of tokens [N, C]; both are read as maps [C, H, W].
+
 A stage's output comes after its last activation and ``.preact`` before it; they are one tensor where it ends linearly.
-A family of networks is one function and one entry of ``FAMILIES``.
+``stageN.norm`` is no tap but a module: the BatchNorm whose output ``.preact`` is, or was before a shortcut was added.
+``map`` is what the last linear layer takes the average of, and ``embedding`` is what it takes. In networks for ImageNet
+stage n is the last tensor of 1 / 2ⁿ⁺¹ of the image's width, but for VGG, whose blocks are its stages as on CIFAR.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Mapping
 
 from torch import nn
-from torchvision.models import EfficientNet, MobileNetV2, ResNet
 
-from pipeline.models.cifar_resnet import CifarResNet
-from pipeline.models.mobilenet_v1 import MobileNetV1
+from pipeline.models.families import FAMILIES, head
+from pipeline.models.from_timm import is_timm, timm_stages
 
-HEADS = ("fc", "classifier", "head", "heads")
 STAGE = re.compile(r"stage(\d+)")
 
 
@@ -29,68 +30,44 @@ def stages(model: nn.Module) -> dict[str, str]:
     for family, paths in FAMILIES.items():
         if isinstance(model, family):
             return paths(model)
-    return _head(model)
+    return timm_stages(model) if is_timm(model) else head(model)
+
+
+def tap_names(paths: Mapping[str, str]) -> list[str]:
+    """Return the names that can be tapped: all but the ``.norm`` ones."""
+    return [name for name in paths if not name.endswith(".norm")]
 
 
 def find_stage(paths: Mapping[str, str], name: str) -> str:
-    """Return the module path of the tap ``name``; ``last`` and ``last.preact`` stand for the deepest stage.
+    """Return the module path of ``name``, or of what ``canonical`` says it stands for.
 
     Raises ValueError where the network has no such stage.
     """
-    if name in paths:
-        return paths[name]
-    numbers = [int(match[1]) for match in map(STAGE.fullmatch, paths) if match]
-    stage, dot, kind = name.partition(".")
-    resolved = f"stage{max(numbers)}{dot}{kind}" if stage == "last" and numbers else name
-    if resolved not in paths:
-        known = f"it has {', '.join(paths)}" if paths else "none is known"
+    if (full := canonical(paths, name)) not in paths:
+        known = f"it has {', '.join(tap_names(paths))}" if paths else "none is known"
         raise ValueError(f"the network has no stage {name!r}: {known}; name it by stages: {{{name}: <module path>}}")
-    return paths[resolved]
+    return paths[full]
 
 
-def _resnet(model: nn.Module) -> dict[str, str]:
-    """Name the stages of torchvision's ResNets and of ours; a block has one ReLU, whose last call follows the sum."""
-    paths = {"stem": "maxpool" if isinstance(model, ResNet) else "relu"}
-    for number in range(1, 5):
-        if blocks := getattr(model, f"layer{number}", None):
-            paths |= _stage(number, f"layer{number}", f"layer{number}.{len(blocks) - 1}.relu:in")
-    return paths | _head(model)
+def canonical(paths: Mapping[str, str], name: str) -> str:
+    """Return the name of the stage that ``last``, ``last.preact`` or ``last.norm`` stands for; others are their own."""
+    stage, dot, kind = name.partition(".")
+    numbers = _numbers(paths)
+    return f"stage{numbers[-1]}{dot}{kind}" if stage == "last" and numbers and name not in paths else name
 
 
-def _mobilenet_v1(model: nn.Module) -> dict[str, str]:
-    paths = {"stem": "stem"}
-    for number in range(1, 5):
-        blocks = cast(nn.Sequential, model.get_submodule(f"stage{number}"))
-        paths |= _stage(number, f"stage{number}", f"stage{number}.{len(blocks) - 1}.1.2:in")
-    return paths | _head(model)
+def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
+    """Return ``[name]``, or where it is ``all`` or ``all.preact`` the names of every stage, the shallowest first.
+
+    Raises ValueError where the network's stages are not known.
+    """
+    stage, dot, kind = name.partition(".")
+    if stage != "all":
+        return [name]
+    if not (numbers := _numbers(paths)):
+        raise ValueError("no stages of this network are known; name them by stages: {stage1: <module path>, …}")
+    return [f"stage{number}{dot}{kind}" for number in numbers]
 
 
-def _inverted_bottlenecks(*ends: int) -> Callable[[nn.Module], dict[str, str]]:
-    """Name the stages of networks whose ``features`` are linear bottlenecks and a last convolution with activation."""
-
-    def paths(model: nn.Module) -> dict[str, str]:
-        last = len(cast(nn.Sequential, model.get_submodule("features"))) - 1
-        found = {"stem": "features.0"}
-        for number, end in enumerate(ends, start=1):
-            found |= _stage(number, f"features.{end}", f"features.{end}")
-        return found | _stage(4, f"features.{last}", f"features.{last}.2:in") | _head(model)
-
-    return paths
-
-
-def _stage(number: int, output: str, before_activation: str) -> dict[str, str]:
-    return {f"stage{number}": output, f"stage{number}.preact": before_activation}
-
-
-def _head(model: nn.Module) -> dict[str, str]:
-    head = next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)), None)
-    return {"embedding": f"{head}:in", "logits": head} if head else {}
-
-
-FAMILIES: dict[type[nn.Module], Callable[[nn.Module], dict[str, str]]] = {
-    ResNet: _resnet,
-    CifarResNet: _resnet,
-    MobileNetV1: _mobilenet_v1,
-    MobileNetV2: _inverted_bottlenecks(3, 6, 13),
-    EfficientNet: _inverted_bottlenecks(2, 3, 5),
-}
+def _numbers(paths: Mapping[str, str]) -> list[int]:
+    return sorted(int(match[1]) for match in map(STAGE.fullmatch, paths) if match)

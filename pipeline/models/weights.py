@@ -1,4 +1,4 @@
-"""Weights from a file, or torchvision's published ones, into a network of exactly that architecture."""
+"""Weights from a file, or torchvision's or timm's published ones, into a network of exactly that architecture."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
+from pipeline.models.from_timm import PREFIX, timm_weights
+
 FILES = (".pt", ".pth", ".safetensors")
 # Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it.
 COUNTER = "num_batches_tracked"
 
 
 def load_weights(model: nn.Module, source: str, name: str) -> None:
-    """Load ``source`` into ``model``: a ``.pt``, ``.pth`` or ``.safetensors`` file, or torchvision's for ``name``.
+    """Load ``source`` into ``model``: a ``.pt``, ``.pth`` or ``.safetensors`` file, or the published ones for ``name``.
+
+    Published are torchvision's by their name, such as IMAGENET1K_V1, and timm's by a tag or ``pretrained``.
 
     The file holds a state dict, maybe under ``state_dict`` and maybe with DDP's ``module.`` before each key. Raises
     ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another architecture.
@@ -53,6 +57,8 @@ def _plain(found: Any, path: Path) -> Mapping[str, Tensor]:
 
 
 def _published(name: str, weights_name: str) -> Mapping[str, Tensor]:
+    if name.startswith(PREFIX):
+        return timm_weights(name, weights_name)
     files = f"give a file ({', '.join(FILES)})"
     try:
         published = torchvision.models.get_model_weights(name).__members__

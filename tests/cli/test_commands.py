@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipeline.journal import trace
+from pipeline.recipe import composed
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "pipeline" / "train.py")
@@ -48,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "teacher.yaml").write_text(
         "base: ce.yaml\nstudent: {model: cifar_resnet20}\nepochs: 1\nfolder: runs/teacher\n"
     )
-    ddkd = yaml.safe_load((ROOT / "configs" / "methods" / "ddkd.yaml").read_text())["losses"]
+    ddkd = composed(ROOT / "configs" / "methods" / "ddkd.yaml")["losses"]
     own = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "compare": ["ce.yaml"], "losses": ddkd}
     (folder / "ddkd.yaml").write_text(yaml.safe_dump({**own, "folder": "runs/ddkd"}))
     return folder

@@ -71,19 +71,22 @@ def test_two_steps_of_the_imagenet_recipe_on_real_images(
     assert all(parts <= line.keys() for line in lines)
 
 
-def test_the_published_resnet56_reaches_its_published_accuracy_on_cifar100(tmp_path: Path):
-    run(sys.executable, DATA / "cifar100" / "unpack.py", tmp_path, folder=tmp_path)
-    run(
-        sys.executable,
-        ROOT / "shards" / "prepare_cifar.py",
-        tmp_path / "cifar-100-python",
-        tmp_path / "shards",
-        folder=tmp_path,
-    )
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with CIFAR-100 as shards."""
+    folder = tmp_path_factory.mktemp("cifar")
+    run(sys.executable, DATA / "cifar100" / "unpack.py", folder, folder=folder)
+    prepare = ROOT / "shards" / "prepare_cifar.py"
+    run(sys.executable, prepare, folder / "cifar-100-python", folder / "shards", folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "accuracy"), [("resnet56", "72.63  top-5 91.94"), ("resnet20", "68.83  top-5 91.01")])
+def test_a_published_network_reaches_its_published_accuracy_on_cifar100(cifar: Path, name: str, accuracy: str):
     told = run(
         *(sys.executable, ROOT / "pipeline" / "evaluate.py", "configs/cifar100/teachers/resnet56.yaml"),
-        *("data.path=shards", f"weights={DATA / 'weights' / 'cifar100_resnet56.pt'}", "data.validation_batch=250"),
-        *("data.mean=[0.5070,0.4865,0.4409]", "data.std=[0.2673,0.2564,0.2761]"),
-        folder=tmp_path,
+        *("data.path=shards", f"weights={DATA / 'weights' / f'cifar100_{name}.pt'}", "data.validation_batch=250"),
+        *("data.mean=[0.5070,0.4865,0.4409]", "data.std=[0.2673,0.2564,0.2761]", f"student.model=cifar_{name}"),
+        folder=cifar,
     )
-    assert "top-1 72.63  top-5 91.94  (10,000 images)" in told
+    assert f"top-1 {accuracy}  (10,000 images)" in told

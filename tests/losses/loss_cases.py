@@ -13,20 +13,34 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.losses._base import Facts, Loss, LossSpec, known_losses, load_spec
+from pipeline.recipe import composed
+from pipeline.taps import NormParameters
 
 NAMES = known_losses()
 METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 # Past every warm-up.
 PROGRESS = Progress(steps_per_epoch=10, step=215)
 CLASSES = 5
-STUDENT_SHAPES = {"embedding": (12,)}
-TEACHER_SHAPES = {"embedding": (20,)}
-STUDENT_MAP, TEACHER_MAP = (8, 4, 4), (16, 4, 4)
+STUDENT_SHAPES = {
+    "embedding": (6,),
+    "cam": (CLASSES, 2, 2),
+    "last": (8, 4, 4),
+    "stage1": (4, 8, 8),
+    "stage2": (8, 4, 4),
+}
+# A stage more than the student has, so that ``all`` is paired from the deep end, and a map of another size.
+TEACHER_SHAPES = {
+    "embedding": (10,),
+    "cam": (CLASSES, 4, 4),
+    "last": (16, 4, 4),
+    "stage1": (3, 8, 8),
+    "stage2": (6, 8, 8),
+    "stage3": (16, 2, 2),
+}
 
 every_loss = pytest.mark.parametrize("name", NAMES)
 
@@ -62,7 +76,7 @@ def config_of(name: str) -> dict[str, Any]:
     """Return the loss's entry in its method's recipe."""
     path = METHODS / f"{name}.yaml"
     assert path.is_file(), f"the loss {name} has no recipe configs/methods/{name}.yaml"
-    return yaml.safe_load(path.read_text())["losses"][name]
+    return composed(path)["losses"][name]
 
 
 def with_global_statistics(spec: LossSpec) -> LossSpec:
@@ -76,6 +90,28 @@ def with_global_statistics(spec: LossSpec) -> LossSpec:
     return load_spec(spec.name, turned(spec.config.model_dump(mode="json", by_alias=True)))
 
 
+def shapes_of(taps: frozenset[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a network of those ``shapes`` answers for ``taps``, as FeatureTaps names it."""
+    found = {}
+    for tap in sorted(taps):
+        stage, dot, kind = tap.partition(".")
+        names = [name for name in shapes if name.startswith("stage")] if stage == "all" else [stage]
+        found |= {f"{name}{dot}{kind}": shapes[name] for name in names}
+    return found
+
+
+def norms_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, NormParameters]:
+    """Return some BatchNorm's scale and shift for each ``.preact`` tap; one channel has a negative scale."""
+    draw = np.random.default_rng(0)
+    found = {}
+    for name, shape in shapes.items():
+        if name.endswith(".preact"):
+            weight, bias = draw.normal(1.0, 0.3, shape[0]), draw.normal(0.0, 0.5, shape[0])
+            weight[0] = -weight[0]
+            found[name] = NormParameters(torch.from_numpy(weight), torch.from_numpy(bias))
+    return found
+
+
 def example(
     name: str,
     spec: LossSpec | None = None,
@@ -85,14 +121,18 @@ def example(
     autocast: torch.dtype | None = None,
     scale: float = 1.0,
     seed: int = 0,
+    student: dict[str, tuple[int, ...]] = STUDENT_SHAPES,
+    teacher: dict[str, tuple[int, ...]] = TEACHER_SHAPES,
 ) -> Example:
     """Return the loss with float32 parameters (float64 ones for float64 inputs) and random inputs of that size."""
     spec = spec or load_spec(name, config_of(name))
     taps = spec.config.taps()
-    student_shapes = {stage: STUDENT_SHAPES.get(stage, STUDENT_MAP) for stage in sorted(taps.student)}
-    teacher_shapes = {stage: TEACHER_SHAPES.get(stage, TEACHER_MAP) for stage in sorted(taps.teacher)}
-    labels = np.arange(rows) * 2 % CLASSES
-    facts = Facts(CLASSES, student_shapes, teacher_shapes, rows, labels, autocast)
+    student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
+    # The data set goes on after the batch, and has a hole.
+    labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
+    labels = labels_by_id[:rows]
+    norms = norms_of(teacher_shapes)
+    facts = Facts(CLASSES, student_shapes, teacher_shapes, len(labels_by_id), labels_by_id, norms, autocast)
     torch.manual_seed(zlib.crc32(name.encode()) + seed)
     loss = spec.build(facts).to(torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -106,6 +146,13 @@ def example(
     return Example(loss, outputs(student_shapes), outputs(teacher_shapes), batch)
 
 
+def at_the_teacher(name: str, *, scale: float = 1.0, seed: int = 0, rows: int = 6) -> Example:
+    """Return a case whose student answers exactly what its teacher does."""
+    case = example(name, scale=scale, seed=seed, rows=rows, student=TEACHER_SHAPES)
+    same = {stage: case.teacher.features[stage].detach().clone().requires_grad_() for stage in case.student.features}
+    return case._replace(student=Outputs(case.teacher.logits_BK.detach().clone().requires_grad_(), same))
+
+
 class Inputs(NamedTuple):
     """What an oracle sees: lists of float64 numbers."""
 
@@ -115,6 +162,11 @@ class Inputs(NamedTuple):
     student_features: dict[str, list[Any]]
     teacher_features: dict[str, list[Any]]
     parameters: dict[str, np.ndarray]
+    """Parameters and buffers of the loss, by name."""
+    teacher_norms: dict[str, tuple[list[float], list[float]]]
+    """Scale and shift of the BatchNorm that ends each ``.preact`` tap of the teacher."""
+    ids: list[int]
+    labels_by_id: list[int]
     seed: int
     """torch's seed before the loss draws."""
 
@@ -126,7 +178,10 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         case.batch.labels_B.tolist(),
         {stage: x.tolist() for stage, x in case.student.features.items()},
         {stage: x.tolist() for stage, x in case.teacher.features.items()},
-        {key: value.detach().numpy() for key, value in case.loss.named_parameters()},
+        {key: value.numpy() for key, value in case.loss.state_dict().items()},
+        {key: (norm.weight_C.tolist(), norm.bias_C.tolist()) for key, norm in case.loss.facts.teacher_norms.items()},
+        case.batch.ids_B.tolist(),
+        [] if case.loss.facts.labels_by_id is None else case.loss.facts.labels_by_id.tolist(),
         seed,
     )
 

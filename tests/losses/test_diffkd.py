@@ -231,7 +231,7 @@ def test_a_config_that_means_nothing_is_refused(change: dict[str, Any], message:
 
 def test_a_tap_that_is_no_map_is_refused_in_one_line():
     spec = load_spec("ddkd", config_of("ddkd"))
-    with pytest.raises(ValueError, match=r"feature.stage: 'last' is shaped \[512\], and a map \[C, H, W\] is needed"):
+    with pytest.raises(ValueError, match=r"the tap 'last' is shaped \[512\], and a map \[C, H, W\] is needed"):
         spec.build(Facts(5, {"last": (512,)}, {"last": (2048, 7, 7)}))
 
 

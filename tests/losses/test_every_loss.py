@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from gloo_ranks import Ranks
@@ -11,6 +13,7 @@ from loss_cases import (
     CLASSES,
     PROGRESS,
     Example,
+    at_the_teacher,
     config_of,
     draws_of_the_global_batch,
     every_loss,
@@ -20,6 +23,7 @@ from loss_cases import (
     those_with,
     with_global_statistics,
 )
+from torch import Tensor
 
 from pipeline.batch import Outputs
 from pipeline.losses._base import load_spec
@@ -103,17 +107,47 @@ def test_the_same_seed_repeats_the_loss_bit_for_bit(name: str):
     assert case.total(seed=5).item() == case.total(seed=5).item()
 
 
+@every_loss
+def test_one_row_and_constant_features_give_finite_gradients_or_one_line(name: str):
+    for case in (example(name, rows=1), constant(example(name)), constant(example(name, rows=1))):
+        total = total_or_reason(case)
+        if isinstance(total, str):
+            assert "\n" not in total
+            assert "raise batch" in total
+            continue
+        total.backward()
+        assert total.isfinite()
+        for tensor in case.student_tensors():
+            assert tensor.grad is None or tensor.grad.isfinite().all()
+
+
+def total_or_reason(case: Example) -> torch.Tensor | str:
+    try:
+        return case.total()
+    except ValueError as error:
+        return str(error)
+
+
+def constant(case: Example) -> Example:
+    """Return the case with every feature equal to one number and all logits equal."""
+
+    def filled(outputs: Outputs) -> Outputs:
+        features = {stage: torch.full_like(x, 0.5).requires_grad_() for stage, x in outputs.features.items()}
+        return Outputs(torch.full_like(outputs.logits_BK, 0.5).requires_grad_(), features)
+
+    return case._replace(student=filled(case.student), teacher=filled(case.teacher))
+
+
 @those_with("vanishes at the teacher")
 @quick
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 30))
 def test_a_loss_vanishes_where_the_student_equals_the_teacher(name: str, seed: int, scale: float):
-    case = example(name, scale=scale, seed=seed)
-    equal = case._replace(student=Outputs(case.teacher.logits_BK.detach().clone().requires_grad_(), {}))
-    total = equal.total()
+    case = at_the_teacher(name, scale=scale, seed=seed)
+    total = case.total()
     total.backward()
-    assert total.item() == pytest.approx(0, abs=1e-12)
-    assert equal.student.logits_BK.grad is not None
-    assert equal.student.logits_BK.grad.abs().amax() < 1e-12
+    assert total.item() == pytest.approx(0, abs=1e-12 * max(case.loss.config.weight, 1))
+    for tensor in case.student_tensors():
+        assert tensor.grad is None or tensor.grad.abs().amax() < 1e-12 * max(case.loss.config.weight, 1)
 
 
 @those_with("never negative")
@@ -157,6 +191,37 @@ def test_a_loss_ignores_the_order_of_rows(name: str, seed: int, order: list[int]
     assert total.item() == pytest.approx(case.total().item(), rel=1e-12)
 
 
+def with_features(case: Example, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor]) -> Example:
+    """Return the case with every feature changed; the logits stay."""
+
+    def changed(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
+        return outputs._replace(features={stage: change(x) for stage, x in outputs.features.items()})
+
+    return case._replace(student=changed(case.student, student), teacher=changed(case.teacher, teacher))
+
+
+@those_with("ignores the scale of the features")
+@quick
+@given(seed=st.integers(0, 1000), student=st.floats(1e-3, 1e3), teacher=st.floats(1e-3, 1e3))
+def test_a_loss_ignores_the_scale_of_a_networks_features(name: str, seed: int, student: float, teacher: float):
+    case = example(name, seed=seed)
+    scaled = with_features(case, lambda x: student * x, lambda x: teacher * x)
+    assert scaled.total().item() == pytest.approx(case.total().item(), rel=1e-9)
+
+
+@those_with("ignores a rotation of the channels")
+@quick
+@given(seed=st.integers(0, 1000))
+def test_a_loss_ignores_a_rotation_of_a_networks_channels(name: str, seed: int):
+    def rotated(x: Tensor) -> Tensor:
+        rotation_CC = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], dtype=x.dtype)).Q
+        return torch.tensordot(x, rotation_CC, dims=([1], [0])).movedim(-1, 1)
+
+    case = example(name, seed=seed)
+    torch.manual_seed(seed)
+    assert with_features(case, rotated, rotated).total().item() == pytest.approx(case.total().item(), rel=1e-9)
+
+
 def loss_of_a_rank(rank: int, world: int, name: str) -> dict[str, torch.Tensor]:
     """Return this rank's loss and the gradients that DDP would give, each for the loss of all ranks."""
     case = example(name, with_global_statistics(load_spec(name, config_of(name))), rows=8)
@@ -175,8 +240,6 @@ def loss_of_a_rank(rank: int, world: int, name: str) -> dict[str, torch.Tensor]:
 
 @every_loss
 def test_two_ranks_equal_one_in_loss_and_gradient(name: str, ranks: Ranks):
-    if "batch" in load_spec(name, config_of(name)).scopes:
-        pytest.skip("its rows are gathered by the Distiller")
     one = loss_of_a_rank(0, 1, name)
     first, second = ranks(loss_of_a_rank, name)
     assert set(first) == set(second) == set(one)

@@ -27,17 +27,17 @@ def collective_parts(rank: int, world: int, rows: tuple[int, int]) -> dict[str, 
     loss = spec.build(Facts(CLASSES))
     own = student[mine].clone().requires_grad_()
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        seen, target = loss.perceived(Outputs(own, {}), Outputs(teacher[mine], {}))  # type: ignore[operator]
+        seen, target = loss.changed(own, teacher[mine])  # type: ignore[operator]
         forward = all_reduce.call_count
-        log_p, log_q = (x.logits_BK.log_softmax(1) for x in (target, seen))
+        log_p, log_q = (x.log_softmax(1) for x in (target, seen))
         value = (log_p.exp() * (log_p - log_q)).sum()
         value.backward()
     return {
-        "h": seen.logits_BK.detach(),
+        "h": seen.detach(),
         "value": value.item(),
         "grad": own.grad,
         "collectives": (forward, all_reduce.call_count - forward),
-        "teacher asks for gradient": target.logits_BK.requires_grad,
+        "teacher asks for gradient": target.requires_grad,
     }
 
 
@@ -56,7 +56,7 @@ def test_two_ranks_of_unequal_size_see_the_matrix_of_one_with_one_collective_eac
 
 def perceived(stat_scope: str, x: torch.Tensor) -> torch.Tensor:
     loss = load_spec("perception", {**config_of("perception"), "stat_scope": stat_scope}).build(Facts(CLASSES))
-    return loss.perceived(Outputs(x, {}), Outputs(x, {}))[0].logits_BK  # type: ignore[operator]
+    return loss.changed(x, x)[0]  # type: ignore[operator]
 
 
 def test_ghost_batches_are_consecutive_rows_standardised_apart():

@@ -55,6 +55,19 @@ class FirstNorm(Plain):
         return self.conv(self.bn(x))
 
 
+class Activating(nn.BatchNorm2d):
+    """A BatchNorm with an activation in it, as timm has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class NormWithActivation(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = Activating(4)
+
+
 class BatchStatistics(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +111,7 @@ def test_a_pair_is_folded_and_computes_the_same(make: type[nn.Module]):
     torch.testing.assert_close(model(images()), before, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [ReadTwice, RanTwice, BetweenThem, FirstNorm, BatchStatistics])
+@pytest.mark.parametrize("make", [ReadTwice, RanTwice, BetweenThem, FirstNorm, BatchStatistics, NormWithActivation])
 def test_what_is_no_pair_is_left_alone(make: type[nn.Module]):
     model = lived_in(make())
     before = model(images())
@@ -120,7 +133,11 @@ def test_a_spared_module_is_left_alone(name: str):
 
 @pytest.mark.parametrize(
     ("name", "folded"),
-    [("resnet18", 20), ("cifar_resnet20", 21), ("mobilenet_v1", 27), ("mobilenet_v2", 52), ("efficientnet_b0", 49)],
+    [
+        *[("resnet18", 20), ("mobilenet_v1", 27), ("mobilenet_v2", 52), ("efficientnet_b0", 49)],
+        *[("cifar_resnet20", 21), ("cifar_vgg8", 5), ("cifar_mobilenet_v2", 53)],
+        *[("cifar_shufflenet_v1", 49), ("cifar_shufflenet_v2", 56)],
+    ],
 )
 def test_a_whole_network_loses_all_its_batchnorms_and_computes_the_same(name: str, folded: int):
     torch.manual_seed(0)
@@ -133,12 +150,13 @@ def test_a_whole_network_loses_all_its_batchnorms_and_computes_the_same(name: st
     assert (after - before).abs().max() <= 1e-9 * before.abs().max()
 
 
-def test_batchnorms_of_a_dense_network_that_read_a_concatenation_stay():
-    model = lived_in(create_model("densenet121", 10))
+@pytest.mark.parametrize(("name", "norms"), [("densenet121", 121), ("cifar_wrn_16_1", 13), ("cifar_wrn_16_2", 13)])
+def test_batchnorms_that_read_a_concatenation_or_a_sum_stay(name: str, norms: int):
+    model = lived_in(create_model(name, 10))
     with torch.no_grad():
         before = model(images(32))
         folded = fold_batchnorms(model, images(32))
         after = model(images(32))
-    assert 0 < folded < 121
-    assert batchnorms(model) == 121 - folded
+    assert 0 < folded < norms
+    assert batchnorms(model) == norms - folded
     assert (after - before).abs().max() <= 1e-9 * before.abs().max()

@@ -1,4 +1,4 @@
-"""The networks are the literature's: their parameters, their multiply-accumulates, and where their stages lie."""
+"""The networks are the literature's: their parameters, their multiply-accumulates, and what they are made of."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.shufflenetv2 import InvertedResidual
 
 from pipeline.models import create_model, known_models
-from pipeline.models.stages import find_stage, stages
+from pipeline.models.cifar_mobilenet_v2 import LinearBottleneck
+from pipeline.models.cifar_shufflenet_v2 import ShuffleUnit
+from pipeline.models.create import OWN
 from pipeline.models.weights import load_weights
-from pipeline.taps import FeatureTaps, tap_shapes
 
 # name: parameters at 100 classes, MMAC of one 32-pixel image
 CIFAR = {
@@ -23,25 +25,31 @@ CIFAR = {
     "cifar_resnet110": (1_736_564, 253.2),
     "cifar_resnet8x4": (1_233_540, 177.1),
     "cifar_resnet32x4": (7_433_860, 1083.0),
+    "cifar_resnet50": (23_705_252, 1298.0),
+    "cifar_wrn_16_1": (180_916, 26.7),
+    "cifar_wrn_16_2": (703_284, 101.1),
+    "cifar_wrn_40_1": (569_780, 83.3),
+    "cifar_wrn_40_2": (2_255_156, 327.6),
+    "cifar_vgg8": (3_965_028, 96.2),
+    "cifar_vgg13": (9_462_180, 284.9),
+    "cifar_mobilenet_v2": (812_836, 6.5),
+    "cifar_shufflenet_v1": (949_258, 38.7),
+    "cifar_shufflenet_v2": (1_355_528, 44.5),
 }
-# name: parameters at 1,000 classes, GMAC of one 224-pixel image, channels of stages 1 to 4 (56 to 7 pixels wide)
+# name: parameters at 1,000 classes, GMAC of one 224-pixel image
 IMAGENET = {
-    "resnet18": (11_689_512, 1.814, (64, 128, 256, 512)),
-    "resnet34": (21_797_672, 3.664, (64, 128, 256, 512)),
-    "resnet50": (25_557_032, 4.089, (256, 512, 1024, 2048)),
-    "mobilenet_v1": (4_231_976, 0.569, (128, 256, 512, 1024)),
-    "mobilenet_v2": (3_504_872, 0.301, (24, 32, 96, 1280)),
-    "efficientnet_b0": (5_288_548, 0.386, (24, 40, 112, 1280)),
+    "resnet18": (11_689_512, 1.814),
+    "resnet34": (21_797_672, 3.664),
+    "resnet50": (25_557_032, 4.089),
+    "mobilenet_v1": (4_231_976, 0.569),
+    "mobilenet_v2": (3_504_872, 0.301),
+    "efficientnet_b0": (5_288_548, 0.386),
 }
 
 
 def on_meta(name: str, num_classes: int) -> nn.Module:
     with torch.device("meta"):
         return create_model(name, num_classes)
-
-
-def all_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
-    return tap_shapes(FeatureTaps(model, stages(model), stages(model)), image_size)
 
 
 def count(model: nn.Module) -> int:
@@ -68,27 +76,64 @@ def test_an_imagenet_network_has_the_published_size(name: str):
     assert macs(model, 224) / 1e9 == pytest.approx(IMAGENET[name][1], abs=0.0005)
 
 
-@pytest.mark.parametrize(
-    ("name", "widths"), [("cifar_resnet20", (16, 16, 32, 64)), ("cifar_resnet8x4", (32, 64, 128, 256))]
-)
-def test_the_stages_of_a_cifar_network_lie_at_32_16_and_8_pixels(name: str, widths: tuple[int, ...]):
-    shapes = all_shapes(on_meta(name, 100), 32)
-    named = zip(("stem", "stage1", "stage2", "stage3"), widths, (32, 32, 16, 8), strict=True)
-    expected = {stage: (channels, side, side) for stage, channels, side in named}
-    assert {stage: shapes[stage] for stage in expected} == expected
-    assert all(shapes[f"{stage}.preact"] == expected[stage] for stage in ("stage1", "stage2", "stage3"))
-    assert shapes["embedding"] == (widths[-1],)
-    assert shapes["logits"] == (100,)
+def test_the_swin_transformer_has_the_published_size():
+    assert count(on_meta("swin_t", 1000)) == 28_288_354
 
 
-@pytest.mark.parametrize("name", IMAGENET)
-def test_the_stages_of_an_imagenet_network_lie_at_56_to_7_pixels(name: str):
-    shapes = all_shapes(on_meta(name, 1000), 224)
-    widths = IMAGENET[name][2]
-    for number, (channels, side) in enumerate(zip(widths, (56, 28, 14, 7), strict=True), start=1):
-        assert shapes[f"stage{number}"] == shapes[f"stage{number}.preact"] == (channels, side, side)
-    assert shapes["embedding"] == (widths[-1],)
-    assert shapes["logits"] == (1000,)
+def test_every_network_of_ours_is_in_the_tables():
+    assert OWN.keys() == CIFAR.keys() | {"mobilenet_v1"}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_a_cifar_network_takes_images_of_64_pixels_too(name: str):
+    assert on_meta(name, 7)(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_a_cifar_network_activates_by_plain_relu_alone(name: str):
+    modules = list(on_meta(name, 10).modules())
+    assert any(type(module) is nn.ReLU for module in modules)
+    assert not any(isinstance(module, (nn.ReLU6, nn.SiLU, nn.Hardswish)) for module in modules)
+
+
+def test_a_wide_networks_shortcut_is_a_bare_convolution_and_only_where_the_width_changes():
+    shortcuts = {
+        name: [path for path, _ in on_meta(name, 10).named_modules() if path.endswith("shortcut")]
+        for name in ("cifar_wrn_16_1", "cifar_wrn_16_2")
+    }
+    assert shortcuts["cifar_wrn_16_1"] == ["layer2.0.shortcut", "layer3.0.shortcut"]
+    assert shortcuts["cifar_wrn_16_2"] == ["layer1.0.shortcut", "layer2.0.shortcut", "layer3.0.shortcut"]
+    assert isinstance(on_meta("cifar_wrn_16_2", 10).get_submodule("layer2.0.shortcut"), nn.Conv2d)
+
+
+def test_the_first_shuffle_unit_does_not_divide_the_stems_channels():
+    convolutions = [m for m in on_meta("cifar_shufflenet_v1", 10).modules() if isinstance(m, nn.Conv2d)]
+    pointwise = [m.groups for m in convolutions[1:] if m.kernel_size == (1, 1)]
+    assert pointwise == [1, *[3] * 31]
+
+
+def test_the_second_shuffle_network_computes_what_torchvisions_units_do():
+    torch.manual_seed(0)
+    ours = ShuffleUnit(8, 8, stride=1)
+    torchvisions = InvertedResidual(8, 8, stride=1)
+    torchvisions.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 8, 5, 5).relu()
+    assert torch.equal(ours(x), torchvisions(x))
+
+
+def test_a_mobile_bottleneck_adds_its_input_only_where_the_shape_stays():
+    blocks = [m for m in on_meta("cifar_mobilenet_v2", 10).modules() if isinstance(m, LinearBottleneck)]
+    pattern = [1, 2, 3, 4, 3, 3, 1]  # blocks by row of the paper's table; the first of each changes the width
+    assert [block.residual for block in blocks] == [place > 0 for count in pattern for place in range(count)]
+
+
+@pytest.mark.parametrize("name", ["cifar_vgg8", "cifar_mobilenet_v2"])
+def test_the_head_of_the_plain_networks_starts_nearly_flat(name: str):
+    torch.manual_seed(0)
+    head = create_model(name, 100).get_submodule("fc")
+    assert isinstance(head, nn.Linear)
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert head.bias.abs().max() == 0
 
 
 def test_mobilenet_v1_is_thirteen_separable_blocks_with_batchnorm_and_plain_relu_after_each_convolution():
@@ -151,25 +196,3 @@ def test_a_users_factory_is_called_with_the_number_of_classes():
 def test_a_factory_that_gives_no_network_is_refused(name: str, message: str):
     with pytest.raises(ValueError, match=message):
         create_model(name, 7)
-
-
-def test_last_is_the_deepest_stage_of_each_network():
-    deepest = {"cifar_resnet8": "layer3", "resnet18": "layer4", "mobilenet_v1": "stage4"}
-    for name, path in deepest.items():
-        assert find_stage(stages(on_meta(name, 10)), "last") == path
-    assert find_stage({"stage9": "a", "stage10": "b", "stage10.preact": "c"}, "last.preact") == "c"
-
-
-def test_an_unknown_network_with_an_obvious_head_has_embedding_and_logits_only():
-    assert set(stages(on_meta("densenet121", 10))) == {"embedding", "logits"}
-    assert stages(tiny_factory(num_classes=3)) == {}
-
-
-def test_an_unknown_stage_is_refused_with_what_there_is_and_what_to_write():
-    with pytest.raises(
-        ValueError,
-        match=r"^the network has no stage 'stage4': it has stem, stage1,.*stages: \{stage4: <module path>\}$",
-    ):
-        find_stage(stages(on_meta("cifar_resnet8", 10)), "stage4")
-    with pytest.raises(ValueError, match="no stage 'last': none is known; name it by stages"):
-        find_stage({}, "last")

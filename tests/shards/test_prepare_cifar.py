@@ -135,3 +135,16 @@ def test_the_official_test_images_come_back_bit_for_bit(tmp_path):
     assert_holds(tmp_path / "out", "val", content)
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.num_classes, manifest.classes[0], manifest.classes[99]) == (100, "apple", "worm")
+
+
+def test_the_first_images_of_every_class_can_be_taken_alone(source, tmp_path):
+    destination = tmp_path / "few"
+    options = ["--jobs", "1", "--samples-per-shard", "3", "--train-per-class", "1"]
+    assert main([str(source), str(destination), *options]) == 0
+    content = rows(7, 0)
+    labels = content[b"fine_labels"]
+    first = [row for row, label in enumerate(labels) if label not in labels[:row]]
+    assert_holds(
+        destination, "train", {b"data": content[b"data"][first], b"fine_labels": [labels[row] for row in first]}
+    )
+    assert_holds(destination, "val", rows(5, 1))

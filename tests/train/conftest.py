@@ -13,6 +13,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 
 from pipeline import train
+from pipeline.recipe import composed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +25,7 @@ STRATEGY = {
     "schedule": {"kind": "cosine", "rate": 0.05, "warmup_epochs": 0.5},
     "journal": {"every_steps": 1, "trackers": []},
 }
-DDKD = yaml.safe_load((ROOT / "configs" / "methods" / "ddkd.yaml").read_text())["losses"]
+DDKD = composed(ROOT / "configs" / "methods" / "ddkd.yaml")["losses"]
 
 
 @pytest.fixture(scope="session")

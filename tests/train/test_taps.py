@@ -196,7 +196,9 @@ def test_what_cannot_be_tapped_is_refused(path: str, message: str):
 
 
 def test_a_network_that_does_not_answer_logits_is_refused():
-    with pytest.raises(ValueError, match="Pair returned a tuple, expected one tensor of logits"):
+    with pytest.raises(
+        ValueError, match=r"^Pair returned a tuple, expected one tensor of logits; give a factory whose "
+    ):
         FeatureTaps(Pair(), {}, [])(images())
 
 
@@ -217,3 +219,158 @@ def test_the_probe_leaves_modes_statistics_and_random_states_alone():
     assert {name: module.training for name, module in taps.named_modules()} == modes
     assert all(torch.equal(value, state[key]) for key, value in taps.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_all_is_every_stage_under_its_own_name():
+    taps = tapped("cifar_resnet8", "all", "all.preact", "last")
+    stages_only = {"stage1", "stage2", "stage3"}
+    assert taps(images()).features.keys() == stages_only | {f"{stage}.preact" for stage in stages_only} | {"last"}
+
+
+def test_a_class_activation_map_is_the_weighted_sum_of_the_map():
+    taps = tapped("cifar_resnet8", "cam").eval()
+    features = taps(images()).features
+    assert features.keys() == {"cam"}
+    map_BCHW = tapped("cifar_resnet8", "map").eval()(images()).features["map"]
+    expected = torch.einsum("kc,bchw->bkhw", taps.model.get_submodule("fc").weight, map_BCHW)
+    torch.testing.assert_close(features["cam"], expected)
+
+
+def test_a_class_activation_map_teaches_the_head_and_what_is_before_it():
+    taps = tapped("cifar_resnet8", "cam")
+    taps(images()).features["cam"].square().sum().backward()
+    assert all(taps.model.get_submodule(name).weight.grad.abs().max() > 0 for name in ("fc", "conv1"))
+
+
+def test_a_class_activation_map_in_a_compiled_network_is_the_same():
+    taps = tapped("cifar_resnet8", "cam").eval()
+    compiled = torch.compile(taps, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()).features["cam"], taps(images()).features["cam"])
+
+
+def test_a_class_activation_map_needs_a_map_as_wide_as_its_head():
+    model = create_model("cifar_resnet8", 10)
+    taps = FeatureTaps(model, stages(model) | {"map": "layer2"}, ["cam"])
+    message = (
+        r"^tap 'cam': the stage 'map' of CifarResNet is shaped \[32, 16, 16\], and its linear head takes 64 channels$"
+    )
+    with pytest.raises(ValueError, match=message):
+        taps(images())
+
+
+def test_the_norms_are_those_that_end_the_tapped_pre_activations():
+    taps = tapped("cifar_resnet8", "all.preact", "last.preact", "stem", "last")
+    model = taps.model
+    with torch.no_grad():
+        for number, name in enumerate(("layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn2"), start=1):
+            model.get_submodule(name).weight.fill_(number)
+            model.get_submodule(name).bias.fill_(-number)
+    norms = taps.norms()
+    assert norms.keys() == {"stage1.preact", "stage2.preact", "stage3.preact", "last.preact"}
+    for tap, number in (("stage1.preact", 1), ("stage2.preact", 2), ("stage3.preact", 3), ("last.preact", 3)):
+        assert (norms[tap].weight_C == number).all()
+        assert (norms[tap].bias_C == -number).all()
+
+
+def test_the_norms_are_copies_without_gradient():
+    taps = tapped("cifar_resnet8", "stage1.preact")
+    norm = taps.norms()["stage1.preact"]
+    with torch.no_grad():
+        taps.model.get_submodule("layer1.0.bn2").weight.zero_()
+    assert not norm.weight_C.requires_grad
+    assert (norm.weight_C == 1).all()
+
+
+def test_a_pre_activation_that_no_batchnorm_ends_has_no_norm():
+    assert tapped("cifar_shufflenet_v2", "last.preact").norms() == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("conv", "stage 'stage1.norm': 'conv' is a Conv2d, expected a BatchNorm2d with scale and shift"),
+        ("nowhere", "stage 'stage1.norm': Block has no module 'nowhere': "),
+    ],
+)
+def test_a_norm_that_is_none_is_refused(path: str, message: str):
+    paths = {"stage1": "relu", "stage1.preact": "conv", "stage1.norm": path}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        FeatureTaps(Block(), paths, ["stage1.preact"]).norms()
+
+
+class Patches(nn.Module):
+    """A user's network: patches with their channels last, then tokens behind two that have no place."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, stride=4)
+        self.mix = nn.Linear(8, 8)
+        self.attend = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.classify = nn.Linear(8, num_classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        x_BHWC = self.mix(self.embed(images_BCHW).permute(0, 2, 3, 1))
+        tokens_BNC = x_BHWC.flatten(1, 2)
+        tokens_BNC = torch.cat([tokens_BNC.mean(1, keepdim=True), tokens_BNC.amax(1, keepdim=True), tokens_BNC], 1)
+        return self.classify(self.norm(self.attend(tokens_BNC))[:, 0])
+
+
+USERS_STAGES = {
+    "stem": "embed",
+    "stage1": "mix:nhwc",
+    "stage1.preact": "mix:in:nhwc",
+    "stage2": "norm:tokens",
+    "stage2.preact": "norm:in:tokens",
+    "embedding": "classify:in",
+}
+
+
+def users_network(*wanted: str) -> FeatureTaps:
+    torch.manual_seed(0)
+    return FeatureTaps(create_model(f"{__name__}:Patches", 5), USERS_STAGES, wanted)
+
+
+def test_a_users_network_is_tapped_where_its_recipe_says():
+    taps = users_network(*USERS_STAGES, "last").eval()
+    features = taps(images()).features
+    patches = taps.model.embed(images())
+    torch.testing.assert_close(features["stem"], patches)
+    torch.testing.assert_close(features["stage1.preact"], patches)
+    torch.testing.assert_close(features["stage1"], taps.model.mix(patches.movedim(1, -1)).movedim(-1, 1))
+    assert torch.equal(features["last"], features["stage2"])
+    assert features["embedding"].shape == (2, 8)
+
+
+def test_tokens_become_the_map_that_they_were_cut_from():
+    taps = users_network("stage1", "stage2.preact", "stage2").eval()
+    features = taps(images()).features
+    mixed_BHWC = features["stage1"].movedim(1, -1)
+    attended = taps.model.attend(mixed_BHWC)
+    torch.testing.assert_close(features["stage2.preact"], attended.movedim(-1, 1))
+    torch.testing.assert_close(features["stage2"], taps.model.norm(attended).movedim(-1, 1))
+
+
+def test_a_users_network_has_all_stages_that_it_names():
+    shapes = tap_shapes(users_network("all", "all.preact"), 32)
+    names = {"stage1", "stage2", "stage1.preact", "stage2.preact"}
+    assert shapes == {**dict.fromkeys(names, (8, 8, 8)), "logits": (5,)}
+
+
+def test_a_copied_network_turns_its_own_tokens():
+    taps = users_network("last")
+    copied = copy.deepcopy(taps)
+    assert torch.equal(copied(images()).features["last"], taps(images()).features["last"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("mix:nchw", "stage 'x': 'mix:nchw' ends in 'nchw'; known are in, nhwc, tokens, in:nhwc, in:tokens"),
+        ("norm:nhwc", r"tap 'x': Patches computes at 'norm:nhwc' a tensor shaped \[2, 66, 8\], and :nhwc is for .*C\]"),
+        ("embed:tokens", r"tap 'x': Patches computes at 'embed:tokens' a tensor .*, and :tokens is for \[B, N, C\]"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(path: str, message: str):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        FeatureTaps(Patches(5), {"x": path}, ["x"])(images())

@@ -1,0 +1,157 @@
+"""Write a recipe for every cell of the papers' tables, and the tables of README.md, from tables.yaml.
+
+    python configs/generate.py            write them
+    python configs/generate.py --check    exit with 1 where a file is not what it would write
+
+A row is two files laid over each other: its method's, with the method's constants, and its pair's, with what varies.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIGS = Path(__file__).resolve().parent
+BEGIN, END = "<!-- written by generate.py -->\n", "<!-- end -->\n"
+
+
+def files(tables: dict[str, Any]) -> dict[Path, str]:
+    """Return every file to write, by path under ``configs/``."""
+    found = {Path("README.md"): readme(tables)}
+    for name, published in tables["teachers"].items():
+        found[Path("cifar100", "teachers", f"{name}.yaml")] = teacher(tables, name, published)
+    for dataset, facts in tables["datasets"].items():
+        for pair, cells in facts["pairs"].items():
+            for method in cells.get("methods", tables["methods"]):
+                found[Path(dataset, pair, f"{method}.yaml")] = row(tables, dataset, pair, method)
+    for group, variant in tables["variants"].items():
+        found |= {path: text for path, text in variants(tables, group, variant)}
+    return found
+
+
+def row(tables: dict[str, Any], dataset: str, pair: str, method: str) -> str:
+    """Return the recipe of one pair by one method."""
+    facts, how = tables["datasets"][dataset], tables["methods"][method]
+    cells = facts["pairs"][pair]
+    path = f"configs/{dataset}/{pair}/{method}.yaml"
+    teacher, student = (tables["networks"][cells[role]] for role in ("teacher", "student"))
+    own = {"base": [f"../../methods/{how.get('base', method)}.yaml", "pair.yaml"], **how.get("own", {})}
+    learns = own.get("teacher", True) is not None
+    gmac = 3 * student["gmac"] + (teacher["gmac"] if learns else 0)
+    cost = f"{gmac:.3g} GMAC an image{' and what the losses add (--check)' if learns else ''}"
+    title = how["title"][0].upper() + how["title"][1:]
+    return (
+        f"# {title}, {teacher['title']} to {student['title']}, {facts['title']}.\n"
+        f"#   accelerate launch pipeline/train.py {path}{facts['command']}\n"
+        f"# Paper: {expected(cells['published'], method)}. Cost: {cost}, {how.get('images', facts['images'])}.\n"
+        + _yaml(own)
+    )
+
+
+def expected(published: dict[str, dict[str, float]], method: str) -> str:
+    """Return what the papers print of a cell, each number with the tables it stands in."""
+    sources: dict[str, list[str]] = {}
+    for source, cells in published.items():
+        if method in cells:
+            sources.setdefault(f"{cells[method]:.2f}", []).append(source)
+    if not sources:
+        return "not reported"
+    return "top-1 " + ", ".join(f"{number} ({'; '.join(tables)})" for number, tables in sources.items())
+
+
+def teacher(tables: dict[str, Any], name: str, published: float) -> str:
+    """Return the recipe of a CIFAR-100 teacher."""
+    network = tables["networks"][name]
+    own = {"base": ["../../methods/ce.yaml", "../cifar100.yaml"], "student": {"model": f"cifar_{name}"}}
+    return (
+        f"# The {network['title']} teacher of CIFAR-100, trained by the strategy of its students.\n"
+        f"#   accelerate launch pipeline/train.py configs/cifar100/teachers/{name}.yaml\n"
+        f"# Published: top-1 {published:.2f} (CRD). Cost: {3 * network['gmac']:.3g} GMAC an image, 12 million images.\n"
+        + _yaml(own)
+    )
+
+
+def variants(tables: dict[str, Any], group: str, variant: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Return the rows of a group that lie over other rows: the proxy, and what the papers say to the letter."""
+    found = []
+    for pair in variant["pairs"]:
+        for method in variant["methods"]:
+            path = Path(variant["path"].format(pair=pair, method=method))
+            bases = [f"cifar100/{pair}/{method}.yaml", variant["over"]]
+            own = {"base": [os.path.relpath(base, path.parent) for base in bases]}
+            own |= {"teacher": None} if method == "ce" else {}
+            how = tables["methods"][method]["title"]
+            text = (
+                f"# {how[0].upper() + how[1:]}, {variant['title']}: {pair}/{method}.yaml under {variant['over']}.\n"
+                f"#   accelerate launch pipeline/train.py configs/{path}\n"
+                f"# {variant['expect']}\n"
+            )
+            found.append((path, text + _yaml(own)))
+    return found
+
+
+def readme(tables: dict[str, Any]) -> str:
+    """Return README.md with its tables."""
+    before, _, rest = (CONFIGS / "README.md").read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    sections = [
+        section(tables, dataset, facts["title"], pair)
+        for dataset, facts in tables["datasets"].items()
+        for pair in facts["pairs"]
+    ]
+    return before + BEGIN + "\n".join(sections) + END + after
+
+
+def section(tables: dict[str, Any], dataset: str, title: str, pair: str) -> str:
+    """Return the table of one pair."""
+    cells = tables["datasets"][dataset]["pairs"][pair]
+    teacher, student = (tables["networks"][cells[role]]["title"] for role in ("teacher", "student"))
+    published = cells["published"]
+    lines = [f"### {title}, {teacher} to {student}\n", _line(["recipe", *published, "ours"])]
+    lines.append(_line(["---"] * (len(published) + 2)))
+    if any("teacher" in source for source in published.values()):
+        lines.append(_line(["the teacher", *(_number(source.get("teacher")) for source in published.values()), ""]))
+    for method in cells.get("methods", tables["methods"]):
+        name = f"{dataset}/{pair}/{method}"
+        numbers = [_number(source.get(method)) for source in published.values()]
+        lines.append(_line([f"[`{method}`]({name}.yaml)", *numbers, str(tables["measured"].get(name, "–"))]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _yaml(own: dict[str, Any]) -> str:
+    """Return one line a key; what nests is written in flow style."""
+    flow = {k: yaml.safe_dump(v, default_flow_style=True, width=1000).removesuffix("...\n") for k, v in own.items()}
+    return "".join(f"{key}: {value}" for key, value in flow.items())
+
+
+def main(check: bool) -> int:
+    """Write, or compare, every file; return the exit code."""
+    wanted = files(yaml.safe_load((CONFIGS / "tables.yaml").read_text()))
+    stale = [path for path, text in wanted.items() if not _same(CONFIGS / path, text)]
+    if check:
+        print("\n".join(f"configs/{path}: run python configs/generate.py" for path in stale), end="")
+        return int(bool(stale))
+    for path in stale:
+        (CONFIGS / path).parent.mkdir(parents=True, exist_ok=True)
+        (CONFIGS / path).write_text(wanted[path])
+    return 0
+
+
+def _same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

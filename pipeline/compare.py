@@ -1,0 +1,132 @@
+"""Train several recipes with several seeds, those that are not there yet, and print mean and spread.
+
+    python pipeline/compare.py RECIPE [RECIPE …] [seeds=0,1,2] [jobs=1] [key=value …]
+
+A run is an ordinary one in its own folder: the same command goes on where it was interrupted, and a finished run is not
+made again. ``jobs`` runs are made side by side, each on its share of the cores; overrides hold for all.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+import signal
+import statistics
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+from pipeline.launch import entry
+from pipeline.recipe import ROOT, RecipeError, load_recipe, shown
+from pipeline.runs import STOP_SIGNALS, Run, Unfinished, stand
+
+OWN_WORDS = ("seeds", "jobs")
+
+
+def main(words: Sequence[str]) -> None:
+    """Make the runs that the command line asks for, and print their table."""
+    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN_WORDS}
+    overrides = [word for word in words if "=" in word and word.partition("=")[0] not in OWN_WORDS]
+    recipes = [Path(word) for word in words if "=" not in word]
+    if not recipes:
+        raise RecipeError("command line: name the recipes to compare")
+    seeds, (jobs, *_) = numbers(own, "seeds", "0"), numbers(own, "jobs", "1")
+    # Seed by seed, so that an interrupted comparison has every recipe nearly as often as any other.
+    asked = [(recipe, [*overrides, f"seed={seed}"]) for seed in seeds for recipe in recipes]
+    runs = [stand(load_recipe(recipe, words)) for recipe, words in asked]
+    if len({run.folder for run in runs}) < len(runs):
+        raise RecipeError(f"folder: two of these runs would share {runs[0].folder}; leave folder out of the recipe")
+    make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
+    print(table(runs))
+
+
+def numbers(own: dict[str, str], key: str, default: str) -> list[int]:
+    """Return the whole numbers of one of this command's own words. Raises RecipeError."""
+    found = own.get(key, default).split(",")
+    if not all(number.isdecimal() for number in found) or (key == "jobs" and found in (["0"],)):
+        raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {own[key]!r}")
+    return [int(number) for number in found]
+
+
+def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> None:
+    """Train the runs, ``jobs`` at a time, and say each that is done.
+
+    Raises RecipeError after the others if one failed, Unfinished if one was told to stop.
+    """
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    cores = sorted(os.sched_getaffinity(0))
+    for job in range(jobs):
+        shares.put(cores[job::jobs] or cores)
+    alive: set[subprocess.Popen[Any]] = set()
+    stopped: list[int] = []
+
+    def one(run: Run, words: Sequence[str]) -> str | None:
+        share = shares.get()
+        try:
+            return None if stopped else train(run, words, share, alive, quiet=jobs > 1)
+        finally:
+            shares.put(share)
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        for process in alive:
+            process.send_signal(number)
+
+    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [failure for failure in pool.map(lambda pair: one(*pair), wanted) if failure]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if failures:
+        raise RecipeError(failures[0])
+    if any(run.result is None for run, _ in wanted):
+        raise Unfinished("stopped before the last run; the same command continues")
+
+
+def train(
+    run: Run, words: Sequence[str], cores: list[int], alive: set[subprocess.Popen[Any]], *, quiet: bool
+) -> str | None:
+    """Train one run in a process of its own on those cores; return what went wrong, if anything did."""
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words]
+    output = subprocess.PIPE if quiet else None
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
+        alive.add(process)
+        os.sched_setaffinity(process.pid, cores)
+        _, errors = process.communicate()
+        alive.discard(process)
+    if process.returncode:
+        reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
+        return f"{run.command} {' '.join(words)}: {reason}"
+    if run.result is not None:
+        print(f"{run.folder}: top-1 {run.result['top1']:.2f}, best {run.result['best_top1']:.2f}", flush=True)
+    return None
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return mean, spread (of a sample) and each run's top-1, in percent, by recipe; in Markdown."""
+    lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
+    for path in dict.fromkeys(run.path for run in runs):
+        results = [run.result for run in runs if run.path == path]
+        last, best = ([result[key] for result in results if result] for key in ("top1", "best_top1"))
+        each = ", ".join(f"{value:.2f}" for value in last)
+        name = shown(path).removeprefix("configs/").removesuffix(".yaml")
+        lines.append(f"| `{name}` | {spread(last)} | {spread(best)} | {each} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation of a sample; of one value only itself."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+if __name__ == "__main__":
+    entry(main)

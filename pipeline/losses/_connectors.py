@@ -1,0 +1,95 @@
+"""Networks that bring a student's map to a teacher's shape; they learn with the student and are left out at export.
+
+B batch, C channels, H W space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.losses._base import Facts, Loss
+from pipeline.losses._levels import channels
+from pipeline.parallel import BatchNorm
+
+Norm = Callable[[int], nn.Module]
+"""Makes a normalisation of that many channels."""
+
+
+class RankNorm(nn.BatchNorm2d):
+    """A BatchNorm of this rank's rows. No running averages are kept, since these networks never leave training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, track_running_stats=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised, scaled and shifted map. Raises ValueError where a channel has a single value."""
+        if input[:, 0].numel() < 2:
+            raise ValueError(
+                "a BatchNorm that learns with the student sees a single value; at least 2 rows a rank are needed: "
+                "raise batch"
+            )
+        return super().forward(input)
+
+
+class Connecting(Loss):
+    """A loss with networks between student and teacher, which hold BatchNorms."""
+
+    scope = "statistics"
+
+    class Config(Loss.Config):
+        """What every such loss may be told."""
+
+        stat_scope: Literal["rank", "global"] = "rank"
+        """Rows that the BatchNorms' statistics cover: this rank's, as published, or all ranks'."""
+
+    def norm(self, width: int) -> nn.Module:
+        """Return a BatchNorm of that many channels, of the scope that the recipe asks for."""
+        return BatchNorm(width) if self.config.stat_scope == "global" else RankNorm(width)
+
+
+def convolution_norm(in_channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequential:
+    """Return a convolution of odd size that keeps height and width, without the bias a norm takes away, and a norm."""
+    convolution = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, norm(out_channels))
+
+
+def regressor(facts: Facts, student: str, teacher: str, norm: Norm) -> nn.Sequential:
+    """Return a convolution from the student's tap to the shape of the teacher's, and a norm.
+
+    FitNets' hint regressor as CRD's benchmark builds it (Tian et al., ICLR 2020, arXiv:1910.10699). Raises ValueError
+    for a tap that is no map and for a student's map that is smaller than the teacher's other than by half.
+    """
+    student_C, teacher_C = channels(facts.student_shapes, student), channels(facts.teacher_shapes, teacher)
+    student_HW, teacher_HW = facts.student_shapes[student][1:], facts.teacher_shapes[teacher][1:]
+    convolution = _resizing_convolution(student_C, student_HW, teacher_C, teacher_HW)
+    if convolution is None:
+        raise ValueError(
+            f"no regressor leads from the student's {student!r}, {_size(student_HW)}, to the teacher's {teacher!r}, "
+            f"{_size(teacher_HW)}: its map may be larger, or half as large; name another stage"
+        )
+    return nn.Sequential(convolution, norm(teacher_C))
+
+
+def _resizing_convolution(
+    student_C: int, student_HW: tuple[int, ...], teacher_C: int, teacher_HW: tuple[int, ...]
+) -> nn.Module | None:
+    """Return the convolution from one map's shape to the other's, None where there is none."""
+    if student_HW == tuple(2 * side for side in teacher_HW):
+        return nn.Conv2d(student_C, teacher_C, 3, stride=2, padding=1)
+    if teacher_HW == tuple(2 * side for side in student_HW):
+        return nn.ConvTranspose2d(student_C, teacher_C, 4, stride=2, padding=1)
+    height, width = (mine - other for mine, other in zip(student_HW, teacher_HW, strict=True))
+    return nn.Conv2d(student_C, teacher_C, (1 + height, 1 + width)) if min(height, width) >= 0 else None
+
+
+def sum_halving(losses: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the levels' losses, the shallowest first: the last counts 1, each before it half the next."""
+    return torch.stack([loss / 2**above for above, loss in enumerate(reversed(losses))]).sum()
+
+
+def _size(shape_HW: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape_HW))

@@ -1,0 +1,61 @@
+"""Distillation of activation boundaries, Heo et al., AAAI 2019, arXiv:1811.03233: the first of its two stages.
+
+Only the sign of the teacher's pre-activations is learned, by how far the student is from having it with a margin. The
+second stage trains on from that student with the labels alone.   B batch, C channels, H W space.
+"""
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import Facts, Taps
+from pipeline.losses._connectors import Connecting, regressor, sum_halving
+from pipeline.losses._levels import Stages, paired, stage_taps
+
+
+def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float) -> Tensor:
+    """Return the squares of what the pre-activations lack of the margin, on the side where the teacher's lie.
+
+    Summed over a row's elements and averaged over the rows; zero is the passive side. No gradient reaches the teacher.
+    """
+    towards_BCHW = torch.where(teacher_BCHW.detach() > 0, student_BCHW, -student_BCHW)
+    return (margin - towards_BCHW).clamp(min=0).square().flatten(1).sum(1).mean()
+
+
+class AB(Connecting):
+    """Activation boundaries of every stage: the deepest counts 1, each one before it half of the next.
+
+    Connectors are FitNets' regressors without the ReLU, as in CRD's benchmark (Tian et al., ICLR 2020,
+    arXiv:1910.10699); where both shapes are equal there is none, as in the authors' code too.
+    """
+
+    class Config(Connecting.Config):
+        """``{stages: all, margin: 1.0}``."""
+
+        stages: Stages
+        """Stages of both networks, tapped before their last activation."""
+        margin: PositiveFloat
+
+        def taps(self) -> Taps:
+            """Return the stages' pre-activations."""
+            return stage_taps(self.stages, ".preact")
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.pairs = paired(config.stages, facts, ".preact")
+        self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
+
+    def connector(self, student: str, teacher: str) -> nn.Module:
+        """Return what brings the student's tap to the teacher's shape."""
+        if self.facts.student_shapes[student] == self.facts.teacher_shapes[teacher]:
+            return nn.Identity()
+        return regressor(self.facts, student, teacher, self.norm)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``ab``."""
+        losses = []
+        for (of_student, of_teacher), connector in zip(self.pairs, self.connectors, strict=True):
+            connected_BCHW = self.run(connector, student.features[of_student])
+            losses.append(ab_loss(connected_BCHW, teacher.features[of_teacher], margin=self.config.margin))
+        return {"ab": sum_halving(losses)}

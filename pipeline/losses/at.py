@@ -1,0 +1,54 @@
+"""Attention transfer, Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928, eq. 2.   B batch, C channels, H W space."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._levels import Stages, paired_maps, stage_taps
+from pipeline.losses._tools import pool_to_smaller
+from pipeline.losses._vectors import unit
+
+
+def at_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, p: float) -> Tensor:
+    """Return the squared distances of the attention maps, averaged over rows and pixels and summed over the levels.
+
+    Maps [B, C, H, W] of different size are averaged down to the smaller; widths need not agree. No gradient reaches
+    the teacher. The mean over pixels is that of published code; the paper sums.
+    """
+    levels = [pool_to_smaller(student, teacher.detach()) for student, teacher in zip(students, teachers, strict=True)]
+    return torch.stack([F.mse_loss(attention(student, p), attention(teacher, p)) for student, teacher in levels]).sum()
+
+
+def attention(map_BCHW: Tensor, p: float) -> Tensor:
+    """Return the mean of |F|^p over the channels as a vector [B, HW] of length one."""
+    return unit(map_BCHW.abs().pow(p).mean(1).flatten(1), 1)
+
+
+class AT(Loss):
+    """Where the maps of several stages are large, which is what both networks attend to."""
+
+    class Config(Loss.Config):
+        """``{weight: 1000.0, p: 2.0}``."""
+
+        p: float = Field(ge=1)
+        """Exponent: the larger, the more the strongest channel counts."""
+        stages: Stages = "all"
+
+        def taps(self) -> Taps:
+            """Return the stages."""
+            return stage_taps(self.stages)
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.levels = paired_maps(config.stages, facts)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``at``."""
+        students = [student.features[name] for name, _ in self.levels]
+        teachers = [teacher.features[name] for _, name in self.levels]
+        return {"at": at_loss(students, teachers, p=self.config.p)}

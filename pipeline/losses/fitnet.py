@@ -1,0 +1,37 @@
+"""FitNets: a hint of the teacher's map, Romero et al., ICLR 2015, arXiv:1412.6550, eq. 3.
+
+Trained in one stage beside the cross-entropy, as in CRD's benchmark (Tian et al., ICLR 2020, arXiv:1910.10699), where
+the paper has a stage of the hint alone first.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import Facts, Taps
+from pipeline.losses._connectors import Connecting, regressor
+from pipeline.losses._levels import Stage, stage_names, stage_taps
+
+
+class FitNet(Connecting):
+    """Mean squared distance of the student's map, through a regressor and a ReLU, from the teacher's."""
+
+    class Config(Connecting.Config):
+        """``{stage: stage2}``."""
+
+        stage: Stage
+        """Tap of both networks, after its activation: what ends in a ReLU never meets a negative number."""
+
+        def taps(self) -> Taps:
+            """Return the stage's taps."""
+            return stage_taps(self.stage)
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.student_tap, self.teacher_tap = stage_names(config.stage)
+        self.regressor = nn.Sequential(*regressor(facts, self.student_tap, self.teacher_tap, self.norm), nn.ReLU())
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``fitnet``."""
+        guess_BCHW = self.run(self.regressor, student.features[self.student_tap])
+        return {"fitnet": F.mse_loss(guess_BCHW, teacher.features[self.teacher_tap].detach())}

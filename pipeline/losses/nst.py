@@ -1,0 +1,67 @@
+"""Neuron selectivity transfer, Huang and Wang, 2017, arXiv:1707.01219, with the polynomial kernel k(a, b) = (a·b)².
+
+B batch, C D channels, H W space, N pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._levels import Stages, paired_maps, stage_taps
+from pipeline.losses._tools import pool_to_smaller
+from pipeline.losses._vectors import unit
+
+
+def nst_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """Return the squared maximum mean discrepancy of the channels, averaged over the rows and summed over the levels.
+
+    A channel is a sample: its map, scaled to length one. Maps [B, C, H, W] of different size are averaged down to the
+    smaller; widths need not agree. No gradient reaches the teacher.
+    """
+    levels = [pool_to_smaller(student, teacher.detach()) for student, teacher in zip(students, teachers, strict=True)]
+    return torch.stack([discrepancy(student, teacher) for student, teacher in levels]).sum()
+
+
+def discrepancy(student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
+    """Return the mean of k(t, t') + k(s, s') − 2·k(s, t) over the rows and all pairs of channels."""
+    s_BCN, t_BDN = unit(student_BCHW.flatten(2), 2), unit(teacher_BDHW.flatten(2), 2)
+    return mean_kernel(t_BDN, t_BDN) + mean_kernel(s_BCN, s_BCN) - 2 * mean_kernel(s_BCN, t_BDN)
+
+
+def mean_kernel(a_BCN: Tensor, b_BDN: Tensor) -> Tensor:
+    """Return the mean of (a·b)² over the rows and the pairs of channels.
+
+    Σ_cd (a_c·b_d)² is ‖A·Bᵀ‖² and also ⟨AᵀA, BᵀB⟩. Of the two sizes, C × D and N × N, the smaller is made: shallow maps
+    have few channels, deep ones few pixels. Products that are not yet summed over the pixels would hold C × D × N.
+    """
+    (_, channels_a, pixels), channels_b = a_BCN.shape, b_BDN.shape[1]
+    if channels_a * channels_b <= pixels**2:
+        return torch.bmm(a_BCN, b_BDN.mT).square().mean()
+    pairs_BNN = torch.bmm(a_BCN.mT, a_BCN) * torch.bmm(b_BDN.mT, b_BDN)
+    return pairs_BNN.sum((1, 2)).mean() / (channels_a * channels_b)
+
+
+class NST(Loss):
+    """How the channels of a map, as a set, respond over its pixels."""
+
+    class Config(Loss.Config):
+        """``{weight: 50.0}``."""
+
+        stages: Stages = "all"
+
+        def taps(self) -> Taps:
+            """Return the stages."""
+            return stage_taps(self.stages)
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.levels = paired_maps(config.stages, facts)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``nst``."""
+        students = [student.features[name] for name, _ in self.levels]
+        teachers = [teacher.features[name] for _, name in self.levels]
+        return {"nst": nst_loss(students, teachers)}

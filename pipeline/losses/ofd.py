@@ -1,0 +1,97 @@
+"""Overhaul of feature distillation, Heo et al., ICCV 2019, arXiv:1904.01866: margin ReLU and partial L2 distance.
+
+Maps are compared before the ReLU. What the teacher's ReLU would take away is replaced by a margin, the mean of the
+channel's negative values, and a student that is below it is left alone.   B batch, C channels, H W space.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import Facts, Taps
+from pipeline.losses._connectors import Connecting, convolution_norm, sum_halving
+from pipeline.losses._levels import Stages, channels, paired, stage_taps
+from pipeline.losses._tools import pool_to_smaller
+from pipeline.taps import NormParameters
+
+RARE = 1e-3
+"""Probability of a negative value below which a channel's margin is three standard deviations below zero."""
+
+
+def partial_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, margin_C: Tensor) -> Tensor:
+    """Return (s − t')² where s > t' or t' > 0, and else 0, with t' = max(t, margin).
+
+    Summed over a row's elements and averaged over the rows. No gradient reaches the teacher.
+    """
+    target_BCHW = torch.maximum(teacher_BCHW.detach(), margin_C[:, None, None])
+    counts_BCHW = (student_BCHW > target_BCHW) | (target_BCHW > 0)
+    return ((student_BCHW - target_BCHW).square() * counts_BCHW).flatten(1).sum(1).mean()
+
+
+def margins(norm: NormParameters) -> Tensor:
+    """Return E[x | x < 0] of x ~ N(β, γ²) for each channel [C], β and γ of the BatchNorm before the ReLU.
+
+    With Φ and φ the standard normal distribution and density, it is β − |γ|·φ(β/γ)/Φ(−β/|γ|); −3·|γ| for a channel that
+    is hardly ever negative. In float64, since Φ is small where it matters.
+    """
+    # A channel that was pruned has a scale of zero: it is always β.
+    scale_C, shift_C = norm.weight_C.double().abs().clamp(min=1e-12), norm.bias_C.double()
+    z_C = shift_C / scale_C
+    negative_C = torch.special.ndtr(-z_C)
+    density_C = (-z_C.square() / 2).exp() / math.sqrt(2 * math.pi)
+    return torch.where(negative_C > RARE, shift_C - scale_C * density_C / negative_C, -3 * scale_C)
+
+
+class OFD(Connecting):
+    """Partial L2 distance of every stage: the deepest counts 1, each one before it half of the next.
+
+    The margins are numbers taken from the teacher once; the teacher itself stays outside and in evaluation mode.
+    """
+
+    class Config(Connecting.Config):
+        """``{stages: all}``."""
+
+        stages: Stages
+        """Stages of both networks, tapped before their last activation; maps of different size are averaged down to
+        the smaller."""
+
+        def taps(self) -> Taps:
+            """Return the stages' pre-activations."""
+            return stage_taps(self.stages, ".preact")
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.pairs = paired(config.stages, facts, ".preact")
+        self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
+        for level, (_, teacher) in enumerate(self.pairs):
+            # Not saved: the teacher has them.
+            self.register_buffer(f"margin{level}_C", margins(norm_of(teacher, facts)).float(), persistent=False)
+
+    def connector(self, student: str, teacher: str) -> nn.Sequential:
+        """Return a 1×1 convolution, drawn as the authors do, and a norm."""
+        width = channels(self.facts.teacher_shapes, teacher)
+        network = convolution_norm(channels(self.facts.student_shapes, student), width, 1, self.norm)
+        nn.init.normal_(network[0].weight, std=math.sqrt(2 / width))  # type: ignore[arg-type]
+        return network
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``ofd``."""
+        losses = []
+        for level, (of_student, of_teacher) in enumerate(self.pairs):
+            connected_BCHW = self.run(self.connectors[level], student.features[of_student])
+            maps = pool_to_smaller(connected_BCHW, teacher.features[of_teacher])
+            losses.append(partial_l2(*maps, self.get_buffer(f"margin{level}_C").to(connected_BCHW.dtype)))
+        return {"ofd": sum_halving(losses)}
+
+
+def norm_of(tap: str, facts: Facts) -> NormParameters:
+    """Return the BatchNorm that ends the teacher's tap. Raises ValueError where none is known."""
+    if tap not in facts.teacher_norms:
+        stage = tap.removesuffix(".preact")
+        raise ValueError(
+            f"ofd: no BatchNorm is known to end the teacher's {tap!r}, and the margin is taken from it; "
+            f"name it by teacher.stages: {{{stage}.norm: <module path>}}"
+        )
+    return facts.teacher_norms[tap]

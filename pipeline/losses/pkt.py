@@ -1,0 +1,51 @@
+"""Probabilistic knowledge transfer, Passalis and Tefas, ECCV 2018, arXiv:1803.10837.   B batch, D E embeddings."""
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import BatchLoss, Taps
+from pipeline.losses._levels import Stage, stage_names, stage_taps
+
+
+def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
+    """Return the mean over all pairs of p·log((p + ε)/(q + ε)), p the teacher's and q the student's neighbourhoods.
+
+    Rows of p and q sum to one and the mean divides by B², as in published code, so the value falls as 1/B. No gradient
+    reaches the teacher.
+    """
+    q_BB, p_BB = neighbourhoods(student_BD, eps), neighbourhoods(teacher_BE.detach(), eps)
+    return (p_BB * ((p_BB + eps) / (q_BB + eps)).log()).mean()
+
+
+def neighbourhoods(x_BD: Tensor, eps: float) -> Tensor:
+    """Return (1 + cos)/2 of all pairs of rows, itself included, with every row scaled to sum one.
+
+    A zero row has a cosine of 0 with every other, and a finite gradient: the length's slope at zero is taken as zero.
+    """
+    direction_BD = x_BD / (torch.linalg.vector_norm(x_BD, dim=1, keepdim=True) + eps)
+    # Rounding makes the cosine of opposite rows less than −1, and the logarithm has no negatives.
+    kernel_BB = ((1 + direction_BD @ direction_BD.mT) / 2).clamp(min=0)
+    return kernel_BB / kernel_BB.sum(1, keepdim=True)
+
+
+class PKT(BatchLoss):
+    """How likely rows of the batch are neighbours. The value depends on the number of rows that are compared."""
+
+    class Config(BatchLoss.Config):
+        """``{weight: 30000.0, eps: 1.0e-7}``."""
+
+        eps: PositiveFloat
+        """Added to lengths and to probabilities."""
+        stage: Stage = "embedding"
+
+        def taps(self) -> Taps:
+            """Return the stage."""
+            return stage_taps(self.stage)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``pkt``."""
+        of_student, of_teacher = stage_names(self.config.stage)
+        student_BD, teacher_BE = student.features[of_student].flatten(1), teacher.features[of_teacher].flatten(1)
+        return {"pkt": pkt_loss(student_BD, teacher_BE, eps=self.config.eps)}

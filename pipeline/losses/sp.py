@@ -1,0 +1,40 @@
+"""Similarity-preserving distillation, Tung and Mori, ICCV 2019, arXiv:1907.09682.   B batch, D embedding."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import BatchLoss, Taps
+from pipeline.losses._levels import Stage, stage_names, stage_taps
+from pipeline.losses._vectors import unit
+
+
+def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ‖G_teacher − G_student‖²_F / B² of features [B, …]; their sizes need not agree.
+
+    No gradient reaches the teacher.
+    """
+    return F.mse_loss(similarities(student.flatten(1)), similarities(teacher.detach().flatten(1)))
+
+
+def similarities(x_BD: Tensor) -> Tensor:
+    """Return G [B, B]: the inner products of every row with all rows, scaled to length one."""
+    return unit(x_BD @ x_BD.mT, 1)
+
+
+class SP(BatchLoss):
+    """Which images of the batch a network finds alike. The value depends on the number of rows that are compared."""
+
+    class Config(BatchLoss.Config):
+        """``{weight: 3000.0}``."""
+
+        stage: Stage = "last"
+
+        def taps(self) -> Taps:
+            """Return the stage."""
+            return stage_taps(self.stage)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return ``sp``."""
+        of_student, of_teacher = stage_names(self.config.stage)
+        return {"sp": sp_loss(student.features[of_student], teacher.features[of_teacher])}

@@ -1,0 +1,67 @@
+"""ShuffleNetV1 for 32×32 images, after Zhang et al., CVPR 2018: three groups, full resolution in the stem.
+
+As in the literature on knowledge distillation: a 1×1 stem without pooling, and a ReLU after the depthwise convolution,
+which the paper leaves linear. The convolutions keep torch's own initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.shufflenetv2 import channel_shuffle
+from torchvision.ops import Conv2dNormActivation
+
+GROUPS = 3
+STEM = 24
+
+
+class CifarShuffleNetV1(nn.Module):
+    """The network whose maps are 32, 16, 8 and 4 pixels wide on a 32-pixel image."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = Conv2dNormActivation(3, STEM, 1)
+        self.stage1 = _stage(STEM, 240, units=4)
+        self.stage2 = _stage(240, 480, units=8)
+        self.stage3 = _stage(480, 960, units=4)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(960, num_classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return logits [B, K]."""
+        x = self.stage3(self.stage2(self.stage1(self.stem(images_BCHW))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class ShuffleUnit(nn.Module):
+    """Squeeze by groups, shuffle, filter each channel, widen by groups; then joined with the input and activated.
+
+    A unit of stride 2 appends the averaged input to its ``channels - channels_in`` own channels, another adds it.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        own = channels - channels_in if stride == 2 else channels
+        middle = own // 4
+        # The stem's few channels are not divided, and their squeezed ones not shuffled.
+        self.groups = 1 if channels_in == STEM else GROUPS
+        self.squeeze = Conv2dNormActivation(channels_in, middle, 1, groups=self.groups)
+        self.filter = Conv2dNormActivation(middle, middle, 3, stride=stride, groups=middle)
+        self.widen = Conv2dNormActivation(middle, own, 1, groups=GROUPS, activation_layer=None)
+        self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the unit's map."""
+        own = self.widen(self.filter(channel_shuffle(self.squeeze(x_BCHW), self.groups)))
+        return self.relu(own + x_BCHW if self.pool is None else torch.cat([own, self.pool(x_BCHW)], 1))
+
+
+def _stage(channels_in: int, channels: int, units: int) -> nn.Sequential:
+    first = ShuffleUnit(channels_in, channels, stride=2)
+    return nn.Sequential(first, *(ShuffleUnit(channels, channels, stride=1) for _ in range(units - 1)))
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {"cifar_shufflenet_v1": CifarShuffleNetV1}

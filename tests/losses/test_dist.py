@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_ranks import Ranks
+from loss_cases import CLASSES, config_of
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.losses._base import Facts, load_spec
+from pipeline.losses.dist import dist_loss, inter_class, intra_class
+
+CONSTANTS = {"beta": 1.0, "gamma": 1.0, "temperature": 1.0}
+
+
+def probabilities(seed: int, rows: int = 12) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, CLASSES, dtype=torch.float64, generator=g).softmax(1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_probabilities_mixed_with_even_ones_lose_nothing(share: float):
+    """Correlation ignores a positive factor and a shift, of a row and of a column; ε leaves 1e-8 over the lengths."""
+    teacher = probabilities(0)
+    student = share * teacher + (1 - share) / CLASSES
+    assert dist_loss(student.log(), teacher.log(), **CONSTANTS).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_opposite_probabilities_cost_two_in_each_direction():
+    teacher = probabilities(0)
+    student = 2 / CLASSES - teacher
+    assert inter_class(student, teacher).item() == pytest.approx(2, abs=1e-5)
+    assert intra_class(student, teacher).item() == pytest.approx(2, abs=1e-5)
+
+
+def test_the_loss_is_scaled_by_the_square_of_the_temperature():
+    student, teacher = probabilities(0).log(), probabilities(1).log()
+    hot = dist_loss(4 * student, 4 * teacher, beta=1.0, gamma=1.0, temperature=4.0)
+    torch.testing.assert_close(hot, 16 * dist_loss(student, teacher, **CONSTANTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sure", ["student", "teacher", "both"])
+def test_a_class_without_any_probability_is_uncorrelated_and_its_gradient_is_finite(dtype: torch.dtype, sure: str):
+    certain = torch.full((4, CLASSES), -1e4, dtype=dtype)
+    certain[:, 0] = 1e4
+    other = probabilities(0, 4).log().to(dtype)
+    student = (other if sure == "teacher" else certain).clone().requires_grad_()
+    teacher = other if sure == "student" else certain
+    loss = dist_loss(student, teacher, beta=0.0, gamma=1.0, temperature=1.0)
+    loss.backward()
+    assert loss.item() == 1
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+def test_one_row_has_no_columns_to_correlate():
+    student = probabilities(0, 1).requires_grad_()
+    loss = intra_class(student, probabilities(1, 1))
+    loss.backward()
+    assert loss.item() == 1
+    assert student.grad is not None
+    assert not student.grad.any()
+
+
+def intra_of_a_rank(rank: int, world: int, rows: tuple[int, int]) -> tuple[float, Tensor, tuple[int, int]]:
+    """Return the intra-class term, its gradient by this rank's rows, and the number of collectives each way."""
+    mine = slice(None) if world == 1 else slice(rank * rows[0], rank * rows[0] + rows[rank])
+    own = probabilities(0)[mine].clone().requires_grad_()
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        value = intra_class(own, probabilities(1)[mine])
+        forward = all_reduce.call_count
+        value.backward()
+    assert own.grad is not None
+    return value.item(), own.grad / world, (forward, all_reduce.call_count - forward)
+
+
+@pytest.mark.parametrize("rows", [(5, 7), (12, 0)], ids=["five and seven", "all and none"])
+def test_two_ranks_of_unequal_size_correlate_the_columns_of_one(rows: tuple[int, int], ranks: Ranks):
+    value, grad, _ = intra_of_a_rank(0, 1, rows)
+    both = ranks(intra_of_a_rank, rows)
+    assert [answer[0] for answer in both] == pytest.approx([value, value], rel=1e-12)
+    torch.testing.assert_close(torch.cat([answer[1] for answer in both]), grad, rtol=1e-10, atol=1e-14)
+    assert [answer[2] for answer in both] == [(2, 2), (2, 2)]
+
+
+def intra_part(stat_scope: str, student: Tensor, teacher: Tensor) -> Tensor:
+    loss = load_spec("dist", {**config_of("dist"), "stat_scope": stat_scope, "temperature": 1.0}).build(Facts(CLASSES))
+    labels = torch.zeros(len(student), dtype=torch.int64)
+    return loss(Outputs(student.log(), {}), Outputs(teacher.log(), {}), Batch(labels, labels, labels, {}))["intra"]
+
+
+def test_ghost_batches_are_consecutive_rows_correlated_apart():
+    student, teacher = probabilities(0, 8), probabilities(1, 8)
+    groups = [intra_class(student[rows], teacher[rows]) for rows in (slice(0, 3), slice(3, 6), slice(6, 8))]
+    torch.testing.assert_close(intra_part("ghost:3", student, teacher), torch.stack(groups).mean())
+    torch.testing.assert_close(intra_part("rank", student, teacher), intra_class(student, teacher))
+    torch.testing.assert_close(intra_part("global", student, teacher), intra_class(student, teacher))
+
+
+def scopes_of_a_rank(rank: int, world: int) -> list[float]:
+    student, teacher = probabilities(rank, 4), probabilities(rank + 2, 4)
+    return [intra_part(scope, student, teacher).item() for scope in ("rank", "ghost:4", "global")]
+
+
+def test_the_scope_rank_asks_no_other_rank(ranks: Ranks):
+    apart = [intra_class(probabilities(rank, 4), probabilities(rank + 2, 4)).item() for rank in range(2)]
+    student, teacher = (torch.cat([probabilities(seed, 4) for seed in seeds]) for seeds in ((0, 1), (2, 3)))
+    together = intra_class(student, teacher).item()
+    for own, found in zip(apart, ranks(scopes_of_a_rank), strict=True):
+        assert found == pytest.approx([own, own, together], rel=1e-12)

@@ -1,0 +1,172 @@
+"""Networks of timm by name: their stages as maps, their weights by tag, and one line where the package is missing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models import create_model, from_timm
+from pipeline.models.folding import fold_batchnorms
+from pipeline.models.stages import stages, tap_names
+from pipeline.models.weights import load_weights
+from pipeline.taps import FeatureTaps, tap_shapes
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm", reason="timm is not installed")
+
+
+def on_meta(name: str, num_classes: int = 1000) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name, num_classes)
+
+
+def all_shapes(model: nn.Module, image_size: int, *more: str) -> dict[str, tuple[int, ...]]:
+    named = stages(model)
+    return tap_shapes(FeatureTaps(model, named, [*tap_names(named), *more]), image_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("resnet18", (64, 128, 256, 512)),
+        ("mobilenetv1_100", (128, 256, 512, 1024)),
+        ("tf_efficientnet_b0", (24, 40, 112, 1280)),
+        ("convnext_tiny", (96, 192, 384, 768)),
+        ("swin_tiny_patch4_window7_224", (96, 192, 384, 768)),
+        ("swin_large_patch4_window7_224", (192, 384, 768, 1536)),
+    ],
+)
+@pytest.mark.usefixtures("timm")
+def test_the_stages_lie_at_56_to_7_pixels(name: str, widths: tuple[int, ...]):
+    shapes = all_shapes(on_meta(f"timm/{name}"), 224)
+    for number, (channels, side) in enumerate(zip(widths, (56, 28, 14, 7), strict=True), start=1):
+        assert shapes[f"stage{number}"] == (channels, side, side)
+    assert shapes["embedding"] == (widths[-1],)
+    assert shapes["logits"] == (1000,)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.usefixtures("timm")
+def test_the_stages_of_a_vision_transformer_are_maps_without_the_leading_tokens(name: str):
+    shapes = all_shapes(on_meta(f"timm/{name}"), 224)
+    assert {shapes[f"stage{number}"] for number in range(1, 5)} == {(192, 14, 14)}
+    assert ("embedding" in shapes) == ("distilled" not in name)
+
+
+@pytest.mark.usefixtures("timm")
+def test_the_large_swin_transformer_has_the_published_size():
+    assert sum(p.numel() for p in on_meta("timm/swin_large_patch4_window7_224").parameters()) == 196_532_476
+
+
+@pytest.mark.usefixtures("timm")
+def test_the_last_stage_of_a_swin_transformer_is_its_normed_map_turned():
+    torch.manual_seed(0)
+    model = create_model("timm/swin_tiny_patch4_window7_224", 10).eval()
+    seen = []
+    model.get_submodule("norm").register_forward_hook(lambda _m, _a, output: seen.append(output))
+    with torch.no_grad():
+        outputs = FeatureTaps(model, stages(model), ["last", "cam"])(torch.randn(1, 3, 224, 224))
+    assert seen[0].shape == (1, 7, 7, 768)
+    assert torch.equal(outputs.features["last"], seen[0].permute(0, 3, 1, 2))
+    bias = model.get_submodule("head.fc").bias
+    torch.testing.assert_close(outputs.features["cam"].mean((2, 3)) + bias, outputs.logits_BK, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_tiny_patch16_224"])
+@pytest.mark.usefixtures("timm")
+def test_a_head_that_normalises_or_reads_a_token_has_no_class_activation_map(name: str):
+    model = on_meta(f"timm/{name}")
+    with pytest.raises(ValueError, match=r"^tap 'cam': no average of a map"):
+        FeatureTaps(model, stages(model), ["cam"])
+
+
+@pytest.mark.usefixtures("timm")
+def test_a_network_of_one_width_that_is_no_transformer_of_tokens_has_a_head_only():
+    assert set(stages(on_meta("timm/mixer_s32_224"))) == {"embedding", "logits"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("timm/resnet_18", "did you mean timm/resnet18 or "), ("timm/resnet18.nothing", "Invalid pretrained tag")],
+)
+@pytest.mark.usefixtures("timm")
+def test_an_unknown_network_or_tag_is_refused_in_one_line(name: str, message: str):
+    with pytest.raises(ValueError, match=rf"^there is no model '{name}': .*{message}") as caught:
+        create_model(name, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_timm_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    message = r"^timm/resnet18: timm is not installed; pip install timm \(or this project's extra 'timm'\)$"
+    with pytest.raises(ValueError, match=message):
+        create_model("timm/resnet18", 10)
+    with pytest.raises(ValueError, match=message):
+        load_weights(network(5), "pretrained", "timm/resnet18")
+
+
+def network(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, classes))
+
+
+class Published:
+    """What the package offers, with a small network for whatever it is asked."""
+
+    def __init__(self, classes: int) -> None:
+        self.model = network(classes)
+        self.asked: list[str] = []
+
+    def create_model(self, name: str, pretrained: bool) -> nn.Module:
+        assert pretrained
+        self.asked.append(name)
+        if "gone" in name:
+            raise RuntimeError("No address.\nTry again.")
+        return self.model
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "asked"),
+    [
+        ("timm/resnet18", "tv_in1k", "resnet18.tv_in1k"),
+        ("timm/resnet18", "pretrained", "resnet18"),
+        ("timm/resnet18.a1_in1k", "pretrained", "resnet18.a1_in1k"),
+        ("timm/resnet18.a1_in1k", "tv_in1k", "resnet18.tv_in1k"),
+    ],
+)
+def test_published_weights_are_asked_for_by_tag(monkeypatch: pytest.MonkeyPatch, model: str, source: str, asked: str):
+    published = Published(5)
+    monkeypatch.setattr(from_timm, "_timm", lambda _name: published)
+    fresh = network(5)
+    load_weights(fresh, source, model)
+    assert published.asked == [asked]
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in published.model.state_dict().items())
+
+
+def test_weights_of_another_number_of_classes_are_refused_rather_than_given_a_random_head(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(from_timm, "_timm", lambda _name: Published(1000))
+    with pytest.raises(ValueError, match=r"^pretrained: the weights have 1000 classes, the network has 5"):
+        load_weights(network(5), "pretrained", "timm/resnet18")
+
+
+def test_weights_that_cannot_be_had_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(from_timm, "_timm", lambda _name: Published(5))
+    with pytest.raises(ValueError, match=r"^gone of timm/resnet18: no weights \(No address\.\); give a file$"):
+        load_weights(network(5), "gone", "timm/resnet18")
+
+
+@pytest.mark.usefixtures("timm")
+def test_a_frozen_copy_keeps_the_activation_inside_its_batchnorms():
+    torch.manual_seed(0)
+    model = create_model("timm/tf_efficientnet_b0", 10).double().eval()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(images)
+        fold_batchnorms(model, images)
+        torch.testing.assert_close(model(images), before, rtol=1e-9, atol=1e-9)

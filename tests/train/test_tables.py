@@ -1,0 +1,137 @@
+"""The rows of the papers' tables: one recipe each, written by a generator, no constant in two places."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.recipe import ROOT, composed, load_recipe
+
+CONFIGS = ROOT / "configs"
+GENERATOR = runpy.run_path(str(CONFIGS / "generate.py"))
+TABLES = yaml.safe_load((CONFIGS / "tables.yaml").read_text())
+CIFAR_PAIRS = TABLES["datasets"]["cifar100"]["pairs"]
+
+
+def test_the_generated_files_are_what_the_generator_writes():
+    stale = [path for path, text in GENERATOR["files"](TABLES).items() if (CONFIGS / path).read_text() != text]
+    assert stale == []
+
+
+def test_every_row_in_the_tree_is_a_cell_of_the_tables():
+    written = {CONFIGS / path for path in GENERATOR["files"](TABLES)}
+    beside = [path for pair in CONFIGS.rglob("pair.yaml") for path in pair.parent.glob("*.yaml")]
+    assert [path for path in beside if path.name != "pair.yaml" and path not in written] == []
+
+
+def test_every_cell_that_a_paper_prints_has_its_recipe():
+    for dataset, facts in TABLES["datasets"].items():
+        for pair, cells in facts["pairs"].items():
+            for source, numbers in cells["published"].items():
+                for method in numbers.keys() - {"teacher"}:
+                    assert (CONFIGS / dataset / pair / f"{method}.yaml").is_file(), (pair, source, method)
+    assert len(CIFAR_PAIRS) == 11
+
+
+def constants(tree: Any) -> list[float]:
+    """Return the numbers that stand under a recipe's losses or constants."""
+    if isinstance(tree, dict):
+        return [number for value in tree.values() for number in constants(value)]
+    return [tree] if isinstance(tree, float | int) and not isinstance(tree, bool) else []
+
+
+def test_a_row_holds_no_constant_of_its_own():
+    for path in GENERATOR["files"](TABLES):
+        if path.suffix == ".yaml":
+            own = yaml.safe_load((CONFIGS / path).read_text())
+            assert not {"losses", "constants"} & own.keys(), path
+
+
+@pytest.mark.parametrize(("method", "keys"), [("diffkd", ("diffkd",)), ("ddkd", ("ddkd", "dkd"))])
+def test_methods_that_share_constants_do_not_repeat_them(method: str, keys: tuple[str, ...]):
+    """What DDKD takes from DiffKD and from DKD stands in their files alone."""
+    own = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text())
+    said = constants(own["losses"])
+    assert said == ([1.0] if method == "diffkd" else [])  # DiffKD's own temperature
+
+
+def test_a_pairs_constant_reaches_every_method_that_uses_it():
+    folder = CONFIGS / "cifar100" / "resnet56_resnet20"
+    for method, place in {
+        "dkd": ("dkd",),
+        "ddkd": ("ddkd", "logit_distance", "dkd"),
+        "review_dkd": ("dkd",),
+    }.items():
+        found: Any = composed(folder / f"{method}.yaml", ["constants.dkd.beta=3.5"])["losses"]
+        for key in place:
+            found = found[key]
+        assert found["beta"] == 3.5
+        assert found["ramp"] == {"linear_epochs": 20}
+    perceived = composed(folder / "perception.yaml")["losses"]["perception"]["inner"]["dkd"]
+    assert (perceived["alpha"], perceived["beta"]) == (1.0, 8.0)
+
+
+BETAS = {
+    **{"resnet56_resnet20": 2, "resnet110_resnet32": 2, "resnet32x4_resnet8x4": 8, "wrn_40_2_wrn_16_2": 6},
+    **{"wrn_40_2_wrn_40_1": 6, "vgg13_vgg8": 6, "resnet32x4_shufflenet_v1": 8, "resnet32x4_shufflenet_v2": 8},
+    **{"wrn_40_2_shufflenet_v1": 8, "resnet50_mobilenet_v2": 8, "vgg13_mobilenet_v2": 6},
+}
+
+
+def test_dkds_beta_and_the_rate_of_every_pair_are_the_published_ones():
+    assert BETAS.keys() == CIFAR_PAIRS.keys()
+    for pair, beta in BETAS.items():
+        recipe = load_recipe(CONFIGS / "cifar100" / pair / "dkd.yaml").recipe
+        assert recipe.losses["dkd"].config.model_dump()["beta"] == beta
+        assert recipe.schedule.rate == (0.01 if re.search("net_v[12]$", pair) else 0.05)
+        assert (recipe.batch, recipe.epochs, recipe.schedule.milestones) == (64, 240, (150, 180, 210))
+
+
+def test_imagenet_rows_have_a_temperature_of_one_and_one_epoch_of_warm_up():
+    for pair, beta in {"r34_r18": 0.5, "r50_mbv1": 2.0}.items():
+        for method in ("dkd", "ddkd", "perception", "ddkd_perception"):
+            found: Any = composed(CONFIGS / "imagenet" / pair / f"{method}.yaml")["losses"]
+            text = yaml.safe_dump(found)
+            assert "temperature: 4.0" not in text
+            assert f"beta: {beta}" in text
+            assert "linear_epochs: 1\n" in text
+        teacher = load_recipe(CONFIGS / "imagenet" / pair / "dkd.yaml").recipe.teacher
+        assert teacher is not None
+        assert teacher.weights == "IMAGENET1K_V1"
+
+
+def test_a_letter_by_letter_variant_differs_from_its_row_in_what_the_paper_says():
+    pair = CONFIGS / "cifar100" / "resnet56_resnet20"
+    plain, literal = (load_recipe(pair / f"perception{end}.yaml").recipe for end in ("", "_paper_literal"))
+    assert (literal.batch, literal.epochs, literal.schedule.factor) == (256, 270, 0.01)
+    assert literal.schedule.milestones == (150, 180, 210, 240)
+    assert literal.losses == plain.losses
+    mobile = CONFIGS / "cifar100" / "vgg13_mobilenet_v2"
+    assert load_recipe(mobile / "ddkd_paper_literal.yaml").recipe.schedule.rate == 0.05
+    assert load_recipe(mobile / "perception_paper_literal.yaml").recipe.schedule.factor == 0.1
+
+
+def test_the_second_stage_of_ab_begins_from_the_first():
+    recipe = load_recipe(CONFIGS / "cifar100" / "vgg13_vgg8" / "ab.yaml").recipe
+    assert list(recipe.losses) == ["ce"]
+    assert recipe.teacher is None
+    assert recipe.student.start is not None
+    assert recipe.student.start.recipe == str(Path("configs", "cifar100", "vgg13_vgg8", "ab_init.yaml"))
+    first = load_recipe(recipe.student.start.recipe).recipe
+    assert (list(first.losses), first.epochs) == (["ab"], 30)
+
+
+def test_the_proxy_is_every_compared_method_under_one_strategy():
+    methods = TABLES["variants"]["proxy"]["methods"]
+    assert len(methods) == 10
+    recipes = [load_recipe(CONFIGS / "cifar100" / "proxy" / f"{method}.yaml").recipe for method in methods]
+    for recipe in recipes:
+        assert (recipe.epochs, recipe.batch, recipe.schedule) == (12, 64, recipes[0].schedule)
+        assert (recipe.teacher is None) == (list(recipe.losses) == ["ce"])
+        for spec in recipe.losses.values():
+            assert "linear_epochs: 20" not in yaml.safe_dump(spec.config.model_dump(mode="json"))
