@@ -22,8 +22,8 @@ BEGIN, END = "<!-- written by generate.py -->\n", "<!-- end -->\n"
 def files(tables: dict[str, Any]) -> dict[Path, str]:
     """Return every file to write, by path under ``configs/``."""
     found = {Path("README.md"): readme(tables)}
-    for name, published in tables["teachers"].items():
-        found[Path("cifar100", "teachers", f"{name}.yaml")] = teacher(tables, name, published)
+    for name in tables["teachers"]:
+        found[Path("cifar100", "teachers", f"{name}.yaml")] = teacher(tables, name)
     for dataset, facts in tables["datasets"].items():
         for pair, cells in facts["pairs"].items():
             for method in cells.get("methods", tables["methods"]):
@@ -57,21 +57,22 @@ def expected(published: dict[str, dict[str, float]], method: str) -> str:
     sources: dict[str, list[str]] = {}
     for source, cells in published.items():
         if method in cells:
-            sources.setdefault(f"{cells[method]:.2f}", []).append(source)
-    if not sources:
-        return "not reported"
-    return "top-1 " + ", ".join(f"{number} ({'; '.join(tables)})" for number, tables in sources.items())
+            number = f"top-5 {cells[method]:.2f}" if source.endswith("top-5") else f"top-1 {cells[method]:.2f}"
+            sources.setdefault(number, []).append(source.removesuffix(", top-5"))
+    return ", ".join(f"{number} ({'; '.join(tables)})" for number, tables in sources.items()) or "not reported"
 
 
-def teacher(tables: dict[str, Any], name: str, published: float) -> str:
+def teacher(tables: dict[str, Any], name: str) -> str:
     """Return the recipe of a CIFAR-100 teacher."""
     network = tables["networks"][name]
+    pairs = tables["datasets"]["cifar100"]["pairs"].values()
+    published = next(cells["published"] for cells in pairs if cells["teacher"] == name)
     own = {"base": ["../../methods/ce.yaml", "../cifar100.yaml"], "student": {"model": f"cifar_{name}"}}
     return (
         f"# The {network['title']} teacher of CIFAR-100, trained by the strategy of its students.\n"
         f"#   accelerate launch pipeline/train.py configs/cifar100/teachers/{name}.yaml\n"
-        f"# Published: top-1 {published:.2f} (CRD). Cost: {3 * network['gmac']:.3g} GMAC an image, 12 million images.\n"
-        + _yaml(own)
+        f"# Published: {expected(published, 'teacher')}. "
+        f"Cost: {3 * network['gmac']:.3g} GMAC an image, 12 million images.\n" + _yaml(own)
     )
 
 
@@ -96,6 +97,11 @@ def variants(tables: dict[str, Any], group: str, variant: dict[str, Any]) -> lis
 
 def readme(tables: dict[str, Any]) -> str:
     """Return README.md with its tables."""
+    known = {
+        f"{d}/{p}/{m}" for d, facts in tables["datasets"].items() for p in facts["pairs"] for m in tables["methods"]
+    }
+    if stray := tables["measured"].keys() - known:
+        raise ValueError(f"tables.yaml: measured: {', '.join(stray)}: there is no such row")
     before, _, rest = (CONFIGS / "README.md").read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     sections = [
@@ -116,6 +122,8 @@ def section(tables: dict[str, Any], dataset: str, title: str, pair: str) -> str:
     if any("teacher" in source for source in published.values()):
         lines.append(_line(["the teacher", *(_number(source.get("teacher")) for source in published.values()), ""]))
     for method in cells.get("methods", tables["methods"]):
+        if tables["methods"][method].get("hidden"):
+            continue
         name = f"{dataset}/{pair}/{method}"
         numbers = [_number(source.get(method)) for source in published.values()]
         lines.append(_line([f"[`{method}`]({name}.yaml)", *numbers, str(tables["measured"].get(name, "–"))]))
@@ -154,4 +162,6 @@ def _same(path: Path, text: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1:] == ["--check"]))

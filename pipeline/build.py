@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from pipeline import parallel
+from pipeline.composition import RecipeError, about
 from pipeline.data.loader import Loader, create_loader
 from pipeline.distiller import Distiller
 from pipeline.losses._base import Facts
 from pipeline.models import create_model
 from pipeline.models.stages import stages
 from pipeline.models.weights import load_weights
-from pipeline.recipe import Recipe, RecipeError, about
+from pipeline.recipe import Recipe
 from pipeline.runs import STUDENT, Run, find_run, load_dependency
 from pipeline.taps import FeatureTaps, tap_shapes
 from pipeline.teacher import AnyTeacher, EMATeacher, Network, Normalization, Teacher, TeacherEnsemble
@@ -78,37 +79,34 @@ def build_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> A
     if config is None:
         return None
     if config.average is not None:
-        _, taps = teacher_network(recipe, manifest.num_classes)
+        _, taps = teacher_network(recipe, "teacher", manifest.num_classes)
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
         return EMATeacher(taps, config.average, batch=config.batch or 1, device=device, autocast=autocast)
+    teachers = [_frozen(recipe, place, manifest, device) for place in teacher_places(recipe)]
     if config.members is None:
-        return _frozen(recipe, config, recipe.taps.teacher, manifest, device, "teacher")
+        return teachers[0]
     assert config.combine is not None
     assert config.temperature is not None
-    members = []
-    for index, member in enumerate(config.members):
-        wanted = recipe.taps.teacher if index == 0 else frozenset[str]()
-        members.append(_frozen(recipe, member, wanted, manifest, device, f"teacher.members.{index}"))
-    return TeacherEnsemble(members, combine=config.combine, temperature=config.temperature)
+    return TeacherEnsemble(teachers, combine=config.combine, temperature=config.temperature)
 
 
-def teacher_network(recipe: Recipe, num_classes: int) -> tuple[str, FeatureTaps]:
-    """Return the name of the teacher's network and the network, without its weights, with the taps the losses read.
-
-    Of several members it is the first one's, of a moving average the student's.
-    """
+def teacher_places(recipe: Recipe) -> dict[str, Network]:
+    """Return what the recipe says of each of the teacher's networks, by the key where it says it."""
     config = recipe.teacher
-    assert config is not None
-    network = config.members[0] if config.members else config
-    return _tapped(recipe, network, recipe.taps.teacher, num_classes, "teacher")
+    if config is None or config.members is None:
+        return {"teacher": config} if config else {}
+    return {f"teacher.members.{index}": member for index, member in enumerate(config.members)}
 
 
-def _tapped(
-    recipe: Recipe, network: Network, wanted: frozenset[str], num_classes: int, place: str
-) -> tuple[str, FeatureTaps]:
-    """Return the name of a teacher's network and the network, without its weights, with those taps."""
-    named = network
+def teacher_network(recipe: Recipe, place: str, num_classes: int) -> tuple[str, FeatureTaps]:
+    """Return the name of one of the teacher's networks and the network, without its weights.
+
+    The first of ``teacher_places`` has the taps that the losses read. A moving average is the student's network.
+    """
+    places = teacher_places(recipe)
+    network = named = places[place]
+    wanted = recipe.taps.teacher if place == next(iter(places)) else frozenset[str]()
     if network.recipe is not None:
         named = load_dependency(recipe, network.recipe).recipe.student
     elif network.model is None:
@@ -120,13 +118,19 @@ def _tapped(
         return named.model, FeatureTaps(model, stages(model) | (network.stages or named.stages or {}), wanted)
 
 
-def _frozen(
-    recipe: Recipe, network: Network, wanted: frozenset[str], manifest: Manifest, device: torch.device, place: str
-) -> Teacher:
-    """Return a network with its weights, frozen; ``place`` is the recipe's key that names it."""
+def probed(recipe: Recipe, place: str, taps: FeatureTaps) -> dict[str, tuple[int, ...]]:
+    """Return ``tap_shapes`` of the network that the recipe names at ``place``, on images of its size."""
+    with about(f"{place}.model"):
+        return tap_shapes(taps, recipe.data.size)
+
+
+def _frozen(recipe: Recipe, place: str, manifest: Manifest, device: torch.device) -> Teacher:
+    """Return the network of ``teacher_places`` with its weights, frozen."""
     assert recipe.teacher is not None
+    network = teacher_places(recipe)[place]
     weights, normalization = _source(recipe, network)
-    name, taps = _tapped(recipe, network, wanted, manifest.num_classes, place)
+    name, taps = teacher_network(recipe, place, manifest.num_classes)
+    probed(recipe, place, taps)  # folding would run it on the same images, and not say what it cannot take
     with about(f"{place}.weights"):
         load_weights(taps.model, weights, name)
     return Teacher(
@@ -164,11 +168,10 @@ def build_distiller(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, 
     """Return the student with the recipe's losses, on the device."""
     student = build_student(recipe, loader.num_classes)
     load_start(recipe, student)
-    size = recipe.data.size
     facts = Facts(
         num_classes=loader.num_classes,
-        student_shapes=tap_shapes(student, size),
-        teacher_shapes=tap_shapes(teacher.taps, size) if teacher else {},
+        student_shapes=probed(recipe, "student", student),
+        teacher_shapes=tap_shapes(teacher.taps, recipe.data.size) if teacher else {},
         id_count=loader.id_count,
         labels_by_id=loader.labels_by_id,
         teacher_norms=teacher.norms if teacher else {},

@@ -1,12 +1,14 @@
-"""What a recipe is made of, found without training, weights or data: everything is built on torch's meta device.
+"""What a recipe is made of, found without training, weights or data: all is built on torch's meta device.
 
 Parameters, multiply-accumulates of one image, taps with their shapes and the parts of the losses. Where the shards are
-there, their classes and samples count; else ``data.classes``.
+there, their classes and samples count; else ``data.classes``. What computes with numbers, such as a user's network that
+calls ``.item()``, is built and run on the CPU instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -16,13 +18,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.build import AUTOCAST, build_student, teacher_network
+from pipeline.build import AUTOCAST, build_student, probed, teacher_network, teacher_places
+from pipeline.composition import RecipeError, about, shown
 from pipeline.distiller import Distiller
 from pipeline.losses._base import Facts
-from pipeline.recipe import LoadedRecipe, Recipe, RecipeError, about, shown
-from pipeline.taps import FeatureTaps, NormParameters, tap_shapes
+from pipeline.recipe import LoadedRecipe, Recipe
+from pipeline.taps import FeatureTaps, NormParameters
 from shards.manifest import MANIFEST
 from shards.read import SplitReader
+
+FEW = 32
+"""Rows with which losses run on the CPU, where a batch's maps take memory."""
 
 
 class Network(NamedTuple):
@@ -41,27 +47,34 @@ class Report(NamedTuple):
 
     path: Path
     student: Network
-    teacher: Network | None
+    teachers: list[Network]
+    """None, one, or each member; taps are read of the first."""
     parts: list[str]
     """Of the losses, by the names they have in the journal."""
     auxiliary: dict[str, int]
     """Parameters that are trained with the student and left out at export, by loss."""
     auxiliary_macs: float
-    """Of the losses forward, for one image of a whole batch."""
+    """Of the losses forward, for one image of a whole batch; ``FEW`` images where they run on the CPU."""
+    note: str = ""
+    """What was not there to be counted."""
 
     @property
     def training_macs(self) -> float:
-        """Of one image: a backward costs what two forwards do, and the teacher has none."""
-        return 3 * (self.student.macs + self.auxiliary_macs) + (self.teacher.macs if self.teacher else 0)
+        """Of one image, about: a backward costs what two forwards do, and the teachers have none.
+
+        Losses that compare with what is kept, as CRD with its banks, have less of a backward.
+        """
+        return 3 * (self.student.macs + self.auxiliary_macs) + sum(teacher.macs for teacher in self.teachers)
 
     def __str__(self) -> str:
         """Return the report as a user reads it."""
         lines = [shown(self.path), *_described("student", self.student)]
-        lines += _described("teacher", self.teacher) if self.teacher else []
+        lines += [line for teacher in self.teachers for line in _described("teacher", teacher)]
         own = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
         lines += [f"losses    {', '.join(self.parts)}"]
         lines += [f"          {own} parameters of their own, {self.auxiliary_macs / 1e9:.3f} GMAC"]
-        lines += [f"training  {self.training_macs / 1e9:.3f} GMAC an image"]
+        lines += [f"training  about {self.training_macs / 1e9:.3f} GMAC an image"]
+        lines += [self.note] if self.note else []
         return "\n".join(lines)
 
 
@@ -71,83 +84,97 @@ def _described(role: str, network: Network) -> list[str]:
 
 
 def check(loaded: LoadedRecipe) -> Report:
-    """Build the recipe and run it once forward, all on the meta device, and return what it is made of.
+    """Build the recipe, run it once forward, and return what it is made of.
 
     Raises RecipeError for what training would refuse of networks, taps and losses.
     """
     recipe = loaded.recipe
-    num_classes, labels_by_id = _labels(recipe)
-    size = recipe.data.size
-    student = _measured(*_on_meta(lambda: (recipe.student.model, build_student(recipe, num_classes))), size)
-    teacher, norms = None, {}
-    if recipe.teacher:
-        name, taps = _on_meta(lambda: teacher_network(recipe, num_classes))
-        teacher, norms = _measured(name, taps, size), _plain(taps.norms())
-    with torch.device("meta"):
-        facts = Facts(
-            num_classes=num_classes,
-            student_shapes=student.shapes,
-            teacher_shapes=teacher.shapes if teacher else {},
-            id_count=len(labels_by_id),
-            labels_by_id=labels_by_id,
-            teacher_norms=norms,
-            autocast=AUTOCAST[recipe.precision],
-        )
-        with about("losses"):
-            distiller = Distiller(cast(FeatureTaps, _Answers(student)), recipe.losses, facts).to("meta")
-            parts, macs = _tried(distiller, _Answers(teacher) if teacher else None, recipe.batch)
-    return Report(loaded.path, student, teacher, parts, {k: _count(loss) for k, loss in distiller.losses.items()}, macs)
+    num_classes, labels_by_id, note = _labels(recipe)
+    student, _ = _measured(recipe, "student", lambda: (recipe.student.model, build_student(recipe, num_classes)))
+    measured = [
+        _measured(recipe, place, partial(teacher_network, recipe, place, num_classes))
+        for place in teacher_places(recipe)
+    ]
+    moving = recipe.teacher is not None and recipe.teacher.average is not None
+    facts = Facts(
+        num_classes=num_classes,
+        student_shapes=student.shapes,
+        teacher_shapes=measured[0][0].shapes if measured else {},
+        id_count=len(labels_by_id),
+        labels_by_id=labels_by_id,
+        teacher_norms=_plain(measured[0][1].norms()) if measured and not moving else {},
+        autocast=AUTOCAST[recipe.precision],
+    )
+    losses = _tried(recipe, facts)
+    return Report(loaded.path, student, [network for network, _ in measured], *losses, note)
 
 
 class _Answers(nn.Module):
     """Stands for a network and answers tensors of its shapes: the losses need no more of it here."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
-        self.shapes = network.shapes
+        self.shapes = shapes
 
     def forward(self, images_BCHW: Tensor) -> Outputs:
         """Return features and logits as the network would."""
-        found = {name: images_BCHW.new_empty(len(images_BCHW), *shape) for name, shape in self.shapes.items()}
+        rows, device = len(images_BCHW), images_BCHW.device
+        found = {name: torch.rand(rows, *shape, device=device) for name, shape in self.shapes.items()}
         return Outputs(found.pop("logits"), found)
 
 
-def _labels(recipe: Recipe) -> tuple[int, np.ndarray]:
-    """Return the number of classes and the label of every training id, from the shards or else made up."""
+def _labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
+    """Return the number of classes, the label of every training id, and what of this was made up."""
     folder = Path(recipe.data.path)
     if (folder / MANIFEST).is_file():
         reader = SplitReader(folder, "train")
-        return reader.manifest.num_classes, reader.labels_by_id()
-    if recipe.data.classes is None:
+        return reader.manifest.num_classes, reader.labels_by_id(), ""
+    classes = recipe.data.classes
+    if classes is None:
         raise RecipeError(f"data.classes: {folder} holds no shards, and how many classes they have is not said")
-    return recipe.data.classes, np.repeat(np.arange(recipe.data.classes), 2)
+    note = f"no shards at {folder}: what is kept of every sample is counted for {2 * classes} made-up ones"
+    return classes, np.repeat(np.arange(classes), 2), note
 
 
-def _on_meta(build: Callable[[], tuple[str, FeatureTaps]]) -> tuple[str, FeatureTaps]:
-    """Return what ``build`` builds, without memory for it; a network that computes while it is built is moved."""
+@torch.no_grad()
+def _measured(recipe: Recipe, place: str, build: Callable[[], tuple[str, FeatureTaps]]) -> tuple[Network, FeatureTaps]:
+    """Return what the network that the recipe names at ``place`` is made of, and the network."""
+
+    def measure() -> tuple[Network, FeatureTaps]:
+        name, taps = build()
+        with FlopCounterMode(display=False) as counter:
+            shapes = probed(recipe, place, taps)
+        return Network(name, _count(taps), counter.get_total_flops() / 2, shapes), taps
+
     try:
         with torch.device("meta"):
-            return build()
-    except RuntimeError:
-        name, taps = build()
-        return name, taps.to("meta")
+            return measure()
+    except Exception:  # it computes with numbers, which the meta device has none of; or what is wrong is so here, too
+        return measure()
+
+
+def _tried(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:
+    """Return the names of the parts, each loss's parameters, and the losses' multiply-accumulates for one row."""
+    try:
+        with torch.device("meta"):
+            return _run(recipe, facts, recipe.batch)
+    except (RuntimeError, TypeError):  # a loss that computes with numbers
+        return _run(recipe, facts, min(recipe.batch, FEW))
 
 
 @torch.no_grad()
-def _measured(name: str, taps: FeatureTaps, size: int) -> Network:
-    with FlopCounterMode(display=False) as counter:
-        shapes = tap_shapes(taps, size)
-    return Network(name, _count(taps), counter.get_total_flops() / 2, shapes)
-
-
-@torch.no_grad()
-def _tried(distiller: Distiller, teacher: _Answers | None, rows: int) -> tuple[list[str], float]:
-    """Return the names of the loss parts, and the multiply-accumulates of the losses for one of that many rows."""
+def _run(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dict[str, int], float]:
+    """Run the losses forward on that many rows, on torch's default device."""
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     batch = Batch(images_BCHW, zeros_B, zeros_B, {})
-    with FlopCounterMode(display=False) as counter:
-        losses = distiller(batch, teacher(images_BCHW) if teacher else None, Progress(steps_per_epoch=1))
-    return [name for name in losses if name not in ("total", "top1")], counter.get_total_flops() / 2 / rows
+    student = cast(FeatureTaps, _Answers(facts.student_shapes))
+    answers = _Answers(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
+    with about("losses"), FlopCounterMode(display=False) as counter:
+        distiller = Distiller(student, recipe.losses, facts).to(images_BCHW.device)
+        losses = distiller(batch, answers, Progress(steps_per_epoch=1))
+    parts = [name for name in losses if name not in ("total", "top1")]
+    parameters = {name: _count(loss) for name, loss in distiller.losses.items()}
+    return parts, parameters, counter.get_total_flops() / 2 / rows
 
 
 def _plain(norms: dict[str, NormParameters]) -> dict[str, NormParameters]:

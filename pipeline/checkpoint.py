@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from pipeline import parallel
 from pipeline.batch import Progress
+from pipeline.composition import RecipeError
 from pipeline.distiller import Distiller
 from pipeline.ema import EMA
 from pipeline.losses._base import Loss
 from pipeline.recipe import Checkpoints as Config
-from pipeline.recipe import RecipeError
 from pipeline.teacher import EMATeacher
 from shards.manifest import sync_path, write_atomically
 

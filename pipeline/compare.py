@@ -18,14 +18,17 @@ import os
 import signal
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
+from pipeline.composition import ROOT, RecipeError, shown
 from pipeline.launch import entry
-from pipeline.recipe import ROOT, RecipeError, load_recipe, shown
-from pipeline.runs import STOP_SIGNALS, Run, Unfinished, stand
+from pipeline.recipe import load_recipe
+from pipeline.report import percent
+from pipeline.runs import STOP_SIGNALS, Run, Unfinished, run_folder, stand
 
 OWN_WORDS = ("seeds", "jobs")
 
@@ -40,11 +43,20 @@ def main(words: Sequence[str]) -> None:
     seeds, (jobs, *_) = numbers(own, "seeds", "0"), numbers(own, "jobs", "1")
     # Seed by seed, so that an interrupted comparison has every recipe nearly as often as any other.
     asked = [(recipe, [*overrides, f"seed={seed}"]) for seed in seeds for recipe in recipes]
-    runs = [stand(load_recipe(recipe, words)) for recipe, words in asked]
-    if len({run.folder for run in runs}) < len(runs):
-        raise RecipeError(f"folder: two of these runs would share {runs[0].folder}; leave folder out of the recipe")
-    make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
-    print(table(runs))
+    loaded = [load_recipe(recipe, words) for recipe, words in asked]
+    folder, times = Counter(map(run_folder, loaded)).most_common(1)[0]
+    if times > 1:
+        raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
+    runs = [stand(one) for one in loaded]
+    failures = make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
+    finished = [run for run in runs if run.result is not None]
+    if finished:
+        print(table(finished))
+    if failures:
+        more = f"; and {len(failures) - 2} more" if len(failures) > 2 else ""
+        raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")
+    if len(finished) < len(runs):
+        raise Unfinished("stopped before the last run; the same command continues")
 
 
 def numbers(own: dict[str, str], key: str, default: str) -> list[int]:
@@ -55,10 +67,10 @@ def numbers(own: dict[str, str], key: str, default: str) -> list[int]:
     return [int(number) for number in found]
 
 
-def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> None:
-    """Train the runs, ``jobs`` at a time, and say each that is done.
+def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
+    """Train the runs, ``jobs`` at a time, say each that is done, and return what went wrong with the others.
 
-    Raises RecipeError after the others if one failed, Unfinished if one was told to stop.
+    A signal to stop ends those that are under way, resumably, and begins no other.
     """
     shares: SimpleQueue[list[int]] = SimpleQueue()
     cores = sorted(os.sched_getaffinity(0))
@@ -70,13 +82,13 @@ def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> None:
     def one(run: Run, words: Sequence[str]) -> str | None:
         share = shares.get()
         try:
-            return None if stopped else train(run, words, share, alive, quiet=jobs > 1)
+            return None if stopped else train(run, words, share, alive, stopped, quiet=jobs > 1)
         finally:
             shares.put(share)
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
-        for process in alive:
+        for process in list(alive):  # the jobs' threads change the set meanwhile
             process.send_signal(number)
 
     handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
@@ -84,48 +96,59 @@ def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> None:
         failures = [failure for failure in pool.map(lambda pair: one(*pair), wanted) if failure]
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if failures:
-        raise RecipeError(failures[0])
-    if any(run.result is None for run, _ in wanted):
-        raise Unfinished("stopped before the last run; the same command continues")
+    return failures
 
 
 def train(
-    run: Run, words: Sequence[str], cores: list[int], alive: set[subprocess.Popen[Any]], *, quiet: bool
+    run: Run,
+    words: Sequence[str],
+    cores: list[int],
+    alive: set[subprocess.Popen[Any]],
+    stopped: list[int],
+    *,
+    quiet: bool,
 ) -> str | None:
     """Train one run in a process of its own on those cores; return what went wrong, if anything did."""
     command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words]
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
-        alive.add(process)
         os.sched_setaffinity(process.pid, cores)
+        alive.add(process)
+        for number in stopped:  # a signal that came before this process was there to hear it
+            process.send_signal(number)
         _, errors = process.communicate()
         alive.discard(process)
+    if -process.returncode in stopped:  # it had not yet begun to listen, and nothing is lost
+        return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
         return f"{run.command} {' '.join(words)}: {reason}"
     if run.result is not None:
-        print(f"{run.folder}: top-1 {run.result['top1']:.2f}, best {run.result['best_top1']:.2f}", flush=True)
+        last, best = percent(run.result["top1"]), percent(run.result["best_top1"])
+        print(f"{run.folder}: top-1 {last}, best {best}", flush=True)
     return None
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Return mean, spread (of a sample) and each run's top-1, in percent, by recipe; in Markdown."""
+    """Return mean, spread (of a sample) and each finished run's top-1, in percent, by recipe; in Markdown."""
     lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
     for path in dict.fromkeys(run.path for run in runs):
         results = [run.result for run in runs if run.path == path]
         last, best = ([result[key] for result in results if result] for key in ("top1", "best_top1"))
-        each = ", ".join(f"{value:.2f}" for value in last)
+        each = ", ".join(map(percent, last))
         name = shown(path).removeprefix("configs/").removesuffix(".yaml")
         lines.append(f"| `{name}` | {spread(last)} | {spread(best)} | {each} |")
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation of a sample; of one value only itself."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+def spread(values: Sequence[float | None]) -> str:
+    """Return mean ± standard deviation of a sample; of one value only itself, where nothing was measured a dash."""
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return percent(None)
+    deviation = f" ± {statistics.stdev(measured):.2f}" if len(measured) > 1 else ""
+    return f"{statistics.mean(measured):.2f}{deviation}"
 
 
 if __name__ == "__main__":

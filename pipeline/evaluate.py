@@ -24,10 +24,11 @@ from torch import Tensor
 from pipeline import parallel
 from pipeline.batch import Batch
 from pipeline.build import build_loader, build_student, build_teacher
+from pipeline.composition import RecipeError
 from pipeline.data.loader import Loader
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.models.weights import load_weights
-from pipeline.recipe import Recipe, RecipeError, load_recipe, split_words
+from pipeline.recipe import Recipe, load_recipe, split_words
 from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
 from pipeline.taps import FeatureTaps, evaluating
 from pipeline.teacher import AnyTeacher, EMATeacher
@@ -112,6 +113,8 @@ def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accele
         raise RecipeError("agreement=yes: the recipe has no teacher")
     if isinstance(teacher, EMATeacher):
         raise RecipeError("agreement=yes: the teacher is the student's moving average, which no run keeps to its end")
+    if recipe.teacher and recipe.teacher.combine == "confidence":
+        raise RecipeError("agreement=yes: combine: confidence knows the labels; its accuracy would say nothing")
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")

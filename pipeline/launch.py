@@ -18,7 +18,8 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from pipeline.recipe import Recipe, RecipeError
+from pipeline.composition import RecipeError
+from pipeline.recipe import Recipe
 from pipeline.runs import Unfinished, world_size_asked
 
 
@@ -69,7 +70,9 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                # Either way a parameter may do without a gradient, as a head does where only features are compared.
                 static_graph=recipe.accumulation == 1,
+                find_unused_parameters=recipe.accumulation > 1,
                 bucket_cap_mb=8,
             ),
             InitProcessGroupKwargs(timeout=timedelta(minutes=10)),

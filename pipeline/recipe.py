@@ -1,24 +1,21 @@
 """Recipes: YAML files under ``configs/`` that name everything a run is made of.
 
-``load_recipe(path, overrides)`` composes the file with its ``base:`` files and the command line's ``key=value`` words,
-puts what stands under ``constants:`` where ``${name}`` stands, so that a number that several places share stands once,
-and maps the result onto the typed ``Recipe`` strictly. An error is one line: file, dotted key, given, expected.
+``load_recipe(path, overrides)`` maps what a file, its bases, the command line's ``key=value`` words and the constants
+say together (``composition.py``) onto the typed ``Recipe``, strictly. An error is one line: file, dotted key, given,
+expected.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from pipeline.composition import ROOT, Origins, RecipeError, composed, existing, references, shown
 from pipeline.data.loader import Config as Data
 from pipeline.ema import Config as Averaging
 from pipeline.losses._base import Losses, LossSpec, Taps, find_loss
@@ -26,7 +23,6 @@ from pipeline.optimizers import Config as Optimizer
 from pipeline.schedules import Schedule
 from pipeline.teacher import Config as TeacherConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "configs" / "demo.yaml"
 
 
@@ -130,19 +126,6 @@ class Recipe(Section):
         return taps
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message is one line."""
-
-
-@contextmanager
-def about(place: str) -> Iterator[None]:
-    """Say in front of what a user got wrong inside where it was said: a file or a key."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise RecipeError(f"{place}: {error}") from error
-
-
 @dataclass(frozen=True)
 class LoadedRecipe:
     """A recipe, and the file it came from."""
@@ -156,8 +139,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 
     Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
-    path = _existing(Path(path))
-    origins: dict[tuple[str, ...], str] = {}
+    path = existing(Path(path))
+    origins: Origins = {}
     tree = composed(path, overrides, origins)
     _unpack_models(tree)
     _resolve_references(tree, path)
@@ -165,22 +148,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         return LoadedRecipe(Recipe.model_validate(tree), path)
     except ValidationError as error:
         raise RecipeError(_one_line(error, origins, shown(path))) from None
-
-
-def composed(
-    path: Path, overrides: Sequence[str] = (), origins: dict[tuple[str, ...], str] | None = None
-) -> dict[str, Any]:
-    """Return what a recipe file, a whole one or a part, says with its ``base:`` files, overrides and constants.
-
-    ``origins`` learns which file said what.
-    """
-    origins = {} if origins is None else origins
-    tree = _compose(path, origins, ())
-    for word in overrides:
-        _merge(tree, _override(word), "command line", origins)
-    tree = _without_nulls(tree)
-    constants = tree.pop("constants", {})
-    return _filled(tree, constants, origins, shown(path), ())
 
 
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
@@ -198,141 +165,6 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", by_alias=True)
 
 
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; a repeated key and bad syntax are a RecipeError."""
-    try:
-        return yaml.load(path.read_text(), _Yaml)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{shown(path)}: line {line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{shown(path)}: not a YAML file: {error}") from None
-
-
-# -- composition ------------------------------------------------------------------------------------------------------
-
-
-_SLOT = re.compile(r"\$\{(.*)\}")
-_UNDER = "${}"
-"""Key of the slot that the other keys of its mapping lie over."""
-
-
-class _Yaml(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.2) and refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(problem=f"the key {twice!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _existing(path: Path) -> Path:
-    for candidate in (path, ROOT / path):
-        if candidate.is_file():
-            return candidate.resolve()
-    raise RecipeError(f"{path}: no such recipe; recipes stand under {shown(ROOT / 'configs')}")
-
-
-def _compose(path: Path, origins: dict[tuple[str, ...], str], above: tuple[Path, ...]) -> dict[str, Any]:
-    if path in above:
-        raise RecipeError(f"{shown(path)}: base: the file is its own base, by way of {shown(above[-1])}")
-    own = read_yaml(path)
-    if not isinstance(own, dict):
-        raise RecipeError(f"{shown(path)}: expected a mapping of keys, got {type(own).__name__}")
-    bases = own.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise RecipeError(f"{shown(path)}: base: expected a file or a list of files, got {bases!r}")
-    tree: dict[str, Any] = {}
-    for base in bases:
-        base_path = (path.parent / base).resolve()
-        if not base_path.is_file():
-            raise RecipeError(f"{shown(path)}: base: there is no file {base!r} beside it")
-        _merge(tree, _compose(base_path, origins, (*above, path)), None, origins)
-    _anchor_references(own, path)
-    _merge(tree, own, shown(path), origins)
-    return tree
-
-
-def _merge(
-    tree: dict[str, Any],
-    own: dict[str, Any],
-    origin: str | None,
-    origins: dict[tuple[str, ...], str],
-    at: tuple[str, ...] = (),
-) -> None:
-    """Lay ``own`` over ``tree``: mappings are merged, anything else replaces. ``origins`` learns who said what."""
-    for key, value in own.items():
-        here = (*at, str(key))
-        if origin is not None:
-            origins[here] = origin
-        if isinstance(value, dict):
-            below = tree.get(key)
-            if isinstance(below, str) and _SLOT.fullmatch(below):
-                below = {_UNDER: below}  # a constant that is a mapping may be changed in part
-            tree[key] = below if isinstance(below, dict) else {}
-            _merge(tree[key], value, origin, origins, here)
-        else:
-            tree[key] = value
-
-
-def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree without the keys that a null deletes; only now, since a base may delete another base's."""
-    kept = ((key, value) for key, value in tree.items() if value is not None)
-    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in kept}
-
-
-def _filled(
-    tree: dict[str, Any],
-    constants: dict[str, Any],
-    origins: dict[tuple[str, ...], str],
-    default: str,
-    at: tuple[str, ...],
-) -> dict[str, Any]:
-    """Return the tree with each ``${name}`` replaced by what ``constants`` hold under that dotted name."""
-    filled: dict[str, Any] = {}
-    for key, value in tree.items():
-        here = at if key == _UNDER else (*at, str(key))
-        slot = _SLOT.fullmatch(value) if isinstance(value, str) else None
-        where = f"{origins.get(here, default)}: {'.'.join(here)}"
-        if isinstance(value, dict):
-            found: Any = _filled(value, constants, origins, default, here)
-        else:
-            found = _constant(constants, slot[1], where) if slot else value
-        if key == _UNDER and not isinstance(found, dict):
-            raise RecipeError(f"{where}: ${{{slot[1] if slot else ''}}} is one value, {found!r}, and has no keys")
-        _merge(filled, found if key == _UNDER else {key: found}, None, {})
-    return filled
-
-
-def _constant(constants: Any, name: str, where: str) -> Any:
-    found = constants
-    for part in name.split("."):
-        if not isinstance(found, dict) or part not in found:
-            known = f"known are {', '.join(constants)}" if constants else "there are none"
-            raise RecipeError(f"{where}: there is no constant {name!r}; {known}")
-        found = found[part]
-    return deepcopy(found)
-
-
-def _override(word: str) -> dict[str, Any]:
-    key, _, text = word.partition("=")
-    try:
-        value = yaml.load(text, _Yaml)
-    except yaml.YAMLError:
-        raise RecipeError(f"command line: {key}: {text!r} is not YAML") from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 def _unpack_models(tree: dict[str, Any]) -> None:
     """Turn ``model: {path: package.module:factory, stages: {…}}`` into the keys ``model`` and ``stages``."""
     teacher = tree.get("teacher")
@@ -343,45 +175,15 @@ def _unpack_models(tree: dict[str, Any]) -> None:
             section |= {"model": own.get("path"), "stages": own.get("stages", section.get("stages"))}
 
 
-def _references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any], Any]]:
-    """Yield every place, as container and key, that names another recipe."""
-    for keys in (("teacher",), ("student", "start")):
-        section: Any = tree
-        for key in keys:
-            section = section.get(key) if isinstance(section, dict) else None
-        members = section.get("members") if isinstance(section, dict) else None
-        for one in (section, *(members if isinstance(members, list) else ())):
-            if isinstance(one, dict) and isinstance(one.get("recipe"), str):
-                yield one, "recipe"
-    if isinstance(tree.get("compare"), list):
-        yield from ((tree["compare"], index) for index in range(len(tree["compare"])))
-
-
-def _anchor_references(own: dict[str, Any], path: Path) -> None:
-    """Make what a file says of other recipes relative to that file hold wherever the file is used as a base."""
-    for container, key in _references(own):
-        beside = path.parent / str(container[key])
-        if beside.is_file():
-            container[key] = shown(beside.resolve())
-
-
 def _resolve_references(tree: dict[str, Any], path: Path) -> None:
-    for container, key in _references(tree):
+    for container, key in references(tree):
         try:
-            container[key] = shown(_existing(Path(str(container[key]))))
+            container[key] = shown(existing(Path(str(container[key]))))
         except RecipeError as error:
             raise RecipeError(f"{shown(path)}: another recipe is named that is not there: {error}") from None
 
 
-def shown(path: Path) -> str:
-    """Return the path as a message shows it: relative to the project where it lies inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
-
-
-def _one_line(error: ValidationError, origins: dict[tuple[str, ...], str], default: str) -> str:
+def _one_line(error: ValidationError, origins: Origins, default: str) -> str:
     first = error.errors(include_url=False)[0]
     location = tuple(str(part) for part in first["loc"])
     where = next((origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), default)

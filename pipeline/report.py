@@ -34,32 +34,35 @@ def write_result(
 
 
 def print_table(run: Run) -> None:
-    """Print the run beside the runs it stands on: teacher, compared students, itself."""
-    recipe = run.recipe
+    """Print the run beside the runs it stands on: teacher, the student's first stage, compared students, itself."""
+    recipe, start = run.recipe, run.recipe.student.start
     others = [("teacher", path) for path in recipe.teacher.recipes] if recipe.teacher else []
+    others += [("start", start.recipe)] if start and start.recipe else []
     others += [("student", path) for path in recipe.compare]
     runs = [(role, find_run(load_dependency(recipe, path))) for role, path in others]
-    rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher else "network", run)]]
+    rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher or start else "network", run)]]
     print(_table([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
 
 
 def _row(role: str, run: Run) -> list[str]:
-    result = run.result
-    assert result is not None, "a table is printed once everything it names is finished"
+    result, losses = run.result, " + ".join(run.recipe.losses)
+    if result is None:  # a finished run needs what it stood on no more
+        return [role, losses, run.recipe.student.model, "", "gone", "", "", str(run.folder)]
     return [
         role,
-        " + ".join(run.recipe.losses),
+        losses,
         result["model"],
         f"{result['parameters']:,}",
-        _percent(result["top1"]),
-        _percent(result["best_top1"]),
+        percent(result["top1"]),
+        percent(result["best_top1"]),
         f"{result['images_per_second']:,.0f}",
         str(run.folder),
     ]
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def percent(value: float | None) -> str:
+    """Return an accuracy as tables show it; a run on shards without validation images measured none."""
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _table(rows: list[list[str]]) -> str:

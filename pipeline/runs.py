@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.recipe import ROOT, LoadedRecipe, Recipe, RecipeError, dump_recipe, load_recipe, read_yaml, shown
+from pipeline.composition import ROOT, RecipeError, read_yaml, shown
+from pipeline.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
 
 RESULT = "result.json"
@@ -147,17 +148,24 @@ def stand(loaded: LoadedRecipe) -> Run:
     """
     refuse_circles(loaded)
     prepare_shards(loaded)
+    run = find_run(loaded)
+    if run.result is not None:
+        return run
     for path in dependencies(loaded.recipe):
-        dependency = load_dependency(loaded.recipe, path)
-        if find_run(dependency).result is not None:
-            continue
-        run = stand(dependency)
-        check_folder(run)
-        words = [f"data.path={json.dumps(loaded.recipe.data.path)}"]
-        _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words], run.command)
-        if find_run(dependency).result is None:
-            raise Unfinished(f"{run.command} was stopped before its end; the same command continues")
+        below = stand(load_dependency(loaded.recipe, path))
+        if below.result is None:
+            _make(below, loaded.recipe, path)
     return find_run(loaded)
+
+
+def _make(run: Run, above: Recipe, path: str) -> None:
+    """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
+    check_folder(run)
+    place, *more = _passed_on(above, path)
+    told = " ".join([run.command, *more])
+    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told)
+    if run.result is None:
+        raise Unfinished(f"{told} was stopped before its end; the same command continues")
 
 
 def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
@@ -176,8 +184,19 @@ def dependencies(recipe: Recipe) -> list[str]:
 
 
 def load_dependency(recipe: Recipe, path: str) -> LoadedRecipe:
-    """Return a recipe that ``recipe`` stands on, on the same shards, wherever this command says that they lie."""
-    return load_recipe(path, [f"data.path={json.dumps(recipe.data.path)}"])
+    """Return a recipe that ``recipe`` stands on, on the same shards, wherever this command says that they lie.
+
+    A student's own first stage has the student's seed; teachers and compared runs keep theirs.
+    """
+    return load_recipe(path, _passed_on(recipe, path))
+
+
+def _passed_on(recipe: Recipe, path: str) -> list[str]:
+    """Return the overrides with which ``recipe`` stands on the one at ``path``; where the shards lie comes first."""
+    others = (*(recipe.teacher.recipes if recipe.teacher else ()), *recipe.compare)
+    start = recipe.student.start
+    own = start is not None and start.recipe == path and path not in others
+    return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if own else [])]
 
 
 def prepare_shards(loaded: LoadedRecipe) -> None:
@@ -188,7 +207,7 @@ def prepare_shards(loaded: LoadedRecipe) -> None:
     if not data.prepare:
         raise RecipeError(
             f"{shown(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
-            "make them with shards/prepare_imagenet.py, or give data.path=FOLDER"
+            "make them with the script that the head of the data set's recipe names, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
     _execute([sys.executable, str(ROOT / script), *arguments], shlex.join(["python", script, *arguments]))
@@ -263,7 +282,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def versions() -> dict[str, Any]:
     """Return what a reader needs to know to repeat the run: versions, commit, machine."""
-    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic")
+    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
     installed = {name: importlib.metadata.version(name) for name in names if _installed(name)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), **installed, "device": device, **_commit()}

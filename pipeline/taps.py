@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ CAM = "cam"
 """The tap that is computed: the class activation map [K, H, W], Zhou et al., CVPR 2016, eq. 2, without the bias."""
 
 LAYOUTS = {"nhwc": "BHWC", "tokens": "BNC"}
-ENDINGS = ("", "in", *LAYOUTS, *(f"in:{layout}" for layout in LAYOUTS))
+PLACE = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>{'|'.join(LAYOUTS)}))?(:(?P<channels>\d+))?")
 
 
 class NormParameters(NamedTuple):
@@ -26,6 +27,15 @@ class NormParameters(NamedTuple):
 
     weight_C: Tensor
     bias_C: Tensor
+
+
+class Form(NamedTuple):
+    """How a place's tensor is to be read."""
+
+    layout: str | None
+    """One of LAYOUTS; None for [B, C, H, W] and for what is no map."""
+    channels: int | None
+    """How many the map must have, where that was said."""
 
 
 class FeatureTaps(nn.Module):
@@ -47,6 +57,7 @@ class FeatureTaps(nn.Module):
         if CAM in self.wanted:
             self._linear_head()
         self.paths = {name: find_stage(stages, name) for name in sorted(needed)}
+        self.forms: dict[str, Form] = {}
         self._captured: dict[str, tuple[Tensor, int]] | None = None
         names = {path: name for name, path in self.paths.items()}
         for path, name in names.items():
@@ -123,16 +134,22 @@ class FeatureTaps(nn.Module):
         if version != _version(value):
             raise ValueError(f"tap {name!r}: {_type(self.model)} overwrites {path!r} in place; tap another module")
         try:
-            return _as_map(value, path.rpartition(":")[2])
+            return _as_map(value, self.forms[path])
         except ValueError as error:
             raise ValueError(f"tap {name!r}: {_type(self.model)} computes at {path!r} {error}") from None
 
     def _watch(self, path: str, name: str) -> None:
         module = self._module_at(path, name)
-        if (ending := path.partition(":")[2]) not in ENDINGS:
-            raise ValueError(f"stage {name!r}: {path!r} ends in {ending!r}; known are {', '.join(ENDINGS[1:])}")
+        if (place := PLACE.fullmatch(path)) is None:
+            ending = path.partition(":")[2]
+            raise ValueError(
+                f"stage {name!r}: {path!r} ends in {ending!r}; known are in, {', '.join(LAYOUTS)} and a number of "
+                "channels, in this order, each after a colon"
+            )
+        channels = place["channels"]
+        self.forms[path] = Form(place["layout"], int(channels) if channels else None)
         # Bound methods, unlike closures, follow a deep copy of this module to the copy.
-        if ending.startswith("in"):
+        if place["input"]:
             module.register_forward_pre_hook(partial(self._keep_input, path))
         else:
             module.register_forward_hook(partial(self._keep_output, path))
@@ -165,12 +182,17 @@ class FeatureTaps(nn.Module):
 def tap_shapes(taps: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tap and of ``logits``, without the batch, on square images of ``image_size`` pixels.
 
-    One forward in evaluation mode: BatchNorm statistics, random states and the modules' modes stay as they are.
+    One forward in evaluation mode: BatchNorm statistics, random states and the modules' modes stay as they are. Raises
+    ValueError where the network fails on such an image.
     """
     parameter = next(taps.parameters())
     image_1CHW = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    with evaluating(taps), torch.no_grad():
-        outputs = taps(image_1CHW)
+    try:
+        with evaluating(taps), torch.no_grad():
+            outputs = taps(image_1CHW)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or _type(error)
+        raise ValueError(f"{_type(taps.model)} cannot take images of {image_size} pixels: {reason}") from error
     found = {**outputs.features, "logits": outputs.logits_BK}
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
@@ -187,9 +209,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def _as_map(value: Tensor, layout: str) -> Tensor:
+def _as_map(value: Tensor, form: Form) -> Tensor:
+    """Return what is in that form as a map [B, C, H, W]; without a layout it stays as it is."""
+    map_BCHW = _turned(value, form.layout)
+    if form.channels and (map_BCHW.ndim != 4 or map_BCHW.shape[1] != form.channels):
+        raise ValueError(
+            f"a tensor shaped {list(value.shape)}, expected {form.channels} channels; say by stages where they are, as "
+            "<module path>:nhwc or :tokens"
+        )
+    return map_BCHW
+
+
+def _turned(value: Tensor, layout: str | None) -> Tensor:
     """Return [B, H, W, C] or the square part of tokens [B, N, C], whose first ones may be of no place, as a map."""
-    if layout not in LAYOUTS:
+    if layout is None:
         return value
     if value.ndim != len(LAYOUTS[layout]):
         raise ValueError(f"a tensor shaped {list(value.shape)}, and :{layout} is for [{', '.join(LAYOUTS[layout])}]")

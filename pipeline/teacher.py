@@ -36,7 +36,10 @@ class Network(BaseModel):
     weights: str | None = None
     """A ``.pt``, ``.pth`` or ``.safetensors`` file, or the name of torchvision weights, such as IMAGENET1K_V1."""
     recipe: str | None = None
-    """Instead of ``model`` and ``weights``: the recipe whose run gives the network, its weights, mean and std."""
+    """Instead of ``model``: the recipe whose finished run gives the network, its last weights, mean and std.
+
+    With ``weights`` these take the place of the last ones: a file, such as the run's best ones.
+    """
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -240,6 +243,7 @@ class EMATeacher(Teacher):
             taps, batch=batch, image_size=0, dtype=torch.float32, device=device, fold=False, autocast=autocast
         )
         self.average = average
+        self.norms = {}  # They move, and what a loss takes from them it takes once.
 
     def follow(self, student: nn.Module) -> None:
         """Begin as that plain network is, and follow it from now on."""

@@ -29,6 +29,7 @@ from pipeline import parallel
 from pipeline.build import build_distiller, build_loader, build_teacher, training_splits
 from pipeline.check import check
 from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
+from pipeline.composition import RecipeError, about, shown
 from pipeline.data.loader import Loader
 from pipeline.ema import EMA
 from pipeline.evaluate import Accuracy, accuracy, evaluate
@@ -36,7 +37,7 @@ from pipeline.guard import FiniteGuard
 from pipeline.journal import Journal
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.optimizers import create_optimizer, set_learning_rate
-from pipeline.recipe import Recipe, RecipeError, about, load_recipe, shown, split_words
+from pipeline.recipe import Recipe, load_recipe, split_words
 from pipeline.report import print_table, write_result
 from pipeline.runs import STUDENT, STUDENT_BEST, STUDENT_EMA, Run, check_folder, is_main_asked, open_folder, stand
 from pipeline.schedules import learning_rate

@@ -3,8 +3,9 @@
     python shards/prepare_cifar.py SOURCE DESTINATION [--train-per-class 100]
 
 SOURCE is the official ``cifar-100-python.tar.gz`` or the folder ``cifar-100-python`` out of it. Its 50,000 training
-images become the split ``train``, its 10,000 test images ``val``; an id is the image's row in the official file, labels
-are the hundred fine ones in the official order. Images are PNGs, which keep every pixel: JPEG would cost three points.
+images become the split ``train``, its 10,000 test images ``val``; an id is the image's row in the official file, among
+those that are kept, and labels are the hundred fine ones in the official order. Images are PNGs, which keep every
+pixel: JPEG would cost three points.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "shards").rglob("*.py")])
 
 LEVELS = {
-    0: ["pipeline.batch", "pipeline.parallel", "pipeline.schedules", "pipeline.augment"],
+    0: ["pipeline.batch", "pipeline.parallel", "pipeline.schedules", "pipeline.augment", "pipeline.composition"],
     1: [
         "pipeline.losses",
         "pipeline.models",

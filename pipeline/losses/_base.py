@@ -1,13 +1,15 @@
 """What every loss is: a frozen config, the facts it is built from, and named parts.
 
-A file of this folder holds one pure function and one ``Loss``; its name is the loss's in a recipe. There is no list.
+A file of this folder holds a method's formulas, as pure functions, and one ``Loss``; its name is the loss's in a
+recipe. There is no list.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Pla
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.parallel import gather_rows
+from pipeline.parallel import gather_rows, world_size
 from pipeline.schedules import Ramp, ramp_factor
 from pipeline.taps import NormParameters
 
@@ -134,6 +136,20 @@ StatScope = Annotated[str, AfterValidator(checked_scope)]
 """Rows that a statistic covers: all ranks', this rank's, or with ``ghost:N`` each N consecutive ones of it."""
 
 
+def group_size(scope: str, rows: int) -> int | None:
+    """Return how many consecutive ones of a rank's ``rows`` a statistic covers; None where it is those of all ranks."""
+    kind, _, number = scope.partition(":")
+    if kind == "global":
+        return None
+    return int(number) if number else max(rows, 1)
+
+
+def mean_by_rows(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the mean of the groups' values, each as often as its group has rows: the last may be a short one."""
+    sizes_G = torch.tensor(sizes, dtype=values[0].dtype, device=values[0].device)
+    return (torch.stack(list(values)) * sizes_G).sum() / sizes_G.sum()
+
+
 class BatchLoss(Loss):
     """A loss of how rows relate to one another. ``forward`` is given the rows of all ranks at once.
 
@@ -151,34 +167,40 @@ class BatchLoss(Loss):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return ``forward``'s parts of the gathered rows, or the mean of those of the groups, × weight × ramp."""
         taps = self.config.taps()
-        student, teacher = only(student, taps.student), only(teacher, taps.teacher)
         with autocast(student.logits_BK, None):
-            groups = self.groups(promoted(student), promoted(teacher), batch)
+            student = self.compared(promoted(only(student, taps.student)))
+            teacher = self.compared(promoted(only(teacher, taps.teacher)))
+            groups = self.groups(student, teacher, batch)
             found = [self(*group) for group in groups]
-            means = {name: torch.stack([parts[name] for parts in found]).mean() for name in found[0]}
-            return self.scaled(means, progress)
+            sizes = [len(of_group.labels_B) for _, _, of_group in groups]
+            return self.scaled({name: mean_by_rows([p[name] for p in found], sizes) for name in found[0]}, progress)
+
+    def compared(self, outputs: Outputs) -> Outputs:
+        """Return what is gathered of a network's outputs; a loss that needs less than its taps says so here."""
+        return outputs
 
     def groups(self, student: Outputs, teacher: Outputs, batch: Batch) -> list[tuple[Outputs, Outputs, Batch]]:
         """Return what each group of related rows consists of."""
-        kind, _, rows = self.config.stat_scope.partition(":")
-        if kind == "global":
+        size = group_size(self.config.stat_scope, len(batch.labels_B))
+        if size is None:
             labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1)).unbind(1)
             return [(gathered(student), gathered(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
-        size = int(rows) if rows else max(len(batch.labels_B), 1)
-        places = torch.arange(len(batch.labels_B), device=batch.labels_B.device).split(size)
-        batches = [batch._replace(labels_B=batch.labels_B[place], ids_B=batch.ids_B[place]) for place in places]
-        return [(at(student, p), at(teacher, p), rows) for p, rows in zip(places, batches, strict=True)]
+        places = zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True)
+        batches = [batch._replace(labels_B=labels_B, ids_B=ids_B) for labels_B, ids_B in places]
+        return list(zip(split_rows(student, size), split_rows(teacher, size), batches, strict=True))
 
 
 def only(outputs: Outputs, taps: frozenset[str]) -> Outputs:
     """Return ``outputs`` with only the features that ``taps`` name, ``all`` meaning every stage."""
-    if any(tap.partition(".")[0] == "all" for tap in taps):
-        return outputs
-    return outputs._replace(features={name: x for name, x in outputs.features.items() if name in taps})
+    kinds = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
+    of_all = {name for name in outputs.features for kind in kinds if re.fullmatch(r"stage\d+" + re.escape(kind), name)}
+    return outputs._replace(features={name: x for name, x in outputs.features.items() if name in taps | of_all})
 
 
 def gathered(outputs: Outputs) -> Outputs:
     """Return the outputs of all ranks' rows, with gradient: one collective, whatever the number of features."""
+    if world_size() == 1:
+        return outputs
     tensors = [outputs.logits_BK, *outputs.features.values()]
     flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1))
     parts = flat.split([x[0].numel() for x in tensors], 1)
@@ -186,9 +208,11 @@ def gathered(outputs: Outputs) -> Outputs:
     return Outputs(logits_BK, dict(zip(outputs.features, features, strict=True)))
 
 
-def at(outputs: Outputs, rows_B: Tensor) -> Outputs:
-    """Return those rows of the outputs."""
-    return Outputs(outputs.logits_BK[rows_B], {name: x[rows_B] for name, x in outputs.features.items()})
+def split_rows(outputs: Outputs, size: int) -> list[Outputs]:
+    """Return the outputs of each ``size`` consecutive rows."""
+    features = {name: x.split(size) for name, x in outputs.features.items()}
+    logits = outputs.logits_BK.split(size)
+    return [Outputs(part, {name: x[group] for name, x in features.items()}) for group, part in enumerate(logits)]
 
 
 def promoted(outputs: Outputs) -> Outputs:
@@ -274,7 +298,7 @@ def _load_inner(value: Any) -> LossSpec:
 
 
 def _load_losses(value: Any) -> dict[str, LossSpec]:
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError("expected losses by name, such as {ce: {}, kd: {temperature: 4.0}}")
     return {name: config if isinstance(config, LossSpec) else load_spec(name, config) for name, config in value.items()}
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.losses._base import Facts, Taps
 
@@ -26,7 +26,7 @@ class StagePair(BaseModel):
 
 
 Stage = str | StagePair
-Stages = Literal["all"] | tuple[Stage, ...]
+Stages = Literal["all"] | Annotated[tuple[Stage, ...], Field(min_length=1)]
 
 
 def stage_names(stage: Stage, kind: str = "") -> tuple[str, str]:

@@ -4,12 +4,14 @@ Not the class probabilities but how they correlate is matched: in every row (int
 batch (intra-class).   B batch, K classes, J columns of both networks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Loss, StatScope
+from pipeline.losses._base import Loss, StatScope, group_size, mean_by_rows
 from pipeline.parallel import global_sum
 
 EPS = 1e-8
@@ -31,8 +33,10 @@ def softened(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> tupl
 
 def inter_class(p_BK: Tensor, q_BK: Tensor) -> Tensor:
     """Return 1 − the correlation of p and q over the classes, averaged over the rows."""
-    p_BK, q_BK = (x - x.mean(1, keepdim=True) for x in (p_BK, q_BK))
-    return 1 - cosine((p_BK * q_BK).sum(1), p_BK.square().sum(1), q_BK.square().sum(1)).mean()
+    means_B1 = p_BK.mean(1, keepdim=True), q_BK.mean(1, keepdim=True)
+    noise = [rounding(p_BK.shape[1], mean_B1[:, 0]) for mean_B1 in means_B1]
+    p_BK, q_BK = p_BK - means_B1[0], q_BK - means_B1[1]
+    return 1 - cosine((p_BK * q_BK).sum(1), (p_BK.square().sum(1), q_BK.square().sum(1)), noise).mean()
 
 
 def intra_class(p_BK: Tensor, q_BK: Tensor, *, across_ranks: bool = True) -> Tensor:
@@ -43,20 +47,27 @@ def intra_class(p_BK: Tensor, q_BK: Tensor, *, across_ranks: bool = True) -> Ten
     add_up = global_sum if across_ranks else torch.clone
     both_BJ = torch.cat([p_BK, q_BK], 1)
     sums = add_up(torch.cat([both_BJ.new_full((1,), len(both_BJ)), both_BJ.sum(0)]))
-    p_BK, q_BK = (both_BJ - sums[1:] / sums[0]).chunk(2, 1)
-    products_3K = torch.stack([p_BK * q_BK, p_BK.square(), q_BK.square()]).sum(1)
-    return 1 - cosine(*add_up(products_3K)).mean()
+    mean_J = sums[1:] / sums[0]
+    p_BK, q_BK = (both_BJ - mean_J).chunk(2, 1)
+    product_K, *squares = add_up(torch.stack([p_BK * q_BK, p_BK.square(), q_BK.square()]).sum(1))
+    return 1 - cosine(product_K, squares, rounding(sums[0], mean_J).chunk(2)).mean()
 
 
-def cosine(product: Tensor, square_a: Tensor, square_b: Tensor) -> Tensor:
-    """Return a·b / (‖a‖·‖b‖ + 1e-8) from a·b, ‖a‖² and ‖b‖².
+def rounding(count: Tensor | int, mean: Tensor) -> Tensor:
+    """Return what rounding may leave of ‖x − mean‖² where ``x`` is ``count`` equal numbers."""
+    limits = torch.finfo(mean.dtype)
+    return (count * (16 * limits.eps * mean.detach()).square()).clamp(min=limits.tiny)
 
-    The column of a class that no row gives any probability is zero once it is centred. Its correlation is 0, and no
-    gradient passes through its length, a root without a slope there.
+
+def cosine(product: Tensor, squares: Sequence[Tensor], noise: Sequence[Tensor]) -> Tensor:
+    """Return a·b / (‖a‖·‖b‖ + 1e-8) from a·b and ``squares``, ‖a‖² and ‖b‖²; zero where one is no more than its noise.
+
+    So are a row of equal logits and the column of a class that all rows give the same probability, or none. They have
+    no correlation, and no gradient passes: a division by 1e-8 would send them a hundred million times theirs.
     """
-    smallest = torch.finfo(product.dtype).tiny
-    lengths = square_a.clamp(min=smallest).sqrt() * square_b.clamp(min=smallest).sqrt()
-    return product / (lengths + EPS)
+    equal = (squares[0] <= noise[0]) | (squares[1] <= noise[1])
+    lengths = squares[0].clamp(min=noise[0]).sqrt() * squares[1].clamp(min=noise[1]).sqrt()
+    return product / (lengths + EPS).masked_fill(equal, float("inf"))
 
 
 class DIST(Loss):
@@ -82,14 +93,13 @@ class DIST(Loss):
         """Return ``inter`` and ``intra``."""
         c = self.config
         p_BK, q_BK = softened(student.logits_BK, teacher.logits_BK, c.temperature)
-        inter, intra = c.beta * inter_class(p_BK, q_BK), c.gamma * self.intra_class(p_BK, q_BK)
+        inter, intra = c.beta * inter_class(p_BK, q_BK), c.gamma * self.grouped_intra_class(p_BK, q_BK)
         return {"inter": c.temperature**2 * inter, "intra": c.temperature**2 * intra}
 
-    def intra_class(self, p_BK: Tensor, q_BK: Tensor) -> Tensor:
+    def grouped_intra_class(self, p_BK: Tensor, q_BK: Tensor) -> Tensor:
         """Return the intra-class term of all rows, or the mean of those of this rank's groups of rows."""
-        kind, _, rows = self.config.stat_scope.partition(":")
-        if kind == "global":
+        size = group_size(self.config.stat_scope, len(p_BK))
+        if size is None:
             return intra_class(p_BK, q_BK)
-        size = int(rows) if rows else max(len(p_BK), 1)
-        groups = zip(p_BK.split(size), q_BK.split(size), strict=True)
-        return torch.stack([intra_class(p, q, across_ranks=False) for p, q in groups]).mean()
+        groups = list(zip(p_BK.split(size), q_BK.split(size), strict=True))
+        return mean_by_rows([intra_class(*both, across_ranks=False) for both in groups], [len(p) for p, _ in groups])

@@ -66,11 +66,15 @@ class IRG(BatchLoss):
         super().__init__(config, facts)
         self.levels = paired(config.stages, facts)
 
+    def compared(self, outputs: Outputs) -> Outputs:
+        """Return the maps averaged over their pixels: ranks send each other vectors."""
+        return outputs._replace(features={name: pooled(x) for name, x in outputs.features.items()})
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``vertices``, ``edges`` and, with several levels, ``transformation``."""
+        """Return ``vertices``, ``edges`` and, with several levels, ``transformation``, of outputs that are averaged."""
         c = self.config
-        students = [pooled(student.features[name]) for name, _ in self.levels]
-        teachers = [pooled(teacher.features[name].detach()) for _, name in self.levels]
+        students = [student.features[name] for name, _ in self.levels]
+        teachers = [teacher.features[name].detach() for _, name in self.levels]
         parts = {
             "vertices": c.vertex_weight * F.mse_loss(student.logits_BK, teacher.logits_BK.detach()),
             "edges": c.edge_weight * mean_error(map(edges, students), map(edges, teachers)),

@@ -8,11 +8,17 @@ B batch, K classes.
 from torch import Tensor
 
 from pipeline.losses._base import Wrapping
+from pipeline.losses._vectors import TINY
 
 
 def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Return (z − mean)/(std + eps) of every row; std is the unbiased one, and both are differentiated through."""
-    return (logits_BK - logits_BK.mean(1, keepdim=True)) / (logits_BK.std(1, keepdim=True) + eps)
+    """Return (z − mean)/(std + eps) of every row; std is the unbiased one, and both are differentiated through.
+
+    A row of equal logits is zero and sends no gradient: a division by eps would send it ten million times its own.
+    """
+    std_B1 = logits_BK.std(1, keepdim=True)
+    scale_B1 = (std_B1 + eps).masked_fill(std_B1 < TINY, float("inf"))
+    return (logits_BK - logits_BK.mean(1, keepdim=True)) / scale_B1
 
 
 class LogitStandardization(Wrapping):

@@ -92,6 +92,6 @@ def norm_of(tap: str, facts: Facts) -> NormParameters:
         stage = tap.removesuffix(".preact")
         raise ValueError(
             f"ofd: no BatchNorm is known to end the teacher's {tap!r}, and the margin is taken from it; "
-            f"name it by teacher.stages: {{{stage}.norm: <module path>}}"
+            f"name it by teacher.stages: {{{stage}.norm: <module path>}} (a teacher.average has none that stays)"
         )
     return facts.teacher_norms[tap]

@@ -8,7 +8,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from pipeline.losses._base import StatScope, Wrapping
+from pipeline.losses._base import StatScope, Wrapping, group_size
 from pipeline.parallel import standardize
 
 
@@ -38,11 +38,11 @@ class Perception(Wrapping):
     def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return both perception matrices; stacked on the way, so that one all-reduce serves both."""
         stacked_BJ = torch.cat([student_BK, teacher_BK], 1)
-        kind, _, rows = self.config.stat_scope.partition(":")
-        if kind == "global":
+        size = group_size(self.config.stat_scope, len(stacked_BJ))
+        if size is None:
             h_BJ = perceive(stacked_BJ, eps=self.config.eps)
         else:
-            groups = stacked_BJ.split(int(rows) if rows else max(len(stacked_BJ), 1))
+            groups = stacked_BJ.split(size)
             h_BJ = torch.cat([standardize(group, self.config.eps, across_ranks=False) for group in groups])
         student_BK, teacher_BK = h_BJ.chunk(2, 1)
         return student_BK, teacher_BK.detach()

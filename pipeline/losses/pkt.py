@@ -7,6 +7,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import BatchLoss, Taps
 from pipeline.losses._levels import Stage, stage_names, stage_taps
+from pipeline.losses._vectors import TINY
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
@@ -22,9 +23,11 @@ def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
 def neighbourhoods(x_BD: Tensor, eps: float) -> Tensor:
     """Return (1 + cos)/2 of all pairs of rows, itself included, with every row scaled to sum one.
 
-    A zero row has a cosine of 0 with every other, and a finite gradient: the length's slope at zero is taken as zero.
+    A zero row has a cosine of 0 with every other and no gradient: a division by ε would send it ten million times its
+    own.
     """
-    direction_BD = x_BD / (torch.linalg.vector_norm(x_BD, dim=1, keepdim=True) + eps)
+    length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
+    direction_BD = x_BD / (length_B1 + eps).masked_fill(length_B1 < TINY, float("inf"))
     # Rounding makes the cosine of opposite rows less than −1, and the logarithm has no negatives.
     kernel_BB = ((1 + direction_BD @ direction_BD.mT) / 2).clamp(min=0)
     return kernel_BB / kernel_BB.sum(1, keepdim=True)

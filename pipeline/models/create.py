@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from difflib import get_close_matches
+from inspect import signature
 
 import torchvision.models
 from torch import nn
@@ -30,6 +31,10 @@ OWN = {
 }
 
 
+AUXILIARY = ("googlenet", "inception_v3")
+"""Of torchvision's, those that answer several tensors while they train, unless told not to."""
+
+
 def known_models() -> list[str]:
     """Return the names ``create_model`` knows without timm, torchvision's first."""
     return [*torchvision.models.list_models(torchvision.models), *OWN]
@@ -51,7 +56,8 @@ def create_model(name: str, num_classes: int) -> nn.Module:
     if name in OWN:
         return OWN[name](num_classes)
     if name in known_models():
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        plain = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **plain)
     near = get_close_matches(name, known_models(), n=3)
     hint = (
         f"did you mean {' or '.join(near)}?"
@@ -67,6 +73,10 @@ def _from_factory(path: str, num_classes: int) -> nn.Module:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"no model factory at {path!r}: {error}") from error
+    try:
+        signature(factory).bind(num_classes=num_classes)
+    except TypeError as error:
+        raise ValueError(f"{path!r} is called as {factory_name}(num_classes={num_classes}), and: {error}") from error
     model = factory(num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{path!r} returned a {type(model).__name__}, expected a torch.nn.Module")

@@ -57,17 +57,18 @@ def timm_stages(model: nn.Module) -> Paths:
     Stage n has 1 / 2ⁿ⁺¹ of the image's width; the deepest is what the head averages. Of networks that keep one width,
     only vision transformers are known: their stages are the tokens after each quarter of the blocks. What stands before
     a stage's activation is not known: a recipe names ``stageN.preact`` itself.
+
+    A place carries the channels it is said to have: some networks compute there rows of tokens, or have their channels
+    last, and say neither.
     """
     info: Any = model.feature_info
-    places = {int(entry["reduction"]): entry["module"] for entry in info}  # the last of each width
-    if len(places) == 1:
+    if len({int(entry["reduction"]) for entry in info}) == 1:
         return _transformer_stages(model, [entry["module"] for entry in info]) | _head(model)
+    layout = _layout(model)
+    places = {int(entry["reduction"]): f"{entry['module']}{layout}:{entry['num_chs']}" for entry in info}  # the last
     if pool := _pool(model):
-        places[max(places)] = f"{pool}:in"
-    found = {}
-    for reduction, place in places.items():
-        name = f"stage{reduction.bit_length() - 2}" if reduction > 2 else "stem"
-        found[name] = place + _layout(model)
+        places[max(places)] = f"{pool}:in{layout}"
+    found = {f"stage{width.bit_length() - 2}" if width > 2 else "stem": place for width, place in places.items()}
     return found | _head(model)
 
 

@@ -1,7 +1,8 @@
 """The canonical stages ``stem, stage1 … stage4, map, embedding, logits`` of a network, by module path.
 
 ``layer4`` is that module's output, ``layer4.1.relu:in`` its last call's input. An ending ``:nhwc`` says that the tensor
-has its channels last, ``:tokens`` that it is a row of tokens [N, C]; both are read as maps [C, H, W].
+has its channels last, ``:tokens`` that it is a row of tokens [N, C]; both are read as maps [C, H, W]. A number, as in
+``layer4:512``, is how many channels the map must have.
 
 A stage's output comes after its last activation and ``.preact`` before it; they are one tensor where it ends linearly.
 ``stageN.norm`` is no tap but a module: the BatchNorm whose output ``.preact`` is, or was before a shortcut was added.

@@ -18,6 +18,8 @@ from pipeline.models.from_timm import PREFIX, timm_weights
 FILES = (".pt", ".pth", ".safetensors")
 # Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it.
 COUNTER = "num_batches_tracked"
+# Heads of torchvision's GoogLeNet and Inception that only train them; create_model leaves them out.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def load_weights(model: nn.Module, source: str, name: str) -> None:
@@ -29,6 +31,8 @@ def load_weights(model: nn.Module, source: str, name: str) -> None:
     ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another architecture.
     """
     state = _read_file(Path(source)) if source.endswith(FILES) else _published(name, source)
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(AUXILIARY)}
     _check_fit(model, state, source, name)
     model.load_state_dict(state, strict=True)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.composition import composed
 from pipeline.journal import trace
-from pipeline.recipe import composed
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "pipeline" / "train.py")
@@ -115,6 +115,24 @@ def test_two_ranks_train_together_and_one_process_goes_on(place: Path, main_job:
     assert done.returncode == 0, done.stderr
     lines = trace(place / "runs" / "two" / "journal.jsonl")
     assert [line["step"] for line in lines if "total" in line] == list(range(1, 16))
+
+
+def test_losses_of_every_scope_train_on_two_ranks_in_micro_batches_though_the_head_learns_nothing(
+    place: Path, main_job: subprocess.CompletedProcess[str]
+):
+    methods = ROOT / "configs" / "methods"
+    losses = {name: composed(methods / f"{name}.yaml")["losses"][name] for name in ("ab", "sp", "review", "crd")}
+    recipe = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "losses": {"ce": None, **losses}}
+    (place / "scopes.yaml").write_text(yaml.safe_dump({**recipe, "accumulation": 2, "folder": "runs/scopes"}))
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    words = [TRAIN, "scopes.yaml", "schedule.rate=1e-4"]
+    done = run(*torchrun, *words, "stop.steps=4", folder=place)
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, *words, folder=place)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in trace(place / "runs" / "scopes" / "journal.jsonl") if "total" in line]
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert {"ab", "sp", "review", "crd/student", "crd/teacher"} <= lines[0].keys()
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(place: Path, main_job: subprocess.CompletedProcess[str]):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.composition import composed
 from pipeline.losses._base import Facts, Loss, LossSpec, known_losses, load_spec
-from pipeline.recipe import composed
 from pipeline.taps import NormParameters
 
 NAMES = known_losses()

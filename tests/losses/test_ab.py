@@ -1,4 +1,4 @@
-"""Activation boundaries: special values, how levels count, and the two stages."""
+"""Activation boundaries: special values, how levels count, and what the first stage trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pipeline.losses._base import Facts, load_spec
 from pipeline.losses.ab import ab_loss
 from pipeline.models import create_model
 from pipeline.models.stages import stages
-from pipeline.recipe import ROOT, load_recipe
 from pipeline.taps import FeatureTaps, tap_shapes
 
 
@@ -83,12 +82,3 @@ def test_the_first_stage_trains_the_students_stages_and_leaves_its_head_as_it_be
     distiller(batch, Outputs(torch.randn(2, 5), features), PROGRESS)["total"].backward()
     idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert idle == {"fc.weight", "fc.bias"}
-
-
-def test_the_second_stage_is_cross_entropy_from_the_first_ones_student():
-    folder = ROOT / "configs/cifar100/resnet32x4_resnet8x4"
-    first, second = (load_recipe(folder / f"{name}.yaml").recipe for name in ("ab_init", "ab"))
-    assert (set(first.losses), first.epochs) == ({"ab"}, 30)
-    assert (set(second.losses), second.epochs, second.teacher) == ({"ce"}, 240, None)
-    assert second.student.start is not None
-    assert second.student.start.recipe == "configs/cifar100/resnet32x4_resnet8x4/ab_init.yaml"

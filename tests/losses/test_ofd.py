@@ -78,7 +78,7 @@ def test_the_deepest_stage_by_its_alias_has_its_margin_too():
 def test_a_teacher_stage_without_a_known_norm_is_refused_in_one_line():
     shapes = {"stage1.preact": (3, 4, 4)}
     with pytest.raises(
-        ValueError, match=r"^ofd: .*'stage1\.preact'.*teacher\.stages: \{stage1\.norm: <module path>\}$"
+        ValueError, match=r"^ofd: .*'stage1\.preact'.*teacher\.stages: \{stage1\.norm: <module path>\} \(.*\)$"
     ):
         load_spec("ofd", {"stages": "all"}).build(Facts(5, shapes, shapes))
 
@@ -109,10 +109,11 @@ def test_published_code_puts_the_teacher_in_training_mode_and_here_its_statistic
     facts = Facts(5, tap_shapes(student, 32), tap_shapes(teacher.taps, 32), teacher_norms=teacher.norms)
     distiller = Distiller(student, {"ofd": load_spec("ofd", {"stages": "all", "weight": 1e-3})}, facts)
     before = state_of(teacher)
-    distiller.train()
+    nn.ModuleList([distiller, teacher]).train()
     batch = Batch(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2), {})
     for _ in range(2):
         distiller(batch, teacher(batch), PROGRESS)["total"].backward()
     assert not any(module.training for module in teacher.taps.modules())
+    assert any(key.endswith("running_var") for key in before)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert not {id(module) for module in teacher.modules()} & {id(module) for module in distiller.modules()}

@@ -173,12 +173,23 @@ def test_known_models_are_classifiers_of_torchvision_and_our_own():
     assert not {"fcn_resnet50", "raft_small"} & set(known_models())
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_network_with_auxiliary_heads_trains_without_them(name: str):
+    with torch.device("meta"):
+        logits = create_model(name, 10).train()(torch.empty(2, 3, 299, 299))
+    assert logits.shape == (2, 10)
+
+
 def tiny_factory(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 
 def a_number(num_classes: int) -> int:
     return num_classes
+
+
+def of_depth(depth: int) -> nn.Module:
+    return nn.Linear(depth, depth)
 
 
 def test_a_users_factory_is_called_with_the_number_of_classes():
@@ -191,6 +202,8 @@ def test_a_users_factory_is_called_with_the_number_of_classes():
         ("nowhere.at_all:factory", "no model factory at 'nowhere.at_all:factory'"),
         (f"{__name__}:missing", "missing"),
         (f"{__name__}:a_number", "returned a int, expected a torch.nn.Module"),
+        (f"{__name__}:of_depth", r":of_depth' is called as of_depth\(num_classes=7\), and: missing .* 'depth'$"),
+        (f"{__name__}:CIFAR", r":CIFAR' is called as CIFAR\(num_classes=7\), and: .* is not a callable object$"),
     ],
 )
 def test_a_factory_that_gives_no_network_is_refused(name: str, message: str):

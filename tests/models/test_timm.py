@@ -91,6 +91,30 @@ def test_a_network_of_one_width_that_is_no_transformer_of_tokens_has_a_head_only
 
 
 @pytest.mark.parametrize(
+    ("name", "stage", "shape"),
+    [
+        ("volo_d1_224", "stage2", "1, 28, 28, 192"),
+        ("levit_128s", "stage3", "1, 196, 128"),
+        ("efficientformer_l1", "stage4", "1, 49, 448"),
+    ],
+)
+@pytest.mark.usefixtures("timm")
+def test_a_stage_that_is_no_map_of_the_channels_it_is_said_to_have_is_refused(name: str, stage: str, shape: str):
+    model = on_meta(f"timm/{name}")
+    with pytest.raises(
+        ValueError, match=rf"^tap '{stage}': .* a tensor shaped \[{shape}\], expected \d+ channels; say"
+    ):
+        tap_shapes(FeatureTaps(model, stages(model), [stage]), 224)
+
+
+@pytest.mark.usefixtures("timm")
+def test_where_the_channels_are_a_recipe_may_say():
+    model = on_meta("timm/volo_d1_224")
+    shapes = tap_shapes(FeatureTaps(model, {"stage2": "network.0:nhwc"}, ["stage2"]), 224)
+    assert shapes["stage2"] == (192, 28, 28)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [("timm/resnet_18", "did you mean timm/resnet18 or "), ("timm/resnet18.nothing", "Invalid pretrained tag")],
 )

@@ -8,6 +8,7 @@ from urllib.error import URLError
 import pytest
 import safetensors.torch
 import torch
+import torchvision.models
 from torch import nn
 
 from pipeline.models import create_model, weights
@@ -133,6 +134,16 @@ def test_published_weights_come_from_torchvisions_address(monkeypatch: pytest.Mo
     assert "the weights have 1000 classes, the network has 20" in refusal(
         create_model("resnet18", 20), "IMAGENET1K_V1", "resnet18"
     )
+
+
+def test_published_weights_with_auxiliary_heads_fit_the_network_without(monkeypatch: pytest.MonkeyPatch):
+    with torch.random.fork_rng():
+        published = torchvision.models.googlenet(num_classes=10, init_weights=False).state_dict()
+    assert any(key.startswith("aux2.") for key in published)
+    monkeypatch.setattr(weights, "load_state_dict_from_url", lambda *_args, **_keys: published)
+    model = create_model("googlenet", 10)
+    load_weights(model, "IMAGENET1K_V1", "googlenet")
+    assert same(model, published)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch):

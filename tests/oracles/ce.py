@@ -6,7 +6,7 @@ from math import log
 
 from oracles.kd import softmax
 
-PROPERTIES = {"never negative", "ignores a shift of the logits", "ignores the order of rows"}
+PROPERTIES = {"never negative", "ignores a shift of the logits", "ignores the order of rows", "reads the logits"}
 
 
 def parts(config, inputs):

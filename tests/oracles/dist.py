@@ -9,7 +9,7 @@ from math import sqrt
 
 from oracles.kd import softmax
 
-PROPERTIES = {"never negative", "ignores a shift of the logits", "ignores the order of rows"}
+PROPERTIES = {"never negative", "ignores a shift of the logits", "ignores the order of rows", "reads the logits"}
 
 
 def correlation(u, v):

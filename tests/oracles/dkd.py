@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from oracles.kd import divergence, softmax
 
-PROPERTIES = {"vanishes at the teacher", "never negative", "ignores a shift of the logits", "ignores the order of rows"}
+PROPERTIES = {
+    *("vanishes at the teacher", "never negative"),
+    *("ignores a shift of the logits", "ignores the order of rows", "reads the logits"),
+}
 
 
 def split(scores, label):

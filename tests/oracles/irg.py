@@ -13,7 +13,7 @@ from oracles.sp import flat
 
 PROPERTIES = {
     *("vanishes at the teacher", "never negative", "ignores the order of rows"),
-    "ignores the scale of the features",
+    *("ignores the scale of the features", "reads the logits"),
 }
 
 

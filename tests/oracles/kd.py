@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from math import exp, log
 
-PROPERTIES = {"vanishes at the teacher", "never negative", "ignores a shift of the logits", "ignores the order of rows"}
+PROPERTIES = {
+    *("vanishes at the teacher", "never negative"),
+    *("ignores a shift of the logits", "ignores the order of rows", "reads the logits"),
+}
 
 
 def softmax(scores):

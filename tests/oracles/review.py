@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from oracles._feature_maps import average, batch_norm, convolution, nearest, pairs
 
-PROPERTIES = {"ignores the order of rows"}
+PROPERTIES = {"never negative", "ignores the order of rows"}
 
 
 def squares(a, b):

@@ -13,7 +13,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 
 from pipeline import train
-from pipeline.recipe import composed
+from pipeline.composition import composed
 
 ROOT = Path(__file__).resolve().parents[2]
 

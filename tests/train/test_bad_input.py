@@ -30,7 +30,7 @@ def refused(train: Train, *words: str) -> str:
 def test_a_missing_folder_of_shards(run_train: Train):
     message = refused(run_train, "ce.yaml", "data.path=nowhere")
     assert "ce.yaml: data.path: there are no shards in 'nowhere'" in message
-    assert "prepare_imagenet.py" in message
+    assert "the script that the head of the data set's recipe names" in message
 
 
 def test_a_shard_that_is_shorter_than_the_manifest_says(run_train: Train, shards: Path, tmp_path: Path):

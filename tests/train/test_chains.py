@@ -12,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.build import build_teacher
-from pipeline.recipe import RecipeError, load_recipe
+from pipeline.build import build_student, build_teacher, load_start
+from pipeline.composition import RecipeError
+from pipeline.recipe import load_recipe
 from pipeline.runs import find_run, stand
 from shards.manifest import read_manifest
 
@@ -52,6 +53,56 @@ def test_a_chain_is_made_from_its_far_end_and_a_link_that_is_finished_asks_for_n
     assert not (chain / "runs" / "teacher").exists()
     assert result_of(chain, "assistant") == before
     assert result_of(chain, "student")["model"] == "cifar_resnet8"
+
+    run_train("assistant.yaml")
+    told = capfd.readouterr().out
+    assert "$ " not in told
+    teacher, own = told.splitlines()[-2:]
+    assert teacher.split() == ["teacher", "ce", "cifar_resnet20", "gone", "runs/teacher"]
+    assert own.startswith("student ")
+    assert not (chain / "runs" / "teacher").exists()
+
+
+@pytest.fixture
+def two_stages(chain: Path) -> Path:
+    """``second.yaml`` begins from the student of ``first.yaml``; both lie by seed."""
+    own = {"base": "ce.yaml", "epochs": 1, "folder": None}
+    (chain / "first.yaml").write_text(yaml.safe_dump(own))
+    (chain / "second.yaml").write_text(yaml.safe_dump({**own, "student": {"start": {"recipe": "first.yaml"}}}))
+    return chain
+
+
+def test_a_students_first_stage_has_its_seed(run_train: Train, two_stages: Path, capfd: pytest.CaptureFixture[str]):
+    run_train("second.yaml", "seed=3")
+    told = capfd.readouterr().out
+    (asked,) = [line for line in told.splitlines() if line.startswith("$ ")]
+    assert asked.endswith("first.yaml seed=3")
+    start, own = (two_stages / "runs" / stage / "seed-3" for stage in ("first", "second"))
+    assert [path.name for path in start.parent.iterdir()] == ["seed-3"]
+    assert [yaml.safe_load((folder / "recipe.yaml").read_text())["seed"] for folder in (start, own)] == [3, 3]
+    rows = [line.split() for line in told.splitlines()[-2:]]
+    assert [(row[0], row[-1]) for row in rows] == [("start", "runs/first/seed-3"), ("student", "runs/second/seed-3")]
+
+    loaded = load_recipe("second.yaml", ["seed=3"])
+    first = find_run(load_recipe("first.yaml", ["seed=3"]))
+    assert find_run(loaded).identity["student"]["start"]["recipe"] == first.digest
+    student = build_student(loaded.recipe, 20)
+    load_start(loaded.recipe, student)
+    weights = load_file(start / "student.safetensors")["fc.weight"]
+    torch.testing.assert_close(student.model.get_parameter("fc.weight").detach(), weights)
+
+
+def test_a_teacher_keeps_its_own_seed(chain: Path):
+    identity = find_run(load_recipe("assistant.yaml", ["seed=3"])).identity
+    assert identity["teacher"]["recipe"] == find_run(load_recipe("teacher.yaml")).digest
+
+
+def test_a_first_stage_that_is_also_the_teacher_is_one_run_with_its_own_seed(two_stages: Path):
+    own = {"base": "second.yaml", "teacher": {"recipe": "first.yaml"}, "losses": KD}
+    (two_stages / "both.yaml").write_text(yaml.safe_dump(own))
+    identity = find_run(load_recipe("both.yaml", ["seed=3"])).identity
+    first = find_run(load_recipe("first.yaml")).digest
+    assert (identity["teacher"]["recipe"], identity["student"]["start"]["recipe"]) == (first, first)
 
 
 def test_the_end_of_a_chain_is_part_of_what_every_run_below_it_is(chain: Path):

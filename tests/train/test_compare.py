@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline import compare
-from pipeline.recipe import RecipeError
+from pipeline.composition import ROOT, RecipeError
+from pipeline.journal import trace
+from pipeline.recipe import load_recipe
+from pipeline.runs import find_run
 
 
 @pytest.fixture
@@ -43,12 +52,86 @@ def test_every_recipe_is_trained_with_every_seed_and_only_once(place: Path, caps
     assert {path: path.read_bytes() for path in place.rglob("journal.jsonl")} == journals
 
 
-def test_a_run_that_fails_is_named_with_its_command_and_reason(place: Path):
+def test_a_run_that_fails_is_named_with_its_command_and_reason_under_the_table_of_the_others(
+    place: Path, capsys: pytest.CaptureFixture[str]
+):
+    (place / "bad.yaml").write_text("base: ce.yaml\nschedule: {rate: 1.0e+30}\n")
     with pytest.raises(RecipeError) as caught:
-        compare.main(["ce.yaml", "jobs=2", "schedule.rate=1e30"])
+        compare.main(["bad.yaml", "ce.yaml", "jobs=2", "epochs=1"])
     message = str(caught.value)
-    assert "ce.yaml schedule.rate=1e30 seed=0: error: " in message
+    assert message.startswith("1 of 2 runs failed: ")
+    assert "bad.yaml epochs=1 seed=0: error: " in message
     assert "is not finite at step" in message
+    _, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert row.startswith(f"| `{place / 'ce'}`")
+
+
+def test_of_many_failures_two_are_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(compare, "make", lambda wanted, jobs: ["first", "second", "third"])
+    with pytest.raises(RecipeError, match=r"^3 of 3 runs failed: first; second; and 1 more$"):
+        compare.main(["ce.yaml", "seeds=0,1,2"])
+    assert capsys.readouterr().out == ""
+
+
+def test_runs_without_validation_images_have_dashes(place: Path, shards: Path, capsys: pytest.CaptureFixture[str]):
+    copy = place / "alone"
+    shutil.copytree(shards, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    compare.main(["ce.yaml", f"data.path={copy}", "seeds=0,1"])
+    told = capsys.readouterr().out
+    assert "runs/ce/seed-1: top-1 –, best –" in told
+    assert told.splitlines()[-1].endswith("| – | – | –, – |")
+
+
+def test_a_finished_run_does_not_ask_for_the_teacher_it_had(place: Path, capfd: pytest.CaptureFixture[str]):
+    own = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "losses": {"kd": {"temperature": 4.0}}}
+    (place / "kd.yaml").write_text(yaml.safe_dump(own))
+    compare.main(["kd.yaml"])
+    assert "$ python pipeline/train.py" in capfd.readouterr().out
+    shutil.rmtree(place / "runs" / "teacher")
+    compare.main(["kd.yaml"])
+    assert "$" not in capfd.readouterr().out
+    assert not (place / "runs" / "teacher").exists()
+
+
+def lines_of(journal: Path) -> int:
+    return len(journal.read_bytes().splitlines()) if journal.exists() else 0
+
+
+def test_a_signal_stops_what_is_under_way_and_the_same_command_goes_on(place: Path):
+    words = ["ce.yaml", "seeds=0,1,2", "jobs=2", "epochs=20", "checkpoints.every_epochs=0"]
+    command = [sys.executable, str(ROOT / "pipeline" / "compare.py"), *words]
+    folders = [place / "runs" / "ce" / f"seed-{seed}" for seed in (0, 1, 2)]
+    journals = [folder / "journal.jsonl" for folder in folders]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and max(map(lines_of, journals)) < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate()
+    assert process.returncode == 0
+    assert "stopped before the last run; the same command continues" in told
+    # The two side by side may be far apart, and the later one may not have begun to listen.
+    assert list(place.glob("runs/ce/seed-[01]/checkpoints/step-*"))
+    assert not list(place.rglob("result.json"))
+    assert not folders[2].exists()
+
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
+    results = [json.loads((folder / "result.json").read_text())["top1"] for folder in folders]
+    assert done.stdout.splitlines()[-1].endswith(f"| {', '.join(f'{top1:.2f}' for top1 in results)} |")
+    for journal in journals:
+        assert [line["step"] for line in trace(journal) if "total" in line] == list(range(1, 101))
+
+
+def test_a_signal_that_comes_before_a_run_can_hear_it_is_no_failure(place: Path):
+    run = find_run(load_recipe("ce.yaml"))
+    cores = sorted(os.sched_getaffinity(0))
+    assert compare.train(run, [], cores, set(), [signal.SIGTERM], quiet=True) is None
+    assert run.result is None
 
 
 @pytest.mark.parametrize(
@@ -58,6 +141,7 @@ def test_a_run_that_fails_is_named_with_its_command_and_reason(place: Path):
         (["ce.yaml", "seeds=a"], "seeds: expected whole numbers such as seeds=0, got 'a'"),
         (["ce.yaml", "jobs=0"], "jobs: expected whole numbers"),
         (["ce.yaml", "seeds=0,1", "folder=runs/one"], "would share runs/one"),
+        (["teacher.yaml", "ce.yaml", "ce.yaml"], "would share runs/ce/seed-0"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(place: Path, words: list[str], message: str):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pipeline import evaluate
 from pipeline.batch import Batch
+from pipeline.composition import RecipeError
 from pipeline.ema import Config as Averaging
 from pipeline.journal import trace
 from pipeline.models import create_model
 from pipeline.models.stages import stages
-from pipeline.recipe import RecipeError
 from pipeline.taps import FeatureTaps
 from pipeline.teacher import EMATeacher
 

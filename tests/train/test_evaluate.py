@@ -11,8 +11,8 @@ import torch
 
 from pipeline import evaluate
 from pipeline.batch import Batch
+from pipeline.composition import RecipeError
 from pipeline.evaluate import accuracy, count_correct
-from pipeline.recipe import RecipeError
 
 Train = Callable[..., None]
 
@@ -64,6 +64,15 @@ def test_a_network_agrees_with_itself_on_every_image(
     student, teacher = re.findall(r"top-1 ([\d.]+)", printed)
     assert student == teacher
     assert "agreement: 100.00" in printed
+
+
+def test_a_teacher_that_knows_the_labels_is_not_measured(run_train: Train, recipes: Path):
+    run_train("ce.yaml")
+    members = "members: [{recipe: ce.yaml}, {recipe: ce.yaml}]"
+    teacher = f"teacher={{recipe: null, combine: confidence, temperature: 4, {members}}}"
+    words = ["ddkd.yaml", teacher, "losses={ddkd: null, ce: {}}", "compare=null", "weights=runs/ce/student.safetensors"]
+    with pytest.raises(RecipeError, match="agreement=yes: combine: confidence knows the labels"):
+        evaluate.main([*words, "agreement=yes"])
 
 
 def test_missing_weights_are_one_line(run_train: Train, recipes: Path):

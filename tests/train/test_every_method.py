@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline.composition import ROOT, composed
 from pipeline.journal import trace
 from pipeline.models import create_model
-from pipeline.recipe import ROOT, composed
 
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 
@@ -46,5 +46,10 @@ def test_a_method_trains_and_goes_on_bit_for_bit_where_it_was_stopped(
 
 
 def constants(state: dict[str, torch.Tensor]) -> set[str]:
-    """Return the keys of what stays as it began: CRD's normaliser, and biases that a BatchNorm takes away again."""
-    return {key for key, value in state.items() if "normalizer" in key or value.ndim == 1}
+    """Return the keys of what stays as it is: CRD's normalisers, and convolutions' biases that a BatchNorm takes away.
+
+    A loss without BatchNorms, such as CRD with its linear layers, has no bias that may stay.
+    """
+    losses = {key: value for key, value in state.items() if key.startswith("losses.")}
+    of_maps = {key.removesuffix("weight") + "bias" for key, value in losses.items() if value.ndim == 4}
+    return {"losses.crd.normalizers"} | (of_maps & losses.keys())

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.recipe import ROOT, RecipeError, dump_recipe, load_recipe, split_words
+from pipeline.composition import ROOT, RecipeError, composed
+from pipeline.recipe import dump_recipe, load_recipe, split_words
 
 MINIMAL = """
 student: {model: resnet18}
@@ -170,6 +171,47 @@ def test_a_constant_that_is_a_mapping_may_be_changed_in_part(recipe: Path, tmp_p
         "losses.dkd.temperature.x=3",
     )
     assert list(load_recipe(child, ["losses.dkd=null"]).recipe.losses) == ["ce"]
+
+
+def test_a_null_deletes_what_a_constant_says_too(recipe: Path, tmp_path: Path):
+    (tmp_path / "method.yaml").write_text(
+        "constants: {kd: {temperature: 4.0, ramp: {linear_epochs: 20}}}\nlosses: {kd: '${kd}'}\n"
+    )
+    child = tmp_path / "child.yaml"
+    child.write_text("base: [recipe.yaml, method.yaml]\nlosses: {kd: null}\n")
+    assert list(load_recipe(child).recipe.losses) == ["ce"]
+    child.write_text("base: method.yaml\nconstants: {kd: {weight: 0.5}}\n")
+    tree = composed(child, ["losses.kd.ramp=null"])
+    assert tree == {"losses": {"kd": {"temperature": 4.0, "weight": 0.5}}}
+    ddkd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "ddkd.yaml"
+    assert "latent" not in composed(ddkd, ["losses.ddkd.feature.latent=null"])["losses"]["ddkd"]["feature"]
+
+
+def test_constants_may_stand_in_lists_and_in_other_constants(recipe: Path):
+    words = ["constants={a: 0.5, b: '${a}', c: {x: '${b}'}}", "losses.ce.weight='${c.x}'", "data.mean=['${a}', 0, 1]"]
+    loaded = load_recipe(recipe, words).recipe
+    assert loaded.losses["ce"].config.weight == 0.5
+    assert loaded.data.mean == (0.5, 0.0, 1.0)
+    assert "the constant 'a' stands for itself" in refused(recipe, "constants={a: '${b}', b: '${a}'}", "batch='${a}'")
+
+
+def test_a_constant_of_the_command_line_that_nothing_uses_is_refused():
+    kd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "kd.yaml"
+    assert load_recipe(kd, ["constants.kd.temperature=2"]).recipe.losses["kd"].config.model_dump()["temperature"] == 2
+    assert refused(kd, "constants.kd.temprature=2").endswith(
+        "constants.kd.temprature: nothing uses this constant; did you mean 'kd.temperature'?"
+    )
+    assert "nothing uses this constant" in refused(kd, "constants.dkd.beta=2")
+
+
+def test_a_bad_constant_is_said_of_whoever_gave_it(recipe: Path, tmp_path: Path):
+    dkd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "dkd.yaml"
+    assert refused(dkd, "constants.dkd.alpha=many").startswith("command line: losses.dkd.alpha: ")
+    kd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "kd.yaml"
+    assert refused(kd, "constants.kd.temperature=-1").startswith("command line: losses.kd.temperature: ")
+    assert "command line: constants: expected a mapping, got 3" in refused(recipe, "constants=3")
+    assert "expected losses by name" in refused(recipe, "losses={3: {}}", "losses.ce=null", "losses.kd=null")
+    assert "'runs/${a}': a constant stands for a whole value" in refused(recipe, "constants.a=1", "folder=runs/${a}")
 
 
 def test_a_constant_that_is_not_there_is_named(recipe: Path, tmp_path: Path):

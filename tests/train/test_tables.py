@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.recipe import ROOT, composed, load_recipe
+from pipeline.composition import ROOT, composed
+from pipeline.recipe import load_recipe
 
 CONFIGS = ROOT / "configs"
 GENERATOR = runpy.run_path(str(CONFIGS / "generate.py"))
@@ -52,12 +53,35 @@ def test_a_row_holds_no_constant_of_its_own():
             assert not {"losses", "constants"} & own.keys(), path
 
 
-@pytest.mark.parametrize(("method", "keys"), [("diffkd", ("diffkd",)), ("ddkd", ("ddkd", "dkd"))])
-def test_methods_that_share_constants_do_not_repeat_them(method: str, keys: tuple[str, ...]):
-    """What DDKD takes from DiffKD and from DKD stands in their files alone."""
+@pytest.mark.parametrize("method", ["ddkd", "ddkd_perception", "perception", "kd_perception", "review_dkd"])
+def test_methods_that_share_constants_do_not_repeat_them(method: str):
+    """What DDKD takes from DiffKD and from DKD, say, stands in their files alone."""
     own = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text())
-    said = constants(own["losses"])
-    assert said == ([1.0] if method == "diffkd" else [])  # DiffKD's own temperature
+    assert constants(own.get("losses", {})) == []
+
+
+def test_a_pair_repeats_no_constant_of_a_method():
+    defaults: dict[str, Any] = {}
+    for path in (CONFIGS / "methods").glob("*.yaml"):
+        defaults |= yaml.safe_load(path.read_text()).get("constants", {})
+    for pair in CONFIGS.rglob("pair.yaml"):
+        for name, values in yaml.safe_load(pair.read_text()).get("constants", {}).items():
+            for key, value in values.items():
+                assert defaults.get(name, {}).get(key) != value, f"{pair}: constants.{name}.{key}"
+
+
+def test_the_commands_of_the_readmes_name_recipes_that_load():
+    for readme in (ROOT / "README.md", CONFIGS / "README.md"):
+        named = re.findall(r"configs/[\w./*{},]+\.yaml", readme.read_text())
+        assert named
+        for pattern in named:
+            before, brace, rest = pattern.partition("{")
+            inside, _, after = rest.partition("}")
+            for choice in inside.split(",") if brace else [""]:
+                paths = sorted(ROOT.glob(before + choice + after))
+                assert paths, pattern
+                for path in paths:
+                    assert load_recipe(path).recipe.epochs
 
 
 def test_a_pairs_constant_reaches_every_method_that_uses_it():

@@ -209,6 +209,29 @@ def test_shapes_are_those_of_a_real_forward():
     assert tap_shapes(taps, 32) == expected
 
 
+def test_a_place_may_say_how_many_channels_it_has():
+    paths = {"stem": "embed:8", "stage1": "mix:in:nhwc:8", "stage2": "norm:tokens:8"}
+    assert set(tap_shapes(FeatureTaps(Patches(5), paths, paths), 32).values()) == {(8, 8, 8), (5,)}
+
+
+class Demanding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        assert images_BCHW.shape[-1] > 30
+        if images_BCHW.shape[-1] < 40:
+            raise RuntimeError("Only 40 pixels.\nOr more.")
+        return self.scale * images_BCHW.mean((2, 3))
+
+
+@pytest.mark.parametrize(("size", "reason"), [(32, r"Only 40 pixels\."), (16, "(assert .*|AssertionError)")])
+def test_an_image_that_a_network_cannot_take_is_refused_in_one_line(size: int, reason: str):
+    with pytest.raises(ValueError, match=f"^Demanding cannot take images of {size} pixels: {reason}$"):
+        tap_shapes(FeatureTaps(Demanding(), {}, []), size)
+
+
 def test_the_probe_leaves_modes_statistics_and_random_states_alone():
     taps = tapped("mobilenet_v2", "last").train()
     taps.model.get_submodule("features.3").eval()
@@ -366,7 +389,13 @@ def test_a_copied_network_turns_its_own_tokens():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("mix:nchw", "stage 'x': 'mix:nchw' ends in 'nchw'; known are in, nhwc, tokens, in:nhwc, in:tokens"),
+        (
+            "mix:nchw",
+            "stage 'x': 'mix:nchw' ends in 'nchw'; known are in, nhwc, tokens and a number of channels, .*",
+        ),
+        ("mix:nhwc:in", "stage 'x': 'mix:nhwc:in' ends in 'nhwc:in'; known are in, .*"),
+        ("norm:8", r"tap 'x': Patches computes at 'norm:8' a tensor shaped \[2, 66, 8\], expected 8 channels; say .*"),
+        ("embed:16", r"tap 'x': Patches computes at 'embed:16' a tensor shaped .*, expected 16 channels; say .*"),
         ("norm:nhwc", r"tap 'x': Patches computes at 'norm:nhwc' a tensor shaped \[2, 66, 8\], and :nhwc is for .*C\]"),
         ("embed:tokens", r"tap 'x': Patches computes at 'embed:tokens' a tensor .*, and :tokens is for \[B, N, C\]"),
     ],

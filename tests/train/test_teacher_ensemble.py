@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.batch import Batch
+from pipeline.composition import RecipeError
 from pipeline.losses.kd import kd_loss
 from pipeline.models import create_model
 from pipeline.models.stages import stages
-from pipeline.recipe import RecipeError, load_recipe
+from pipeline.recipe import load_recipe
 from pipeline.taps import FeatureTaps
 from pipeline.teacher import Config, Normalization, Teacher, TeacherEnsemble, member_weights
 
