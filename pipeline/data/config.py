@@ -19,7 +19,7 @@ class Config(BaseModel):
     prepare: tuple[str, ...] = ()
     """Script and arguments that make the shards where they are missing; the destination is added."""
     classes: PositiveInt | None = None
-    """Number of classes the shards must have; null takes as many as they have."""
+    """What ``--check`` takes for their number of classes where they are not there; those that are there know it."""
     loader: Literal["dali", "memory"] = "dali"
     """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device."""
     size: PositiveInt
