@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Pla
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.models.stages import numbered
 from pipeline.parallel import gather_rows, world_size
 from pipeline.schedules import Ramp, ramp_factor
 from pipeline.taps import NormParameters
@@ -193,7 +193,7 @@ class BatchLoss(Loss):
 def only(outputs: Outputs, taps: frozenset[str]) -> Outputs:
     """Return ``outputs`` with only the features that ``taps`` name, ``all`` meaning every stage."""
     kinds = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
-    of_all = {name for name in outputs.features for kind in kinds if re.fullmatch(r"stage\d+" + re.escape(kind), name)}
+    of_all = {name for kind in kinds for name in numbered(outputs.features, kind)}
     return outputs._replace(features={name: x for name, x in outputs.features.items() if name in taps | of_all})
 
 

@@ -7,13 +7,15 @@ no partner.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
-from pipeline.losses._base import Facts, Taps
+from pipeline.batch import Outputs
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.models.stages import numbered
 
 
 class StagePair(BaseModel):
@@ -49,20 +51,11 @@ def paired(stages: Stages, facts: Facts, kind: str = "") -> list[tuple[str, str]
     """
     if stages != "all":
         return [stage_names(stage, kind) for stage in stages]
-    students, teachers = (_numbered(shapes, kind) for shapes in (facts.student_shapes, facts.teacher_shapes))
+    students, teachers = (numbered(shapes, kind) for shapes in (facts.student_shapes, facts.teacher_shapes))
     levels = min(len(students), len(teachers))
     if levels == 0:
         raise ValueError("stages: all: a network has no known stages; name them by stages: {stage1: <module path>}")
     return list(zip(students[-levels:], teachers[-levels:], strict=True))
-
-
-def paired_maps(stages: Stages, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
-    """Return ``paired``; raise ValueError where a tap is no map."""
-    pairs = paired(stages, facts, kind)
-    for student, teacher in pairs:
-        channels(facts.student_shapes, student)
-        channels(facts.teacher_shapes, teacher)
-    return pairs
 
 
 def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
@@ -72,7 +65,25 @@ def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
     return shapes[tap][0]
 
 
-def _numbered(shapes: Mapping[str, tuple[int, ...]], kind: str) -> list[str]:
-    pattern = re.compile(r"stage(\d+)" + re.escape(kind))
-    found = sorted((int(match[1]), match[0]) for match in map(pattern.fullmatch, shapes) if match)
-    return [name for _, name in found]
+class MapsLoss(Loss):
+    """A loss of the maps of several stages. Raises ValueError where a tap is no map."""
+
+    class Config(Loss.Config):
+        """``{stages: all}``."""
+
+        stages: Stages = "all"
+
+        def taps(self) -> Taps:
+            """Return the stages."""
+            return stage_taps(self.stages)
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.levels = paired(config.stages, facts)
+        for student, teacher in self.levels:
+            channels(facts.student_shapes, student)
+            channels(facts.teacher_shapes, teacher)
+
+    def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the maps of student and teacher, level by level."""
+        return [student.features[name] for name, _ in self.levels], [teacher.features[name] for _, name in self.levels]

@@ -9,9 +9,9 @@ from torch import Tensor
 TINY = 1e-12
 
 
-def ratio(x: Tensor, size: Tensor) -> Tensor:
-    """Return x / size; where ``size`` is below 1e-12, zero, through which no gradient passes."""
-    return x / size.masked_fill(size < TINY, float("inf"))
+def ratio(x: Tensor, size: Tensor, eps: float = 0.0) -> Tensor:
+    """Return x / (size + eps); where ``size`` is below 1e-12, zero, through which no gradient passes."""
+    return x / (size + eps).masked_fill(size < TINY, float("inf"))
 
 
 def unit(x: Tensor, dim: int) -> Tensor:

@@ -8,8 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._levels import Stages, paired_maps, stage_taps
+from pipeline.losses._levels import MapsLoss
 from pipeline.losses._tools import pool_to_smaller
 from pipeline.losses._vectors import unit
 
@@ -29,26 +28,15 @@ def attention(map_BCHW: Tensor, p: float) -> Tensor:
     return unit(map_BCHW.abs().pow(p).mean(1).flatten(1), 1)
 
 
-class AT(Loss):
+class AT(MapsLoss):
     """Where the maps of several stages are large, which is what both networks attend to."""
 
-    class Config(Loss.Config):
+    class Config(MapsLoss.Config):
         """``{weight: 1000.0, p: 2.0}``."""
 
         p: float = Field(ge=1)
         """Exponent: the larger, the more the strongest channel counts."""
-        stages: Stages = "all"
-
-        def taps(self) -> Taps:
-            """Return the stages."""
-            return stage_taps(self.stages)
-
-    def __init__(self, config: Config, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self.levels = paired_maps(config.stages, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``at``."""
-        students = [student.features[name] for name, _ in self.levels]
-        teachers = [teacher.features[name] for _, name in self.levels]
-        return {"at": at_loss(students, teachers, p=self.config.p)}
+        return {"at": at_loss(*self.maps(student, teacher), p=self.config.p)}

@@ -8,7 +8,7 @@ B batch, K classes.
 from torch import Tensor
 
 from pipeline.losses._base import Wrapping
-from pipeline.losses._vectors import TINY
+from pipeline.losses._vectors import ratio
 
 
 def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -16,9 +16,7 @@ def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
 
     A row of equal logits is zero and sends no gradient: a division by eps would send it ten million times its own.
     """
-    std_B1 = logits_BK.std(1, keepdim=True)
-    scale_B1 = (std_B1 + eps).masked_fill(std_B1 < TINY, float("inf"))
-    return (logits_BK - logits_BK.mean(1, keepdim=True)) / scale_B1
+    return ratio(logits_BK - logits_BK.mean(1, keepdim=True), logits_BK.std(1, keepdim=True), eps)
 
 
 class LogitStandardization(Wrapping):

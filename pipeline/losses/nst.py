@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._levels import Stages, paired_maps, stage_taps
+from pipeline.losses._levels import MapsLoss
 from pipeline.losses._tools import pool_to_smaller
 from pipeline.losses._vectors import unit
 
@@ -44,24 +43,9 @@ def mean_kernel(a_BCN: Tensor, b_BDN: Tensor) -> Tensor:
     return pairs_BNN.sum((1, 2)).mean() / (channels_a * channels_b)
 
 
-class NST(Loss):
+class NST(MapsLoss):
     """How the channels of a map, as a set, respond over its pixels."""
-
-    class Config(Loss.Config):
-        """``{weight: 50.0}``."""
-
-        stages: Stages = "all"
-
-        def taps(self) -> Taps:
-            """Return the stages."""
-            return stage_taps(self.stages)
-
-    def __init__(self, config: Config, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self.levels = paired_maps(config.stages, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``nst``."""
-        students = [student.features[name] for name, _ in self.levels]
-        teachers = [teacher.features[name] for _, name in self.levels]
-        return {"nst": nst_loss(students, teachers)}
+        return {"nst": nst_loss(*self.maps(student, teacher))}

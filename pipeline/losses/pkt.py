@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import BatchLoss, Taps
 from pipeline.losses._levels import Stage, stage_names, stage_taps
-from pipeline.losses._vectors import TINY
+from pipeline.losses._vectors import ratio
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
@@ -26,8 +26,7 @@ def neighbourhoods(x_BD: Tensor, eps: float) -> Tensor:
     A zero row has a cosine of 0 with every other and no gradient: a division by ε would send it ten million times its
     own.
     """
-    length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
-    direction_BD = x_BD / (length_B1 + eps).masked_fill(length_B1 < TINY, float("inf"))
+    direction_BD = ratio(x_BD, torch.linalg.vector_norm(x_BD, dim=1, keepdim=True), eps)
     # Rounding makes the cosine of opposite rows less than −1, and the logarithm has no negatives.
     kernel_BB = ((1 + direction_BD @ direction_BD.mT) / 2).clamp(min=0)
     return kernel_BB / kernel_BB.sum(1, keepdim=True)

@@ -13,14 +13,12 @@ stage n is the last tensor of 1 / 2ⁿ⁺¹ of the image's width, but for VGG, w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from pipeline.models.families import FAMILIES, head
 from pipeline.models.from_timm import is_timm, timm_stages
-
-STAGE = re.compile(r"stage(\d+)")
 
 
 def stages(model: nn.Module) -> dict[str, str]:
@@ -53,8 +51,8 @@ def find_stage(paths: Mapping[str, str], name: str) -> str:
 def canonical(paths: Mapping[str, str], name: str) -> str:
     """Return the name of the stage that ``last``, ``last.preact`` or ``last.norm`` stands for; others are their own."""
     stage, dot, kind = name.partition(".")
-    numbers = _numbers(paths)
-    return f"stage{numbers[-1]}{dot}{kind}" if stage == "last" and numbers and name not in paths else name
+    deep = numbered(paths)
+    return f"{deep[-1]}{dot}{kind}" if stage == "last" and deep and name not in paths else name
 
 
 def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
@@ -65,10 +63,12 @@ def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
     stage, dot, kind = name.partition(".")
     if stage != "all":
         return [name]
-    if not (numbers := _numbers(paths)):
+    if not (deep := numbered(paths)):
         raise ValueError("no stages of this network are known; name them by stages: {stage1: <module path>, …}")
-    return [f"stage{number}{dot}{kind}" for number in numbers]
+    return [f"{stage}{dot}{kind}" for stage in deep]
 
 
-def _numbers(paths: Mapping[str, str]) -> list[int]:
-    return sorted(int(match[1]) for match in map(STAGE.fullmatch, paths) if match)
+def numbered(names: Iterable[str], kind: str = "") -> list[str]:
+    """Return those of ``names`` that are ``stageN``, followed by ``kind`` (such as ``.preact``), shallowest first."""
+    found = (re.fullmatch(rf"stage(\d+){re.escape(kind)}", name) for name in names)
+    return [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
