@@ -28,8 +28,8 @@ def files(tables: dict[str, Any]) -> dict[Path, str]:
         for pair, cells in facts["pairs"].items():
             for method in cells.get("methods", tables["methods"]):
                 found[Path(dataset, pair, f"{method}.yaml")] = row(tables, dataset, pair, method)
-    for group, variant in tables["variants"].items():
-        found |= {path: text for path, text in variants(tables, group, variant)}
+    for variant in tables["variants"].values():
+        found |= variants(tables, variant)
     return found
 
 
@@ -43,9 +43,8 @@ def row(tables: dict[str, Any], dataset: str, pair: str, method: str) -> str:
     learns = own.get("teacher", True) is not None
     gmac = 3 * student["gmac"] + (teacher["gmac"] if learns else 0)
     cost = f"{gmac:.3g} GMAC an image{' and what the losses add (--check)' if learns else ''}"
-    title = how["title"][0].upper() + how["title"][1:]
     return (
-        f"# {title}, {teacher['title']} to {student['title']}, {facts['title']}.\n"
+        f"# {_title(tables, method)}, {teacher['title']} to {student['title']}, {facts['title']}.\n"
         f"#   accelerate launch pipeline/train.py {path}{facts['command']}\n"
         f"# Paper: {expected(cells['published'], method)}. Cost: {cost}, {how.get('images', facts['images'])}.\n"
         + _yaml(own)
@@ -76,22 +75,21 @@ def teacher(tables: dict[str, Any], name: str) -> str:
     )
 
 
-def variants(tables: dict[str, Any], group: str, variant: dict[str, Any]) -> list[tuple[Path, str]]:
+def variants(tables: dict[str, Any], variant: dict[str, Any]) -> dict[Path, str]:
     """Return the rows of a group that lie over other rows: the proxy, and what the papers say to the letter."""
-    found = []
+    found = {}
     for pair in variant["pairs"]:
         for method in variant["methods"]:
             path = Path(variant["path"].format(pair=pair, method=method))
             bases = [f"cifar100/{pair}/{method}.yaml", variant["over"]]
             own = {"base": [os.path.relpath(base, path.parent) for base in bases]}
-            own |= {"teacher": None} if method == "ce" else {}
-            how = tables["methods"][method]["title"]
-            text = (
-                f"# {how[0].upper() + how[1:]}, {variant['title']}: {pair}/{method}.yaml under {variant['over']}.\n"
+            # A base that is laid over the row may bring back what the row took away.
+            own |= tables["methods"][method].get("own", {})
+            found[path] = (
+                f"# {_title(tables, method)}, {variant['title']}: {pair}/{method}.yaml under {variant['over']}.\n"
                 f"#   accelerate launch pipeline/train.py configs/{path}\n"
-                f"# {variant['expect']}\n"
+                f"# {variant['expect']}\n" + _yaml(own)
             )
-            found.append((path, text + _yaml(own)))
     return found
 
 
@@ -128,6 +126,11 @@ def section(tables: dict[str, Any], dataset: str, title: str, pair: str) -> str:
         numbers = [_number(source.get(method)) for source in published.values()]
         lines.append(_line([f"[`{method}`]({name}.yaml)", *numbers, str(tables["measured"].get(name, "–"))]))
     return "\n".join(lines) + "\n"
+
+
+def _title(tables: dict[str, Any], method: str) -> str:
+    title = tables["methods"][method]["title"]
+    return title[0].upper() + title[1:]
 
 
 def _line(cells: list[str]) -> str:

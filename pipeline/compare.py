@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.composition import ROOT, RecipeError, shown
 from pipeline.launch import entry
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, own_words
 from pipeline.report import percent
 from pipeline.runs import STOP_SIGNALS, Run, Unfinished, run_folder, stand
 
@@ -35,8 +35,8 @@ OWN_WORDS = ("seeds", "jobs")
 
 def main(words: Sequence[str]) -> None:
     """Make the runs that the command line asks for, and print their table."""
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN_WORDS}
-    overrides = [word for word in words if "=" in word and word.partition("=")[0] not in OWN_WORDS]
+    own, words = own_words(words, OWN_WORDS)
+    overrides = [word for word in words if "=" in word]
     recipes = [Path(word) for word in words if "=" not in word]
     if not recipes:
         raise RecipeError("command line: name the recipes to compare")

@@ -225,16 +225,21 @@ def _override(word: str) -> dict[str, Any]:
     return value
 
 
+def networks(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the sections that describe a network: the student's, the teacher's and those of its members."""
+    teacher = tree.get("teacher")
+    members = teacher.get("members") if isinstance(teacher, dict) else None
+    for section in (tree.get("student"), teacher, *(members if isinstance(members, list) else ())):
+        if isinstance(section, dict):
+            yield section
+
+
 def references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any], Any]]:
     """Yield every place, as container and key, that names another recipe."""
-    for keys in (("teacher",), ("student", "start")):
-        section: Any = tree
-        for key in keys:
-            section = section.get(key) if isinstance(section, dict) else None
-        members = section.get("members") if isinstance(section, dict) else None
-        for one in (section, *(members if isinstance(members, list) else ())):
-            if isinstance(one, dict) and isinstance(one.get("recipe"), str):
-                yield one, "recipe"
+    for network in networks(tree):
+        for section in (network, network.get("start")):
+            if isinstance(section, dict) and isinstance(section.get("recipe"), str):
+                yield section, "recipe"
     if isinstance(tree.get("compare"), list):
         yield from ((tree["compare"], index) for index in range(len(tree["compare"])))
 

@@ -28,7 +28,7 @@ from pipeline.composition import RecipeError
 from pipeline.data.loader import Loader
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.models.weights import load_weights
-from pipeline.recipe import Recipe, load_recipe, split_words
+from pipeline.recipe import Recipe, load_recipe, own_words, split_words
 from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
 from pipeline.taps import FeatureTaps, evaluating
 from pipeline.teacher import AnyTeacher, EMATeacher
@@ -90,8 +90,8 @@ def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch
 
 def main(words: Sequence[str]) -> None:
     """Evaluate what the command line names."""
-    own = {key: word.partition("=")[2] for word in words for key in OWN_WORDS if word.startswith(f"{key}=")}
-    target, overrides = split_words([word for word in words if word.partition("=")[0] not in OWN_WORDS])
+    own, words = own_words(words, OWN_WORDS)
+    target, overrides = split_words(words)
     folder = target if target.is_dir() else None
     loaded = load_recipe(folder / RECIPE if folder else target, overrides)
     prepare_shards(loaded)

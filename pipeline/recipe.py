@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from pipeline.composition import ROOT, Origins, RecipeError, composed, existing, references, shown
+from pipeline.composition import ROOT, Origins, RecipeError, composed, existing, networks, references, shown
 from pipeline.data.loader import Config as Data
 from pipeline.ema import Config as Averaging
 from pipeline.losses._base import Losses, LossSpec, Taps, find_loss
@@ -150,6 +150,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise RecipeError(_one_line(error, origins, shown(path))) from None
 
 
+def own_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return (values by key, the other words) of those ``key=value`` words that are a command's own, no recipe's."""
+    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in keys}
+    return own, [word for word in words if word.partition("=")[0] not in keys]
+
+
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
     """Return (recipe, overrides) of a command line ``[RECIPE] [key=value …]``."""
     paths = [word for word in words if "=" not in word]
@@ -167,11 +173,9 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _unpack_models(tree: dict[str, Any]) -> None:
     """Turn ``model: {path: package.module:factory, stages: {…}}`` into the keys ``model`` and ``stages``."""
-    teacher = tree.get("teacher")
-    members = teacher.get("members") if isinstance(teacher, dict) else None
-    for section in (tree.get("student"), teacher, *(members if isinstance(members, list) else ())):
-        own = section.get("model") if isinstance(section, dict) else None
-        if isinstance(own, dict) and isinstance(section, dict) and own.keys() <= {"path", "stages"}:
+    for section in networks(tree):
+        own = section.get("model")
+        if isinstance(own, dict) and own.keys() <= {"path", "stages"}:
             section |= {"model": own.get("path"), "stages": own.get("stages", section.get("stages"))}
 
 

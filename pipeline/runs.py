@@ -147,12 +147,16 @@ def stand(loaded: LoadedRecipe) -> Run:
     names the command that makes it.
     """
     refuse_circles(loaded)
+    return _stand(loaded)
+
+
+def _stand(loaded: LoadedRecipe) -> Run:
     prepare_shards(loaded)
     run = find_run(loaded)
     if run.result is not None:
         return run
     for path in dependencies(loaded.recipe):
-        below = stand(load_dependency(loaded.recipe, path))
+        below = _stand(load_dependency(loaded.recipe, path))
         if below.result is None:
             _make(below, loaded.recipe, path)
     return find_run(loaded)

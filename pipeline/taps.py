@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Outputs
-from pipeline.models.stages import canonical, deep_stages, find_stage
+from pipeline.stage_names import canonical, deep_stages, find_stage
 
 CAM = "cam"
 """The tap that is computed: the class activation map [K, H, W], Zhou et al., CVPR 2016, eq. 2, without the bias."""

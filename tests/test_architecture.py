@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "shards").rglob("*.py")])
 
 LEVELS = {
-    0: ["pipeline.batch", "pipeline.parallel", "pipeline.schedules", "pipeline.augment", "pipeline.composition"],
+    0: [
+        "pipeline.batch",
+        "pipeline.parallel",
+        "pipeline.schedules",
+        "pipeline.augment",
+        "pipeline.composition",
+        "pipeline.stage_names",
+    ],
     1: [
         "pipeline.losses",
         "pipeline.models",

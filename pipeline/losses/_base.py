@@ -21,9 +21,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Pla
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.models.stages import numbered
 from pipeline.parallel import gather_rows, world_size
 from pipeline.schedules import Ramp, ramp_factor
+from pipeline.stage_names import numbered
 from pipeline.taps import NormParameters
 
 

@@ -5,34 +5,15 @@ B batch, C channels, H W space.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.losses._base import Facts, Loss
-from pipeline.losses._levels import channels
-from pipeline.parallel import BatchNorm
-
-Norm = Callable[[int], nn.Module]
-"""Makes a normalisation of that many channels."""
-
-
-class RankNorm(nn.BatchNorm2d):
-    """A BatchNorm of this rank's rows. No running averages are kept, since these networks never leave training."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, track_running_stats=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised, scaled and shifted map. Raises ValueError where a channel has a single value."""
-        if input[:, 0].numel() < 2:
-            raise ValueError(
-                "a BatchNorm that learns with the student sees a single value; at least 2 rows a rank are needed: "
-                "raise batch"
-            )
-        return super().forward(input)
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._levels import Stages, channels, paired, stage_taps
+from pipeline.losses._norms import Norm, batch_norm
 
 
 class Connecting(Loss):
@@ -48,7 +29,30 @@ class Connecting(Loss):
 
     def norm(self, width: int) -> nn.Module:
         """Return a BatchNorm of that many channels, of the scope that the recipe asks for."""
-        return BatchNorm(width) if self.config.stat_scope == "global" else RankNorm(width)
+        return batch_norm(width, self.config.stat_scope)
+
+
+class ConnectingPreActivations(Connecting):
+    """A loss of the pre-activations of several stages, with a connector for each: ``connectors``, of ``pairs``."""
+
+    class Config(Connecting.Config):
+        """Which stages."""
+
+        stages: Stages
+        """Stages of both networks, tapped before their last activation."""
+
+        def taps(self) -> Taps:
+            """Return the stages' pre-activations."""
+            return stage_taps(self.stages, ".preact")
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.pairs = paired(config.stages, facts, ".preact")
+        self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
+
+    def connector(self, student: str, teacher: str) -> nn.Module:
+        """Return what brings the student's tap to the teacher's shape."""
+        raise NotImplementedError
 
 
 def convolution_norm(in_channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequential:

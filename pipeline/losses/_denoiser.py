@@ -82,10 +82,6 @@ class Denoiser(nn.Module):
         Both tensors have the same height and width. Draws that are not given come from torch's default generators.
         Raises ValueError where a norm would see a single value.
         """
-        if student_BCHW[:, 0].numel() < 2 and self.diffusion.stat_scope == "rank":
-            raise ValueError(
-                "diffkd and ddkd: a BatchNorm sees a single value; at least 2 rows a rank are needed: raise batch"
-            )
         alpha_bars_T = self.alpha_bars_on(student_BCHW.device)
         target, autoencoder_loss = self.encode(teacher_BCHW.detach())
         draws = draws or self.draw(target)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.batch import Outputs
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.models.stages import numbered
+from pipeline.stage_names import numbered
 
 
 class StagePair(BaseModel):

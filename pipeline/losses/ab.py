@@ -9,9 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Taps
-from pipeline.losses._connectors import Connecting, regressor, sum_halving
-from pipeline.losses._levels import Stages, paired, stage_taps
+from pipeline.losses._connectors import ConnectingPreActivations, regressor, sum_halving
 
 
 def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float) -> Tensor:
@@ -23,28 +21,17 @@ def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float) -> Ten
     return (margin - towards_BCHW).clamp(min=0).square().flatten(1).sum(1).mean()
 
 
-class AB(Connecting):
+class AB(ConnectingPreActivations):
     """Activation boundaries of every stage: the deepest counts 1, each one before it half of the next.
 
     Connectors are FitNets' regressors without the ReLU, as in CRD's benchmark (Tian et al., ICLR 2020,
     arXiv:1910.10699); where both shapes are equal there is none, as in the authors' code too.
     """
 
-    class Config(Connecting.Config):
+    class Config(ConnectingPreActivations.Config):
         """``{stages: all, margin: 1.0}``."""
 
-        stages: Stages
-        """Stages of both networks, tapped before their last activation."""
         margin: PositiveFloat
-
-        def taps(self) -> Taps:
-            """Return the stages' pre-activations."""
-            return stage_taps(self.stages, ".preact")
-
-    def __init__(self, config: Config, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self.pairs = paired(config.stages, facts, ".preact")
-        self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
 
     def connector(self, student: str, teacher: str) -> nn.Module:
         """Return what brings the student's tap to the teacher's shape."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from pipeline.parallel import BatchNorm
+from pipeline.losses._norms import batch_norm
 
 Norm = Callable[[int], nn.Module]
 """Makes a normalisation of that many channels."""
@@ -69,9 +69,7 @@ class Diffusion(BaseModel):
 
     def norm(self, channels: int) -> nn.Module:
         """Return a BatchNorm that always takes the batch's statistics; running ones would mix unlike passes."""
-        if self.stat_scope == "global":
-            return BatchNorm(channels)
-        return nn.BatchNorm2d(channels, track_running_stats=False)
+        return batch_norm(channels, self.stat_scope)
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

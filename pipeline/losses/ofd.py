@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Taps
-from pipeline.losses._connectors import Connecting, convolution_norm, sum_halving
-from pipeline.losses._levels import Stages, channels, paired, stage_taps
+from pipeline.losses._base import Facts
+from pipeline.losses._connectors import ConnectingPreActivations, convolution_norm, sum_halving
+from pipeline.losses._levels import channels
 from pipeline.losses._tools import pool_to_smaller
 from pipeline.taps import NormParameters
 
@@ -44,27 +44,17 @@ def margins(norm: NormParameters) -> Tensor:
     return torch.where(negative_C > RARE, shift_C - scale_C * density_C / negative_C, -3 * scale_C)
 
 
-class OFD(Connecting):
+class OFD(ConnectingPreActivations):
     """Partial L2 distance of every stage: the deepest counts 1, each one before it half of the next.
 
     The margins are numbers taken from the teacher once; the teacher itself stays outside and in evaluation mode.
     """
 
-    class Config(Connecting.Config):
-        """``{stages: all}``."""
-
-        stages: Stages
-        """Stages of both networks, tapped before their last activation; maps of different size are averaged down to
-        the smaller."""
-
-        def taps(self) -> Taps:
-            """Return the stages' pre-activations."""
-            return stage_taps(self.stages, ".preact")
+    class Config(ConnectingPreActivations.Config):
+        """``{stages: all}``; maps of different size are averaged down to the smaller."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.pairs = paired(config.stages, facts, ".preact")
-        self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
         for level, (_, teacher) in enumerate(self.pairs):
             # Not saved: the teacher has them.
             self.register_buffer(f"margin{level}_C", margins(norm_of(teacher, facts)).float(), persistent=False)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Taps
-from pipeline.losses._connectors import Connecting, Norm, convolution_norm
+from pipeline.losses._connectors import Connecting, convolution_norm
 from pipeline.losses._levels import Stages, channels, paired, stage_taps
+from pipeline.losses._norms import Norm
 
 PYRAMID = (4, 2, 1)
 """Sides of the pooled maps that are compared beside the whole one."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models import create_model
-from pipeline.models.stages import deep_stages, find_stage, stages, tap_names
+from pipeline.models.stages import stages
+from pipeline.stage_names import deep_stages, find_stage, tap_names
 from pipeline.taps import FeatureTaps, tap_shapes
 
 # name: (channels, side) of stem, stage 1, stage 2, … of a 32-pixel image, and the width of the embedding

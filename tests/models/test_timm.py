@@ -10,8 +10,9 @@ from torch import nn
 
 from pipeline.models import create_model, from_timm
 from pipeline.models.folding import fold_batchnorms
-from pipeline.models.stages import stages, tap_names
+from pipeline.models.stages import stages
 from pipeline.models.weights import load_weights
+from pipeline.stage_names import tap_names
 from pipeline.taps import FeatureTaps, tap_shapes
 
 
