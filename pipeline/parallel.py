@@ -54,11 +54,7 @@ def all_reduce_min(x: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` holds on any rank. The host waits for the answer."""
-    if world_size() == 1:
-        return flag
-    # NCCL alone carries no tensors of the host.
-    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)))
+    return any(_of_all_ranks(int(flag)))
 
 
 @contextmanager
@@ -85,9 +81,13 @@ def global_sum(x: Tensor) -> Tensor:
     return _GlobalSum.apply(x)
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Return the rows of all ranks in their order, equally many of each; gradients are summed over the ranks."""
-    return _GatherRows.apply(x)
+def gather_rows(x: Tensor, *, equal: bool = False) -> Tensor:
+    """Return the rows of all ranks in their order; gradients are summed over the ranks.
+
+    Any rank may have any number of rows, and the host waits until the ranks have told one another how many. ``equal``
+    is the caller's word that all have as many, as in every training step: one collective each way, and no wait.
+    """
+    return _GatherRows.apply(x, [len(x)] * world_size() if equal else _of_all_ranks(len(x)))
 
 
 def standardize(x_NC: Tensor, eps: float, *, across_ranks: bool = True) -> Tensor:
@@ -97,7 +97,14 @@ def standardize(x_NC: Tensor, eps: float, *, across_ranks: bool = True) -> Tenso
     backward; ranks may have different numbers of rows. Sums are in float64, so that a large mean costs no digits; the
     result has the dtype of ``x``.
     """
-    return _Standardize.apply(x_NC, eps, across_ranks)
+    return _Standardize.apply(x_NC, x_NC[:, :0], eps, across_ranks)[0]
+
+
+def standardize_both(
+    x_NC: Tensor, constant_NC: Tensor, eps: float, *, across_ranks: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return ``standardize`` of both, by the same all-reduces as of one; no gradient reaches the second."""
+    return _Standardize.apply(x_NC, constant_NC, eps, across_ranks)
 
 
 class BatchNorm(nn.Module):
@@ -120,6 +127,17 @@ def _is_up() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _of_all_ranks(number: int) -> list[int]:
+    """Return every rank's ``number``. The host waits for the answer."""
+    if world_size() == 1:
+        return [number]
+    # NCCL alone carries no tensors of the host.
+    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
+    numbers = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(numbers, torch.tensor([number], device=device))
+    return numbers.tolist()
+
+
 def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     result = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
@@ -139,41 +157,61 @@ class _GlobalSum(torch.autograd.Function):
 
 
 class _GatherRows(torch.autograd.Function):
+    """Collectives carry equal parts: a rank with fewer rows than another sends rows of zeros after its own."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = x.shape[0]
-        if world_size() == 1:
+    def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        if len(counts) == 1:
             return x.clone()
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        most = max(counts)
+        parts = x.new_empty((len(counts) * most, *x.shape[1:]))
+        dist.all_gather_into_tensor(parts, _padded(x, most))
+        if min(counts) == most:
+            return parts
+        return torch.cat([part[:count] for part, count in zip(parts.split(most), counts, strict=True)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return all_reduce_sum(grad).narrow(0, rank() * ctx.rows, ctx.rows)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if len(ctx.counts) == 1:
+            return grad, None
+        most = max(ctx.counts)
+        parts = torch.cat([_padded(part, most) for part in grad.split(ctx.counts)])
+        own = grad.new_empty((most, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, parts)
+        return own[: ctx.counts[rank()]], None
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return x.contiguous() if len(x) == rows else torch.cat([x, x.new_zeros((rows - len(x), *x.shape[1:]))])
 
 
 class _Standardize(torch.autograd.Function):
-    """h = (x − μ)·r with r = (v + ε)^(−1/2), and ∂L/∂x = r·(g − Σg/N − h·Σ(g·h)/N), sums over the rows of all ranks."""
+    """h = (x − μ)·r with r = (v + ε)^(−1/2), and ∂L/∂x = r·(g − Σg/N − h·Σ(g·h)/N), sums over the rows of all ranks.
+
+    What is constant travels with ``x`` forward and not at all backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, eps: float, across_ranks: bool) -> Tensor:
+    def forward(ctx: Any, x_NC: Tensor, constant_NJ: Tensor, eps: float, across_ranks: bool) -> tuple[Tensor, Tensor]:
         ctx.add_up = all_reduce_sum if across_ranks else Tensor.detach
-        x = x_NC.double()
+        x = torch.cat([x_NC, constant_NJ], 1).double()
         sums = ctx.add_up(torch.cat([x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)]))
-        count, (mean_C, square_C) = sums[0], (sums[1:] / sums[0]).chunk(2)
-        scale_C = ((square_C - mean_C.square()).clamp(min=0) + eps).rsqrt()
-        h_NC = ((x - mean_C) * scale_C).to(x_NC.dtype)
-        ctx.save_for_backward(h_NC, scale_C, count)
-        return h_NC
+        count, (mean, square) = sums[0], (sums[1:] / sums[0]).chunk(2)
+        scale = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
+        own, others = ((x - mean) * scale).tensor_split([x_NC.shape[1]], 1)
+        h_NC, h_NJ = own.to(x_NC.dtype), others.to(constant_NJ.dtype)
+        ctx.mark_non_differentiable(h_NJ)
+        ctx.save_for_backward(h_NC, scale[: x_NC.shape[1]], count)
+        return h_NC, h_NJ
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_NC: Tensor
-    ) -> tuple[Tensor, None, None]:
+        ctx: Any, grad_NC: Tensor, _: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         h_NC, scale_C, count = ctx.saved_tensors
         grad, h = grad_NC.double(), h_NC.double()
         mean_grad_C, mean_product_C = (ctx.add_up(torch.cat([grad.sum(0), (grad * h).sum(0)])) / count).chunk(2)
-        return (scale_C * (grad - mean_grad_C - h * mean_product_C)).to(grad_NC.dtype), None, None
+        return (scale_C * (grad - mean_grad_C - h * mean_product_C)).to(grad_NC.dtype), None, None, None

@@ -183,7 +183,7 @@ class BatchLoss(Loss):
         """Return what each group of related rows consists of."""
         size = group_size(self.config.stat_scope, len(batch.labels_B))
         if size is None:
-            labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1)).unbind(1)
+            labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1), equal=True).unbind(1)
             return [(gathered(student), gathered(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
         places = zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True)
         batches = [batch._replace(labels_B=labels_B, ids_B=ids_B) for labels_B, ids_B in places]
@@ -202,8 +202,8 @@ def gathered(outputs: Outputs) -> Outputs:
     if world_size() == 1:
         return outputs
     tensors = [outputs.logits_BK, *outputs.features.values()]
-    flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1))
-    parts = flat.split([x[0].numel() for x in tensors], 1)
+    flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1), equal=True)
+    parts = flat.split([x.shape[1:].numel() for x in tensors], 1)
     logits_BK, *features = (part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True))
     return Outputs(logits_BK, dict(zip(outputs.features, features, strict=True)))
 

@@ -212,8 +212,9 @@ class CRD(Loss):
         """Fix the normalisers, and put the global batch's embeddings into the banks, on every rank the same."""
         if not self.seen:
             return
-        ids_B = gather_rows(torch.cat([seen.ids_B for seen in self.seen]))
-        of_student_BD, of_teacher_BD = gather_rows(torch.cat([seen.embeddings_B2D for seen in self.seen])).chunk(2, 1)
+        ids_B = gather_rows(torch.cat([seen.ids_B for seen in self.seen]), equal=True)
+        of_both_B2D = gather_rows(torch.cat([seen.embeddings_B2D for seen in self.seen]), equal=True)
+        of_student_BD, of_teacher_BD = of_both_B2D.chunk(2, 1)
         renew(self.student_bank, ids_B, of_student_BD, self.config.momentum)
         renew(self.teacher_bank, ids_B, of_teacher_BD, self.config.momentum)
         self.normalizers.copy_(self.kept_or(torch.stack([seen.normalizers_2 for seen in self.seen]).mean(0)))

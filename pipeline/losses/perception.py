@@ -9,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pipeline.losses._base import StatScope, Wrapping, group_size
-from pipeline.parallel import standardize
+from pipeline.parallel import standardize, standardize_both
 
 
 def perceive(logits_BK: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -36,13 +36,12 @@ class Perception(Wrapping):
         stat_scope: StatScope = "global"
 
     def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both perception matrices; stacked on the way, so that one all-reduce serves both."""
-        stacked_BJ = torch.cat([student_BK, teacher_BK], 1)
-        size = group_size(self.config.stat_scope, len(stacked_BJ))
+        """Return both perception matrices; one all-reduce serves both, and the backward's is the student's alone."""
+        c = self.config
+        size = group_size(c.stat_scope, len(student_BK))
         if size is None:
-            h_BJ = perceive(stacked_BJ, eps=self.config.eps)
-        else:
-            groups = stacked_BJ.split(size)
-            h_BJ = torch.cat([standardize(group, self.config.eps, across_ranks=False) for group in groups])
-        student_BK, teacher_BK = h_BJ.chunk(2, 1)
-        return student_BK, teacher_BK.detach()
+            return standardize_both(student_BK, teacher_BK, c.eps)
+        groups = zip(student_BK.split(size), teacher_BK.split(size), strict=True)
+        found = [standardize_both(*both, c.eps, across_ranks=False) for both in groups]
+        student_BK, teacher_BK = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return student_BK, teacher_BK
