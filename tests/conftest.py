@@ -41,4 +41,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two standing gloo processes: ``ranks(function, *args)`` runs ``function(rank, world, *args)`` on both."""
     both = Ranks(tmp_path_factory.mktemp("ranks"))
     yield both
-    both.close()
+    both.kill()
+
+
+@pytest.fixture(scope="session")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Three of them."""
+    three = Ranks(tmp_path_factory.mktemp("three_ranks"), 3)
+    yield three
+    three.kill()
+
+
+@pytest.fixture(scope="session", params=["ranks", "three_ranks"])
+def several_ranks(request: pytest.FixtureRequest) -> Ranks:
+    """Two of them, then three: the test runs with either."""
+    return request.getfixturevalue(request.param)

@@ -1,14 +1,14 @@
-"""Two standing gloo processes for tests of what ranks do together: starting them costs seconds, a call milliseconds."""
+"""Standing gloo processes for tests of what ranks do together: starting them costs seconds, a call milliseconds."""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
@@ -17,19 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WORLD = 2
-
 
 class Ranks:
     """``ranks(function, *args)`` runs ``function(rank, world, *args)`` on every rank; rank 0's answer comes first.
 
+    The processes start with the first call. One whose function ends the process group, as a whole run does, joins a new
+    one before its next.
+
     ``function`` stands at the top level of a module, since the processes import it by name. What it raises is raised
     again in the test, with the rank's traceback as a note. After that, and after ``timeout`` seconds, the processes are
-    killed, because the other rank may be waiting in a collective; the next call starts new ones.
+    killed, because the other ranks may be waiting in a collective; the next call starts new ones.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world: int = 2) -> None:
         self.folder = folder
+        self.world = world
         self.starts = 0
         self.processes: list[Any] = []
         self.pipes: list[connection.Connection] = []
@@ -37,7 +39,7 @@ class Ranks:
     def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         if not self.processes:
             self._start()
-            assert self(world_size) == [WORLD] * WORLD
+            assert self(world_size) == [self.world] * self.world
         try:
             for pipe in self.pipes:
                 pipe.send_bytes(pickle.dumps((function, args)))
@@ -49,10 +51,10 @@ class Ranks:
     def _start(self) -> None:
         self.starts += 1
         context = multiprocessing.get_context("spawn")
-        for rank in range(WORLD):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            store = self.folder / f"store-{self.starts}"
-            process = context.Process(target=_serve, args=(theirs, rank, str(store), sys.path), daemon=True)
+            place = _Place(rank, self.world, self.folder / f"store-{self.starts}")
+            process = context.Process(target=_serve, args=(theirs, place, sys.path), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -60,15 +62,15 @@ class Ranks:
 
     def _answers(self, timeout: float) -> list[Any]:
         answers: dict[int, Any] = {}
-        while len(answers) < WORLD:
+        while len(answers) < self.world:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
             ready = connection.wait(waiting, timeout)
             if not ready:
-                raise TimeoutError(f"no answer within {timeout} s of {len(waiting)} of {WORLD} ranks")
+                raise TimeoutError(f"no answer within {timeout} s of {len(waiting)} of {self.world} ranks")
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 answers[rank] = self._answer(rank)
-        return [answers[rank] for rank in range(WORLD)]
+        return [answers[rank] for rank in range(self.world)]
 
     def _answer(self, rank: int) -> Any:
         try:
@@ -79,15 +81,6 @@ class Ranks:
         if not good:
             raise answer
         return answer
-
-    def close(self) -> None:
-        """Let the processes end by themselves, and kill those that do not."""
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send_bytes(b"")
-        for process in self.processes:
-            process.join(10)
-        self.kill()
 
     def kill(self) -> None:
         """End the processes at once."""
@@ -102,25 +95,44 @@ def world_size(rank: int, world: int) -> int:
     return dist.get_world_size()
 
 
-def _serve(pipe: connection.Connection, rank: int, store: str, path: list[str]) -> None:
+@dataclass
+class _Place:
+    """Who a process is among the ranks, and where they meet."""
+
+    rank: int
+    world: int
+    store: Path
+    groups: int = 0
+
+    def join(self) -> None:
+        """Join a process group with the others, each under a file of its own."""
+        self.groups += 1
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{self.store}-{self.groups}",
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timedelta(seconds=60),
+        )
+
+
+def _serve(pipe: connection.Connection, place: _Place, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    while request := pipe.recv_bytes():
-        pipe.send_bytes(_answer_to(request, rank))
-    dist.destroy_process_group()
+    while True:
+        pipe.send_bytes(_answer_to(pipe.recv_bytes(), place))
 
 
-def _answer_to(request: bytes, rank: int) -> bytes:
+def _answer_to(request: bytes, place: _Place) -> bytes:
     try:
+        if not dist.is_initialized():
+            place.join()
         function, args = pickle.loads(request)
-        return pickle.dumps((True, function(rank, WORLD, *args)))
+        return pickle.dumps((True, function(place.rank, place.world, *args)))
     except Exception as error:
-        text = f"on rank {rank}:\n{traceback.format_exc()}"
+        text = f"on rank {place.rank}:\n{traceback.format_exc()}"
         error.add_note(text)
         try:
             return pickle.dumps((False, error))
