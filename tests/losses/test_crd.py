@@ -1,4 +1,4 @@
-"""CRD's noise, its banks and its normalisers, on one rank and on two."""
+"""CRD's noise, its banks and its normalisers, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -231,12 +231,12 @@ def run_of(rank: int, world: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     return losses, dict(loss.state_dict())
 
 
-def test_two_ranks_keep_the_same_banks_and_those_of_one_process(ranks: Ranks):
-    (first_losses, first), (_, second) = ranks(run_of)
+def test_ranks_keep_the_same_banks_and_those_of_one_process(several_ranks: Ranks):
+    (first_losses, first), *others = several_ranks(run_of)
     losses, one = run_of(0, 1)
     torch.testing.assert_close(first_losses, losses, rtol=1e-9, atol=1e-12)
     for key, expected in one.items():
-        assert torch.equal(first[key], second[key]), key
+        assert all(torch.equal(first[key], other[key]) for _, other in others), key
         torch.testing.assert_close(first[key], expected, rtol=1e-9, atol=1e-12, msg=key)
     assert not torch.equal(one["student_bank"], loss_of().student_bank)
 

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
-import torch.distributed as dist
 from gloo_ranks import Ranks
 from loss_cases import CLASSES, config_of
 from torch import Tensor
@@ -106,25 +103,24 @@ def test_one_row_has_no_columns_to_correlate():
     assert not student.grad.any()
 
 
-def intra_of_a_rank(rank: int, world: int, rows: tuple[int, int]) -> tuple[float, Tensor, tuple[int, int]]:
-    """Return the intra-class term, its gradient by this rank's rows, and the number of collectives each way."""
-    mine = slice(None) if world == 1 else slice(rank * rows[0], rank * rows[0] + rows[rank])
-    own = probabilities(0)[mine].clone().requires_grad_()
-    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        value = intra_class(own, probabilities(1)[mine])
-        forward = all_reduce.call_count
-        value.backward()
+def intra_of_a_rank(rank: int, world: int, counts: tuple[int, ...]) -> tuple[float, Tensor]:
+    """Return the intra-class term and its gradient by this rank's rows."""
+    drawn = probabilities(0, sum(counts)), probabilities(1, sum(counts))
+    student, teacher = drawn if world == 1 else (x.split(counts)[rank] for x in drawn)
+    own = student.clone().requires_grad_()
+    value = intra_class(own, teacher)
+    value.backward()
     assert own.grad is not None
-    return value.item(), own.grad / world, (forward, all_reduce.call_count - forward)
+    return value.item(), own.grad / world
 
 
-@pytest.mark.parametrize("rows", [(5, 7), (12, 0)], ids=["five and seven", "all and none"])
-def test_two_ranks_of_unequal_size_correlate_the_columns_of_one(rows: tuple[int, int], ranks: Ranks):
-    value, grad, _ = intra_of_a_rank(0, 1, rows)
-    both = ranks(intra_of_a_rank, rows)
-    assert [answer[0] for answer in both] == pytest.approx([value, value], rel=1e-12)
-    torch.testing.assert_close(torch.cat([answer[1] for answer in both]), grad, rtol=1e-10, atol=1e-14)
-    assert [answer[2] for answer in both] == [(2, 2), (2, 2)]
+@pytest.mark.parametrize("counts", [(5, 4, 3), (12, 0, 0), (0, 7, 5)], ids=str)
+def test_ranks_of_any_size_correlate_the_columns_of_one_process(counts: tuple[int, ...], several_ranks: Ranks):
+    counts = counts[: several_ranks.world]
+    value, grad = intra_of_a_rank(0, 1, counts)
+    values, grads = zip(*several_ranks(intra_of_a_rank, counts), strict=True)
+    assert values == pytest.approx([value] * several_ranks.world, rel=1e-12)
+    torch.testing.assert_close(torch.cat(grads), grad, rtol=1e-12, atol=1e-14)
 
 
 def intra_part(stat_scope: str, student: Tensor, teacher: Tensor) -> Tensor:

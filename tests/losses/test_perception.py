@@ -1,57 +1,42 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from gloo_ranks import Ranks
 from loss_cases import CLASSES, PROGRESS, config_of, example
 from pydantic import ValidationError
 
-from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, load_spec
 from pipeline.losses.perception import perceive
-from pipeline.parallel import gather_rows
 
-ROWS = {"five and seven": (5, 7), "all and none": (12, 0)}
+KL_ON_MATRICES = {"eps": 1e-5, "inner": {"kd": {"temperature": 2.0}}}
 
 
-def collective_parts(rank: int, world: int, rows: tuple[int, int]) -> dict[str, Any]:
-    """Return a rank's part of Σ KL on perception matrices, its gradient, and the number of collectives each way."""
+def parts_of_a_rank(rank: int, world: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Return a rank's part of Σ KL on perception matrices, and its gradient."""
     g = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(12, CLASSES, dtype=torch.float64, generator=g) for _ in range(2))
-    mine = slice(None) if world == 1 else slice(rank * rows[0], rank * rows[0] + rows[rank])
-    spec = load_spec("perception", {"eps": 1e-5, "inner": {"kd": {"temperature": 2.0}}})
-    loss = spec.build(Facts(CLASSES))
-    own = student[mine].clone().requires_grad_()
-    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        seen, target = loss.changed(own, teacher[mine])  # type: ignore[operator]
-        forward = all_reduce.call_count
-        log_p, log_q = (x.log_softmax(1) for x in (target, seen))
-        value = (log_p.exp() * (log_p - log_q)).sum()
-        value.backward()
-    return {
-        "h": seen.detach(),
-        "value": value.item(),
-        "grad": own.grad,
-        "collectives": (forward, all_reduce.call_count - forward),
-        "teacher asks for gradient": target.requires_grad,
-    }
+    both = torch.randn(2, sum(counts), CLASSES, dtype=torch.float64, generator=g)
+    student, teacher = both if world == 1 else both.split(counts, 1)[rank]
+    loss = load_spec("perception", KL_ON_MATRICES).build(Facts(CLASSES))
+    own = student.clone().requires_grad_()
+    seen, target = loss.changed(own, teacher)  # type: ignore[operator]
+    log_p, log_q = (x.log_softmax(1) for x in (target, seen))
+    value = (log_p.exp() * (log_p - log_q)).sum()
+    value.backward()
+    return {"h": seen.detach(), "value": value.item(), "grad": own.grad, "of the teacher": target.requires_grad}
 
 
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_two_ranks_of_unequal_size_see_the_matrix_of_one_with_one_collective_each_way(
-    rows: tuple[int, int], ranks: Ranks
-):
-    one = collective_parts(0, 1, rows)
-    both = ranks(collective_parts, rows)
+@pytest.mark.parametrize("counts", [(5, 4, 3), (12, 0, 0), (0, 7, 5)], ids=str)
+def test_ranks_of_any_size_see_the_matrix_of_one_process(counts: tuple[int, ...], several_ranks: Ranks):
+    counts = counts[: several_ranks.world]
+    one = parts_of_a_rank(0, 1, counts)
+    answers = several_ranks(parts_of_a_rank, counts)
     for key in ("h", "grad"):
-        torch.testing.assert_close(torch.cat([answer[key] for answer in both]), one[key], rtol=1e-10, atol=1e-12)
-    assert sum(answer["value"] for answer in both) == pytest.approx(one["value"], rel=1e-12)
-    assert [answer["collectives"] for answer in both] == [(1, 1), (1, 1)]
-    assert not any(answer["teacher asks for gradient"] for answer in both)
+        torch.testing.assert_close(torch.cat([answer[key] for answer in answers]), one[key], rtol=1e-12, atol=1e-12)
+    assert sum(answer["value"] for answer in answers) == pytest.approx(one["value"], rel=1e-12)
+    assert not any(answer["of the teacher"] for answer in answers)
 
 
 def perceived(stat_scope: str, x: torch.Tensor) -> torch.Tensor:
@@ -100,24 +85,3 @@ def test_the_logits_of_the_task_stay_as_they_are():
     before = case.student.logits_BK.detach().clone()
     case.total()
     assert torch.equal(case.student.logits_BK, before)
-
-
-def gathered_mean(rank: int, world: int) -> tuple[float, float]:
-    """Compare a rank's local mean with the loss over gathered rows; their mean over the ranks must agree."""
-    g = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(8, CLASSES, dtype=torch.float64, generator=g) for _ in range(2))
-    labels = torch.arange(8) % CLASSES
-    loss = load_spec("perception", config_of("perception")).build(Facts(CLASSES))
-
-    def of(rows: slice) -> float:
-        batch = Batch(torch.empty(0), labels[rows], labels[rows], {})
-        return loss.parts(Outputs(student[rows], {}), Outputs(teacher[rows], {}), batch, PROGRESS)["dkd"].item()
-
-    local = of(slice(4 * rank, 4 * rank + 4))
-    assert torch.equal(gather_rows(student[4 * rank : 4 * rank + 4]), student)
-    return local, of(slice(None))
-
-
-def test_the_mean_of_equal_ranks_is_the_loss_of_the_whole_batch(ranks: Ranks):
-    (first, whole), (second, _) = ranks(gathered_mean)
-    assert (first + second) / 2 == pytest.approx(whole, rel=1e-12)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from gloo_ranks import WORLD, Ranks
-from loss_cases import CLASSES, STUDENT_SHAPES, TEACHER_SHAPES, Example, config_of, example
+from collectives import Call, Collectives, forward_and_backward
+from gloo_ranks import Ranks
+from loss_cases import CLASSES, PROGRESS, STUDENT_SHAPES, TEACHER_SHAPES, Example, config_of, example
 from torch import Tensor
 
+from pipeline.batch import Batch, Outputs
 from pipeline.losses import _base
-from pipeline.losses._base import load_spec
+from pipeline.losses._base import Facts, load_spec
 
-COLLECTIVES = ("all_gather", "all_reduce")
-ROWS = 8
+ROWS = 12
 
 of_relations = pytest.mark.parametrize("name", ["sp", "rkd"])
 
@@ -37,20 +38,21 @@ def of_a_rank(rank: int, world: int, name: str, stat_scope: str) -> tuple[float,
     """Return the loss of this rank's rows, its gradient, and how many collectives both took."""
     size = ROWS // world
     own = scoped(name, stat_scope).at(list(range(rank * size, (rank + 1) * size)))
-    wrapped = {key: mock.Mock(wraps=getattr(dist, key)) for key in COLLECTIVES}
-    with mock.patch.multiple(dist, **wrapped):
+    with Collectives() as sent:
         value, gradient = value_and_gradient(own)
-    return value, gradient, sum(call.call_count for call in wrapped.values())
+    return value, gradient, len(sent.calls)
 
 
-@pytest.mark.parametrize(("stat_scope", "same"), [("rank", f"ghost:{ROWS // WORLD}"), ("ghost:2", "ghost:2")])
+@pytest.mark.parametrize("stat_scope", ["rank", "ghost:2"])
 @of_relations
-def test_a_rank_compares_its_own_rows_and_asks_no_other(name: str, stat_scope: str, same: str, ranks: Ranks):
+def test_a_rank_compares_its_own_rows_and_asks_no_other(name: str, stat_scope: str, several_ranks: Ranks):
+    world = several_ranks.world
+    same = f"ghost:{ROWS // world}" if stat_scope == "rank" else stat_scope
     value, gradient = value_and_gradient(scoped(name, same))
-    values, gradients, collectives = zip(*ranks(of_a_rank, name, stat_scope), strict=True)
-    assert sum(values) / WORLD == pytest.approx(value, rel=1e-12)
-    torch.testing.assert_close(torch.cat(gradients) / WORLD, gradient)
-    assert collectives == (0, 0)
+    values, gradients, collectives = zip(*several_ranks(of_a_rank, name, stat_scope), strict=True)
+    assert sum(values) / world == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(torch.cat(gradients) / world, gradient)
+    assert set(collectives) == {0}
 
 
 @of_relations
@@ -58,7 +60,60 @@ def test_by_default_the_rows_of_all_ranks_are_compared(name: str, ranks: Ranks):
     value, _ = value_and_gradient(scoped(name, "global"))
     values, _, collectives = zip(*ranks(of_a_rank, name, "global"), strict=True)
     assert values == pytest.approx([value, value], rel=1e-12)
-    assert min(collectives) > 0
+    # Labels with ids, the student's outputs and the teacher's; and what the student's ask back.
+    assert collectives == (4, 4)
+
+
+def perception_of_a_thousand_classes(rank: int, world: int) -> tuple[list[Call], list[Call]]:
+    """Return the collectives of perception-DKD in float64, forward and backward."""
+    loss = load_spec("perception", config_of("perception")).build(Facts(1000))
+    student, teacher = torch.randn(2, 4, 1000, dtype=torch.float64)
+    labels = torch.arange(4)
+    answers = Outputs(student.requires_grad_(), {}), Outputs(teacher, {})
+    return forward_and_backward(lambda: loss.parts(*answers, Batch(labels, labels, labels, {}), PROGRESS)["dkd"])
+
+
+def test_perception_sends_two_small_messages_and_nothing_back_for_the_teacher(several_ranks: Ranks):
+    for forward, backward in several_ranks(perception_of_a_thousand_classes):
+        # The count of rows, and two sums a class: of both networks, and then of the student's gradient.
+        assert forward == [("allreduce", 8 * (1 + 4 * 1000))]
+        assert backward == [("allreduce", 8 * (2 * 1000))]
+        assert sum(call.bytes for call in forward + backward) == 48_008
+
+
+def sent_by(rank: int, world: int, name: str) -> dict[str, Any]:
+    """Return the collectives of two steps of a loss in float64, forward, backward and after the update."""
+    case = example(name, rows=ROWS).at(list(range(ROWS // world)))
+    found = []
+    for _ in range(2):
+        forward, backward = forward_and_backward(case.total)
+        with Collectives() as commit:
+            case.loss.commit()
+        found.append((forward, backward, commit.calls))
+    return {"steps": found, "embedding": case.loss.config.dim if name == "crd" else None}
+
+
+def test_correlations_of_columns_take_two_sums_each_way(ranks: Ranks):
+    sums = [8 * (1 + 2 * CLASSES), 8 * 3 * CLASSES]
+    forward = [("allreduce", size) for size in sums]
+    for answer in ranks(sent_by, "dist"):
+        assert answer["steps"] == [(forward, forward[::-1], [])] * 2
+
+
+def test_similarities_are_taken_of_gathered_rows_and_ask_back_for_the_student_alone(ranks: Ranks):
+    rows = ROWS // ranks.world
+    widths = [CLASSES + torch.Size(shapes["last"]).numel() for shapes in (STUDENT_SHAPES, TEACHER_SHAPES)]
+    forward = [("allgather_base", 8 * rows * width) for width in (2, *widths)]
+    backward = [("reduce_scatter_base", 8 * ROWS * widths[0])]
+    for answer in ranks(sent_by, "sp"):
+        assert answer["steps"] == [(forward, backward, [])] * 2
+
+
+def test_a_contrast_sends_what_enters_the_banks_and_sums_its_normalisers_once(ranks: Ranks):
+    rows = ROWS // ranks.world
+    for answer in ranks(sent_by, "crd"):
+        commit = [("allgather_base", 8 * rows), ("allgather_base", 8 * rows * 2 * answer["embedding"])]
+        assert answer["steps"] == [([("allreduce", 16)], [], commit), ([], [], commit)]
 
 
 @of_relations
