@@ -7,6 +7,15 @@ Gradients keep one rule. What is differentiated is the sum of the ranks' losses,
 send back; DDP then divides by their number. With equal numbers of rows a loss is therefore the mean over this rank's
 rows, and a loss of gathered rows the same number on every rank; neither asks for a factor.
 
+What a rank hands to collectives, calls × bytes, where x is a tensor's bytes and W the number of ranks:
+
+                                  forward             backward
+    global_sum                    1 × x               1 × x
+    gather_rows                   1 × 8, 1 × x        1 × W·x
+    gather_rows of equal shares   1 × x               1 × W·x
+    standardize, BatchNorm        1 × 8·(1 + 2C)      1 × 8·2C
+    standardize_both of equal C   1 × 8·(1 + 4C)      1 × 8·2C
+
 N rows, C columns or channels, B batch, H W space.
 """
 

@@ -41,7 +41,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two standing gloo processes: ``ranks(function, *args)`` runs ``function(rank, world, *args)`` on both."""
     both = Ranks(tmp_path_factory.mktemp("ranks"))
     yield both
-    both.kill()
+    both.close()
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Three of them."""
     three = Ranks(tmp_path_factory.mktemp("three_ranks"), 3)
     yield three
-    three.kill()
+    three.close()
 
 
 @pytest.fixture(scope="session", params=["ranks", "three_ranks"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -82,6 +83,15 @@ class Ranks:
             raise answer
         return answer
 
+    def close(self) -> None:
+        """Let the processes end by themselves, and kill those that do not."""
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send_bytes(b"")
+        for process in self.processes:
+            process.join(10)
+        self.kill()
+
     def kill(self) -> None:
         """End the processes at once."""
         for process, pipe in zip(self.processes, self.pipes, strict=True):
@@ -121,8 +131,10 @@ def _serve(pipe: connection.Connection, place: _Place, path: list[str]) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    while True:
-        pipe.send_bytes(_answer_to(pipe.recv_bytes(), place))
+    while request := pipe.recv_bytes():
+        pipe.send_bytes(_answer_to(request, place))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _answer_to(request: bytes, place: _Place) -> bytes:
