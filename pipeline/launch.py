@@ -18,6 +18,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
+from pipeline import ranks
 from pipeline.composition import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.runs import Unfinished, world_size_asked
@@ -54,6 +55,7 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     cpu = not torch.cuda.is_available()
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    ranks.meet()
     # Accelerate has no field yet for the name that torch would rather have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
@@ -81,6 +83,6 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     if accelerator.num_processes != world_size_asked():
         raise RecipeError(
             f"the launcher started {world_size_asked()} ranks and each sees {accelerator.num_processes}; "
-            "on a CPU start them with torchrun --nproc_per_node N pipeline/train.py"
+            "start them with torchrun --nproc_per_node N pipeline/train.py, or with each its own LOCAL_RANK"
         )
     return accelerator

@@ -21,14 +21,19 @@ N rows, C columns or channels, B batch, H W space.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -130,6 +135,45 @@ class BatchNorm(nn.Module):
         x_BHWC = x_BCHW.movedim(1, -1)
         normal_BHWC = standardize(x_BHWC.flatten(0, -2), self.eps).view(x_BHWC.shape)
         return (normal_BHWC * self.weight + self.bias).movedim(-1, 1)
+
+
+def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
+    """Return the ranks' common store of keys; rank 0 serves it unless torchrun does. Raises RuntimeError."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
+
+
+def start(backend: str, store: Store, rank: int, world: int, timeout: timedelta) -> None:
+    """Join the ranks in a process group whose collectives wait for ``timeout``. Raises RuntimeError."""
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if _is_up():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(one: T) -> list[T]:
+    """Return every rank's object, by rank. The host waits for the answer."""
+    if world_size() == 1:
+        return [one]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, one)
+    return found
+
+
+def add_over_ranks_(x: Tensor) -> Tensor:
+    """Replace ``x`` by the sum of the ranks' ``x``, as quickly as the network can; without gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def _is_up() -> bool:

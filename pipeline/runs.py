@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from pipeline.composition import ROOT, RecipeError, read_yaml, shown
+from pipeline.ranks import refuse_lone_ranks
 from pipeline.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
 
@@ -221,6 +222,7 @@ def _execute(command: list[str], told: str) -> None:
     """Run a command to its end, and pass on what a scheduler tells this process meanwhile."""
     if world_size_asked() > 1:
         raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
+    refuse_lone_ranks()
     print(f"$ {told}", flush=True)
     with subprocess.Popen(command) as process:
         handlers = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in STOP_SIGNALS}

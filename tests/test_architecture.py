@@ -20,6 +20,7 @@ LEVELS = {
         "pipeline.augment",
         "pipeline.composition",
         "pipeline.stage_names",
+        "pipeline.ranks",
     ],
     1: [
         "pipeline.losses",
