@@ -42,7 +42,15 @@ LEVELS = {
         ),
         *("pipeline.journal", "pipeline.launch", "pipeline.stopping"),
     ],
-    3: ["pipeline.train", "pipeline.evaluate", "pipeline.compare", "pipeline.report", "pipeline.check"],
+    3: [
+        "pipeline.train",
+        "pipeline.evaluate",
+        "pipeline.compare",
+        "pipeline.report",
+        "pipeline.check",
+        "pipeline.doctor",
+        "pipeline.health",
+    ],
 }
 
 

@@ -1,0 +1,107 @@
+"""Say in half a minute whether this machine will train: a line for each check, exit code 1 if any fails on any rank.
+
+    python pipeline/doctor.py                                               this host
+    python pipeline/doctor.py RECIPE [key=value …]                          and what the recipe reads
+    torchrun --nproc_per_node 8 pipeline/doctor.py RECIPE [key=value …]     every rank; under srun as training is
+
+ok, FAIL or skip; what was measured, of the worst rank; → what to do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pipeline import parallel
+from pipeline.health import machine, network, reading
+from pipeline.health.finding import FAIL, Finding, examined, fail, line
+from pipeline.launch import entry
+from pipeline.recipe import LoadedRecipe, load_recipe, split_words
+from pipeline.runs import is_main_asked, run_folder
+from shards.manifest import MANIFEST
+
+Checks = dict[str, Callable[[], Finding]]
+
+
+def main(words: Sequence[str]) -> None:
+    """Check the machine and, if the command line names one, the recipe."""
+    loaded = load_recipe(*split_words(words)) if words else None
+    good = examine({"world": network.check_world})
+    hosts = parallel.gather_objects(platform.node())
+    good &= examine(machine_checks(hosts.count(platform.node()), loaded))
+    if loaded:
+        good &= examine(recipe_checks(loaded))
+    parallel.stop()
+    if not good:
+        sys.exit(1)
+
+
+def examine(checks: Checks) -> bool:
+    """Make the checks on every rank, print their lines, and return whether all are well."""
+    good = True
+    for name, check in checks.items():
+        finding = examined(check)
+        hosts, findings = zip(*gathered(name, finding), strict=True)
+        failed = any(each.status == FAIL for each in findings)
+        # Ranks that never met have only themselves to say what is wrong.
+        if is_main_asked() or (failed and parallel.world_size() == 1):
+            print(line(name, findings, hosts), flush=True)
+        good &= not failed
+    return good
+
+
+def gathered(name: str, finding: Finding) -> list[tuple[str, Finding]]:
+    """Return every rank's host and finding; where a rank has gone, say so and exit with 1."""
+    mine = (platform.node(), finding)
+    try:
+        return parallel.gather_objects(mine)
+    except RuntimeError as error:
+        print(line(name, [finding], [platform.node()]))
+        lost = fail(f"the ranks lost one another: {' '.join(str(error).split())[:300]}", "see each rank's last lines")
+        print(line(name, [lost], [platform.node()]), flush=True)
+        sys.exit(1)
+
+
+def machine_checks(local_ranks: int, loaded: LoadedRecipe | None) -> Checks:
+    """Return what is checked of every machine."""
+    folder = run_folder(loaded) if loaded else Path("runs")
+    return {
+        "versions": machine.check_versions,
+        "same versions": network.check_same_versions,
+        "clocks": network.check_clocks,
+        "GPU": machine.check_gpu,
+        "precision": partial(machine.check_precision, loaded.recipe.precision if loaded else None),
+        "cores": machine.check_cores,
+        "memory": partial(machine.check_memory, local_ranks),
+        "/dev/shm": partial(machine.check_shm, local_ranks),
+        "all-reduce": network.check_all_reduce,
+        "latency": network.check_latency,
+        "decoding": partial(reading.check_decoding, machine.device()),
+        "run folder": partial(machine.check_disk, folder),
+    }
+
+
+def recipe_checks(loaded: LoadedRecipe) -> Checks:
+    """Return what is checked of a recipe."""
+    recipe = loaded.recipe
+    shards = Path(recipe.data.path)
+    least = 0 if (shards / MANIFEST).is_file() else machine.LEAST_DISK
+    return {
+        "data.path": partial(machine.check_disk, shards, least),
+        "shards": partial(reading.check_shards, loaded),
+        "checksums": partial(reading.check_checksums, recipe),
+        "reading": partial(reading.check_reading, recipe),
+        "teacher": partial(reading.check_teacher, loaded),
+        "batch": partial(reading.check_batch, recipe),
+    }
+
+
+if __name__ == "__main__":
+    entry(main)
