@@ -73,17 +73,19 @@ def test_two_ranks_train_together_and_one_process_goes_on(place: Path, main_job:
     assert [line["step"] for line in lines if "total" in line] == list(range(1, 16))
 
 
-def test_losses_of_every_scope_train_on_two_ranks_in_micro_batches_though_the_head_learns_nothing(
+def test_losses_of_every_scope_train_on_two_ranks_of_accelerate_in_micro_batches_though_the_head_learns_nothing(
     place: Path, main_job: subprocess.CompletedProcess[str]
 ):
     methods = ROOT / "configs" / "methods"
     losses = {name: composed(methods / f"{name}.yaml")["losses"][name] for name in ("ab", "sp", "review", "crd")}
     recipe = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "losses": {"ce": None, **losses}}
     (place / "scopes.yaml").write_text(yaml.safe_dump({**recipe, "accumulation": 2, "folder": "runs/scopes"}))
-    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    accelerate = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     words = [TRAIN, "scopes.yaml", "schedule.rate=1e-4"]
-    done = run(*torchrun, *words, "stop.steps=4", folder=place)
+    done = run(*accelerate, *words, "stop.steps=4", folder=place, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
+    state = json.loads((place / "runs" / "scopes" / "checkpoints" / "step-4" / "state.json").read_text())
+    assert state["world_size"] == 2
     done = run(sys.executable, *words, folder=place)
     assert done.returncode == 0, done.stderr
     lines = [line for line in trace(place / "runs" / "scopes" / "journal.jsonl") if "total" in line]
