@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline import notice
+
+    notice.listen()
 
 import os
 import signal
@@ -22,13 +25,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
 
+from pipeline import notice
 from pipeline.composition import ROOT, RecipeError, shown
 from pipeline.launch import entry
 from pipeline.recipe import load_recipe, own_words
 from pipeline.report import percent
-from pipeline.runs import STOP_SIGNALS, Run, Unfinished, run_folder, stand
+from pipeline.runs import Run, Unfinished, run_folder, stand
 
 OWN_WORDS = ("seeds", "jobs")
 
@@ -76,50 +79,29 @@ def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
     cores = sorted(os.sched_getaffinity(0))
     for job in range(jobs):
         shares.put(cores[job::jobs] or cores)
-    alive: set[subprocess.Popen[Any]] = set()
-    stopped: list[int] = []
+    notice.listen()
 
     def one(run: Run, words: Sequence[str]) -> str | None:
         share = shares.get()
         try:
-            return None if stopped else train(run, words, share, alive, stopped, quiet=jobs > 1)
+            return None if notice.given() else train(run, words, share, quiet=jobs > 1)
         finally:
             shares.put(share)
 
-    def stop(number: int, _: Any) -> None:
-        stopped.append(number)
-        for process in list(alive):  # the jobs' threads change the set meanwhile
-            process.send_signal(number)
-
-    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     with ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failure in pool.map(lambda pair: one(*pair), wanted) if failure]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return failures
+        return [failure for failure in pool.map(lambda pair: one(*pair), wanted) if failure]
 
 
-def train(
-    run: Run,
-    words: Sequence[str],
-    cores: list[int],
-    alive: set[subprocess.Popen[Any]],
-    stopped: list[int],
-    *,
-    quiet: bool,
-) -> str | None:
+def train(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> str | None:
     """Train one run in a process of its own on those cores; return what went wrong, if anything did."""
     command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words]
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
         os.sched_setaffinity(process.pid, cores)
-        alive.add(process)
-        for number in stopped:  # a signal that came before this process was there to hear it
-            process.send_signal(number)
-        _, errors = process.communicate()
-        alive.discard(process)
-    if -process.returncode in stopped:  # it had not yet begun to listen, and nothing is lost
+        with notice.passed_on(process.terminate):
+            _, errors = process.communicate()
+    if notice.given() and process.returncode == -signal.SIGTERM:  # it had not yet begun to listen: nothing is lost
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"

@@ -41,6 +41,13 @@ def about(place: str) -> Iterator[None]:
         raise RecipeError(f"{place}: {error}") from error
 
 
+def default_folder(path: Path, seed: int) -> Path:
+    """Return where the run of the recipe at ``path`` lies that names no folder, below the current one."""
+    configs = ROOT / "configs"
+    name = path.relative_to(configs) if path.is_relative_to(configs) else Path(path.name)
+    return Path("runs") / name.with_suffix("") / f"seed-{seed}"
+
+
 def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:
     """Return what a recipe file, a whole one or a part, says with its ``base:`` files, overrides and constants.
 

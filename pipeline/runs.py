@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.composition import ROOT, RecipeError, read_yaml, shown
+from pipeline import notice
+from pipeline.composition import ROOT, RecipeError, default_folder, read_yaml, shown
 from pipeline.ranks import refuse_lone_ranks
 from pipeline.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
@@ -36,8 +36,8 @@ VERSIONS = "versions.json"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends before it takes the machine away."""
+PREEMPTED = "preempted"
+"""Left by a command that a signal ended, with all that it did saved; gone when the run goes on."""
 
 # What a command may change without making another run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
@@ -78,9 +78,7 @@ def run_folder(loaded: LoadedRecipe) -> Path:
     """Return ``folder:``, or ``runs/<path under configs/>/seed-<n>`` below the current folder."""
     if loaded.recipe.folder is not None:
         return Path(loaded.recipe.folder)
-    configs = ROOT / "configs"
-    name = loaded.path.relative_to(configs) if loaded.path.is_relative_to(configs) else Path(loaded.path.name)
-    return Path("runs") / name.with_suffix("") / f"seed-{loaded.recipe.seed}"
+    return default_folder(loaded.path, loaded.recipe.seed)
 
 
 def find_run(loaded: LoadedRecipe) -> Run:
@@ -219,16 +217,16 @@ def prepare_shards(loaded: LoadedRecipe) -> None:
 
 
 def _execute(command: list[str], told: str) -> None:
-    """Run a command to its end, and pass on what a scheduler tells this process meanwhile."""
+    """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Unfinished."""
     if world_size_asked() > 1:
         raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
     refuse_lone_ranks()
     print(f"$ {told}", flush=True)
-    with subprocess.Popen(command) as process:
-        handlers = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in STOP_SIGNALS}
+    notice.listen()
+    with subprocess.Popen(command) as process, notice.passed_on(process.terminate):
         status = process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    if notice.given():
+        raise Unfinished(f"{told} was stopped before its end; the same command continues")
     if status != 0:
         raise RecipeError(f"this run stands on another that ended with exit code {status}: {told}")
 
@@ -257,6 +255,7 @@ def open_folder(run: Run) -> None:
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     _lock(run.folder)
+    (run.folder / PREEMPTED).unlink(missing_ok=True)
     now = versions()
     if (run.folder / IDENTITY).is_file():
         changed = differences(json.loads((run.folder / VERSIONS).read_text()), now)

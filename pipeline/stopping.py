@@ -1,15 +1,17 @@
-"""When a command ends before its run is over."""
+"""When a command ends before its run is over, and what it leaves for the scheduler that ended it."""
 
 from __future__ import annotations
 
-import signal
 import time
-from types import FrameType
+from pathlib import Path
 
-from pipeline import parallel
+from pipeline import notice, parallel
 from pipeline.batch import Progress
 from pipeline.recipe import Stop
-from pipeline.runs import STOP_SIGNALS
+from pipeline.runs import PREEMPTED
+from shards.manifest import write_atomically
+
+SIGNAL = "a signal to stop"
 
 
 class Stopping:
@@ -19,21 +21,28 @@ class Stopping:
         self.stop = stop
         self.poll_steps = poll_steps
         self.began = time.monotonic()
-        self.noticed = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._notice)
+        notice.listen()
 
-    def _notice(self, _number: int, _frame: FrameType | None) -> None:
-        self.noticed = True
+    def due(self, progress: Progress, *, beginning: bool = False) -> str | None:
+        """Return why to stop at this step, the same on every rank; None to go on.
 
-    def due(self, progress: Progress) -> str | None:
-        """Return why to stop at this step, the same on every rank; None to go on."""
+        The ranks ask one another every ``poll_steps``, and at the ``beginning``, which took long enough for a signal.
+        """
         if self.stop.epoch is not None and progress.fraction >= self.stop.epoch:
             return f"stop.epoch={self.stop.epoch}"
         if self.stop.steps is not None and progress.step >= self.stop.steps:
             return f"stop.steps={self.stop.steps}"
-        if progress.step % self.poll_steps == 0 or parallel.world_size() == 1:
-            late = self.stop.minutes is not None and time.monotonic() - self.began >= 60 * self.stop.minutes
-            if parallel.any_rank(self.noticed or late):
-                return f"stop.minutes={self.stop.minutes}" if late else "a signal to stop"
+        if not (beginning or progress.step % self.poll_steps == 0 or parallel.world_size() == 1):
+            return None
+        if parallel.any_rank(notice.given()):
+            return SIGNAL
+        minutes = self.stop.minutes
+        if minutes is not None and parallel.any_rank(time.monotonic() - self.began >= 60 * minutes):
+            return f"stop.minutes={minutes}"
         return None
+
+
+def mark_preempted(folder: Path) -> None:
+    """Leave word in a run folder that a signal ended the command, all that it did is saved, and it wants to go on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / PREEMPTED, b"")

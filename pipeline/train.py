@@ -16,6 +16,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline import notice
+
+    notice.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
 
 import math
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pipeline import parallel
+from pipeline import notice, parallel
 from pipeline.build import build_distiller, build_loader, build_teacher, training_splits
 from pipeline.check import check
 from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
@@ -39,9 +42,20 @@ from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.optimizers import create_optimizer, set_learning_rate
 from pipeline.recipe import Recipe, load_recipe, split_words
 from pipeline.report import print_table, write_result
-from pipeline.runs import STUDENT, STUDENT_BEST, STUDENT_EMA, Run, check_folder, is_main_asked, open_folder, stand
+from pipeline.runs import (
+    STUDENT,
+    STUDENT_BEST,
+    STUDENT_EMA,
+    Run,
+    Unfinished,
+    check_folder,
+    is_main_asked,
+    open_folder,
+    run_folder,
+    stand,
+)
 from pipeline.schedules import learning_rate
-from pipeline.stopping import Stopping
+from pipeline.stopping import SIGNAL, Stopping, mark_preempted
 from pipeline.taps import FeatureTaps
 from pipeline.teacher import AnyTeacher, EMATeacher
 from shards.manifest import read_manifest
@@ -52,7 +66,13 @@ def main(words: Sequence[str]) -> None:
     if "--check" in words:
         print(check(load_recipe(*split_words([word for word in words if word != "--check"]))))
         return
-    run = stand(load_recipe(*split_words(words)))
+    loaded = load_recipe(*split_words(words))
+    try:
+        run = stand(loaded)
+    except Unfinished:
+        if notice.given():
+            mark_preempted(run_folder(loaded))
+        raise
     if run.result is None:
         check_folder(run)
         use_all_cores()
@@ -96,7 +116,7 @@ def train(run: Run) -> None:
     gradient_norm = torch.zeros((), device=device)
     distiller.train()
     seed_draws(recipe.seed, progress.step)
-    reason = stopping.due(progress)
+    reason = stopping.due(progress, beginning=True)
     with journal.writing(progress, state.journal_bytes):
         batches = iter(()) if reason else loader.stream(progress, recipe.epochs)  # micro-batches
         for batch in journal.waiting(batches):
@@ -137,6 +157,8 @@ def train(run: Run) -> None:
                 break
     if reason:
         accelerator.print(f"stopped after step {progress.step} ({reason}); the same command continues")
+        if reason == SIGNAL and accelerator.is_main_process:
+            mark_preempted(run.folder)
     if progress.step == journal.total_steps:
         if last is None and loader.validates:  # saved after the last step, and interrupted before its result was
             last = evaluate(student, loader.validation(), accelerator)

@@ -21,6 +21,7 @@ LEVELS = {
         "pipeline.composition",
         "pipeline.stage_names",
         "pipeline.ranks",
+        "pipeline.notice",
     ],
     1: [
         "pipeline.losses",
@@ -50,6 +51,7 @@ LEVELS = {
         "pipeline.check",
         "pipeline.doctor",
         "pipeline.health",
+        "pipeline.places",
     ],
 }
 
