@@ -5,6 +5,7 @@ Imports nothing that takes time, so that an entry point listens before it loads 
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ _followers: list[Callable[[], None]] = []
 
 
 def listen() -> None:
-    """Note the signals from now on, instead of ending by them."""
+    """Note the signals from now on, instead of ending by them, to the very end of the process."""
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
+    atexit.register(_ignore)
 
 
 def given() -> bool:
@@ -37,6 +39,12 @@ def passed_on(tell: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _followers.remove(tell)
+
+
+def _ignore() -> None:
+    # Python gives up its own handlers before what takes long at its end, and would die of a notice that is repeated.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:

@@ -155,9 +155,9 @@ def train(run: Run) -> None:
                 checkpoints.save(State(progress, journal.length))
             if reason:
                 break
-    if reason:
-        accelerator.print(f"stopped after step {progress.step} ({reason}); the same command continues")
-        if reason == SIGNAL and accelerator.is_main_process:
+    if reason and accelerator.is_main_process:
+        print(f"stopped after step {progress.step} ({reason}); the same command continues")
+        if reason == SIGNAL:
             mark_preempted(run.folder)
     if progress.step == journal.total_steps:
         if last is None and loader.validates:  # saved after the last step, and interrupted before its result was

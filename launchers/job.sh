@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# A whole Slurm job, from its batch script: the files in slurm/ are a header and one call of this.
+#
+#   launchers/job.sh train RECIPE [key=value …]          one task a GPU; requeued when it was preempted
+#   launchers/job.sh table [RECIPE …] [key=value …]      the same for one recipe of an array; by default ImageNet's, all of them
+#   launchers/job.sh run SCRIPT [argument …]             a resumable Python script in one task; requeued when it was stopped
+#
+# From the environment of sbatch, all optional:
+#   DRY_RUN=1                   print what would run
+#   STAGE=FOLDER                copy the shards to this folder of every node's own disk first (default: SLURM_TMPDIR; empty: do not)
+#   MASTER_ADDR, MASTER_PORT    where the ranks meet, instead of the first node and a port that follows from the job
+#   MAX_RESTARTS=50             how often a job may begin again
+#   PYTHON                      the interpreter (default: .venv's, else python)
+set -euo pipefail
+
+python=${PYTHON:-.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
+export PYTHON=$python DRY_RUN=${DRY_RUN:-}
+
+nodes=${SLURM_JOB_NUM_NODES:-1}
+restarts=${SLURM_RESTART_COUNT:-0}
+# An array's first id is also that of the whole array, which a requeue of one task must not touch.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+job=${job:-${SLURM_JOB_ID:-0}}
+
+say() { printf '%s\n' "job $job: $*" >&2; }
+
+do_or_print() { if [ -n "$DRY_RUN" ]; then printf '$ %s\n' "${*@Q}"; else "$@"; fi; }
+
+guard_restarts() {
+    if [ "$restarts" -gt "${MAX_RESTARTS:-50}" ]; then
+        say "error: began again $restarts times; look into the log, then submit it again (or give MAX_RESTARTS=N)"
+        exit 1
+    fi
+}
+
+# Where the ranks meet. Ports from 20000 on lie below those that Linux gives to outgoing connections (32768 on); this script runs on
+# the first node, so it can see which one is taken.
+rendezvous() {
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        local hosts=("$(hostname)")
+        [ -z "${SLURM_JOB_NODELIST:-}" ] || mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        export MASTER_ADDR=${hosts[0]}
+    fi
+    if [ -z "${MASTER_PORT:-}" ]; then
+        MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 10000))
+        while (: < "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do
+            say "port $MASTER_PORT of $MASTER_ADDR is taken; trying the next"
+            MASTER_PORT=$((MASTER_PORT + 1))
+        done
+        export MASTER_PORT
+    fi
+}
+
+# What a hang or a crash leaves behind, for every start and rank on its own; no interface is forced.
+debugging() {
+    debug=$PWD/logs/debug/$job-start-$((restarts + 1))
+    [ -n "$DRY_RUN" ] || mkdir -p "$debug"
+    export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    export TORCH_FR_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+    export TORCH_FR_DUMP_TEMP_FILE=$debug/nccl-rank-
+}
+
+# Stage in a step of its own: it ends when the last node is done, so that no rank waits for another in a rendezvous, which has a limit.
+# Whatever goes wrong, the shared folder is there.
+stage() {
+    do_or_print srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label \
+        "$PYTHON" shards/stage.py "$SHARDS" "$STAGE" || say "not every node could stage; those read $SHARDS"
+}
+
+# Run a step to its end and set `status`. A signal to this script goes to the tasks, again and again: one that is still starting may
+# have missed it, and one that listens takes no harm.
+step() {
+    local srun=(srun --kill-on-bad-exit=1 --wait=60 --label)
+    status=0
+    if [ -n "$DRY_RUN" ]; then
+        do_or_print "${srun[@]}" "$@"
+        "$@"
+        return
+    fi
+    local told='' running tee
+    exec 3> >(exec tee "$debug/errors.txt" >&2)
+    tee=$!
+    trap 'told=yes' USR1 TERM
+    "${srun[@]}" "$@" 2>&3 &
+    running=$!
+    wait "$running" || true
+    while kill -0 "$running" 2> /dev/null; do
+        [ -z "$told" ] || kill -USR1 "$running" || true
+        sleep 5 &
+        wait $! || true
+    done
+    wait "$running" || status=$?
+    exec 3>&-
+    wait "$tee" || true
+    trap - USR1 TERM
+}
+
+# Say which rank failed first: srun ends the others after it.
+explain() {
+    local first
+    first=$(sed -nE '/^srun: error: ([^ :]+): tasks? ([^:]+): (.+)$/{s//rank \2 on \1: \3/p;q}' "$debug/errors.txt")
+    say "error: ${first:-srun failed}; the step ended with exit code $status, what it wrote stands above and in $debug"
+}
+
+requeue() {
+    # A job that its owner cancelled was told to stop, too.
+    if [ "$(squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
+        say "it was cancelled; submitting it again continues it"
+        return
+    fi
+    say "stopped by a signal; requeued, it continues"
+    scontrol requeue "$job"
+}
+
+train() {
+    local places shards folder
+    places=$("$PYTHON" pipeline/places.py "$@")
+    { read -r shards && read -r folder; } <<< "$places"
+    rendezvous
+    say "start $((restarts + 1)) of $folder on $nodes nodes, ${SLURM_NTASKS:-1} ranks, which meet at $MASTER_ADDR:$MASTER_PORT"
+    STAGE=${STAGE-${SLURM_TMPDIR:-}}
+    if [ -n "$STAGE" ]; then
+        export STAGE SHARDS=$shards
+        stage
+    fi
+    [ -n "$DRY_RUN" ] || rm -f "$folder/preempted"
+    # Under Slurm a task's cores are its own: the loader must not share them out among the ranks of the node.
+    step launchers/node.sh pipeline/train.py ${SLURM_CPUS_PER_TASK:+"data.threads=$SLURM_CPUS_PER_TASK"} "$@" "folder=$folder"
+    if [ -e "$folder/preempted" ]; then
+        requeue
+        exit 0
+    fi
+}
+
+table() {
+    local recipes=() overrides=() word index=${SLURM_ARRAY_TASK_ID:-0}
+    for word; do
+        if [[ $word == *=* ]]; then overrides+=("$word"); else recipes+=("$word"); fi
+    done
+    if [ ${#recipes[@]} = 0 ]; then
+        for word in configs/imagenet/*/*.yaml; do
+            [[ $word == */pair.yaml ]] || recipes+=("$word")
+        done
+    fi
+    if [ "$index" -ge ${#recipes[@]} ]; then
+        say "error: there are ${#recipes[@]} recipes; give --array=0-$((${#recipes[@]} - 1))"
+        exit 2
+    fi
+    train "${recipes[index]}" "${overrides[@]}"
+}
+
+run() {
+    step launchers/node.sh "$@"
+    # 128 + SIGTERM: it was stopped, and what is done stays.
+    if [ "$status" = 143 ]; then
+        requeue
+    fi
+}
+
+# srun does not take over from sbatch how many cores a task has (Slurm 22.05 on).
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+fi
+guard_restarts
+debugging
+"$@"
+[ "$status" = 0 ] || explain
+exit "$status"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# ImageNet as shards, on the cores of one node.
+#   sbatch slurm/prepare_imagenet.sh /data/ILSVRC2012 datasets/imagenet [option …]
+#SBATCH --job-name=prepare_imagenet
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=32
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%j.out
+cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh run shards/prepare_imagenet.py "$@"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# A table: an array with a recipe each, by default every cell of ImageNet's, two at a time.
+#   sbatch slurm/table.sh [key=value …]
+#   sbatch --array=0-2 slurm/table.sh configs/imagenet/r34_r18/{kd,dkd,perception}.yaml [key=value …]
+#SBATCH --job-name=table
+#SBATCH --array=0-33%2
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%A_%a.out
+cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh table "$@"
