@@ -78,7 +78,7 @@ step() {
         "$@"
         return
     fi
-    local told='' running tee
+    local told='' running pause tee
     exec 3> >(exec tee "$debug/errors.txt" >&2)
     tee=$!
     trap 'told=yes' USR1 TERM
@@ -88,7 +88,9 @@ step() {
     while kill -0 "$running" 2> /dev/null; do
         [ -z "$told" ] || kill -USR1 "$running" || true
         sleep 5 &
-        wait $! || true
+        pause=$!
+        wait -n "$running" "$pause" || true
+        kill "$pause" 2> /dev/null || true
     done
     wait "$running" || status=$?
     exec 3>&-

@@ -10,9 +10,9 @@ set -euo pipefail
 # A signal that comes before Python listens must not end the task; job.sh repeats it.
 trap '' TERM USR1
 
-tasks=${SLURM_GTIDS:-0}
-tasks=${tasks//[^,]/}
-export RANK=${SLURM_PROCID:-0} LOCAL_RANK=${SLURM_LOCALID:-0} WORLD_SIZE=${SLURM_NTASKS:-1} LOCAL_WORLD_SIZE=$((${#tasks} + 1))
+nodes=${SLURM_NNODES:-1}
+export RANK=${SLURM_PROCID:-0} LOCAL_RANK=${SLURM_LOCALID:-0} WORLD_SIZE=${SLURM_NTASKS:-1}
+export LOCAL_WORLD_SIZE=$((WORLD_SIZE / nodes))
 export MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-20000}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
@@ -21,21 +21,27 @@ fail() {
     exit 2
 }
 
-if [ "$WORLD_SIZE" != $((${SLURM_NNODES:-1} * LOCAL_WORLD_SIZE)) ]; then
-    fail "$WORLD_SIZE tasks are not $LOCAL_WORLD_SIZE on each of ${SLURM_NNODES:-1} nodes; give --nodes and --ntasks-per-node, not --ntasks"
-fi
-gpus=${SLURM_GPUS_ON_NODE:-0}
-if [ "$gpus" != 0 ] && [ "$gpus" != "$LOCAL_WORLD_SIZE" ]; then
-    fail "$gpus GPUs and $LOCAL_WORLD_SIZE tasks; give --ntasks-per-node and --gpus-per-node the same number"
-fi
-[ -n "${DRY_RUN:-}" ] || getent hosts "$MASTER_ADDR" > /dev/null || fail "$MASTER_ADDR is not known here; give MASTER_ADDR=ADDRESS"
+# A world that is not what was meant: better one line now than ranks that wait for others, or train without them.
+check_world() {
+    local here=${SLURM_GTIDS:-0} gpus=${SLURM_GPUS_ON_NODE:-0}
+    here=${here//[^,]/} # a comma less than there are tasks on this node
+    [ $(((${#here} + 1) * nodes)) = "$WORLD_SIZE" ] ||
+        fail "$((${#here} + 1)) of $WORLD_SIZE tasks on one of $nodes nodes; give --nodes and --ntasks-per-node, not --ntasks"
+    [ "$gpus" = 0 ] || [ "$gpus" = "$LOCAL_WORLD_SIZE" ] ||
+        fail "$gpus GPUs and $LOCAL_WORLD_SIZE tasks; give --ntasks-per-node and --gpus-per-node the same number"
+    getent hosts "$MASTER_ADDR" > /dev/null || fail "$MASTER_ADDR is not known here; give MASTER_ADDR=ADDRESS"
+}
 
+[ -n "${DRY_RUN:-}" ] || check_world
 python=${PYTHON:-python}
 if [ -n "${STAGE:-}" ] && [ -n "${SHARDS:-}" ]; then
-    set -- "$@" "data.path=$("$python" shards/stage.py "$SHARDS" "$STAGE" --look)"
+    shards=$("$python" shards/stage.py "$SHARDS" "$STAGE" --look)
+    set -- "$@" "data.path=$shards"
 fi
 if [ -n "${DRY_RUN:-}" ]; then
-    for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS; do printf '%s=%s ' "$name" "${!name}"; done
+    for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS; do
+        printf '%s=%s ' "$name" "${!name}"
+    done
     printf '%s\n' "$python ${*@Q}"
     exit
 fi

@@ -78,7 +78,12 @@ class PrivateSlurm:
             )
 
     def _configuration(self) -> str:
-        host, run, log, user = socket.gethostname().split(".")[0], self.folder / "run", self.folder / "log", getpass.getuser()
+        host, run, log, user = (
+            socket.gethostname().split(".")[0],
+            self.folder / "run",
+            self.folder / "log",
+            getpass.getuser(),
+        )
         ports = free_ports(1 + len(NODES))
         settings = {
             "ClusterName": "tests",
@@ -120,11 +125,13 @@ class PrivateSlurm:
         lines.append("PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF")
         return "\n".join(lines) + "\n"
 
-    def run(self, *command: str | Path, timeout: float = 60, **more: str) -> str:
-        """Run a command of Slurm and return what it prints; ``more`` goes into its environment."""
+    def run(self, *command: str, folder: Path | None = None, **more: str) -> str:
+        """Run a command of Slurm in a folder and return what it prints; ``more`` goes into its environment."""
         done = subprocess.run(
-            [str(word) for word in command],
-            **{"env": {**self.environment, **more}, "timeout": timeout, "cwd": more.get("PWD")},
+            command,
+            cwd=folder or self.folder,
+            env={**self.environment, **more},
+            timeout=60,
             capture_output=True,
             text=True,
             check=False,
@@ -147,12 +154,15 @@ class PrivateSlurm:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise TimeoutError(f"{what}: not within {seconds} s\n{self.run('squeue')}{self.run('sinfo')}{self._logs()}")
+                raise TimeoutError(
+                    f"{what}: not within {seconds} s\n{self.run('squeue')}{self.run('sinfo')}{self._logs()}"
+                )
             time.sleep(0.2)
 
-    def wait_for_state(self, job: str, state: str, seconds: float) -> None:
-        """Wait until the job is in a state."""
-        self.wait_for(lambda: self.job(job)["JobState"] == state, seconds, f"job {job} {state}")
+    def wait_for_end(self, job: str, seconds: float) -> None:
+        """Wait until a job is over, however it ended."""
+        going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+        self.wait_for(lambda: self.job(job)["JobState"] not in going, seconds, f"the end of job {job}")
 
     def clear(self) -> None:
         """Cancel every job, and have both nodes back."""
