@@ -7,7 +7,7 @@ install:
 lint:
 	launchers/uv run ruff check .
 	launchers/uv run ruff format --check .
-	bash -n launchers/uv .ci/run
+	for script in launchers/uv launchers/*.sh slurm/*.sh .ci/run; do bash -n $$script || exit; done
 
 types:
 	launchers/uv run pyright

@@ -25,7 +25,7 @@ job=${job:-${SLURM_JOB_ID:-0}}
 
 say() { printf '%s\n' "job $job: $*" >&2; }
 
-do_or_print() { if [ -n "$DRY_RUN" ]; then printf '$ %s\n' "${*@Q}"; else "$@"; fi; }
+show() { printf '$ %s\n' "${*@Q}"; }
 
 guard_restarts() {
     if [ "$restarts" -gt "${MAX_RESTARTS:-50}" ]; then
@@ -50,6 +50,8 @@ rendezvous() {
         done
         export MASTER_PORT
     fi
+    # A shared file system that is cold lets some ranks load for minutes; a rank that failed ends the step by itself.
+    export PIPELINE_RENDEZVOUS_SECONDS=${PIPELINE_RENDEZVOUS_SECONDS:-600}
 }
 
 # What a hang or a crash leaves behind, for every start and rank on its own; no interface is forced.
@@ -61,41 +63,49 @@ debugging() {
     export TORCH_FR_DUMP_TEMP_FILE=$debug/nccl-rank-
 }
 
-# Stage in a step of its own: it ends when the last node is done, so that no rank waits for another in a rendezvous, which has a limit.
-# Whatever goes wrong, the shared folder is there.
-stage() {
-    do_or_print srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label \
-        "$PYTHON" shards/stage.py "$SHARDS" "$STAGE" || say "not every node could stage; those read $SHARDS"
-}
-
-# Run a step to its end and set `status`. A signal to this script goes to the tasks, again and again: one that is still starting may
-# have missed it, and one that listens takes no harm.
-step() {
-    local srun=(srun --kill-on-bad-exit=1 --wait=60 --label)
-    status=0
-    if [ -n "$DRY_RUN" ]; then
-        do_or_print "${srun[@]}" "$@"
-        "$@"
-        return
-    fi
-    local told='' running pause tee
-    exec 3> >(exec tee "$debug/errors.txt" >&2)
-    tee=$!
-    trap 'told=yes' USR1 TERM
-    "${srun[@]}" "$@" 2>&3 &
+# Run srun to its end and return its exit code. A signal to this script goes on to the tasks, again and again: one that is still
+# starting may have missed it, and one that listens takes no harm.
+supervised() {
+    local running pause status=0
+    # Until srun itself listens it must not die of one.
+    (trap '' USR1 TERM && exec srun "$@") &
     running=$!
-    wait "$running" || true
     while kill -0 "$running" 2> /dev/null; do
-        [ -z "$told" ] || kill -USR1 "$running" || true
         sleep 5 &
         pause=$!
         wait -n "$running" "$pause" || true
         kill "$pause" 2> /dev/null || true
+        [ -z "$told" ] || kill -USR1 "$running" 2> /dev/null || true
     done
     wait "$running" || status=$?
+    return "$status"
+}
+
+# Stage in a step of its own: it ends when the last node is done, so that no rank waits for another in a rendezvous, which has a limit.
+# Whatever goes wrong, the shared folder is there.
+stage() {
+    local words=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label "$PYTHON" shards/stage.py "$SHARDS" "$STAGE")
+    if [ -n "$DRY_RUN" ]; then
+        show srun "${words[@]}"
+    else
+        supervised "${words[@]}" || say "not every node could stage; those read $SHARDS"
+    fi
+}
+
+# Run the job's tasks and set `status`.
+step() {
+    local words=(--kill-on-bad-exit=1 --wait=60 --label "$@") tee
+    status=0
+    if [ -n "$DRY_RUN" ]; then
+        show srun "${words[@]}"
+        "$@"
+        return
+    fi
+    exec 3> >(trap '' USR1 TERM && exec tee "$debug/errors.txt" >&2)
+    tee=$!
+    supervised "${words[@]}" 2>&3 || status=$?
     exec 3>&-
     wait "$tee" || true
-    trap - USR1 TERM
 }
 
 # Say which rank failed first: srun ends the others after it.
@@ -127,6 +137,12 @@ train() {
         stage
     fi
     [ -n "$DRY_RUN" ] || rm -f "$folder/preempted"
+    if [ -n "$told" ]; then # before anything began, so nothing is lost
+        mkdir -p "$folder"
+        touch "$folder/preempted"
+        requeue
+        exit 0
+    fi
     # Under Slurm a task's cores are its own: the loader must not share them out among the ranks of the node.
     step launchers/node.sh pipeline/train.py ${SLURM_CPUS_PER_TASK:+"data.threads=$SLURM_CPUS_PER_TASK"} "$@" "folder=$folder"
     if [ -e "$folder/preempted" ]; then
@@ -154,8 +170,8 @@ table() {
 
 run() {
     step launchers/node.sh "$@"
-    # 128 + SIGTERM: it was stopped, and what is done stays.
-    if [ "$status" = 143 ]; then
+    # 128 + SIGTERM or SIGUSR1: it was stopped, and what is done stays.
+    if [ "$status" = 143 ] || [ "$status" = 138 ]; then
         requeue
     fi
 }
@@ -164,6 +180,8 @@ run() {
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 fi
+told=''
+trap 'told=yes' USR1 TERM
 guard_restarts
 debugging
 "$@"

@@ -20,6 +20,8 @@ Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 USER_ERROR = 2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""A terminal's, and what a scheduler sends before it takes the machine away."""
 LOG_SECONDS = 60
 
 
@@ -34,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run ``main`` and end the process with its exit code.
 
-    What the user or the machine got wrong is one line on stderr and exit code 2; SIGINT and SIGTERM unwind, so that
-    nothing half-written stays, and exit with 128 + the signal's number.
+    What the user or the machine got wrong is one line on stderr and exit code 2; SIGINT, SIGTERM and SIGUSR1 unwind, so
+    that nothing half-written stays, and exit with 128 + the signal's number.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, _unwind)
     try:
         sys.exit(main(None))
@@ -47,7 +49,7 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
 
 
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
-    for again in (signal.SIGINT, signal.SIGTERM):
+    for again in STOP_SIGNALS:
         signal.signal(again, signal.SIG_IGN)
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
     sys.exit(128 + number)
@@ -118,8 +120,8 @@ def for_each(
 
 def _start_worker() -> None:
     # A terminal and Slurm signal the whole process group; how to end is for the parent to decide.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

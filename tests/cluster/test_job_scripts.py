@@ -19,7 +19,9 @@ RECIPE = "configs/imagenet/r50_mbv1/ddkd.yaml"
 
 # Each writes down how it was called; srun does what the test says instead of its command.
 STAND_INS = {
-    "srun": 'echo "srun $*" >> "$CALLS"; eval "$STEP"',
+    # The job starts srun deaf, and a bash cannot undo that for itself.
+    "srun": '[ -n "${HEARS:-}" ] || HEARS=yes exec env --default-signal=USR1,TERM "$0" "$@"; '
+    'echo "srun $*" >> "$CALLS"; eval "$STEP"',
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; case $1 in show) echo 127.0.0.1; echo other;; esac',
     "squeue": 'echo "${STATE:-RUNNING}"',
 }
@@ -140,11 +142,23 @@ def test_a_signal_to_the_batch_script_reaches_the_tasks_and_is_waited_for(
     assert calls(environment)[-1] == "scontrol requeue 4321"
 
 
+def test_a_signal_while_shards_are_staged_requeues_the_job_before_it_trains(
+    job: Job, environment: dict[str, str], folder: Path, tmp_path: Path
+):
+    # The scheduler tells the batch script, which tells the tasks.
+    step = 'trap "exit 138" USR1; kill -USR1 $PPID; for _ in {1..200}; do sleep 0.05; done'
+    assert job("slurm/ddkd_r50_mbv1.sh", STEP=step, STAGE=str(tmp_path)).returncode == 0
+    assert not [call for call in calls(environment) if "train.py" in call]
+    assert calls(environment)[-1] == "scontrol requeue 4321"
+    assert (folder / "preempted").exists()
+
+
 def test_a_preparation_that_was_stopped_is_requeued_and_one_that_failed_is_not(job: Job, environment: dict[str, str]):
     assert job("slurm/prepare_imagenet.sh", "/source", "shards", STEP="exit 2").returncode == 2
     assert calls(environment)[-1].endswith("launchers/node.sh shards/prepare_imagenet.py /source shards")
-    job("slurm/prepare_imagenet.sh", "/source", "shards", STEP="exit 143")
-    assert calls(environment)[-1] == "scontrol requeue 4321"
+    for status in (138, 143):
+        job("slurm/prepare_imagenet.sh", "/source", "shards", STEP=f"exit {status}", SLURM_JOB_ID=str(status))
+        assert calls(environment)[-1] == f"scontrol requeue {status}"
 
 
 def test_shards_are_staged_once_a_node_before_the_tasks_start(job: Job, environment: dict[str, str], tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The shipped batch script on a real Slurm of two nodes: one world, preemption, lost nodes, killed ranks, time limit."""
+"""The shipped batch script on a real Slurm of two nodes: one world, preemption, lost nodes, killed ranks, limits."""
 
 from __future__ import annotations
 

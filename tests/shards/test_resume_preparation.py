@@ -117,7 +117,7 @@ def test_killed_with_its_workers_busy_it_ends_in_the_same_bytes_and_no_worker_st
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_it_cleanly(source, tmp_path, number):
     process = start(source, tmp_path / "out")
     assert wait_for_shards(process, tmp_path / "out", 1)
