@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline import parallel
+from pipeline import parallel, zero
 from pipeline.composition import RecipeError, about
 from pipeline.data.loader import Loader, create_loader
 from pipeline.distiller import Distiller
@@ -53,8 +53,8 @@ def build_student(recipe: Recipe, num_classes: int) -> FeatureTaps:
 
 
 def layout(recipe: Recipe) -> torch.memory_format:
-    """Return the memory format of images and weights."""
-    return torch.channels_last if recipe.data.channels_last else torch.contiguous_format
+    """Return the memory format of the weights: the images', except under ZeRO, which lays them out in rows."""
+    return torch.channels_last if recipe.data.channels_last and not zero.asked() else torch.contiguous_format
 
 
 def load_start(recipe: Recipe, student: FeatureTaps) -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from pipeline import parallel
+from pipeline import parallel, zero
 from pipeline.batch import Progress
 from pipeline.composition import RecipeError
 from pipeline.distiller import Distiller
@@ -31,8 +31,6 @@ from pipeline.losses._base import Loss
 from pipeline.recipe import Checkpoints as Config
 from pipeline.teacher import EMATeacher
 from shards.manifest import sync_path, write_atomically
-
-FORMAT = "ddp"
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Checkpoints:
         self.distiller = distiller
         self.optimizer = optimizer
         self.averages = averages
+        self.form = zero.form(accelerator)
 
     def due(self, progress: Progress) -> bool:
         """Whether the run is to be saved after this step."""
@@ -86,6 +85,8 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         save_file(_storable(rank_buffers(self.distiller)), temporary / f"buffers-{parallel.rank()}.safetensors")
+        if self.form != "ddp":
+            zero.save(self.accelerator, temporary)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._write(temporary, state)
@@ -97,15 +98,16 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, state: State) -> None:
-        save_file(_storable(self.distiller.state_dict()), folder / "distiller.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        if self.form == "ddp":
+            save_file(_storable(self.distiller.state_dict()), folder / "distiller.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         if self.accelerator.scaler is not None:
             torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
         for name, average in self.averages.items():
             save_file(_storable(average.state_dict()), folder / f"{name}.safetensors")
-        facts = {"format": FORMAT, "world_size": parallel.world_size()}
+        facts = {"format": self.form, "world_size": parallel.world_size()}
         (folder / "state.json").write_text(json.dumps({**asdict(state), **facts}, indent=2) + "\n")
-        for path in [*folder.iterdir(), folder]:
+        for path in [*folder.rglob("*"), folder]:
             sync_path(path)
 
     def load(self, steps_per_epoch: int) -> State:
@@ -121,18 +123,30 @@ class Checkpoints:
             return State(Progress(steps_per_epoch))
         folder = steps[-1]
         saved = json.loads((folder / "state.json").read_text())
-        if saved["format"] != FORMAT:
-            raise RecipeError(
-                f"{folder}: its format is {saved['format']} and this run's is {FORMAT}; continue it as it began"
-            )
-        self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        self._check(folder, saved)
+        if self.form == "ddp":
+            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        else:
+            zero.load(self.accelerator, folder)
         self._load_buffers(folder, saved["world_size"])
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
         for name, average in self.averages.items():
             average.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return State(Progress(**saved["progress"]), saved["journal_bytes"])
+
+    def _check(self, folder: Path, saved: dict[str, Any]) -> None:
+        ranks = parallel.world_size()
+        if saved["format"] != self.form:
+            raise RecipeError(
+                f"{folder}: its format is {saved['format']} and this run's is {self.form}; continue it as it began"
+            )
+        if self.form != "ddp" and saved["world_size"] != ranks:
+            raise RecipeError(
+                f"{folder}: under DeepSpeed {saved['world_size']} ranks wrote it and only as many can continue it, "
+                f"not {ranks}"
+            )
 
     def _load_buffers(self, folder: Path, world_size: int) -> None:
         """Restore this rank's buffers; on another number of ranks start from the mean of those that were."""

@@ -18,7 +18,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from pipeline import ranks
+from pipeline import ranks, zero
 from pipeline.composition import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.runs import Unfinished, world_size_asked
@@ -55,12 +55,15 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     cpu = not torch.cuda.is_available()
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    plugin = zero.create_plugin(recipe) if zero.asked() else None
     ranks.meet()
     # Accelerate has no field yet for the name that torch would rather have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        # Told of a CPU, Accelerate would forget DeepSpeed.
+        cpu=cpu and plugin is None,
+        deepspeed_plugin=plugin,
+        mixed_precision="no" if plugin else {"fp32": "no"}.get(recipe.precision, recipe.precision),
         # The loader gives whole global batches, so accumulation never has to end early at a loader's end.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.accumulation, sync_with_dataloader=False
@@ -77,7 +80,7 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
                 find_unused_parameters=recipe.accumulation > 1,
                 bucket_cap_mb=8,
             ),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+            InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),
         ],
     )
     if accelerator.num_processes != world_size_asked():

@@ -40,7 +40,7 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
     decayed = [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay]
     spared = [parameter for parameter, decay in zip(parameters, decays, strict=True) if not decay]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(
+    return torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=0.0,
         momentum=config.momentum,
@@ -48,11 +48,17 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
         weight_decay=config.weight_decay,
         fused=True,
     )
-    if config.momentum:
-        # The fused step allocates momentum without filling it, and a first step that is skipped would leave it so.
-        for parameter in parameters:
+
+
+def allocate_momentum(optimizer: Any) -> None:
+    """Fill the momentum of a prepared SGD with zeros.
+
+    The fused step allocates it without filling it, and a first step that is skipped would leave it so. After ``prepare``
+    the groups hold what is really stepped: under ZeRO this rank's part of the parameters.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:

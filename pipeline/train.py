@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pipeline import notice, parallel
+from pipeline import notice, parallel, zero
 from pipeline.build import build_distiller, build_loader, build_teacher, training_splits
 from pipeline.check import check
 from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
@@ -39,7 +39,7 @@ from pipeline.evaluate import Accuracy, accuracy, evaluate
 from pipeline.guard import FiniteGuard
 from pipeline.journal import Journal
 from pipeline.launch import create_accelerator, entry, use_all_cores
-from pipeline.optimizers import create_optimizer, set_learning_rate
+from pipeline.optimizers import allocate_momentum, create_optimizer, set_learning_rate
 from pipeline.recipe import Recipe, load_recipe, split_words
 from pipeline.report import print_table, write_result
 from pipeline.runs import (
@@ -103,6 +103,7 @@ def train(run: Run) -> None:
     accelerator.wait_for_everyone()
 
     distiller, optimizer = accelerator.prepare(raw_distiller, create_optimizer(recipe.optimizer, raw_distiller))
+    allocate_momentum(optimizer)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, raw_distiller, optimizer, averages)
     state = checkpoints.load(loader.steps_per_epoch)
     progress, best, last = state.progress, exported_best(run.folder / STUDENT_BEST), None
@@ -177,8 +178,8 @@ def seed_draws(seed: int, step: int) -> None:
 def clip(accelerator: Accelerator, distiller: nn.Module, largest: float | None) -> torch.Tensor:
     """Scale the gradients down to the ``largest`` norm, if there is one, and return the norm they had."""
     norm = accelerator.clip_grad_norm_(distiller.parameters(), math.inf if largest is None else largest)
-    assert norm is not None
-    return norm
+    # DeepSpeed, which has clipped and stepped in backward, gives a number.
+    return torch.as_tensor(norm, device=accelerator.device)
 
 
 def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
@@ -197,7 +198,7 @@ def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) ->
 
 def export(student: FeatureTaps, path: Path, accelerator: Accelerator, best: Best | None = None) -> None:
     """Write the student's plain weights, with BatchNorm statistics averaged over the ranks."""
-    with parallel.averaged_buffers(student):
+    with parallel.averaged_buffers(student), zero.gathered(student):
         if accelerator.is_main_process:
             export_student(student.model, path, best)
 
