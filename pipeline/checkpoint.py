@@ -3,8 +3,10 @@
 A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced and renamed:
 
     distiller.safetensors    student, losses and auxiliary modules, of rank 0
+    optimizer.pt  scaler.pt
+    zero/                    instead of these three, under ZeRO: DeepSpeed's own files, one or more of each rank
     buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
-    optimizer.pt  scaler.pt  ema.safetensors  teacher.safetensors (the student's moving average as its teacher)
+    ema.safetensors  teacher.safetensors (the student's moving average as its teacher)
     state.json               progress, the journal's length, world size, format
 """
 
@@ -30,6 +32,7 @@ from pipeline.ema import EMA
 from pipeline.losses._base import Loss
 from pipeline.recipe import Checkpoints as Config
 from pipeline.teacher import EMATeacher
+from pipeline.zero import DDP
 from shards.manifest import sync_path, write_atomically
 
 
@@ -67,7 +70,7 @@ class Checkpoints:
         self.distiller = distiller
         self.optimizer = optimizer
         self.averages = averages
-        self.form = zero.form(accelerator)
+        self.format = zero.checkpoint_format(accelerator)
 
     def due(self, progress: Progress) -> bool:
         """Whether the run is to be saved after this step."""
@@ -85,11 +88,10 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         save_file(_storable(rank_buffers(self.distiller)), temporary / f"buffers-{parallel.rank()}.safetensors")
-        if self.form != "ddp":
-            zero.save(self.accelerator, temporary)
+        self._save_weights(temporary)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._write(temporary, state)
+            self._complete(temporary, state)
             temporary.rename(final)
             sync_path(self.folder)
             for old in self._steps()[: -self.config.keep]:
@@ -97,15 +99,30 @@ class Checkpoints:
                 shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path, state: State) -> None:
-        if self.form == "ddp":
+    def _save_weights(self, folder: Path) -> None:
+        """Write weights, optimizer and scaler: the main process all, under ZeRO every rank its part."""
+        if self.format != DDP:
+            zero.save(self.accelerator, folder)
+        elif self.accelerator.is_main_process:
             save_file(_storable(self.distiller.state_dict()), folder / "distiller.safetensors")
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            if self.accelerator.scaler is not None:
+                torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+
+    def _load_weights(self, folder: Path) -> None:
+        if self.format != DDP:
+            zero.load(self.accelerator, folder)
+            return
+        self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         if self.accelerator.scaler is not None:
-            torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+            self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
+
+    def _complete(self, folder: Path, state: State) -> None:
+        """Add what the ranks have in common, and bring all of it to the disk."""
         for name, average in self.averages.items():
             save_file(_storable(average.state_dict()), folder / f"{name}.safetensors")
-        facts = {"format": self.form, "world_size": parallel.world_size()}
+        facts = {"format": self.format, "world_size": parallel.world_size()}
         (folder / "state.json").write_text(json.dumps({**asdict(state), **facts}, indent=2) + "\n")
         for path in [*folder.rglob("*"), folder]:
             sync_path(path)
@@ -113,7 +130,7 @@ class Checkpoints:
     def load(self, steps_per_epoch: int) -> State:
         """Restore the newest checkpoint and return its state; a fresh state if there is none.
 
-        Raises RecipeError for a checkpoint of another format.
+        Raises RecipeError for a checkpoint of another format and, under ZeRO, of another number of ranks.
         """
         if self.accelerator.is_main_process:
             for left in self.folder.glob(".tmp-*"):
@@ -124,28 +141,22 @@ class Checkpoints:
         folder = steps[-1]
         saved = json.loads((folder / "state.json").read_text())
         self._check(folder, saved)
-        if self.form == "ddp":
-            self.distiller.load_state_dict(load_file(folder / "distiller.safetensors"))
-            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        else:
-            zero.load(self.accelerator, folder)
+        self._load_weights(folder)
         self._load_buffers(folder, saved["world_size"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
         for name, average in self.averages.items():
             average.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return State(Progress(**saved["progress"]), saved["journal_bytes"])
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
-        ranks = parallel.world_size()
-        if saved["format"] != self.form:
+        if saved["format"] != self.format:
             raise RecipeError(
-                f"{folder}: its format is {saved['format']} and this run's is {self.form}; continue it as it began"
+                f"{folder}: its format is {saved['format']} and this run's is {self.format}; continue it as it began"
             )
-        if self.form != "ddp" and saved["world_size"] != ranks:
+        before, now = saved["world_size"], parallel.world_size()
+        if self.format != DDP and before != now:
             raise RecipeError(
-                f"{folder}: under DeepSpeed {saved['world_size']} ranks wrote it and only as many can continue it, "
-                f"not {ranks}"
+                f"{folder}: its format is {self.format}, which {before} ranks wrote and {now} cannot read; "
+                f"start {before} ranks"
             )
 
     def _load_buffers(self, folder: Path, world_size: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline import parallel
+from pipeline import parallel, zero
 from pipeline.batch import Batch
 from pipeline.build import build_loader, build_student, build_teacher
 from pipeline.composition import RecipeError
@@ -70,7 +70,7 @@ def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accele
 
     BatchNorm statistics are the ranks' mean; the student's mode and its own statistics are afterwards what they were.
     """
-    with evaluating(student), parallel.averaged_buffers(student), accelerator.autocast():
+    with evaluating(student), parallel.averaged_buffers(student), zero.autocast(accelerator):
         return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
 
 

@@ -49,7 +49,7 @@ class FiniteGuard:
 
         The gradients have been averaged over the ranks, and a non-finite total makes them non-finite (``poisoned``), so
         every rank decides alike. Under a GradScaler it is the scaler that skips, and an overflow of scaled gradients is
-        no error.
+        no error. DeepSpeed, which has stepped by now, has skipped by the same norm, and does not read the flag.
         """
         if optimizer.scaler is not None:
             self.scaler = optimizer.scaler

@@ -60,10 +60,10 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     # Accelerate has no field yet for the name that torch would rather have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
-        # Told of a CPU, Accelerate would forget DeepSpeed.
+        # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
         cpu=cpu and plugin is None,
         deepspeed_plugin=plugin,
-        mixed_precision="no" if plugin else {"fp32": "no"}.get(recipe.precision, recipe.precision),
+        mixed_precision="no" if plugin or recipe.precision == "fp32" else recipe.precision,
         # The loader gives whole global batches, so accumulation never has to end early at a loader's end.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.accumulation, sync_with_dataloader=False
@@ -75,11 +75,16 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                # Either way a parameter may do without a gradient, as a head does where only features are compared.
+                # Either way a parameter may do without a gradient, as a head does where only features are compared. A
+                # static graph is learned from a first step that is reduced, and the first micro-batch is not.
                 static_graph=recipe.accumulation == 1,
                 find_unused_parameters=recipe.accumulation > 1,
+                # What backward overlaps with is all buckets but the last: the 16 MB of 4 million parameters would be
+                # one of torch's 25 MB, sent when all is computed, and are two or three of these. The 160 MB of 40
+                # million are 20, each still long enough for a network to be busy with its bytes, not its latency.
                 bucket_cap_mb=8,
             ),
+            # Accelerate chooses the backend, but for DeepSpeed on a CPU: without the name each rank would be alone.
             InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),
         ],
     )

@@ -51,10 +51,10 @@ def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
 
 
 def allocate_momentum(optimizer: Any) -> None:
-    """Fill the momentum of a prepared SGD with zeros.
+    """Give SGD, once it is prepared, momentum of zeros.
 
-    The fused step allocates it without filling it, and a first step that is skipped would leave it so. After ``prepare``
-    the groups hold what is really stepped: under ZeRO this rank's part of the parameters.
+    The fused step allocates it without filling it, and a first step that is skipped would leave it so. Only after
+    ``prepare`` do the groups hold what is stepped: under ZeRO-1 and 2 this rank's part of the parameters.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from pipeline.checkpoint import Best
 from pipeline.evaluate import Accuracy
 from pipeline.runs import RESULT, Run, find_run, load_dependency, write_json
@@ -11,7 +9,7 @@ from pipeline.runs import RESULT, Run, find_run, load_dependency, write_json
 
 def write_result(
     run: Run,
-    student: nn.Module,
+    parameters: int,
     last: Accuracy | None,
     best: Best,
     averaged: Accuracy | None,
@@ -21,7 +19,7 @@ def write_result(
     result = {
         "identity": run.digest,
         "model": run.recipe.student.model,
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "parameters": parameters,
         "top1": last.top1 if last else None,
         "top5": last.top5 if last else None,
         "best_top1": best.top1 if last else None,

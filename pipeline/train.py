@@ -93,6 +93,7 @@ def train(run: Run) -> None:
         raw_distiller = build_distiller(recipe, loader, teacher, device)
         check_teacher(recipe, teacher, loader)
     student = raw_distiller.student
+    parameters = sum(parameter.numel() for parameter in student.parameters())  # ZeRO-3 will leave none here
     ema = EMA(recipe.ema, student.model) if recipe.ema else None
     averages: dict[str, EMA | EMATeacher] = {"ema": ema} if ema else {}
     if isinstance(teacher, EMATeacher):
@@ -165,7 +166,7 @@ def train(run: Run) -> None:
             last = evaluate(student, loader.validation(), accelerator)
         averaged = export_all(run, student, ema, loader, accelerator)
         if accelerator.is_main_process:
-            write_result(run, student, last, best, averaged, journal.images_per_second)
+            write_result(run, parameters, last, best, averaged, journal.images_per_second)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

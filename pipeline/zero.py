@@ -1,7 +1,11 @@
-"""What DeepSpeed's ZeRO does otherwise than DDP: its settings, weights that are spread over the ranks, its checkpoints.
+"""What DeepSpeed's ZeRO does otherwise than DDP: its settings, weights that lie in parts, its checkpoints.
 
 The launcher's environment alone chooses it (``ACCELERATE_USE_DEEPSPEED`` and a file such as
 ``launchers/deepspeed/zero2.json``); a recipe knows nothing of it. The only file that imports DeepSpeed.
+
+DeepSpeed steps within ``accelerator.backward``. It divides by the accumulation and clips like DDP's loop, and leaves a
+step out by itself, on every rank, when the gradient's norm is not finite. In one thing it differs: a parameter that no
+loss reaches has a gradient of zero, not none, and so decays.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +23,68 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
-from pipeline.composition import RecipeError
+from pipeline.composition import ROOT, RecipeError, shown
 from pipeline.recipe import Recipe
 from pipeline.runs import world_size_asked
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+DDP = "ddp"
 TAG = "zero"
 """The folder, within a checkpoint, of what DeepSpeed writes."""
 
 
 def asked() -> bool:
     """Whether the launcher chose DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 def create_plugin(recipe: Recipe) -> DeepSpeedPlugin:
-    """Return Accelerate's plugin for the launcher's file, completed from the recipe.
+    """Return Accelerate's plugin for DeepSpeed with the ``settings``; RecipeError where it cannot run."""
+    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"DeepSpeed was asked for and {missing[0]} is not installed; install the extra: deepspeed")
+    if "LOCAL_RANK" not in os.environ:
+        raise RecipeError("DeepSpeed was asked for without ranks; start them with torchrun or accelerate launch")
+    if _is_set("ACCELERATE_USE_CPU"):
+        raise RecipeError("ACCELERATE_USE_CPU turns DeepSpeed off without a word; unset it, it needs no GPU")
+    plugin = DeepSpeedPlugin(hf_ds_config=settings(recipe))
+    _keep_gloo()
+    return plugin
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the launcher's file of DeepSpeed settings, completed by what stands in the recipe.
 
     Raises RecipeError where the two disagree, or where ZeRO cannot do what the recipe asks for.
     """
-    _check_environment()
-    path = Path(os.environ[FILE])
-    config = _read(path)
-    _check(recipe, config, str(path))
-    _keep_gloo()
-    return DeepSpeedPlugin(hf_ds_config=_completed(config, recipe, str(path)))
+    path, given = _read()
+    stage = given.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise RecipeError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; DDP needs no DeepSpeed")
+    _refuse(recipe, stage)
+    own = _of_recipe(recipe)
+    for key in sorted(given.keys() & own.keys()):
+        if given[key] not in ("auto", own[key]):
+            raise RecipeError(f"{path}: {key}: {given[key]} here and {own[key]} by the recipe; leave it to the recipe")
+    for key in ("optimizer", "scheduler"):
+        if key in given:
+            raise RecipeError(f"{path}: {key}: leave it to the recipe")
+    # Accelerate would otherwise turn whatever optimizer is to step on the CPU into Adam.
+    return {**given, **own, "zero_force_ds_cpu_optimizer": False}
 
 
-def form(accelerator: Accelerator) -> str:
-    """Return the format of this run's checkpoints: ``ddp``, or ``zero-1`` to ``zero-3``."""
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Return the recipe's autocast: Accelerate's, or that of DeepSpeed's settings, which Accelerate does not read."""
     plugin = accelerator.deepspeed_plugin
-    return f"zero-{plugin.zero_stage}" if plugin else "ddp"
+    if plugin is None:
+        return accelerator.autocast()
+    enabled = plugin.deepspeed_config["torch_autocast"]["enabled"]
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Give every rank all weights of ``module``, which ZeRO-3 spreads over them. Nothing may be written or called."""
+    """Give every rank the weights of ``module`` whole, to be read; ZeRO-3 keeps a part of each on each rank."""
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         yield
         return
@@ -64,64 +94,62 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def checkpoint_format(accelerator: Accelerator) -> str:
+    """Return the format of this run's checkpoints: ``ddp``, or ``zero-1`` to ``zero-3``."""
+    plugin = accelerator.deepspeed_plugin
+    return DDP if plugin is None else f"zero-{plugin.zero_stage}"
+
+
 def save(accelerator: Accelerator, folder: Path) -> None:
     """Write weights and optimizer, each rank its part; every rank calls it."""
     _engine(accelerator).save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
 
 def load(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what ``save`` wrote; every rank calls it."""
+    """Restore what ``save`` wrote on as many ranks; every rank calls it."""
     _engine(accelerator).load_checkpoint(str(folder), tag=TAG)
 
 
 def _engine(accelerator: Accelerator) -> Any:
-    return accelerator.deepspeed_engine_wrapped.engine
+    return accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
 
 
-def _check_environment() -> None:
-    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RecipeError(f"DeepSpeed is asked for and {missing[0]} is not installed; install the extra 'deepspeed'")
-    if "LOCAL_RANK" not in os.environ:
-        raise RecipeError("DeepSpeed is asked for without ranks; start them with torchrun or accelerate launch")
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true"):
-        raise RecipeError("ACCELERATE_USE_CPU would silently turn DeepSpeed off; unset it, a CPU is used anyway")
-    if not os.environ.get(FILE):
-        raise RecipeError(f"{FILE}: DeepSpeed is asked for without settings; give launchers/deepspeed/zero2.json")
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read() -> tuple[str, dict[str, Any]]:
+    """Return the name of the launcher's file and what it says."""
+    name = os.environ.get(FILE)
+    if not name:
+        raise RecipeError(f"{FILE}: DeepSpeed was asked for without settings; give launchers/deepspeed/zero2.json")
+    path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
+    if path is None:
+        raise RecipeError(f"{FILE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own")
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{FILE}: {path} cannot be read as JSON: {error}") from None
+        return shown(path), json.loads(path.read_text())
+    except ValueError as error:
+        raise RecipeError(f"{shown(path)}: not JSON: {error}") from None
 
 
-def _check(recipe: Recipe, config: dict[str, Any], path: str) -> None:
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise RecipeError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; DDP needs no DeepSpeed")
-    for key in ("optimizer", "scheduler"):
-        if key in config:
-            raise RecipeError(f"{path}: {key}: the recipe's is used; remove it here")
+def _refuse(recipe: Recipe, stage: int) -> None:
+    """Raise RecipeError for what is not done under ZeRO."""
     if recipe.precision == "fp16":
-        raise RecipeError("precision: fp16 is not supported under DeepSpeed; give precision=bf16 or precision=fp32")
-    averages = {"ema": recipe.ema, "teacher.average": recipe.teacher and recipe.teacher.average}
-    for key, average in averages.items():
-        if stage == 3 and average:
-            raise RecipeError(f"{key}: no rank has all weights under ZeRO-3 to average; use zero2.json or DDP")
+        raise RecipeError("precision: fp16 is not done under DeepSpeed; give precision=bf16 or precision=fp32")
+    average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
+    if stage == 3 and average:
+        raise RecipeError(f"{average}: under ZeRO-3 no rank has the weights to average; take zero2.json, or DDP")
 
 
-def _completed(config: dict[str, Any], recipe: Recipe, path: str) -> dict[str, Any]:
-    """Return ``config`` with what the recipe says of batch, accumulation, clipping and precision."""
-    ranks = world_size_asked()
-    own = {
+def _of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return DeepSpeed's settings of batch, accumulation, clipping and precision."""
+    return {
         "train_batch_size": recipe.batch,
-        "train_micro_batch_size_per_gpu": recipe.batch // (ranks * recipe.accumulation),
+        "train_micro_batch_size_per_gpu": recipe.batch // (world_size_asked() * recipe.accumulation),
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.clip or 0.0,
-        # Not bf16.enabled: that casts the weights, and BatchNorm takes no bf16 weights. Without safe modules gradients
-        # travel in float32, as under DDP.
+        # Not bf16.enabled, which casts the weights: BatchNorm takes no bf16 weights beside float32 statistics. Where no
+        # module is named as safe, gradients travel in float32, as under DDP.
         "torch_autocast": {
             "enabled": recipe.precision == "bf16",
             "dtype": "bfloat16",
@@ -130,16 +158,10 @@ def _completed(config: dict[str, Any], recipe: Recipe, path: str) -> dict[str, A
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
     }
-    for key, value in own.items():
-        given = config.get(key, "auto")
-        if given not in ("auto", value):
-            raise RecipeError(f"{path}: {key}: {given} there, {value} by the recipe; remove it there")
-    # Accelerate would otherwise turn an optimizer of the CPU into Adam, whichever it was.
-    return {**config, **own, "zero_force_ds_cpu_optimizer": False}
 
 
 def _keep_gloo() -> None:
-    """Spare CPU ranks the compiler: DeepSpeed would build an all-reduce of its own for them when it starts."""
+    """Spare ranks on a CPU the compiler: as it starts, DeepSpeed would build an all-reduce of its own for them."""
     if not torch.cuda.is_available():
         import deepspeed.ops
 

@@ -41,7 +41,7 @@ LEVELS = {
             "pipeline.teacher",
             "pipeline.checkpoint",
         ),
-        *("pipeline.journal", "pipeline.launch", "pipeline.stopping"),
+        *("pipeline.journal", "pipeline.launch", "pipeline.stopping", "pipeline.zero"),
     ],
     3: [
         "pipeline.train",
@@ -109,8 +109,12 @@ def test_imports_point_downward(path: Path):
         ("nvidia", {"pipeline.data.dali"}),
         (
             "accelerate",
-            {"pipeline.launch", "pipeline.train", "pipeline.evaluate", "pipeline.checkpoint", "pipeline.guard"},
+            {
+                *("pipeline.launch", "pipeline.train", "pipeline.evaluate"),
+                *("pipeline.checkpoint", "pipeline.guard", "pipeline.zero"),
+            },
         ),
+        ("deepspeed", {"pipeline.zero"}),
         ("torchvision.transforms", set()),
         ("pickle", {"shards.prepare_cifar"}),
     ],

@@ -1,4 +1,4 @@
-"""Trainings within a standing rank: starting a process costs seconds, a tiny run less."""
+"""Whole runs within a standing rank: starting a process costs seconds, a tiny run less."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -14,48 +15,75 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from pipeline import train, zero
+from pipeline.batch import Batch, Outputs
 from pipeline.distiller import Distiller
-
-Weights = dict[str, Tensor]
-
-
-def trained(rank: int, world: int, folder: Path, *words: str, settings: str | None = None) -> Weights:
-    """Run ``pipeline/train.py`` with ``words`` in ``folder``; return all weights, and this rank's own buffers."""
-    return attempted(rank, world, folder, words, settings)[0]
+from pipeline.losses import Loss
 
 
-def attempted(
-    rank: int, world: int, folder: Path, words: Sequence[str], settings: str | None = None
-) -> tuple[Weights, str | None]:
-    """Do the same, and return also what a user would have been told of an error. ``settings`` are DeepSpeed's."""
-    for state in (AcceleratorState, PartialState):
-        state._shared_state.clear()
-    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
-    chosen = {"ACCELERATE_USE_DEEPSPEED": "true", zero.FILE: settings} if settings else {}
-    built: list[Distiller] = []
+class Training(NamedTuple):
+    """What a rank has after a run."""
 
-    def build(*args: object) -> Distiller:
-        built.append(build_distiller(*args))
-        return built[0]
+    weights: dict[str, Tensor]
+    """The whole Distiller's, with this rank's own buffers."""
+    error: str | None
+    """What a user would have been told."""
 
-    build_distiller = train.build_distiller
-    told = None
-    with (
-        contextlib.chdir(folder),
-        mock.patch.dict(os.environ, {**variables, **chosen}),
-        mock.patch.object(train, "build_distiller", build),
-        # It would end the process group, which stands.
-        mock.patch.object(Accelerator, "end_training"),
-    ):
+
+def trained(rank: int, world: int, folder: Path, words: Sequence[str], settings: str | None = None) -> Training:
+    """Run ``pipeline/train.py`` with ``words`` in ``folder``; ``settings`` is the file that asks for DeepSpeed."""
+    with _command(rank, world, folder, settings), _kept() as distillers:
         try:
             train.main(words)
-        except ValueError as error:
-            told = str(error)
-        return weights(built[0]) if built else {}, told
+            error = None
+        except ValueError as raised:
+            error = str(raised)
+        return Training(_weights(distillers[0]) if distillers else {}, error)
 
 
-def weights(distiller: Distiller) -> Weights:
+@contextlib.contextmanager
+def _command(rank: int, world: int, folder: Path, settings: str | None) -> Any:
+    """Give a command the environment that a launcher gives it, and no Accelerator of the one before."""
+    AcceleratorState._shared_state.clear()
+    PartialState._shared_state.clear()
+    direct = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    chosen = {"ACCELERATE_USE_DEEPSPEED": "true", zero.FILE: settings} if settings else {}
+    environment = {name: str(value) for name, value in {**direct, **chosen, "OMP_NUM_THREADS": 1}.items()}
+    # The end of a training would end the process group, which stands.
+    with (
+        contextlib.chdir(folder),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(Accelerator, "end_training"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _kept() -> Any:
+    """Keep the Distillers that are built."""
+    distillers: list[Distiller] = []
+    build = train.build_distiller
+
+    def kept(*args: Any) -> Distiller:
+        distillers.append(build(*args))
+        return distillers[-1]
+
+    with mock.patch.object(train, "build_distiller", kept):
+        yield distillers
+
+
+def _weights(distiller: Distiller) -> dict[str, Tensor]:
     with zero.gathered(distiller):
-        return {
-            name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in distiller.state_dict().items()
-        }
+        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in distiller.state_dict().items()}
+
+
+class Bursting(Loss):
+    """A user's loss whose gradient is not finite from the third micro-batch on, where it is seen by the last rank."""
+
+    needs_teacher = False
+    forwards = 0
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        self.forwards += 1
+        bad = self.forwards > 2 and os.environ["RANK"] != "0"
+        # The square root is zero, and its slope is not a number there.
+        return {"bursting": (student.logits_BK * 0.0).square().sum().sqrt() if bad else 0.0 * student.logits_BK.sum()}

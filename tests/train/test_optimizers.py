@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pipeline.optimizers import Config, create_optimizer, set_learning_rate
+from pipeline.optimizers import Config, allocate_momentum, create_optimizer, set_learning_rate
 
 
 def network() -> nn.Module:
@@ -69,6 +69,7 @@ def test_found_inf_leaves_weights_and_momentum_alone():
 def test_a_first_step_that_is_skipped_leaves_momentum_at_zero():
     module = network()
     optimizer = create_optimizer(Config(momentum=0.9), module)
+    allocate_momentum(optimizer)
     set_learning_rate(optimizer, 0.1)
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)
