@@ -56,7 +56,7 @@ rendezvous() {
 
 # What a hang or a crash leaves behind, for every start and rank on its own; no interface is forced.
 debugging() {
-    debug=$PWD/logs/debug/$job-start-$((restarts + 1))
+    debug=$PWD/slurm/logs/debug/$job-start-$((restarts + 1))
     [ -n "$DRY_RUN" ] || mkdir -p "$debug"
     export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     export TORCH_FR_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}

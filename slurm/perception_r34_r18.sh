@@ -10,5 +10,5 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
-#SBATCH --output=logs/%x-%j.out
+#SBATCH --output=slurm/logs/%x-%j.out
 cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh train configs/imagenet/r34_r18/perception.yaml "$@"

@@ -9,5 +9,5 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
-#SBATCH --output=logs/%x-%j.out
+#SBATCH --output=slurm/logs/%x-%j.out
 cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh run shards/prepare_imagenet.py ${SLURM_CPUS_PER_TASK:+--jobs="$SLURM_CPUS_PER_TASK"} "$@"

@@ -12,5 +12,5 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
-#SBATCH --output=logs/%x-%A_%a.out
+#SBATCH --output=slurm/logs/%x-%A_%a.out
 cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh table "$@"

@@ -31,7 +31,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSlurm]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project in a folder of its own, so that logs and runs do not lie in the real one."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "launchers", "pipeline", "shards", "slurm"):
+    (folder / "slurm" / "logs").mkdir(parents=True)
+    for name in ("configs", "launchers", "pipeline", "shards", *(f"slurm/{s.name}" for s in ROOT.glob("slurm/*.sh"))):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "logs").mkdir()
     return folder

@@ -209,9 +209,9 @@ def test_a_recipe_that_is_not_there_is_one_line(job: Job):
 
 
 def test_the_folder_of_the_logs_is_there_as_slurm_writes_no_line_without_it():
-    assert (ROOT / "logs" / ".gitignore").is_file()
+    assert (ROOT / "slurm" / "logs" / ".gitignore").is_file()
     for path in (ROOT / "slurm").glob("*.sh"):
-        assert "#SBATCH --output=logs/" in path.read_text()
+        assert "#SBATCH --output=slurm/logs/" in path.read_text()
 
 
 # -- one task ---------------------------------------------------------------------------------------------------------
