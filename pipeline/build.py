@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from pipeline import parallel, zero
@@ -40,16 +42,41 @@ def training_splits(manifest: Manifest) -> tuple[str, ...]:
     return ("train", "val") if "val" in manifest.splits else ("train",)
 
 
+class Named(NamedTuple):
+    """A network as a recipe names it."""
+
+    place: str
+    """The key where it does."""
+    model: str
+    stages: frozenset[tuple[str, str]]
+    """What the recipe says of its stages."""
+    taps: frozenset[str]
+    """Those that the losses read."""
+
+    def build(self, num_classes: int) -> FeatureTaps:
+        """Return the network, freshly initialised."""
+        with about(f"{self.place}.model"):
+            model = create_model(self.model, num_classes)
+        with about(f"{self.place}.stages"):
+            return FeatureTaps(model, stages(model) | dict(self.stages), self.taps)
+
+    def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
+        """Return ``tap_shapes`` of the network on images of that size."""
+        with about(f"{self.place}.model"):
+            return tap_shapes(network, image_size)
+
+
+def student_named(recipe: Recipe) -> Named:
+    """Return the student as the recipe names it."""
+    config = recipe.student
+    return Named("student", config.model, frozenset((config.stages or {}).items()), recipe.taps.student)
+
+
 def build_student(recipe: Recipe, num_classes: int) -> FeatureTaps:
     """Return the student as the recipe's seed initialises it, with the taps its losses read."""
     torch.manual_seed(recipe.seed)
-    config = recipe.student
-    with about("student.model"):
-        model = create_model(config.model, num_classes)
-    with about("student.stages"):
-        taps = FeatureTaps(model, stages(model) | (config.stages or {}), recipe.taps.student)
     # The weights' layout is the images', or every gradient would be copied into DDP's buckets in another.
-    return taps.to(memory_format=layout(recipe))  # type: ignore[call-overload]
+    return student_named(recipe).build(num_classes).to(memory_format=layout(recipe))  # type: ignore[call-overload]
 
 
 def layout(recipe: Recipe) -> torch.memory_format:
@@ -75,7 +102,7 @@ def build_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> A
     if config is None:
         return None
     if config.average is not None:
-        _, taps = teacher_network(recipe, "teacher", manifest.num_classes)
+        taps = teacher_named(recipe, "teacher").build(manifest.num_classes)
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
         return EMATeacher(taps, config.average, batch=config.batch or 1, device=device, autocast=autocast)
@@ -95,29 +122,21 @@ def teacher_places(recipe: Recipe) -> dict[str, Network]:
     return {f"teacher.members.{index}": member for index, member in enumerate(config.members)}
 
 
-def teacher_network(recipe: Recipe, place: str, num_classes: int) -> tuple[str, FeatureTaps]:
-    """Return the name of one of the teacher's networks and the network, without its weights.
+def teacher_named(recipe: Recipe, place: str) -> Named:
+    """Return one of the teacher's networks as the recipe, or the one that it stands on, names it.
 
     The first of ``teacher_places`` has the taps that the losses read. A moving average is the student's network.
     """
     places = teacher_places(recipe)
-    network = named = places[place]
-    wanted = recipe.taps.teacher if place == next(iter(places)) else frozenset[str]()
+    network = source = places[place]
     if network.recipe is not None:
-        named = load_dependency(recipe, network.recipe).recipe.student
+        source = load_dependency(recipe, network.recipe).recipe.student
     elif network.model is None:
-        named = recipe.student
-    assert named.model is not None
-    with about(f"{place}.model"):
-        model = create_model(named.model, num_classes)
-    with about(f"{place}.stages"):
-        return named.model, FeatureTaps(model, stages(model) | (network.stages or named.stages or {}), wanted)
-
-
-def probed(recipe: Recipe, place: str, taps: FeatureTaps) -> dict[str, tuple[int, ...]]:
-    """Return ``tap_shapes`` of the network that the recipe names at ``place``, on images of its size."""
-    with about(f"{place}.model"):
-        return tap_shapes(taps, recipe.data.size)
+        source = recipe.student
+    assert source.model is not None
+    own = network.stages or source.stages or {}
+    wanted = recipe.taps.teacher if place == next(iter(places)) else frozenset[str]()
+    return Named(place, source.model, frozenset(own.items()), wanted)
 
 
 def _frozen(recipe: Recipe, place: str, manifest: Manifest, device: torch.device) -> Teacher:
@@ -125,10 +144,11 @@ def _frozen(recipe: Recipe, place: str, manifest: Manifest, device: torch.device
     assert recipe.teacher is not None
     network = teacher_places(recipe)[place]
     weights, normalization = _source(recipe, network)
-    name, taps = teacher_network(recipe, place, manifest.num_classes)
-    probed(recipe, place, taps)  # folding would run it on the same images, and not say what it cannot take
+    named = teacher_named(recipe, place)
+    taps = named.build(manifest.num_classes)
+    named.probe(taps, recipe.data.size)  # folding would run it on the same images, and not say what it cannot take
     with about(f"{place}.weights"):
-        load_weights(taps.model, weights, name)
+        load_weights(taps.model, weights, named.model)
     return Teacher(
         taps,
         batch=recipe.teacher.batch or 1,
@@ -166,7 +186,7 @@ def build_distiller(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, 
     load_start(recipe, student)
     facts = Facts(
         num_classes=loader.num_classes,
-        student_shapes=probed(recipe, "student", student),
+        student_shapes=student_named(recipe).probe(student, recipe.data.size),
         teacher_shapes=tap_shapes(teacher.taps, recipe.data.size) if teacher else {},
         id_count=loader.id_count,
         labels_by_id=loader.labels_by_id,

@@ -7,8 +7,7 @@ calls ``.item()``, is built and run on the CPU instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.build import AUTOCAST, build_student, probed, teacher_network, teacher_places
+from pipeline.build import AUTOCAST, Named, student_named, teacher_named, teacher_places
 from pipeline.composition import RecipeError, about, shown
 from pipeline.distiller import Distiller
 from pipeline.losses._base import Facts
@@ -90,11 +89,9 @@ def check(loaded: LoadedRecipe) -> Report:
     """
     recipe = loaded.recipe
     num_classes, labels_by_id, note = _labels(recipe)
-    student, _ = _measured(recipe, "student", lambda: (recipe.student.model, build_student(recipe, num_classes)))
-    measured = [
-        _measured(recipe, place, partial(teacher_network, recipe, place, num_classes))
-        for place in teacher_places(recipe)
-    ]
+    student, _ = _measured(student_named(recipe), num_classes, recipe.data.size)
+    named = [teacher_named(recipe, place) for place in teacher_places(recipe)]
+    measured = [_measured(network, num_classes, recipe.data.size) for network in named]
     moving = recipe.teacher is not None and recipe.teacher.average is not None
     facts = Facts(
         num_classes=num_classes,
@@ -136,15 +133,16 @@ def _labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
     return classes, np.repeat(np.arange(classes), 2), note
 
 
+@cache  # the rows of a table share their networks
 @torch.no_grad()
-def _measured(recipe: Recipe, place: str, build: Callable[[], tuple[str, FeatureTaps]]) -> tuple[Network, FeatureTaps]:
-    """Return what the network that the recipe names at ``place`` is made of, and the network."""
+def _measured(named: Named, num_classes: int, image_size: int) -> tuple[Network, FeatureTaps]:
+    """Return what the network is made of, and the network."""
 
     def measure() -> tuple[Network, FeatureTaps]:
-        name, taps = build()
+        taps = named.build(num_classes)
         with FlopCounterMode(display=False) as counter:
-            shapes = probed(recipe, place, taps)
-        return Network(name, _count(taps), counter.get_total_flops() / 2, shapes), taps
+            shapes = named.probe(taps, image_size)
+        return Network(named.model, _count(taps), counter.get_total_flops() / 2, shapes), taps
 
     try:
         with torch.device("meta"):

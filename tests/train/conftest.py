@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from one_core import one_core
 
 from pipeline import train
 from pipeline.composition import composed
@@ -76,6 +77,7 @@ def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         PartialState._reset_state()
         train.main(words)
 
-    yield run
+    with one_core():
+        yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
