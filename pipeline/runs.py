@@ -222,13 +222,18 @@ def _execute(command: list[str], told: str) -> None:
         raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
     refuse_lone_ranks()
     print(f"$ {told}", flush=True)
-    notice.listen()
-    with subprocess.Popen(command) as process, notice.passed_on(process.terminate):
-        status = process.wait()
+    status = _status(command)
     if notice.given():
         raise Unfinished(f"{told} was stopped before its end; the same command continues")
     if status != 0:
         raise RecipeError(f"this run stands on another that ended with exit code {status}: {told}")
+
+
+def _status(command: list[str]) -> int:
+    """Return a command's exit code; a notice to stop is passed on to it."""
+    notice.listen()
+    with subprocess.Popen(command) as process, notice.passed_on(process.terminate):
+        return process.wait()
 
 
 # -- opening a folder -------------------------------------------------------------------------------------------------

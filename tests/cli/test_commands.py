@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import yaml
-from commands import BIN, ROOT, TRAIN, environment, run
+from commands import BIN, ROOT, TRAIN, run, run_on_two_ranks, start
 
 from pipeline.composition import composed
 from pipeline.journal import trace
@@ -42,9 +42,7 @@ def test_a_killed_run_repeats_the_trace_of_one_that_was_not(place: Path, main_jo
     journal = place / "runs" / "killed" / "journal.jsonl"
     dice = random.Random(time.time_ns())  # any step will do
     for least in (1, 7):
-        with subprocess.Popen(
-            command, cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
+        with start(*command, folder=place) as process:
             lines = least + dice.randrange(5)
             while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < lines):
                 time.sleep(0.002)
@@ -58,9 +56,9 @@ def test_a_killed_run_repeats_the_trace_of_one_that_was_not(place: Path, main_jo
 
 
 def test_two_ranks_train_together_and_one_process_goes_on(place: Path, main_job: subprocess.CompletedProcess[str]):
-    words = [TRAIN, "ddkd.yaml", "folder=runs/two", "compare=null"]
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    done = run(*torchrun, *words, "stop.steps=7", folder=place)
+    words = [TRAIN, "ddkd.yaml", "folder=runs/two", "compare=null"]
+    done = run_on_two_ranks(*torchrun, *words, "stop.steps=7", folder=place)
     assert done.returncode == 0, done.stderr
     checkpoint = place / "runs" / "two" / "checkpoints" / "step-7"
     state = json.loads((checkpoint / "state.json").read_text())
@@ -82,7 +80,7 @@ def test_losses_of_every_scope_train_on_two_ranks_of_accelerate_in_micro_batches
     (place / "scopes.yaml").write_text(yaml.safe_dump({**recipe, "accumulation": 2, "folder": "runs/scopes"}))
     accelerate = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     words = [TRAIN, "scopes.yaml", "schedule.rate=1e-4"]
-    done = run(*accelerate, *words, "stop.steps=4", folder=place, ACCELERATE_USE_CPU="true")
+    done = run_on_two_ranks(*accelerate, *words, "stop.steps=4", folder=place, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     state = json.loads((place / "runs" / "scopes" / "checkpoints" / "step-4" / "state.json").read_text())
     assert state["world_size"] == 2
@@ -96,7 +94,7 @@ def test_losses_of_every_scope_train_on_two_ranks_of_accelerate_in_micro_batches
 def test_a_signal_saves_and_the_same_command_goes_on(place: Path, main_job: subprocess.CompletedProcess[str]):
     command = [sys.executable, TRAIN, "ce.yaml", "folder=runs/signal", "epochs=40", "checkpoints.every_epochs=0"]
     journal = place / "runs" / "signal" / "journal.jsonl"
-    with subprocess.Popen(command, cwd=place, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    with start(*command, folder=place) as process:
         while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < 5):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)

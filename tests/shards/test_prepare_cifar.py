@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from pictures import decode, tar_of
 
 from shards.manifest import read_manifest
@@ -20,6 +19,7 @@ from shards.prepare_cifar import main
 from shards.read import SplitReader
 from shards.verify import verify
 
+ROOT = Path(__file__).resolve().parents[2]
 OFFICIAL = ROOT.parent / "shared/data/cifar100"
 CLASSES = [b"apple", b"aquarium_fish", b"baby"]
 

@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from pictures import write_folders
 
 from shards.prepare_imagenet import main
 from shards.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CLASSES = ["n01440764", "n01443537"]
 OPTIONS = ("--samples-per-shard", "4")

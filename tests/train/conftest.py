@@ -67,7 +67,10 @@ def recipes(tmp_path: Path, shards: Path) -> Path:
 
 @pytest.fixture
 def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``run_train("ce.yaml", "epochs=1")`` is the command in this process, in the folder of the recipes."""
+    """``run_train("ce.yaml", "epochs=1")`` is the command in this process, in the folder of the recipes.
+
+    So are the runs that it stands on: their own processes, of seconds each, are what ``tests/cli`` is about.
+    """
     monkeypatch.chdir(recipes)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
@@ -77,6 +80,12 @@ def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         PartialState._reset_state()
         train.main(words)
 
+    def status(command: list[str]) -> int:
+        assert command[:2] == [sys.executable, str(ROOT / "pipeline" / "train.py")]
+        run(*command[2:])
+        return 0
+
+    monkeypatch.setattr("pipeline.runs._status", status)
     with one_core():
         yield run
     for number, handler in handlers.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -116,10 +117,11 @@ def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("entry", ["train.py", "evaluate.py"])
-def test_help_tells_the_commands(recipes: Path, entry: str):
-    command = [sys.executable, str(ROOT / "pipeline" / entry), "--help"]
-    told = subprocess.run(command, cwd=recipes, capture_output=True, text=True, check=True).stdout
-    assert f"pipeline/{entry} RECIPE" in told
+def test_help_tells_the_commands(entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [entry, "--help"])
+    runpy.run_path(str(ROOT / "pipeline" / entry), run_name="__main__")
+    assert f"pipeline/{entry} RECIPE" in capsys.readouterr().out
 
 
 def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):

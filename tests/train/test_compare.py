@@ -7,19 +7,22 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline import compare, notice
-from pipeline.composition import ROOT, RecipeError
+from pipeline.composition import RecipeError
 from pipeline.journal import trace
+from pipeline.launch import entry
 from pipeline.recipe import load_recipe
 from pipeline.runs import find_run
+
+Train = Callable[..., None]
 
 
 @pytest.fixture
@@ -32,9 +35,16 @@ def place(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return recipes
 
 
-def test_every_recipe_is_trained_with_every_seed_and_only_once(place: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_recipe_is_trained_with_every_seed_and_only_once(
+    run_train: Train, place: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_train("ce.yaml")
+    run_train("teacher.yaml", "seed=3")
+    before = {path: path.read_bytes() for path in place.rglob("journal.jsonl")}
+    assert len(before) == 2
     words = ["ce.yaml", "teacher.yaml", "seeds=0,3", "jobs=2"]
     compare.main(words)
+    assert {path: path.read_bytes() for path in before} == before
     results = {
         name: [json.loads((place / "runs" / name / f"seed-{seed}" / "result.json").read_text()) for seed in (0, 3)]
         for name in ("ce", "teacher")
@@ -75,22 +85,29 @@ def test_of_many_failures_two_are_named(
     assert capsys.readouterr().out == ""
 
 
-def test_runs_without_validation_images_have_dashes(place: Path, shards: Path, capsys: pytest.CaptureFixture[str]):
+def test_runs_without_validation_images_have_dashes_and_one_at_a_time_is_heard(
+    run_train: Train, place: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+):
     copy = place / "alone"
     shutil.copytree(shards, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["splits"]["val"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    run_train("ce.yaml", f"data.path={copy}")
+    capfd.readouterr()
     compare.main(["ce.yaml", f"data.path={copy}", "seeds=0,1"])
-    told = capsys.readouterr().out
+    told = capfd.readouterr().out
+    assert "network  ce      cifar_resnet8" in told
     assert "runs/ce/seed-1: top-1 –, best –" in told
     assert told.splitlines()[-1].endswith("| – | – | –, – |")
 
 
-def test_a_finished_run_does_not_ask_for_the_teacher_it_had(place: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_finished_run_does_not_ask_for_the_teacher_it_had(
+    run_train: Train, place: Path, capfd: pytest.CaptureFixture[str]
+):
     own = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "losses": {"kd": {"temperature": 4.0}}}
     (place / "kd.yaml").write_text(yaml.safe_dump(own))
-    compare.main(["kd.yaml"])
+    run_train("kd.yaml")
     assert "$ python pipeline/train.py" in capfd.readouterr().out
     shutil.rmtree(place / "runs" / "teacher")
     compare.main(["kd.yaml"])
@@ -102,29 +119,55 @@ def lines_of(journal: Path) -> int:
     return len(journal.read_bytes().splitlines()) if journal.exists() else 0
 
 
-def test_a_signal_stops_what_is_under_way_and_the_same_command_goes_on(place: Path):
-    words = ["ce.yaml", "seeds=0,1,2", "jobs=2", "epochs=20", "checkpoints.every_epochs=0"]
-    command = [sys.executable, str(ROOT / "pipeline" / "compare.py"), *words]
+@pytest.fixture
+def signal_once() -> Iterator[Callable[[Callable[[], bool]], None]]:
+    """``signal_once(ready)`` sends this process SIGTERM as soon as ``ready()``; nobody listening, it does nothing."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    ended = threading.Event()
+
+    def send(ready: Callable[[], bool]) -> None:
+        while not ready():
+            if ended.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threads: list[threading.Thread] = []
+
+    def start(ready: Callable[[], bool]) -> None:
+        threads.append(threading.Thread(target=send, args=(ready,)))
+        threads[-1].start()
+
+    yield start
+    ended.set()
+    for thread in threads:
+        thread.join()
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_stops_what_is_under_way_and_the_same_command_goes_on(
+    place: Path,
+    signal_once: Callable[[Callable[[], bool]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    words = ["ce.yaml", "seeds=0,1,2", "jobs=2", "epochs=10", "checkpoints.every_epochs=0"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     folders = [place / "runs" / "ce" / f"seed-{seed}" for seed in (0, 1, 2)]
     journals = [folder / "journal.jsonl" for folder in folders]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and max(map(lines_of, journals)) < 3:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate()
-    assert process.returncode == 0
-    assert "stopped before the last run; the same command continues" in told
+    signal_once(lambda: max(map(lines_of, journals)) >= 3)
+    entry(compare.main)
+    assert "stopped before the last run; the same command continues" in capsys.readouterr().out
     # The two side by side may be far apart, and the later one may not have begun to listen.
     assert list(place.glob("runs/ce/seed-[01]/checkpoints/step-*"))
     assert not list(place.rglob("result.json"))
     assert not folders[2].exists()
 
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
+    entry(compare.main)
     results = [json.loads((folder / "result.json").read_text())["top1"] for folder in folders]
-    assert done.stdout.splitlines()[-1].endswith(f"| {', '.join(f'{top1:.2f}' for top1 in results)} |")
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1].endswith(f"| {', '.join(f'{top1:.2f}' for top1 in results)} |")
     for journal in journals:
-        assert [line["step"] for line in trace(journal) if "total" in line] == list(range(1, 101))
+        assert [line["step"] for line in trace(journal) if "total" in line] == list(range(1, 51))
 
 
 def test_a_signal_that_comes_before_a_run_can_hear_it_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch):
