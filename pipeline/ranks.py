@@ -45,24 +45,27 @@ def refuse_lone_ranks() -> None:
         if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
             raise RecipeError(
                 "accelerate launch was asked for several processes and started one, as it does with --cpu, MULTI_CPU "
-                f"or NO; start them with: torchrun --nproc_per_node N {shlex.join(sys.argv)}"
+                f"or NO; start them with: torchrun --nproc_per_node N {shlex.join(sys.argv)} (WORLD_SIZE=1 means one)"
             )
     elif "GROUP_WORLD_SIZE" in os.environ and int(os.environ["GROUP_WORLD_SIZE"]) != tasks > 1:
         raise RecipeError(
             f"{launcher} started {tasks} torchruns that do not see one another; give each: --nnodes {tasks} "
-            "--rdzv_backend c10d --rdzv_endpoint HOST_OF_THE_FIRST:29500"
+            "--rdzv_backend c10d --rdzv_endpoint HOST_OF_RANK_0:29500"
         )
     elif int(os.environ["WORLD_SIZE"]) > 1 and (missing := [name for name in DIRECT if not os.environ.get(name)]):
         raise RecipeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not set: {', '.join(missing)}")
 
 
 def _untold(tasks: int, launcher: str) -> str:
-    names = {
-        "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
-        "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    names, host = {
+        "srun": (
+            ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+            "$(scontrol show hostnames $SLURM_STEP_NODELIST | head -n 1)",
+        ),
+        "mpirun": (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"), "HOST_OF_RANK_0"),
     }[launcher]
-    told = " ".join(f"{name}=${source}" for name, source in zip(DIRECT, names, strict=False))
-    command = f"export {told} MASTER_ADDR=HOST_OF_THE_FIRST MASTER_PORT=29500; exec python {shlex.join(sys.argv)}"
+    told = " ".join(f"{name}=${source}" for name, source in zip(DIRECT[:3], names, strict=True))
+    command = f"export {told} MASTER_ADDR={host} MASTER_PORT=29500; exec python {shlex.join(sys.argv)}"
     return (
         f"{launcher} started {tasks} processes and told none of the others; start them with: "
         f"{launcher} -n {tasks} bash -c {shlex.quote(command)} (WORLD_SIZE=1 keeps them apart)"
@@ -103,8 +106,9 @@ def meet(collectives: timedelta = COLLECTIVES) -> None:
     try:
         parallel.start("gloo" if cpu else "nccl", store, asked.rank, asked.world, collectives)
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"{asked}: all ranks came and cannot reach one another ({error}); name the network that joins the hosts: "
+            f"{asked}: all ranks came and cannot reach one another ({reason}); name the network that joins the hosts: "
             "NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME (`ip address` lists them)"
         ) from None
 

@@ -18,7 +18,7 @@ from pipeline.runs import versions
 GIB = 2**30
 DRIVER = Path("/proc/driver/nvidia/version")
 LEAST_MEMORY = 2 * GIB
-"""Of a rank: a process with torch and DALI, before the first image, is at about one."""
+"""Of a rank: a process that trains the smallest network on a CPU has 0.8 GiB."""
 LEAST_SHM = 512 * 2**20
 """Where NCCL joins the GPUs of a host; containers begin with 64 MiB."""
 LEAST_DISK = GIB

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -155,7 +156,8 @@ def test_no_teacher_is_trained_by_each_of_several_lone_ranks(
     assert done.returncode != 0
     assert [text for text in done.stderr.splitlines() if text.startswith("error: ")] == [
         "error: accelerate launch was asked for several processes and started one, as it does with --cpu, MULTI_CPU "
-        f"or NO; start them with: torchrun --nproc_per_node N {TRAIN} ddkd.yaml data.path={place / 'shards'}"
+        f"or NO; start them with: torchrun --nproc_per_node N {TRAIN} ddkd.yaml data.path={place / 'shards'} "
+        "(WORLD_SIZE=1 means one)"
     ]
     assert not (tmp_path / "runs").exists()
 
@@ -208,6 +210,19 @@ def test_two_processes_of_one_rank(launched: Launch, port: int):
     assert "did not come: 0, 2;" in refused()
     assert "another process has this RANK; each needs its own" in refused()
     del served
+
+
+def test_ranks_whose_first_has_gone(launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch):
+    launched(**told(2, 1, port))
+    monkeypatch.setattr(ranks, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=RuntimeError("reset"))))
+    assert "rank 0, where the ranks meet, has ended" in refused()
+
+
+def test_ranks_that_came_and_cannot_reach_one_another(launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch):
+    launched(**told(2, 1, port))
+    monkeypatch.setattr(ranks, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 2])))
+    monkeypatch.setattr(parallel, "start", mock.Mock(side_effect=RuntimeError("no route\nframe #0")))
+    assert "cannot reach one another (no route); name the network that joins the hosts" in refused()
 
 
 def test_a_lone_rank_ends_in_one_line_with_exit_code_2(
