@@ -22,7 +22,7 @@ from pipeline.composition import RecipeError
 
 SECONDS = "PIPELINE_RENDEZVOUS_SECONDS"
 """How long a rank waits for the others to come; ``DEFAULT_SECONDS`` where it is not set."""
-DEFAULT_SECONDS = 45.0
+DEFAULT_SECONDS = 120.0
 COLLECTIVES = timedelta(minutes=10)
 """How long a rank that has met the others waits for them in a collective."""
 
