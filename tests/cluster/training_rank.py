@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
+from training_on_ranks import launched
 
 from pipeline import train, zero
 from pipeline.batch import Batch, Outputs
@@ -42,18 +42,10 @@ def trained(rank: int, world: int, folder: Path, words: Sequence[str], settings:
 
 @contextlib.contextmanager
 def _command(rank: int, world: int, folder: Path, settings: str | None) -> Any:
-    """Give a command the environment that a launcher gives it, and no Accelerator of the one before."""
-    AcceleratorState._shared_state.clear()
-    PartialState._shared_state.clear()
-    direct = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
     chosen = {"ACCELERATE_USE_DEEPSPEED": "true", zero.FILE: settings} if settings else {}
-    environment = {name: str(value) for name, value in {**direct, **chosen, "OMP_NUM_THREADS": 1}.items()}
-    # The end of a training would end the process group, which stands.
-    with (
-        contextlib.chdir(folder),
-        mock.patch.dict(os.environ, environment),
-        mock.patch.object(Accelerator, "end_training"),
-    ):
+    # The end of a training would end the process group, and with it the weights that ZeRO-3 has in parts.
+    standing = mock.patch.object(Accelerator, "end_training")
+    with launched(rank, world, **chosen), contextlib.chdir(folder), standing:
         yield
 
 
