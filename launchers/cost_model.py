@@ -41,7 +41,7 @@ PUBLISHED_IMAGES = 2_470
 NVLINK = 235e9
 """Bytes/s a GPU sends inside a node of A100: what NCCL's own model grants it of NVLink 3's 300e9."""
 BASE, NVLINK_HOP, RING_BASE, RING_NVLINK_HOP = 4.4e-6, 0.52e-6, 3.6e-6, 0.47e-6
-"""Seconds: NCCL's model (tuning.cc, 2.8), protocol LL, of a tree and of a ring; inside one of several nodes × 1.8."""
+"""Seconds: NCCL's own model, low-latency protocol, of a tree and of a ring; inside one of several nodes × 1.8."""
 SEVERAL_NODES = 1.8
 
 
