@@ -193,10 +193,11 @@ def test_a_port_that_is_another_programs(launched: Launch, port: int):
     with socket.socket() as other:
         other.bind(("", port))
         other.listen()
-        launched(**told(2, 1, port))
-        assert "found nobody" in refused()
-        launched(RANK=0)
-        assert "address already in use; give all ranks another" in refused()
+        other.detach()  # open until the process ends, or torch would tell at length that it was hung up on
+    launched(**told(2, 1, port))
+    assert "found nobody" in refused()
+    launched(RANK=0)
+    assert "address already in use; give all ranks another" in refused()
 
 
 def test_the_ranks_that_never_came_are_named(launched: Launch, port: int):
