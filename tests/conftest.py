@@ -7,6 +7,8 @@ import pytest
 import torch
 from gloo_ranks import Ranks
 
+from pipeline import notice
+
 # Two OpenMP threads wait for one another actively, and a test's tensors are small.
 torch.set_num_threads(1)
 
@@ -34,6 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _no_notice() -> Iterator[None]:
+    """Leave to a test no notice to stop that another was given; a command has a process of its own for that."""
+    yield
+    notice._given = False
 
 
 @pytest.fixture(scope="session")

@@ -168,9 +168,13 @@ class PrivateSlurm:
         """Cancel every job, and have both nodes back."""
         self.run("scancel", "--user", getpass.getuser())
         for node in NODES:
-            with contextlib.suppress(AssertionError):  # a node that is up needs no resuming
-                self.run("scontrol", "update", f"nodename={node}", "state=resume")
+            self.resume(node)
         self.wait_for(lambda: self.nodes_in("idle") == len(NODES), 90, "the nodes")
+
+    def resume(self, node: str) -> None:
+        """Have a node back; one that answered may be back by itself."""
+        with contextlib.suppress(AssertionError):
+            self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def _logs(self) -> str:
         return "".join(f"--- {path}\n{path.read_text()[-2000:]}" for path in sorted((self.folder / "log").iterdir()))
