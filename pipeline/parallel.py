@@ -230,7 +230,8 @@ class _GatherRows(torch.autograd.Function):
         if len(ctx.counts) == 1:
             return grad, None
         most = max(ctx.counts)
-        parts = torch.cat([_padded(part, most) for part in grad.split(ctx.counts)])
+        equal = min(ctx.counts) == most
+        parts = grad.contiguous() if equal else torch.cat([_padded(part, most) for part in grad.split(ctx.counts)])
         own = grad.new_empty((most, *grad.shape[1:]))
         dist.reduce_scatter_tensor(own, parts)
         return own[: ctx.counts[rank()]], None

@@ -72,6 +72,11 @@ def _untold(tasks: int, launcher: str) -> str:
     )
 
 
+def is_set(variable: str) -> bool:
+    """Whether a variable of the environment says yes, as Accelerate reads its own."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
 class Asked(NamedTuple):
     """What the launcher told this process of the ranks."""
 
@@ -102,7 +107,7 @@ def meet(collectives: timedelta = COLLECTIVES) -> None:
         _await_all(asked, store, deadline)
     except RuntimeError:  # torch's word for a connection that broke
         raise ConnectionError(f"{asked}: rank 0, where the ranks meet, has ended; its own line says why") from None
-    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cpu = not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU")
     try:
         parallel.start("gloo" if cpu else "nccl", store, asked.rank, asked.world, collectives)
     except RuntimeError as error:

@@ -24,6 +24,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
 from pipeline.composition import ROOT, RecipeError, shown
+from pipeline.ranks import is_set
 from pipeline.recipe import Recipe
 from pipeline.runs import world_size_asked
 
@@ -35,7 +36,7 @@ TAG = "zero"
 
 def asked() -> bool:
     """Whether the launcher chose DeepSpeed."""
-    return _is_set("ACCELERATE_USE_DEEPSPEED")
+    return is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 def create_plugin(recipe: Recipe) -> DeepSpeedPlugin:
@@ -45,7 +46,7 @@ def create_plugin(recipe: Recipe) -> DeepSpeedPlugin:
         raise RecipeError(f"DeepSpeed was asked for and {missing[0]} is not installed; install the extra: deepspeed")
     if "LOCAL_RANK" not in os.environ:
         raise RecipeError("DeepSpeed was asked for without ranks; start them with torchrun or accelerate launch")
-    if _is_set("ACCELERATE_USE_CPU"):
+    if is_set("ACCELERATE_USE_CPU"):
         raise RecipeError("ACCELERATE_USE_CPU turns DeepSpeed off without a word; unset it, it needs no GPU")
     plugin = DeepSpeedPlugin(hf_ds_config=settings(recipe))
     _keep_gloo()
@@ -112,10 +113,6 @@ def load(accelerator: Accelerator, folder: Path) -> None:
 
 def _engine(accelerator: Accelerator) -> Any:
     return accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _read() -> tuple[str, dict[str, Any]]:
