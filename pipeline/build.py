@@ -17,14 +17,16 @@ from pipeline.models.weights import load_weights
 from pipeline.recipe import Recipe
 from pipeline.runs import STUDENT, Run, find_run, load_dependency
 from pipeline.taps import FeatureTaps, tap_shapes
-from pipeline.teacher import AnyTeacher, EMATeacher, Network, Normalization, Teacher, TeacherEnsemble
+from pipeline.teacher_cache import AnyTeacher, CachedTeacher
 from shards.manifest import Manifest
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_loader(recipe: Recipe, device: torch.device, splits: tuple[str, ...]) -> Loader:
-    """Return this rank's loader of those splits."""
+def build_loader(
+    recipe: Recipe, device: torch.device, splits: tuple[str, ...], teacher: AnyTeacher | None = None
+) -> Loader:
+    """Return this rank's loader of those splits, which reads ahead what a cached teacher answers with."""
     return create_loader(
         recipe.data,
         batch=recipe.batch,
@@ -33,6 +35,7 @@ def build_loader(recipe: Recipe, device: torch.device, splits: tuple[str, ...]) 
         rank=parallel.rank(),
         world=parallel.world_size(),
         device=device,
+        columns=teacher.columns if isinstance(teacher, CachedTeacher) else None,
         splits=splits,
     )
 
@@ -88,90 +91,12 @@ def load_start(recipe: Recipe, student: FeatureTaps) -> None:
     """Load the weights that ``student.start`` names, if it does."""
     start = recipe.student.start
     if start is not None:
-        weights = start.weights or str(_finished(recipe, start.recipe).folder / STUDENT)
+        weights = start.weights or str(finished(recipe, start.recipe).folder / STUDENT)
         with about("student.start"):
             load_weights(student.model, weights, recipe.student.model)
 
 
-def build_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> AnyTeacher | None:
-    """Return the teacher, or None for a recipe without one.
-
-    Raises RecipeError where its weights do not fit the network or the shards' classes.
-    """
-    config = recipe.teacher
-    if config is None:
-        return None
-    if config.average is not None:
-        taps = teacher_named(recipe, "teacher").build(manifest.num_classes)
-        auto = "fp32" if recipe.precision == "fp32" else "bf16"
-        autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
-        return EMATeacher(taps, config.average, batch=config.batch or 1, device=device, autocast=autocast)
-    teachers = [_frozen(recipe, place, manifest, device) for place in teacher_places(recipe)]
-    if config.members is None:
-        return teachers[0]
-    assert config.combine is not None
-    assert config.temperature is not None
-    return TeacherEnsemble(teachers, combine=config.combine, temperature=config.temperature)
-
-
-def teacher_places(recipe: Recipe) -> dict[str, Network]:
-    """Return what the recipe says of each of the teacher's networks, by the key where it says it."""
-    config = recipe.teacher
-    if config is None or config.members is None:
-        return {"teacher": config} if config else {}
-    return {f"teacher.members.{index}": member for index, member in enumerate(config.members)}
-
-
-def teacher_named(recipe: Recipe, place: str) -> Named:
-    """Return one of the teacher's networks as the recipe, or the one that it stands on, names it.
-
-    The first of ``teacher_places`` has the taps that the losses read. A moving average is the student's network.
-    """
-    places = teacher_places(recipe)
-    network = source = places[place]
-    if network.recipe is not None:
-        source = load_dependency(recipe, network.recipe).recipe.student
-    elif network.model is None:
-        source = recipe.student
-    assert source.model is not None
-    own = network.stages or source.stages or {}
-    wanted = recipe.taps.teacher if place == next(iter(places)) else frozenset[str]()
-    return Named(place, source.model, frozenset(own.items()), wanted)
-
-
-def _frozen(recipe: Recipe, place: str, manifest: Manifest, device: torch.device) -> Teacher:
-    """Return the network of ``teacher_places`` with its weights, frozen."""
-    assert recipe.teacher is not None
-    network = teacher_places(recipe)[place]
-    weights, normalization = _source(recipe, network)
-    named = teacher_named(recipe, place)
-    taps = named.build(manifest.num_classes)
-    named.probe(taps, recipe.data.size)  # folding would run it on the same images, and not say what it cannot take
-    with about(f"{place}.weights"):
-        load_weights(taps.model, weights, named.model)
-    return Teacher(
-        taps,
-        batch=recipe.teacher.batch or 1,
-        image_size=recipe.data.size,
-        dtype=network.torch_dtype(device),
-        device=device,
-        given=Normalization(recipe.data.mean, recipe.data.std),
-        expected=Normalization(network.mean or normalization.mean, network.std or normalization.std),
-        fold=network.fold,
-    )
-
-
-def _source(recipe: Recipe, network: Network) -> tuple[str, Normalization]:
-    """Return a network's weights, and what its images were normalised with."""
-    if network.recipe is None:
-        assert network.weights is not None
-        return network.weights, Normalization(recipe.data.mean, recipe.data.std)
-    run = _finished(recipe, network.recipe)
-    data = run.recipe.data
-    return network.weights or str(run.folder / STUDENT), Normalization(data.mean, data.std)
-
-
-def _finished(recipe: Recipe, path: str | None) -> Run:
+def finished(recipe: Recipe, path: str | None) -> Run:
     """Return the finished run of another recipe that ``recipe`` stands on."""
     assert path is not None
     run = find_run(load_dependency(recipe, path))
@@ -187,7 +112,7 @@ def build_distiller(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, 
     facts = Facts(
         num_classes=loader.num_classes,
         student_shapes=student_named(recipe).probe(student, recipe.data.size),
-        teacher_shapes=tap_shapes(teacher.taps, recipe.data.size) if teacher else {},
+        teacher_shapes=teacher.shapes(recipe.data.size) if teacher else {},
         id_count=loader.id_count,
         labels_by_id=loader.labels_by_id,
         teacher_norms=teacher.norms if teacher else {},

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.build import AUTOCAST, Named, student_named, teacher_named, teacher_places
+from pipeline.build import AUTOCAST, Named, student_named
+from pipeline.build_teacher import teacher_named, teacher_places
 from pipeline.composition import RecipeError, about, shown
 from pipeline.distiller import Distiller
 from pipeline.losses._base import Facts
 from pipeline.recipe import LoadedRecipe, Recipe
 from pipeline.taps import FeatureTaps, NormParameters
+from pipeline.teacher_cache import Cache, CachedTeacher
 from shards.manifest import MANIFEST
 from shards.read import SplitReader
 
@@ -48,6 +50,8 @@ class Report(NamedTuple):
     student: Network
     teachers: list[Network]
     """None, one, or each member; taps are read of the first."""
+    cache: str | None
+    """Where the answers are that training takes instead of running them."""
     parts: list[str]
     """Of the losses, by the names they have in the journal."""
     auxiliary: dict[str, int]
@@ -63,12 +67,14 @@ class Report(NamedTuple):
 
         Losses that compare with what is kept, as CRD with its banks, have less of a backward.
         """
-        return 3 * (self.student.macs + self.auxiliary_macs) + sum(teacher.macs for teacher in self.teachers)
+        asked = 0.0 if self.cache else sum(teacher.macs for teacher in self.teachers)
+        return 3 * (self.student.macs + self.auxiliary_macs) + asked
 
     def __str__(self) -> str:
         """Return the report as a user reads it."""
         lines = [shown(self.path), *_described("student", self.student)]
         lines += [line for teacher in self.teachers for line in _described("teacher", teacher)]
+        lines += [f"          answers from {self.cache}"] if self.cache else []
         own = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
         lines += [f"losses    {', '.join(self.parts)}"]
         lines += [f"          {own} parameters of their own, {self.auxiliary_macs / 1e9:.3f} GMAC"]
@@ -88,22 +94,40 @@ def check(loaded: LoadedRecipe) -> Report:
     Raises RecipeError for what training would refuse of networks, taps and losses.
     """
     recipe = loaded.recipe
-    num_classes, labels_by_id, note = _labels(recipe)
-    student, _ = _measured(student_named(recipe), num_classes, recipe.data.size)
+    num_classes, labels_by_id, note = training_labels(recipe)
+    student, _ = measure(student_named(recipe), num_classes, recipe.data.size)
     named = [teacher_named(recipe, place) for place in teacher_places(recipe)]
-    measured = [_measured(network, num_classes, recipe.data.size) for network in named]
-    moving = recipe.teacher is not None and recipe.teacher.average is not None
+    measured = [measure(network, num_classes, recipe.data.size) for network in named]
+    shapes, norms = _answers(recipe, measured)
     facts = Facts(
         num_classes=num_classes,
         student_shapes=student.shapes,
-        teacher_shapes=measured[0][0].shapes if measured else {},
+        teacher_shapes=shapes,
         id_count=len(labels_by_id),
         labels_by_id=labels_by_id,
-        teacher_norms=_plain(measured[0][1].norms()) if measured and not moving else {},
+        teacher_norms=norms,
         autocast=AUTOCAST[recipe.precision],
     )
     losses = _tried(recipe, facts)
-    return Report(loaded.path, student, [network for network, _ in measured], *losses, note)
+    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
+    return Report(loaded.path, student, [network for network, _ in measured], cache, *losses, note)
+
+
+def _answers(
+    recipe: Recipe, measured: list[tuple[Network, FeatureTaps]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
+    """Return the shapes of the teacher's answers, and the BatchNorms before its taps."""
+    config = recipe.teacher
+    if config is None:
+        return {}, {}
+    if not config.is_named:
+        assert config.cache is not None
+        with about("teacher.cache"):
+            cache = Cache(Path(config.cache))
+            teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), torch.device("cpu"))
+        return teacher.shapes(recipe.data.size), teacher.norms
+    network, taps = measured[0]
+    return network.shapes, {} if config.average else _plain(taps.norms())
 
 
 class _Answers(nn.Module):
@@ -120,7 +144,7 @@ class _Answers(nn.Module):
         return Outputs(found.pop("logits"), found)
 
 
-def _labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
+def training_labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
     """Return the number of classes, the label of every training id, and what of this was made up."""
     folder = Path(recipe.data.path)
     if (folder / MANIFEST).is_file():
@@ -136,10 +160,10 @@ def _labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
 
 @cache  # the rows of a table share their networks
 @torch.no_grad()
-def _measured(named: Named, num_classes: int, image_size: int) -> tuple[Network, FeatureTaps]:
+def measure(named: Named, num_classes: int, image_size: int) -> tuple[Network, FeatureTaps]:
     """Return what the network is made of, and the network."""
 
-    def measure() -> tuple[Network, FeatureTaps]:
+    def built() -> tuple[Network, FeatureTaps]:
         taps = named.build(num_classes)
         with FlopCounterMode(display=False) as counter:
             shapes = named.probe(taps, image_size)
@@ -147,9 +171,9 @@ def _measured(named: Named, num_classes: int, image_size: int) -> tuple[Network,
 
     try:
         with torch.device("meta"):
-            return measure()
+            return built()
     except Exception:  # it computes with numbers, which the meta device has none of; or what is wrong is so here, too
-        return measure()
+        return built()
 
 
 def _tried(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pipeline import parallel, zero
 from pipeline.batch import Batch
-from pipeline.build import build_loader, build_student, build_teacher
+from pipeline.build import build_loader, build_student
+from pipeline.build_teacher import build_live_teacher
 from pipeline.composition import RecipeError
 from pipeline.data.loader import Loader
 from pipeline.launch import create_accelerator, entry, use_all_cores
@@ -31,7 +32,7 @@ from pipeline.models.weights import load_weights
 from pipeline.recipe import Recipe, load_recipe, own_words, split_words
 from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
 from pipeline.taps import FeatureTaps, evaluating
-from pipeline.teacher import AnyTeacher, EMATeacher
+from pipeline.teacher_cache import AnyTeacher, CachedTeacher
 
 OWN_WORDS = ("weights", "agreement")
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
@@ -74,6 +75,24 @@ def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accele
         return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
 
 
+def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
+    """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
+
+    A cached one, which knows no validation image, was measured before its answers were written.
+    """
+    expected = recipe.teacher.expect_top1 if recipe.teacher else None
+    if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
+        return
+    if not loader.validates:
+        raise RecipeError(f"teacher.expect_top1: {recipe.data.path} has no validation images to measure it with")
+    measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
+    if measured < expected:
+        raise RecipeError(
+            f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {expected}; "
+            "are its weights, mean, std and classes the right ones?"
+        )
+
+
 @torch.no_grad()
 def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
     """Return on how many of the validation images, in percent, student and teacher give the same class."""
@@ -108,13 +127,16 @@ def main(words: Sequence[str]) -> None:
 
 
 def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
-    teacher = build_teacher(recipe, loader.manifest, accelerator.device)
-    if teacher is None:
+    config = recipe.teacher
+    if config is None:
         raise RecipeError("agreement=yes: the recipe has no teacher")
-    if isinstance(teacher, EMATeacher):
+    if config.average is not None:
         raise RecipeError("agreement=yes: the teacher is the student's moving average, which no run keeps to its end")
-    if recipe.teacher and recipe.teacher.combine == "confidence":
+    if config.combine == "confidence":
         raise RecipeError("agreement=yes: combine: confidence knows the labels; its accuracy would say nothing")
+    if not config.is_named:
+        raise RecipeError("agreement=yes: a cache answers for no validation image; give teacher.model and its weights")
+    teacher = build_live_teacher(recipe, (), loader.manifest, accelerator.device)
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")

@@ -24,9 +24,10 @@ import torch
 import yaml
 
 from pipeline import notice
-from pipeline.composition import ROOT, RecipeError, default_folder, read_yaml, shown
+from pipeline.composition import ROOT, RecipeError, about, default_folder, read_yaml, shown
 from pipeline.ranks import refuse_lone_ranks
 from pipeline.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
+from pipeline.teacher_cache import Cache
 from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
 
 RESULT = "result.json"
@@ -84,10 +85,25 @@ def run_folder(loaded: LoadedRecipe) -> Path:
 def find_run(loaded: LoadedRecipe) -> Run:
     """Return the run of a recipe whose shards are there."""
     recipe, folder = loaded.recipe, run_folder(loaded)
+    if recipe.teacher is not None and recipe.teacher.cache is not None:
+        with about(f"{shown(loaded.path)}: teacher.cache"):
+            recipe = _as_cached(recipe, Cache(Path(recipe.teacher.cache)))
     if recipe.teacher is not None and recipe.teacher.batch is None:
-        teacher = recipe.teacher.model_copy(update={"batch": _teacher_batch(recipe, folder)})
-        recipe = recipe.model_copy(update={"teacher": teacher})
+        recipe = _with_teacher_batch(recipe, _teacher_batch(recipe, folder))
     return Run(recipe, loaded.path, folder, identity(recipe))
+
+
+def _as_cached(recipe: Recipe, cache: Cache) -> Recipe:
+    """Return the recipe with the views and the teacher's batch of its cache, where it says nothing of its own."""
+    views = recipe.data.views or cache.header.views
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"views": views})})
+    batch = recipe.teacher.batch if recipe.teacher else None
+    return _with_teacher_batch(recipe, batch or cache.batch)
+
+
+def _with_teacher_batch(recipe: Recipe, batch: int) -> Recipe:
+    assert recipe.teacher is not None
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"batch": batch})})
 
 
 def _teacher_batch(recipe: Recipe, folder: Path) -> int:
@@ -121,6 +137,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     for section in (teacher, *(teacher.get("members") or ()), tree["student"]["start"]):
         if section and section["recipe"]:
             section["recipe"] = find_run(load_dependency(recipe, section["recipe"])).digest
+    if teacher.get("cache"):
+        teacher["cache"] = Cache(Path(teacher["cache"])).digest(recipe.taps.teacher)
     return tree
 
 
@@ -181,7 +199,7 @@ def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
 
 def dependencies(recipe: Recipe) -> list[str]:
     """Return the recipes that ``recipe`` names, each once."""
-    teacher = recipe.teacher.recipes if recipe.teacher else []
+    teacher = recipe.teacher.recipes if recipe.teacher and recipe.teacher.is_asked else []
     start = [recipe.student.start.recipe] if recipe.student.start and recipe.student.start.recipe else []
     return list(dict.fromkeys([*teacher, *start, *recipe.compare]))
 
@@ -258,8 +276,7 @@ def open_folder(run: Run) -> None:
 
     The folder is this process's until it ends. Raises RecipeError if another trains in it.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    _lock(run.folder)
+    lock_folder(run.folder)
     (run.folder / PREEMPTED).unlink(missing_ok=True)
     now = versions()
     if (run.folder / IDENTITY).is_file():
@@ -272,7 +289,9 @@ def open_folder(run: Run) -> None:
     write_json(run.folder / IDENTITY, run.identity)
 
 
-def _lock(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
+    """Make the folder, where it is not there, this process's until it ends. Raises RecipeError if it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
     # The descriptor stays open, and the lock with it, as long as the process lives; no crash can leave it behind.
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -281,7 +300,7 @@ def _lock(folder: Path) -> None:
     except OSError:
         os.close(descriptor)
         raise RecipeError(
-            f"{folder}: another process is training in this folder; wait for it, or give folder=ANOTHER"
+            f"{folder}: another process is writing in this folder; wait for it, or name another folder"
         ) from None
 
 

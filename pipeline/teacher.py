@@ -18,7 +18,7 @@ from pipeline.ema import EMA
 from pipeline.ema import Config as Averaging
 from pipeline.losses._base import promoted
 from pipeline.models.folding import fold_batchnorms
-from pipeline.taps import FeatureTaps
+from pipeline.taps import FeatureTaps, tap_shapes
 
 TOLERANCE = 1e-3
 """Largest change of a tap by folding, relative to its largest value. Rounding changes 1e-6, a wrong fold about 1."""
@@ -80,19 +80,28 @@ class Config(Network):
     """T of the mixture: the one at which a loss of the logits has exactly it as its target."""
     average: Averaging | None = None
     batch: PositiveInt | None = None
-    """Images of one forward, whatever the batch; default: a rank's rows in the run's first start."""
+    """Images of one forward, whatever the batch; default: the cache's, or a rank's rows in the run's first start."""
     expect_top1: float | None = Field(default=None, ge=0, le=100)
-    """Percent on the validation images below which the run does not begin."""
+    """Percent on the validation images below which neither a run nor the writing of a cache begins."""
+    cache: str | None = None
+    """Folder of answers that ``cache_teacher.py`` wrote; they take the network's place, which is not loaded then."""
+    fallback: Literal["live"] | None = None
+    """With ``live`` the network is asked for what the cache does not hold, instead of ending the command."""
+    accept: tuple[str, ...] = ()
+    """Keys, as the error names them, in which the cache may differ from what this run would ask."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         kind = next((key for key in _BESIDE if getattr(self, key) is not None), None)
         given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
-        allowed = {kind, *_BESIDE[kind]} if kind else {*Network.model_fields, "batch", "expect_top1"}
+        allowed = {kind, *_BESIDE[kind]} if kind else {*Network.model_fields, "batch", "expect_top1", *_CACHE}
         if stray := sorted(given - allowed):
             raise ValueError(f"{', '.join(stray)} cannot stand beside {kind or 'a single network, without members'}")
+        if self.cache is None and (self.fallback or self.accept):
+            raise ValueError("fallback and accept say something of a cache, and there is none")
         if kind is None:
-            self.check_source()
+            if self.cache is None or self.is_asked or self.model or self.recipe:
+                self.check_source()
         elif kind == "members" and (self.combine is None or self.temperature is None):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")
         if self.combine == "confidence" and self.expect_top1 is not None:
@@ -100,12 +109,23 @@ class Config(Network):
         return self
 
     @property
+    def is_asked(self) -> bool:
+        """Whether training may ask the network itself."""
+        return self.cache is None or self.fallback is not None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether there is a network, and not a cache alone."""
+        return self.cache is None or bool(self.model or self.recipe or self.members)
+
+    @property
     def recipes(self) -> list[str]:
         """The recipes whose runs the networks come from."""
         return [network.recipe for network in self.members or (self,) if network.recipe is not None]
 
 
-_BESIDE = {"members": ("combine", "temperature", "batch", "expect_top1"), "average": ("dtype", "batch")}
+_CACHE = ("cache", "fallback", "accept")
+_BESIDE = {"members": ("combine", "temperature", "batch", "expect_top1", *_CACHE), "average": ("dtype", "batch")}
 """What may stand beside a teacher that is no single network of its own."""
 
 
@@ -163,6 +183,10 @@ class Teacher(nn.Module):
         features = {name: torch.cat([chunk.features[name] for chunk in chunks])[:rows] for name in chunks[0].features}
         return Outputs(torch.cat([chunk.logits_BK for chunk in chunks])[:rows], features)
 
+    def shapes(self, image_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tap and of the logits, without the batch, on images of that size."""
+        return tap_shapes(self.taps, image_size)
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, whatever ``mode`` a module around it is put in."""
         return super().train(False)
@@ -196,6 +220,10 @@ class TeacherEnsemble(nn.Module):
     def taps(self) -> FeatureTaps:
         """The network whose features are answered."""
         return self.members[0].taps  # type: ignore[return-value]
+
+    def shapes(self, image_size: int) -> dict[str, tuple[int, ...]]:
+        """Return those of the first member."""
+        return self.members[0].shapes(image_size)  # type: ignore[operator]
 
     def forward(self, batch: Batch) -> Outputs:
         """Return the mixture in at least float32, and the first member's features."""
@@ -258,10 +286,6 @@ class EMATeacher(Teacher):
         with parallel.averaged_buffers(self.ema.network):
             for own, students in zip(self.taps.model.buffers(), self.ema.network.buffers(), strict=True):
                 own.copy_(students)
-
-
-AnyTeacher = Teacher | TeacherEnsemble
-"""What answers as a teacher: ``teacher(batch)``, its ``taps`` and its ``norms``."""
 
 
 def _renormalization(given: Normalization, expected: Normalization) -> tuple[Tensor, Tensor]:

@@ -29,18 +29,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline import notice, parallel, zero
-from pipeline.build import build_distiller, build_loader, build_teacher, training_splits
+from pipeline.build import build_distiller, build_loader, training_splits
+from pipeline.build_teacher import build_teacher
 from pipeline.check import check
 from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
-from pipeline.composition import RecipeError, about, shown
+from pipeline.composition import about, shown
 from pipeline.data.loader import Loader
 from pipeline.ema import EMA
-from pipeline.evaluate import Accuracy, accuracy, evaluate
+from pipeline.evaluate import Accuracy, check_teacher, evaluate
 from pipeline.guard import FiniteGuard
 from pipeline.journal import Journal
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.optimizers import allocate_momentum, create_optimizer, set_learning_rate
-from pipeline.recipe import Recipe, load_recipe, split_words
+from pipeline.recipe import load_recipe, split_words
 from pipeline.report import print_table, write_result
 from pipeline.runs import (
     STUDENT,
@@ -57,7 +58,7 @@ from pipeline.runs import (
 from pipeline.schedules import learning_rate
 from pipeline.stopping import SIGNAL, Stopping, mark_preempted
 from pipeline.taps import FeatureTaps
-from pipeline.teacher import AnyTeacher, EMATeacher
+from pipeline.teacher import EMATeacher
 from shards.manifest import read_manifest
 
 
@@ -89,7 +90,7 @@ def train(run: Run) -> None:
     with about(shown(run.path)):
         manifest = read_manifest(Path(recipe.data.path))
         teacher = build_teacher(recipe, manifest, device)
-        loader = build_loader(recipe, device, training_splits(manifest))
+        loader = build_loader(recipe, device, training_splits(manifest), teacher)
         raw_distiller = build_distiller(recipe, loader, teacher, device)
         check_teacher(recipe, teacher, loader)
     student = raw_distiller.student
@@ -181,20 +182,6 @@ def clip(accelerator: Accelerator, distiller: nn.Module, largest: float | None) 
     norm = accelerator.clip_grad_norm_(distiller.parameters(), math.inf if largest is None else largest)
     # DeepSpeed, which has clipped and stepped in backward, gives a number.
     return torch.as_tensor(norm, device=accelerator.device)
-
-
-def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
-    """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``."""
-    if teacher is None or recipe.teacher is None or recipe.teacher.expect_top1 is None:
-        return
-    if not loader.validates:
-        raise RecipeError(f"teacher.expect_top1: {recipe.data.path} has no validation images to measure it with")
-    measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
-    if measured < recipe.teacher.expect_top1:
-        raise RecipeError(
-            f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {recipe.teacher.expect_top1}; "
-            "are its weights, mean, std and classes the right ones?"
-        )
 
 
 def export(student: FeatureTaps, path: Path, accelerator: Accelerator, best: Best | None = None) -> None:

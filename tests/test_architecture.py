@@ -40,6 +40,8 @@ LEVELS = {
             "pipeline.build",
             "pipeline.distiller",
             "pipeline.teacher",
+            "pipeline.teacher_cache",
+            "pipeline.build_teacher",
             "pipeline.checkpoint",
         ),
         *("pipeline.journal", "pipeline.launch", "pipeline.stopping", "pipeline.zero"),
@@ -53,6 +55,8 @@ LEVELS = {
         "pipeline.doctor",
         "pipeline.health",
         "pipeline.places",
+        "pipeline.caching",
+        "pipeline.cache_teacher",
     ],
 }
 

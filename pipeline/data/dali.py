@@ -23,9 +23,17 @@ from pipeline.data.config import Config
 from pipeline.data.requests import Request, place
 from shards.read import SplitReader
 
+RESIZE = "linear, antialiased"
+"""The law of ``fn.resize`` below: what becomes of a box's pixels."""
+
 # DALI's type stubs lack what its C library adds at run time, the enumerations among it.
 _dali: Any = nvidia.dali
 fn, types, feed_ndarray = _dali.fn, _dali.types, _dali.plugin.pytorch.feed_ndarray
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """Return what a sample's pixels follow from, besides its geometry."""
+    return {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
 
 
 class Inputs(NamedTuple):

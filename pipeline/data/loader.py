@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline import augment
 from pipeline.batch import Batch, Progress
+from pipeline.data import memory
 from pipeline.data.config import Config
 from pipeline.data.requests import Columns, Plan, Request, place, read_ahead
 from shards.manifest import Manifest
 from shards.read import SplitReader
 
-__all__ = ["Config", "Images", "Loader", "create_loader"]
+__all__ = ["Config", "Images", "Loader", "create_loader", "pixels"]
 
 
 class Images(Protocol):
@@ -35,8 +38,8 @@ class Loader:
 
     def __init__(self, plan: Plan, images: dict[str, Images], device: torch.device) -> None:
         self.plan = plan
+        self.device = device
         self._images = images
-        self._device = device
 
     @property
     def samples_per_epoch(self) -> int:
@@ -84,6 +87,10 @@ class Loader:
         """
         return self._batches(self.plan.validation(), self._images["val"])
 
+    def looks(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+        """Yield what rows of the training split's sample table look like at a view, for each (rows, view)."""
+        return self._batches(self.plan.looks(parts), self._images["train"])
+
     def _batches(self, requests: Generator[Request, None, None], images: Images) -> Iterator[Batch]:
         ahead = read_ahead(requests, self.plan.config.prefetch)
         with closing(ahead), closing(images(ahead)) as decoded:
@@ -92,7 +99,7 @@ class Loader:
                 yield Batch(images_BCHW, self._send(request.labels_B), self._send(request.ids_B), extra)
 
     def _send(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=True)
 
 
 def create_loader(
@@ -128,6 +135,15 @@ def create_loader(
     return Loader(plan, _create_images(plan, device), device)
 
 
+def pixels(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
+    """Return what a training image follows from, besides its shards, its id and the view."""
+    of_crop = ("pad",) if config.crop == "pad" else ("scale", "ratio")
+    names = ("size", "crop", *of_crop, "flip", "mean", "std", "seed")
+    said = {name: getattr(config, name) for name in names}
+    decoder = memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(device)
+    return {**said, "law": augment.LAW, "decoder": decoder}
+
+
 def _open(config: Config, split: str) -> SplitReader:
     folder = Path(config.path)
     if not folder.is_dir():
@@ -158,19 +174,23 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
 
 def _create_images(plan: Plan, device: torch.device) -> dict[str, Images]:
     if plan.config.loader == "memory":
-        from pipeline.data.memory import Memory
-
-        return {split: Memory(reader, plan.config, device) for split, reader in plan.readers.items()}
-    try:
-        # Not at the head of the file: it takes a second to load, and is for Linux only.
-        from pipeline.data.dali import Decoder
-    except ModuleNotFoundError as error:
-        raise ValueError(f"data.loader: dali needs NVIDIA DALI ({error}), which runs on Linux; try memory") from None
+        return {split: memory.Memory(reader, plan.config, device) for split, reader in plan.readers.items()}
+    decoder = _dali().Decoder
     batches = {"train": plan.micro_batch, "val": plan.validation_batch}
     threads = plan.config.threads or _fair_threads()
     return {
-        split: Decoder(reader, plan.config, batches[split], threads, device) for split, reader in plan.readers.items()
+        split: decoder(reader, plan.config, batches[split], threads, device) for split, reader in plan.readers.items()
     }
+
+
+def _dali() -> ModuleType:
+    """Return the module that decodes with DALI."""
+    try:
+        # Not at the head of the file: it takes a second to load, and is for Linux only.
+        from pipeline.data import dali
+    except ModuleNotFoundError as error:
+        raise ValueError(f"data.loader: dali needs NVIDIA DALI ({error}), which runs on Linux; try memory") from None
+    return dali
 
 
 def _fair_threads() -> int:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -21,6 +22,11 @@ from pipeline.data.requests import Request, place
 from shards.read import SplitReader
 
 _ROWS_AT_ONCE = 1024
+
+
+def facts(kind: str) -> dict[str, str]:
+    """Return what a sample's pixels follow from, besides its geometry; a PNG has only one decoding."""
+    return {"backend": "memory"} if kind == "png" else {"backend": "memory", "pillow": PIL.__version__}
 
 
 class Memory:

@@ -8,9 +8,10 @@ Shape suffixes: B rows of a micro-batch. Boxes are (top, left, height, width) in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -127,6 +128,12 @@ class Plan:
                     for part in np.split(rows, self.accumulation):
                         yield self._training_request(part, self.config.view(epoch), pool)
 
+    def looks(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Generator[Request, None, None]:
+        """Yield a request for each (rows of the training split, view)."""
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for rows, view in parts:
+                yield self._training_request(rows, view, pool)
+
     def validation(self) -> Generator[Request, None, None]:
         """Yield this rank's share of the validation split in storage order, as many requests on every rank.
 
@@ -141,14 +148,13 @@ class Plan:
 
     def _training_request(self, rows: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> Request:
         samples = self.readers["train"].samples[rows]
-        extra = {} if self.columns is None else self.columns(samples["id"], view)
         return Request(
             rows,
             training_geometry(self.config, samples, view),
             self._encoded("train", rows, pool),
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
-            {name: self._host(array) for name, array in extra.items()},
+            self._extra(samples["id"], view, pool),
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> Request:
@@ -171,11 +177,18 @@ class Plan:
         list(pool.map(_read_into_memory, [views[start::_READS_AT_ONCE] for start in range(_READS_AT_ONCE)]))
         return views
 
-    def _host(self, array: NDArray) -> Tensor:
-        """Copy an array, which may be a read-only view of a file, into a host tensor."""
-        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        tensor = torch.empty(array.shape, dtype=dtype, pin_memory=self.pin)
-        np.copyto(tensor.numpy(), array)
+    def _extra(self, ids: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
+        if self.columns is None:
+            return {}
+        parts = list(pool.map(self.columns, np.array_split(ids, min(_READS_AT_ONCE, len(ids))), repeat(view)))
+        return {name: self._host(*(part[name] for part in parts)) for name in parts[0]}
+
+    def _host(self, *arrays: NDArray) -> Tensor:
+        """Copy arrays, which may be read-only views of a file, one after the other into a host tensor."""
+        dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+        rows = sum(len(array) for array in arrays)
+        tensor = torch.empty((rows, *arrays[0].shape[1:]), dtype=dtype, pin_memory=self.pin)
+        np.concatenate(arrays, out=tensor.numpy())
         return tensor
 
 

@@ -16,12 +16,14 @@ import torchvision.models
 from PIL import Image
 
 from pipeline import parallel
-from pipeline.build import teacher_places, training_splits
+from pipeline.build import training_splits
+from pipeline.build_teacher import teacher_places
 from pipeline.data.config import Config
 from pipeline.health.finding import Finding, fail, ok, skip
 from pipeline.models.weights import FILES
 from pipeline.recipe import LoadedRecipe, Recipe
 from pipeline.runs import dependencies, find_run, load_dependency
+from pipeline.teacher_cache import Cache
 from shards.manifest import MANIFEST, Shard, read_manifest
 from shards.read import SplitReader
 
@@ -136,15 +138,17 @@ def _speed(path: Path, seconds: float) -> float:
 
 
 def check_teacher(loaded: LoadedRecipe) -> Finding:
-    """Look for the weights and the finished runs that the recipe names."""
+    """Look for the weights, the cache and the finished runs that the recipe names."""
     recipe = loaded.recipe
-    named = [(network.model or "", network.weights) for network in teacher_places(recipe).values()]
+    asked = recipe.teacher is not None and recipe.teacher.is_asked
+    named = [(network.model or "", network.weights) for network in teacher_places(recipe).values() if asked]
     named += [(recipe.student.model, recipe.student.start.weights)] if recipe.student.start else []
     weights = [_find_weights(model, source) for model, source in named if source]
     if not (Path(recipe.data.path) / MANIFEST).is_file() and dependencies(recipe):
         return skip("no shards, without which no other run is known")
     runs = [_find_finished(recipe, path) for path in dependencies(recipe)]
-    found = [*weights, *runs]
+    caches = [_find_cache(recipe.teacher.cache)] if recipe.teacher and recipe.teacher.cache else []
+    found = [*weights, *caches, *runs]
     if not found:
         return skip("the recipe names no weights and no other run")
     return next((each for status in ("FAIL", "skip") for each in found if each.status == status), _all(found))
@@ -165,6 +169,14 @@ def _find_weights(model: str, source: str) -> Finding:
         return skip(f"{source} of {model} are fetched when the run begins")
     kept = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     return ok(str(kept)) if kept.is_file() else skip(f"{source} of {model}: the run downloads {url} to {kept}")
+
+
+def _find_cache(folder: str) -> Finding:
+    try:
+        header = Cache(Path(folder)).header
+    except (OSError, ValueError) as error:
+        return fail(str(error), "write it: python pipeline/cache_teacher.py with this recipe")
+    return ok(f"{folder}: {', '.join(header.kinds)} of {header.views} views")
 
 
 def _find_finished(recipe: Recipe, path: str) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,29 @@ def load_weights(model: nn.Module, source: str, name: str) -> None:
     The file holds a state dict, maybe under ``state_dict`` and maybe with DDP's ``module.`` before each key. Raises
     ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another architecture.
     """
-    state = _read_file(Path(source)) if source.endswith(FILES) else _published(name, source)
+    state = _read(source, name)
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.startswith(AUXILIARY)}
     _check_fit(model, state, source, name)
     model.load_state_dict(state, strict=True)
+
+
+def is_file(source: str) -> bool:
+    """Whether ``source`` is a file of one's own, and not the name of published weights."""
+    return source.endswith(FILES)
+
+
+def weights_sha256(source: str, name: str) -> str:
+    """Return the sha256 of the tensors, by name, type, shape and bytes: the same whatever file they lie in."""
+    found = hashlib.sha256()
+    for key, value in sorted(_read(source, name).items()):
+        found.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _read(source: str, name: str) -> Mapping[str, Tensor]:
+    return _read_file(Path(source)) if is_file(source) else _published(name, source)
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:

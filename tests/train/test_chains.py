@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.build import build_student, build_teacher, load_start
+from pipeline.build import build_student, load_start
+from pipeline.build_teacher import build_teacher
 from pipeline.composition import RecipeError
 from pipeline.recipe import load_recipe
 from pipeline.runs import find_run, stand

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.build import build_teacher
+from pipeline.build_teacher import build_teacher
 from pipeline.composition import RecipeError
 from pipeline.models import create_model
 from pipeline.models.stages import stages

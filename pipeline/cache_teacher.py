@@ -1,0 +1,309 @@
+"""Run a recipe's teacher once over the shards and keep its answers, to train from instead of asking it again.
+
+    python pipeline/cache_teacher.py RECIPE views=4 [key=value …]          write; the same command goes on after a stop
+    torchrun --nproc_per_node 8 pipeline/cache_teacher.py RECIPE views=4   with any number of ranks, at any time
+    python pipeline/cache_teacher.py --dry-run RECIPE views=4              what that takes on disk; needs no data
+    python pipeline/cache_teacher.py --verify RECIPE [sample=256] [tolerance=0.01]
+
+The folder is the recipe's ``teacher.cache``. What is written are the logits and what the recipe's losses read; more by
+``kinds=[embedding, last]``; ``encode={last: 256}`` keeps that many principal components of a stage's channels; more
+views and kinds may be added later. ``--verify`` reads every byte and asks the teacher again for a sample of images.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline import notice
+
+    notice.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import linear_encoder, notice, parallel
+from pipeline.batch import Outputs
+from pipeline.build import build_loader, training_splits
+from pipeline.build_teacher import binding, refuse_others
+from pipeline.caching.asking import Part, Source, open_source, stored
+from pipeline.caching.blocks import (
+    Block,
+    check_room,
+    create_files,
+    damages,
+    missing_blocks,
+    shown_bytes,
+    write_block,
+)
+from pipeline.caching.storage import Choice, choices, table
+from pipeline.caching.verifying import differences
+from pipeline.composition import RecipeError, about, shown
+from pipeline.evaluate import check_teacher
+from pipeline.launch import create_accelerator, entry, use_all_cores
+from pipeline.linear_encoder import Encoder
+from pipeline.recipe import LoadedRecipe, Recipe, load_recipe, own_words, split_words
+from pipeline.runs import lock_folder, stand, world_size_asked
+from pipeline.teacher_cache import DTYPE, HEADER, Cache, Encoded, Header, Kind, Norm, encoder_path, write_header
+from shards.manifest import read_manifest
+
+FLAGS = ("--dry-run", "--verify")
+FITTED, HELD_OUT = 4096, 1024
+"""Images that an encoder is fitted on, and others that tell what it loses."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a command that a signal ended: what is written stays, and the same command goes on."""
+
+
+class Asked(BaseModel):
+    """The command's own words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    views: PositiveInt | None = None
+    kinds: tuple[str, ...] = ()
+    encode: dict[str, PositiveInt] = {}
+    block: PositiveInt = 1024
+    """Images that are written and marked as done together, about; a cache that is there keeps its own."""
+    sample: PositiveInt = 256
+    tolerance: PositiveFloat = 0.01
+    """Of a difference, as a share of the largest answer of its kind."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Write the cache that the command line names, or say what it takes, or verify it."""
+    own, rest = own_words([word for word in words if word not in FLAGS], tuple(Asked.model_fields))
+    asked = _parsed(own)
+    path, overrides = split_words(rest)
+    loaded = load_recipe(path, overrides)
+    with about(shown(loaded.path)):
+        folder = cache_folder(loaded.recipe)
+        asked = with_what_is_there(asked, folder)
+        if "--dry-run" in words:
+            found, _ = choices(loaded.recipe, asked.kinds, asked.encode)
+            print(table(loaded.recipe, found, asked.views or loaded.recipe.data.views or 1))
+            return
+        recipe = stand(without_cache(loaded, overrides, folder, asked)).recipe
+        use_all_cores()
+        if "--verify" in words:
+            assert loaded.recipe.teacher is not None
+            verify(recipe, folder, asked, loaded.recipe.teacher.accept)
+        else:
+            write(recipe, folder, asked)
+
+
+def _parsed(own: dict[str, str]) -> Asked:
+    try:
+        return Asked.model_validate({key: yaml.safe_load(text) for key, text in own.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"command line: {key}: {first['msg']}, got {first['input']!r}") from None
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: {' '.join(own.values())} is not YAML") from None
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Return where the recipe's cache lies. Raises RecipeError if it names none, or no frozen network to ask."""
+    config = recipe.teacher
+    if config is None or config.average is not None or not config.is_named:
+        raise RecipeError("teacher: there is no frozen network to ask; give teacher.model and teacher.weights")
+    if config.cache is None:
+        raise RecipeError("teacher.cache: say which folder to write: teacher.cache=FOLDER")
+    return Path(config.cache)
+
+
+def with_what_is_there(asked: Asked, folder: Path) -> Asked:
+    """Return the words and what the cache in ``folder`` has already: further views get all of its kinds."""
+    if not (folder / HEADER).is_file():
+        return asked
+    header = Cache(folder).header
+    ranks = {name: kind.encoded.rank for name, kind in header.kinds.items() if kind.encoded}
+    kinds = dict.fromkeys([*header.kinds, *asked.kinds])
+    return asked.model_copy(update={"kinds": tuple(kinds), "encode": {**ranks, **asked.encode}})
+
+
+def without_cache(loaded: LoadedRecipe, overrides: Sequence[str], folder: Path, asked: Asked) -> LoadedRecipe:
+    """Return the recipe of the network itself, with the views and the teacher's batch of its cache.
+
+    Where the student begins and what it is compared with is nothing of the teacher's. The batch does not depend on the
+    number of ranks, so that any number writes the same answers.
+    """
+    recipe, there = loaded.recipe, Cache(folder) if (folder / HEADER).is_file() else None
+    views = asked.views or recipe.data.views or (there and there.header.views)
+    if views is None:
+        raise RecipeError("command line: views: say how many augmented looks at an image to keep, such as views=4")
+    assert recipe.teacher is not None
+    batch = recipe.teacher.batch or (there and there.batch) or max(recipe.batch // recipe.accumulation, 1)
+    own = [f"teacher.{key}=null" for key in ("cache", "fallback", "accept")]
+    own += ["compare=null", "student.start=null", f"data.views={views}", f"teacher.batch={batch}"]
+    return load_recipe(loaded.path, [*overrides, *own])
+
+
+def write(recipe: Recipe, folder: Path, asked: Asked) -> None:
+    """Write what of the cache is not there yet; every rank takes its share of the blocks."""
+    notice.listen()
+    accelerator = create_accelerator(recipe)
+    device, manifest = accelerator.device, read_manifest(Path(recipe.data.path))
+    found, stages = choices(recipe, asked.kinds, asked.encode)
+    written = {choice.kind: choice for choice in found if choice.written}
+    source = open_source(recipe, written, manifest, device)
+    if recipe.teacher and recipe.teacher.expect_top1 is not None:
+        check_teacher(recipe, source.teacher, build_loader(recipe, device, training_splits(manifest)[1:]))
+    blocks: list[Block] = []
+    if accelerator.is_main_process:
+        assert recipe.data.views is not None
+        print(table(recipe, found, recipe.data.views))
+        lock_folder(folder)
+        facts = binding(recipe, manifest, device, published=True)
+        write_header(folder, planned(folder, recipe, asked.block, written, stages, source, facts))
+        create_files(cache := Cache(folder))
+        blocks = missing_blocks(cache)
+        print(f"{folder}: {shown_bytes(check_room(cache, blocks))} to write")
+    blocks = parallel.gather_objects(blocks)[0]
+    is_whole = write_blocks(Cache(folder), source, blocks)
+    accelerator.print(f"{folder}: {'whole' if is_whole else 'stopped; the same command goes on'}")
+    accelerator.end_training()
+    if not is_whole:
+        sys.exit(STOPPED)
+
+
+def planned(
+    folder: Path,
+    recipe: Recipe,
+    about_block: int,
+    written: dict[str, Choice],
+    stages: Sequence[str],
+    source: Source,
+    facts: dict[str, Any],
+) -> Header:
+    """Return what the folder's header shall be: of a cache that is there, with what the command adds to it.
+
+    Fits the encoders that are new. Raises RecipeError for a folder of other answers.
+    """
+    assert recipe.teacher is not None
+    assert recipe.data.views is not None
+    batch, old = recipe.teacher.batch or 1, None
+    if (folder / HEADER).is_file():
+        cache = Cache(folder)
+        refuse_others(cache, facts)
+        old = cache.header
+    kinds = dict(old.kinds) if old else {}
+    for kind, choice in written.items():
+        if kind not in kinds:
+            kinds[kind] = _new_kind(folder, choice, source, batch)
+        elif choice.row_bytes != kinds[kind].row_bytes:
+            there = " × ".join(map(str, kinds[kind].stored))
+            raise RecipeError(f"{folder} has {kind} as {there}; keep to that, or name another folder")
+    if old:
+        return old.model_copy(update={"views": max(old.views, recipe.data.views), "kinds": kinds})
+    return Header(
+        views=recipe.data.views,
+        id_count=source.loader.id_count,
+        block=batch * max(about_block // batch, 1),
+        stages=tuple(stages),
+        kinds=kinds,
+        binding=facts,
+    )
+
+
+def _new_kind(folder: Path, choice: Choice, source: Source, batch: int) -> Kind:
+    norm = source.teacher.norms.get(choice.kind)
+    kept = Norm(weight=tuple(norm.weight_C.tolist()), bias=tuple(norm.bias_C.tolist())) if norm else None
+    return Kind(shape=choice.shape, norm=kept, encoded=_fitted(folder, choice, source, batch) if choice.rank else None)
+
+
+def _fitted(folder: Path, choice: Choice, source: Source, batch: int) -> Encoded:
+    """Fit an encoder on some images, write it, and return it with what it loses of others."""
+    assert choice.rank is not None
+    ids = np.random.default_rng(0).permutation(source.present(range(source.loader.id_count)))
+    held_out = max(min(HELD_OUT, len(ids) // 5), 1)
+
+    def maps(ids: NDArray[np.int64]) -> Iterator[Tensor]:
+        parts = ((ids[start : start + batch], 0) for start in range(0, len(ids), batch))
+        return (outputs.features[choice.kind] for outputs in source.answers(parts))
+
+    encoder = linear_encoder.fit(maps(ids[held_out : held_out + FITTED]), choice.rank)
+    lost = linear_encoder.unexplained(encoder, maps(ids[:held_out]))
+    print(f"{choice.title} of {choice.shape[0]} channels lose {lost:.2%} of the variance of {held_out:,} other images")
+    sha256 = linear_encoder.save(encoder, encoder_path(folder, choice.kind))
+    return Encoded(rank=choice.rank, sha256=sha256, unexplained=lost)
+
+
+def write_blocks(cache: Cache, source: Source, blocks: list[Block]) -> bool:
+    """Write this rank's share of the blocks, one at a time on every rank; return whether all were written.
+
+    A notice to stop that any rank was given ends it between two blocks.
+    """
+    rank, world = parallel.rank(), parallel.world_size()
+    mine = blocks[rank::world]
+    encoders = cache.encoders(source.loader.device)
+    answers = source.answers(_parts(cache, source, mine))
+    images = sum(len(ids) for ids, _ in _parts(cache, source, mine))
+    title = f"rank {rank} of {world}" if world > 1 else None
+    with tqdm(total=images, unit="img", desc=title, disable=rank > 0 or None, dynamic_ncols=True) as bar:
+        for turn in range(-(-len(blocks) // world)):
+            if parallel.any_rank(notice.given()):
+                return False
+            if turn < len(mine):
+                write_block(cache, mine[turn], _rows(cache, source, mine[turn], answers, encoders, bar))
+    return True
+
+
+def _parts(cache: Cache, source: Source, blocks: Iterable[Block]) -> Iterator[Part]:
+    """Yield what the teacher is asked for some blocks, but for the chunks without a sample."""
+    for block in blocks:
+        for ids in cache.header.chunks(block.number, cache.batch):
+            if len(present := source.present(ids)):
+                yield present, block.view
+
+
+def _rows(
+    cache: Cache,
+    source: Source,
+    block: Block,
+    answers: Iterator[Outputs],
+    encoders: dict[str, Encoder],
+    bar: tqdm[Any],
+) -> Iterator[tuple[range, dict[str, NDArray[np.float16]]]]:
+    """Yield the rows of a block, chunk by chunk; ``answers`` are those to ``_parts``."""
+    for ids in cache.header.chunks(block.number, cache.batch):
+        rows = {kind: np.zeros((len(ids), *cache.header.kinds[kind].stored), DTYPE) for kind in block.kinds}
+        if len(present := source.present(ids)):
+            for kind, found in stored(next(answers), block.kinds, encoders).items():
+                rows[kind][present - ids.start] = found
+        yield ids, rows
+        bar.update(len(present))
+        bar.set_postfix_str(shown_bytes(bar.n * sum(cache.header.kinds[kind].row_bytes for kind in block.kinds)))
+
+
+def verify(recipe: Recipe, folder: Path, asked: Asked, accept: Iterable[str]) -> None:
+    """Read every byte, ask the teacher again about a sample, and exit with 1 where something is not as it should be."""
+    if world_size_asked() > 1:
+        raise RecipeError("--verify is the work of one process; start it without a launcher")
+    cache, device = Cache(folder), create_accelerator(recipe).device
+    manifest = read_manifest(Path(recipe.data.path))
+    refuse_others(cache, binding(recipe, manifest, device), accept)
+    if found := list(damages(cache)):
+        print("\n".join(found))
+        sys.exit(1)
+    print(f"{folder}: {cache.header.views} views of {', '.join(cache.header.kinds)}: every byte is as it was written")
+    source = open_source(recipe, cache.header.kinds, manifest, device)
+    measured = differences(cache, source, asked.sample, np.random.default_rng())
+    print("\n".join(map(str, measured)))
+    if worst := [each.kind for each in measured if not each.relative <= asked.tolerance]:
+        print(f"{', '.join(worst)}: more than the tolerated {asked.tolerance:g} of the largest answer")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,146 @@
+"""A cache's files, written block by block so that it may be interrupted at any moment, and held against their digests.
+
+A block's rows are written and flushed, and only then its digest: what has a digest is whole. Blocks are ranges of ids,
+and ranks write different ones with plain writes, which no shared file system mixes up as it may mix up shared maps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.teacher_cache import DIGEST, DTYPE, Cache, seal
+
+RESERVE = 2**30
+"""Bytes of the disk that are left to others."""
+
+
+class Block(NamedTuple):
+    """What is written and marked as done together: a range of ids at one view, of the kinds that are not there yet."""
+
+    view: int
+    number: int
+    kinds: tuple[str, ...]
+
+
+def create_files(cache: Cache) -> None:
+    """Create the files of all views and kinds that are not there, sparse. Raises ValueError for one of other rows."""
+    header = cache.header
+    for view in range(header.views):
+        for kind in header.kinds:
+            _create(cache.path(view, kind), DTYPE, (header.id_count, *header.kinds[kind].stored))
+            _create(cache.digests_path(view, kind), np.dtype(np.uint8), (header.blocks, DIGEST))
+            cache.rows(view, kind)
+
+
+def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    if path.is_file():
+        return
+    # Under its own name only with its header and its whole length.
+    temporary = path.with_name(f"{path.name}.tmp")
+    np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+    temporary.rename(path)
+
+
+def missing_blocks(cache: Cache) -> list[Block]:
+    """Return what is not written yet, view by view."""
+    header = cache.header
+    return [
+        Block(view, number, kinds)
+        for view in range(header.views)
+        for written in [{kind: cache.written(view, kind) for kind in header.kinds}]
+        for number in range(header.blocks)
+        if (kinds := tuple(kind for kind in header.kinds if not written[kind][number]))
+    ]
+
+
+def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
+    """Return the bytes that the blocks take; raise OSError if the disk has not as many free."""
+    kinds = cache.header.kinds
+    rows = cache.header.block
+    needed = sum(rows * kinds[kind].row_bytes for block in blocks for kind in block.kinds)
+    free = shutil.disk_usage(cache.folder).free
+    if needed + RESERVE > free:
+        raise OSError(
+            f"{cache.folder} needs {shown_bytes(needed)} and its disk has {shown_bytes(free)} free; write fewer views, "
+            "or encode maps (encode={last: 256})"
+        )
+    return needed
+
+
+def write_block(cache: Cache, block: Block, answers: Iterable[tuple[range, dict[str, NDArray[np.float16]]]]) -> None:
+    """Write a block: for consecutive ranges of its ids the stored rows by kind, zeros for an id without a sample."""
+    files = {kind: os.open(cache.path(block.view, kind), os.O_WRONLY) for kind in block.kinds}
+    seals = {kind: seal(block.view, kind, block.number) for kind in block.kinds}
+    first = {kind: _offset(cache.path(block.view, kind)) for kind in block.kinds}
+    try:
+        for ids, rows in answers:
+            for kind in block.kinds:
+                content = np.ascontiguousarray(rows[kind]).tobytes()
+                seals[kind].update(content)
+                _write_at(files[kind], content, first[kind] + ids.start * cache.header.kinds[kind].row_bytes)
+        for file in files.values():
+            os.fsync(file)
+    finally:
+        for file in files.values():
+            os.close(file)
+    for kind in block.kinds:
+        _mark(cache.digests_path(block.view, kind), block.number, seals[kind].digest())
+
+
+def _mark(path: Path, block: int, digest: bytes) -> None:
+    file = os.open(path, os.O_WRONLY)
+    try:
+        _write_at(file, digest, _offset(path) + block * DIGEST)
+    finally:
+        os.close(file)
+
+
+def _offset(path: Path) -> int:
+    """Return where an array's first row lies in its file."""
+    return np.load(path, mmap_mode="r", allow_pickle=False).offset
+
+
+def _write_at(file: int, content: bytes, offset: int) -> None:
+    left = memoryview(content)
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def damages(cache: Cache) -> Iterator[str]:
+    """Read everything and yield a line for each view and kind that is not as it was written."""
+    for view in range(cache.header.views):
+        for kind in cache.header.kinds:
+            try:
+                blocks = list(_damaged_blocks(cache, view, kind))
+            except (OSError, ValueError) as error:
+                yield str(error)
+                continue
+            if blocks:
+                rows = cache.header.ids(blocks[0])
+                more = f" and {len(blocks) - 1} more blocks" if len(blocks) > 1 else ""
+                yield f"{cache.path(view, kind)}: rows {rows.start} to {rows.stop - 1}{more} are not what was written"
+
+
+def _damaged_blocks(cache: Cache, view: int, kind: str) -> Iterator[int]:
+    cache.check_view(view, kind)
+    rows, digests = cache.rows(view, kind), cache.digests(view, kind)
+    for block in range(cache.header.blocks):
+        ids, found = cache.header.ids(block), seal(view, kind, block)
+        found.update(np.ascontiguousarray(rows[ids.start : ids.stop]).data)
+        if found.digest() != digests[block].tobytes():
+            yield block
+
+
+def shown_bytes(count: float) -> str:
+    """Return a number of bytes in decimal units, as disks are sold."""
+    units = ("bytes", "kB", "MB", "GB", "TB", "PB")
+    power = min(int(np.log10(max(count, 1))) // 3, len(units) - 1)
+    return f"{count / 1000**power:,.1f} {units[power]}" if power else f"{count:,.0f} bytes"

@@ -1,0 +1,300 @@
+"""A teacher's answers on disk: how they lie there, and the teacher that answers from them.
+
+    cache.json                    what the answers are of: teacher, pixels, shards; and which there are
+    view-03.logits.npy            float16 [N, K], a row for each id; zeros where there is no such sample
+    view-03.logits.sha256.npy     uint8 [blocks, 32], of each block of rows; zeros where it is not written yet
+    stage4.encoder.safetensors    where the maps of a stage are stored as their principal components
+
+A kind of answer is ``logits`` or a stage by its canonical name. Nothing in the folder is ever executed: JSON, tensors,
+and arrays without pickle. N ids, B rows of a batch, K classes, C channels, H W space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
+from torch import Tensor, nn
+
+from pipeline import linear_encoder
+from pipeline.batch import Batch, Outputs
+from pipeline.linear_encoder import Encoder
+from pipeline.stage_names import canonical, deep_stages
+from pipeline.taps import NormParameters
+from pipeline.teacher import Teacher, TeacherEnsemble
+from shards.manifest import write_atomically
+
+HEADER = "cache.json"
+LOGITS = "logits"
+DTYPE = np.dtype("<f2")
+DIGEST = 32
+"""Bytes of a block's sha256."""
+
+# They become parts of file names, and a cache may be somebody else's.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(\.[a-z]+)?$")]
+Shape = tuple[PositiveInt, ...]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Encoded(_Part):
+    """How a kind is stored that is not stored as it is."""
+
+    rank: PositiveInt
+    """Principal components of its channels that are kept."""
+    sha256: str
+    """Of the encoder's file."""
+    unexplained: float
+    """Share of the variance that they lose, of images that the encoder was not fitted on."""
+
+
+class Norm(_Part):
+    """The BatchNorm that ends a ``.preact``, as it was before folding: a number a channel."""
+
+    weight: tuple[float, ...]
+    bias: tuple[float, ...]
+
+
+class Kind(_Part):
+    """One kind of answer."""
+
+    shape: Shape
+    """Of an answer, without the batch."""
+    encoded: Encoded | None = None
+    norm: Norm | None = None
+
+    @property
+    def stored(self) -> Shape:
+        """Shape of a row on disk."""
+        return (self.encoded.rank, *self.shape[1:]) if self.encoded else self.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on disk."""
+        return DTYPE.itemsize * int(np.prod(self.stored))
+
+
+class Header(_Part):
+    """What ``cache.json`` says."""
+
+    version: Literal[1] = 1
+    views: PositiveInt
+    id_count: PositiveInt
+    block: PositiveInt
+    """Rows that are written, checked and marked as done together."""
+    stages: tuple[str, ...]
+    """Names of the teacher's stages, for what a recipe may call them."""
+    kinds: Annotated[dict[Name, Kind], Field(min_length=1)]
+    binding: dict[str, Any]
+    """What the answers follow from, besides id and view; what differs here is another cache."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a view."""
+        return -(-self.id_count // self.block)
+
+    def ids(self, block: int) -> range:
+        """Return the ids, which are the rows, of a block."""
+        return range(block * self.block, min((block + 1) * self.block, self.id_count))
+
+    def chunks(self, block: int, batch: int) -> list[range]:
+        """Return the ids of a block in parts of as many as the teacher answers at once."""
+        ids = self.ids(block)
+        return [ids[start : start + batch] for start in range(0, len(ids), batch)]
+
+
+def resolved(stages: Iterable[str], taps: Iterable[str]) -> dict[str, str]:
+    """Return the kind of answer that each tap is, ``all`` taken apart, of a network with those stages."""
+    names = dict.fromkeys(stages, "")
+    return {tap: canonical(names, tap) for wanted in taps for tap in deep_stages(names, wanted)}
+
+
+class Cache:
+    """A folder of answers. Raises FileNotFoundError or ValueError, one line, for what is not there or no such thing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.header = _read_header(folder / HEADER)
+
+    @property
+    def batch(self) -> int:
+        """Images of one forward of the teacher."""
+        return int(self.header.binding["teacher"]["batch"])
+
+    def kinds(self, taps: Iterable[str]) -> dict[str, str]:
+        """Return the kind of answer that each tap is, whether it is here or not."""
+        return resolved(self.header.stages, taps)
+
+    def digest(self, taps: Iterable[str]) -> str:
+        """Return what stands for the answers to those taps, wherever the folder lies and whatever else is in it."""
+        held = {kind: self.header.kinds.get(kind) for kind in self.kinds(taps).values()}
+        encoders = {name: kind.encoded.sha256 for name, kind in held.items() if kind and kind.encoded}
+        return hashlib.sha256(json.dumps([self.header.binding, encoders], sort_keys=True).encode()).hexdigest()
+
+    def path(self, view: int, kind: str) -> Path:
+        """Return the file of a view's answers of one kind."""
+        return self.folder / f"view-{view:02d}.{kind}.npy"
+
+    def digests_path(self, view: int, kind: str) -> Path:
+        """Return the file of their blocks' digests."""
+        return self.folder / f"view-{view:02d}.{kind}.sha256.npy"
+
+    def rows(self, view: int, kind: str) -> NDArray[np.float16]:
+        """Return the answers [N, …] as they are stored, memory-mapped."""
+        return _mapped(self.path(view, kind), DTYPE, (self.header.id_count, *self.header.kinds[kind].stored))
+
+    def digests(self, view: int, kind: str) -> NDArray[np.uint8]:
+        """Return the sha256 [blocks, 32] of each block; zeros for one that is not written."""
+        path, shape = self.digests_path(view, kind), (self.header.blocks, DIGEST)
+        return np.array(_mapped(path, np.dtype(np.uint8), shape)) if path.is_file() else np.zeros(shape, np.uint8)
+
+    def written(self, view: int, kind: str) -> NDArray[np.bool_]:
+        """Return which blocks are written, whole."""
+        return self.digests(view, kind).astype(np.bool_).max(axis=1)
+
+    def check_whole(self, kinds: Iterable[str], views: int) -> None:
+        """Raise ValueError unless every block of those kinds is written for the first ``views`` views."""
+        if views > self.header.views:
+            raise ValueError(f"{self.folder} has {self.header.views} views, {views} are asked for; write more (views=)")
+        for kind in kinds:
+            for view in range(views):
+                self.check_view(view, kind)
+
+    def check_view(self, view: int, kind: str) -> None:
+        """Raise ValueError or FileNotFoundError unless the answers of one view and kind are there, all written."""
+        self.rows(view, kind)
+        if not (written := self.written(view, kind)).all():
+            raise ValueError(
+                f"{self.folder}: view {view} of {kind} is written to {written.mean():.0%}; the command that began it "
+                "goes on: pipeline/cache_teacher.py RECIPE"
+            )
+
+    def encoders(self, device: torch.device) -> dict[str, Encoder]:
+        """Return the encoders of the kinds that are stored encoded."""
+        encoded = {name: kind.encoded for name, kind in self.header.kinds.items() if kind.encoded}
+        return {kind: self._encoder(kind, each.sha256).to(device) for kind, each in encoded.items()}
+
+    def _encoder(self, kind: str, sha256: str) -> Encoder:
+        path = encoder_path(self.folder, kind)
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} is not the encoder that {HEADER} names; copy it again")
+        return linear_encoder.load(path)
+
+
+def encoder_path(folder: Path, kind: str) -> Path:
+    """Return the file of a kind's encoder."""
+    return folder / f"{kind}.encoder.safetensors"
+
+
+def seal(view: int, kind: str, block: int) -> hashlib._Hash:
+    """Return the hash that a block's bytes are to be added to: it knows where they belong."""
+    return hashlib.sha256(f"{view} {kind} {block}\n".encode())
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Write ``cache.json`` in one atomic step."""
+    text = json.dumps(header.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+    write_atomically(folder / HEADER, text.encode())
+
+
+def _read_header(path: Path) -> Header:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: there is no cache here; write it: pipeline/cache_teacher.py RECIPE")
+    try:
+        return Header.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: {key}: {first['msg']}; it was written by another version, or is damaged") from None
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy the cache again, or let cache_teacher.py write it")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy it again, or delete it and write it again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; copy it again")
+    return array
+
+
+class CachedTeacher(nn.Module):
+    """Answers from a cache; what is not there is asked of ``live``, where there is one.
+
+    ``taps`` names the kind of answer that each tap is; those that the cache does not hold are the live teacher's. The
+    loader reads the rows ahead (``columns``), so ``forward`` only takes them from ``batch.extra``.
+    """
+
+    def __init__(
+        self, cache: Cache, taps: Mapping[str, str], device: torch.device, live: Teacher | TeacherEnsemble | None = None
+    ) -> None:
+        super().__init__()
+        held = cache.header.kinds
+        self.cache = cache
+        self.live = live
+        self.held = {tap: kind for tap, kind in taps.items() if kind in held}
+        self.asked = [tap for tap in taps if tap not in self.held]
+        self.kinds = sorted({*self.held.values()} | {LOGITS} & held.keys())
+        self.encoders = cache.encoders(device)
+
+    @cached_property
+    def norms(self) -> dict[str, NormParameters]:
+        """The parameters of the BatchNorm that ends each tapped ``.preact``, by tap."""
+        of_cache = {tap: self.cache.header.kinds[kind].norm for tap, kind in self.held.items()}
+        norms = {tap: NormParameters(torch.tensor(n.weight), torch.tensor(n.bias)) for tap, n in of_cache.items() if n}
+        return norms | (self.live.norms if self.live else {})
+
+    def shapes(self, image_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tap and of the logits, without the batch."""
+        live = self.live.shapes(image_size) if self.live else {}
+        kinds = self.cache.header.kinds
+        return live | {tap: kinds[kind].shape for tap, kind in {LOGITS: LOGITS, **self.held}.items() if kind in kinds}
+
+    def columns(self, ids_B: NDArray[np.int64], view: int) -> dict[str, NDArray]:
+        """Return the stored rows of some ids at a view, by kind. May be called from any thread."""
+        return {kind: self._rows(view, kind)[ids_B] for kind in self.kinds}
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Return the answers for a training batch, as they were stored: in float16, or decoded in float32.
+
+        Raises ValueError for a batch that brings none, as those of validation do.
+        """
+        if self.kinds and not batch.extra:
+            raise ValueError("a cached teacher has answers for training images only")
+        found = {kind: self._answer(kind, batch.extra[kind]) for kind in self.kinds}
+        features = {tap: found[kind] for tap, kind in self.held.items()}
+        if self.live is None:
+            return Outputs(found[LOGITS], features)
+        live: Outputs = self.live(batch)
+        return Outputs(found.get(LOGITS, live.logits_BK), features | {tap: live.features[tap] for tap in self.asked})
+
+    def _answer(self, kind: str, rows: Tensor) -> Tensor:
+        if kind in self.encoders:
+            return self.encoders[kind].decode(rows)
+        # The layout of a live teacher's maps: the last bits of what is computed with them depend on it.
+        return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
+
+    def _rows(self, view: int, kind: str) -> NDArray[np.float16]:
+        if (view, kind) not in self._maps:
+            self._maps[view, kind] = self.cache.rows(view, kind)
+        return self._maps[view, kind]
+
+    @cached_property
+    def _maps(self) -> dict[tuple[int, str], NDArray[np.float16]]:
+        return {}
+
+
+AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher
+"""What answers as a teacher: ``teacher(batch)``, its ``shapes`` and its ``norms``."""
