@@ -27,6 +27,7 @@ LEVELS = {
         "pipeline.losses",
         "pipeline.models",
         "pipeline.taps",
+        "pipeline.linear_encoder",
         "pipeline.data",
         "pipeline.optimizers",
         "pipeline.guard",
