@@ -1,8 +1,8 @@
 """What a recipe is made of, found without training, weights or data: all is built on torch's meta device.
 
 Parameters, multiply-accumulates of one image, taps with their shapes and the parts of the losses. Where the shards are
-there, their classes and samples count; else ``data.classes``. What computes with numbers, such as a user's network that
-calls ``.item()``, is built and run on the CPU instead.
+there, their classes and samples count; else ``data.classes`` and ``data.samples``. What computes with numbers, such as
+a user's network that calls ``.item()``, is built and run on the CPU instead.
 """
 
 from __future__ import annotations
@@ -126,11 +126,12 @@ def _labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
     if (folder / MANIFEST).is_file():
         reader = SplitReader(folder, "train")
         return reader.manifest.num_classes, reader.labels_by_id(), ""
-    classes = recipe.data.classes
+    classes, samples = recipe.data.classes, recipe.data.samples
     if classes is None:
         raise RecipeError(f"data.classes: {folder} holds no shards, and how many classes they have is not said")
-    note = f"no shards at {folder}: what is kept of every sample is counted for {2 * classes} made-up ones"
-    return classes, np.repeat(np.arange(classes), 2), note
+    counted = f"the {samples} that data.samples says" if samples else f"{2 * classes} made-up ones"
+    note = f"no shards at {folder}: what is kept of every sample is counted for {counted}"
+    return classes, np.arange(samples or 2 * classes) % classes, note
 
 
 @cache  # the rows of a table share their networks

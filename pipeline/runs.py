@@ -41,7 +41,7 @@ PREEMPTED = "preempted"
 
 # What a command may change without making another run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
-_NOT_IDENTITY_DATA = ("path", "threads", "prefetch", "hw_decoder_load")
+_NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class Config(BaseModel):
     """Script and arguments that make the shards where they are missing; the destination is added."""
     classes: PositiveInt | None = None
     """What ``--check`` takes for their number of classes where they are not there; those that are there know it."""
+    samples: PositiveInt | None = None
+    """What ``--check`` and a cache's ``--dry-run`` take for their number of training images, likewise."""
     loader: Literal["dali", "memory"] = "dali"
     """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device."""
     size: PositiveInt

@@ -19,6 +19,7 @@ from pipeline.composition import ROOT, RecipeError, composed
 from pipeline.data.loader import Loader
 from pipeline.losses._base import Loss
 from pipeline.recipe import load_recipe
+from pipeline.runs import find_run
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = [path for path in CONFIGS if f"pipeline/train.py {path.relative_to(ROOT)}" in path.read_text()]
@@ -192,6 +193,28 @@ def test_what_is_counted_for_made_up_samples_is_said(recipes: Path, monkeypatch:
     monkeypatch.chdir(recipes)
     absent = check(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7")))
     assert str(absent).endswith("\nno shards at nowhere: what is kept of every sample is counted for 14 made-up ones")
+    said = check(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7", "data.samples=60")))
+    assert said.note.endswith("at nowhere: what is kept of every sample is counted for the 60 that data.samples says")
     there = str(check(load_recipe("ddkd.yaml")))
     assert "made-up" not in there
     assert "\ntraining  about 0." in there
+
+
+def test_banks_are_counted_as_on_the_shards_where_the_recipe_says_how_many_samples_they_have(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(recipes)
+    crd = {"crd": {"dim": 8, "negatives": 5, "temperature": 0.07, "momentum": 0.5}}
+    (recipes / "crd.yaml").write_text(yaml.safe_dump({"base": "ddkd.yaml", "losses": {"ddkd": None, **crd}}))
+    there = check(load_recipe("crd.yaml"))
+    nowhere = ("data.path=nowhere", "data.classes=20")
+    said = check(load_recipe("crd.yaml", (*nowhere, "data.samples=60")))
+    assert said._replace(note="") == there
+    # Both anchors are embedded from 64 channels, and compared with a bank.
+    assert said.auxiliary_macs == 2 * (64 * 8 + 60 * 8)
+    assert check(load_recipe("crd.yaml", nowhere)).auxiliary_macs == 2 * (64 * 8 + 40 * 8)
+
+
+def test_how_many_samples_a_recipe_says_does_not_make_it_another_run(recipes: Path):
+    plain, said = (find_run(load_recipe(recipes / "ce.yaml", words)) for words in ((), ("data.samples=7",)))
+    assert said.identity == plain.identity
