@@ -83,12 +83,14 @@ class Config(Network):
     """Images of one forward, whatever the batch; default: a rank's rows in the run's first start."""
     expect_top1: float | None = Field(default=None, ge=0, le=100)
     """Percent on the validation images below which the run does not begin."""
+    cache: str | None = None
+    """Folder of the teacher's written answers, which take the place of the network."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         kind = next((key for key in _BESIDE if getattr(self, key) is not None), None)
         given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
-        allowed = {kind, *_BESIDE[kind]} if kind else {*Network.model_fields, "batch", "expect_top1"}
+        allowed = {kind, *_BESIDE[kind]} if kind else {*Network.model_fields, "batch", "expect_top1", "cache"}
         if stray := sorted(given - allowed):
             raise ValueError(f"{', '.join(stray)} cannot stand beside {kind or 'a single network, without members'}")
         if kind is None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A teacher's answers to a recipe's images, once for every run that learns from them, on a node of eight GPUs.
+# A teacher's answers to the images of a recipe, once for every run that learns from them, on a node of eight GPUs.
 #   sbatch slurm/cache_teacher.sh configs/imagenet/r50_mbv1/kd_cached.yaml views=10 [key=value …]
 #SBATCH --job-name=cache_teacher
 #SBATCH --nodes=1
