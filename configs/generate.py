@@ -30,6 +30,10 @@ def files(tables: dict[str, Any]) -> dict[Path, str]:
                 found[Path(dataset, pair, f"{method}.yaml")] = row(tables, dataset, pair, method)
     for variant in tables["variants"].values():
         found |= variants(tables, variant)
+    for cache in tables["caches"]:
+        for place in cache["pairs"]:
+            for method in cache["methods"]:
+                found[Path(place, f"{method}_cached.yaml")] = cached(tables, cache, place, method)
     return found
 
 
@@ -93,6 +97,36 @@ def variants(tables: dict[str, Any], variant: dict[str, Any]) -> dict[Path, str]
     return found
 
 
+def cached(tables: dict[str, Any], cache: dict[str, Any], place: str, method: str) -> str:
+    """Return the row of ``place``, a data set and pair, that learns from a cache."""
+    dataset, pair = place.split("/")
+    facts, path = tables["datasets"][dataset], f"configs/{place}/{method}_cached.yaml"
+    cells = facts["pairs"][pair]
+    teacher, student = (tables["networks"][cells[role]] for role in ("teacher", "student"))
+    encode = f' "encode={{last: {cache["encode"]}}}"' if "encode" in cache else ""
+    folder = f"caches/{dataset}/{cells['teacher']}{cache.get('suffix', '')}"
+    own = {"base": f"{method}.yaml", "data": {"views": cache["views"]}, "teacher": {"cache": folder}}
+    return (
+        f"# {_title(tables, method)}, {teacher['title']} to {student['title']}, {facts['title']}, "
+        f"from what the teacher answered once: {method}.yaml with a cache.\n"
+        f"#   accelerate launch pipeline/cache_teacher.py {path} views={cache['views']}{encode}{facts['command']}\n"
+        f"#   accelerate launch pipeline/train.py {path}{facts['command']}\n"
+        f"# Cache: {cache['views']} views of {_size(view_bytes(cache, dataset, teacher))}. "
+        f"Cost: {3 * student['gmac']:.3g} GMAC an image and what the losses add (--check), {facts['images']}.\n"
+        + _yaml(own)
+    )
+
+
+def view_bytes(cache: dict[str, Any], dataset: str, teacher: dict[str, Any]) -> int:
+    """Return the bytes of one view of every training image: float16 numbers."""
+    data = yaml.safe_load((CONFIGS / dataset / f"{dataset}.yaml").read_text())["data"]
+    numbers = data["classes"]
+    if "last" in cache["kinds"]:
+        channels, height, width = teacher["last"]
+        numbers += cache.get("encode", channels) * height * width
+    return 2 * data["samples"] * numbers
+
+
 def readme(tables: dict[str, Any]) -> str:
     """Return README.md with its tables."""
     known = {
@@ -131,6 +165,10 @@ def section(tables: dict[str, Any], dataset: str, title: str, pair: str) -> str:
 def _title(tables: dict[str, Any], method: str) -> str:
     title = tables["methods"][method]["title"]
     return title[0].upper() + title[1:]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _line(cells: list[str]) -> str:

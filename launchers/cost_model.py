@@ -28,7 +28,8 @@ from pipeline.recipe import Recipe, load_recipe
 
 README = ROOT / "launchers" / "README.md"
 BEGIN, END = "<!-- written by cost_model.py -->\n", "<!-- end -->\n"
-RECIPES = sorted(path for path in (ROOT / "configs/imagenet/r50_mbv1").glob("*.yaml") if path.stem != "pair")
+FOUND = sorted((ROOT / "configs/imagenet/r50_mbv1").glob("*.yaml"))
+RECIPES = [path for path in FOUND if path.stem != "pair" and not path.stem.endswith("_cached")]
 NODES = (1, 2, 4, 8, 16, 32, 64)
 GPUS = 8
 """Of a node."""

@@ -4,10 +4,11 @@
 #   launchers/job.sh train RECIPE [key=value …]          one task a GPU; requeued when it was preempted
 #   launchers/job.sh table [RECIPE …] [key=value …]      the same for one recipe of an array; by default ImageNet's, all of them
 #   launchers/job.sh run SCRIPT [argument …]             a resumable Python script in one task; requeued when it was stopped
+#   launchers/job.sh ranks SCRIPT [argument …]           the same, one task a GPU, whose ranks meet
 #
 # From the environment of sbatch, all optional:
 #   DRY_RUN=1                   print what would run
-#   STAGE=FOLDER                copy the shards to this folder of every node's own disk first (default: SLURM_TMPDIR; empty: do not)
+#   STAGE=FOLDER                to train, copy the shards to this folder of every node's own disk first (default: SLURM_TMPDIR; empty: do not)
 #   MASTER_ADDR, MASTER_PORT    where the ranks meet, instead of the first node and a port that follows from the job
 #   MAX_RESTARTS=50             how often a job may begin again
 #   PYTHON                      the interpreter (default: .venv's, else python)
@@ -19,6 +20,8 @@ export PYTHON=$python DRY_RUN=${DRY_RUN:-}
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 restarts=${SLURM_RESTART_COUNT:-0}
+# Under Slurm a task's cores are its own: the loader must not share them out among the ranks of the node.
+threads=(${SLURM_CPUS_PER_TASK:+"data.threads=$SLURM_CPUS_PER_TASK"})
 # An array's first id is also that of the whole array, which a requeue of one task must not touch.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-${SLURM_JOB_ID:-0}}
@@ -34,8 +37,8 @@ guard_restarts() {
     fi
 }
 
-# Where the ranks meet. Ports from 20000 on lie below those that Linux gives to outgoing connections (32768 on); this script runs on
-# the first node, so it can see which one is taken.
+# Where the ranks of what begins meet. Ports from 20000 on lie below those that Linux gives to outgoing connections (32768 on); this
+# script runs on the first node, so it can see which one is taken.
 rendezvous() {
     if [ -z "${MASTER_ADDR:-}" ]; then
         local hosts=("$(hostname)")
@@ -52,6 +55,7 @@ rendezvous() {
     fi
     # A shared file system that is cold lets some ranks load for minutes; a rank that failed ends the step by itself.
     export PIPELINE_RENDEZVOUS_SECONDS=${PIPELINE_RENDEZVOUS_SECONDS:-600}
+    say "start $((restarts + 1)) of $1 on $nodes nodes, ${SLURM_NTASKS:-1} ranks, which meet at $MASTER_ADDR:$MASTER_PORT"
 }
 
 # What a hang or a crash leaves behind, for every start and rank on its own; no interface is forced.
@@ -129,8 +133,7 @@ train() {
     local places shards folder
     places=$("$PYTHON" pipeline/places.py "$@")
     { read -r shards && read -r folder; } <<< "$places"
-    rendezvous
-    say "start $((restarts + 1)) of $folder on $nodes nodes, ${SLURM_NTASKS:-1} ranks, which meet at $MASTER_ADDR:$MASTER_PORT"
+    rendezvous "$folder"
     STAGE=${STAGE-${SLURM_TMPDIR:-}}
     if [ -n "$STAGE" ]; then
         export STAGE SHARDS=$shards
@@ -143,8 +146,7 @@ train() {
         requeue
         exit 0
     fi
-    # Under Slurm a task's cores are its own: the loader must not share them out among the ranks of the node.
-    step launchers/node.sh pipeline/train.py ${SLURM_CPUS_PER_TASK:+"data.threads=$SLURM_CPUS_PER_TASK"} "$@" "folder=$folder"
+    step launchers/node.sh pipeline/train.py "${threads[@]}" "$@" "folder=$folder"
     if [ -e "$folder/preempted" ]; then
         requeue
         exit 0
@@ -158,7 +160,8 @@ table() {
     done
     if [ ${#recipes[@]} = 0 ]; then
         for word in configs/imagenet/*/*.yaml; do
-            [[ $word == */pair.yaml ]] || recipes+=("$word")
+            # A row that reads a cache is that row once more.
+            [[ $word == */pair.yaml || $word == *_cached.yaml ]] || recipes+=("$word")
         done
     fi
     if [ "$index" -ge ${#recipes[@]} ]; then
@@ -174,6 +177,13 @@ run() {
     if [ "$status" = 143 ] || [ "$status" = 138 ]; then
         requeue
     fi
+}
+
+ranks() {
+    local script=$1
+    shift
+    rendezvous "$script"
+    run "$script" "${threads[@]}" "$@"
 }
 
 # srun does not take over from sbatch how many cores a task has (Slurm 22.05 on).

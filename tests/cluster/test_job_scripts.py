@@ -26,6 +26,9 @@ STAND_INS = {
     "squeue": 'echo "${STATE:-RUNNING}"',
 }
 
+NO_RUN = ("prepare_imagenet", "cache_teacher")
+"""Scripts whose work does not lie in a run folder."""
+
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -56,7 +59,7 @@ def job(checkout: Path, environment: dict[str, str], folder: Path) -> Job:
     """``job("slurm/ddkd_r50_mbv1.sh", "key=value", STEP="…")`` runs a batch script where it would be submitted."""
 
     def run(script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(ROOT / script), *words, *([] if "prepare" in script else [f"folder={folder}"])]
+        command = ["bash", str(ROOT / script), *words, *([] if Path(script).stem in NO_RUN else [f"folder={folder}"])]
         own = {"SLURM_SUBMIT_DIR": str(checkout), **environment, **more}
         return subprocess.run(command, cwd="/", env=own, capture_output=True, text=True, check=False, timeout=60)
 
@@ -161,6 +164,30 @@ def test_a_preparation_that_was_stopped_is_requeued_and_one_that_failed_is_not(j
         assert calls(environment)[-1] == f"scontrol requeue {status}"
 
 
+def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environment: dict[str, str]):
+    done = job("slurm/cache_teacher.sh", RECIPE, "views=10", SLURM_CPUS_PER_TASK="12", STAGE="/local")
+    assert done.returncode == 0, done.stderr
+    (call,) = [call for call in calls(environment) if call.startswith("srun")]
+    assert call == (
+        "srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh "
+        f"pipeline/cache_teacher.py data.threads=12 {RECIPE} views=10"
+    )
+    start = "start 1 of pipeline/cache_teacher.py on 2 nodes, 2 ranks, which meet at 127.0.0.1:24321"
+    assert done.stderr == f"job 4321: {start}\n"
+
+
+def test_a_cache_whose_writing_was_stopped_is_requeued_and_one_that_failed_is_not(
+    job: Job, environment: dict[str, str]
+):
+    for status in (1, 2, 137):
+        assert job("slurm/cache_teacher.sh", RECIPE, "views=10", STEP=f"exit {status}").returncode == status
+    assert not [call for call in calls(environment) if "requeue" in call]
+    for status in (138, 143):
+        done = job("slurm/cache_teacher.sh", RECIPE, STEP=f"exit {status}", SLURM_JOB_ID=str(status))
+        assert "stopped by a signal; requeued" in done.stderr
+        assert calls(environment)[-1] == f"scontrol requeue {status}"
+
+
 def test_shards_are_staged_once_a_node_before_the_tasks_start(job: Job, environment: dict[str, str], tmp_path: Path):
     assert job("slurm/ddkd_r50_mbv1.sh", "data.path=/data/tiny", STAGE=str(tmp_path)).returncode == 0
     stage, train = [call for call in calls(environment) if call.startswith("srun")]
@@ -182,7 +209,8 @@ def test_a_taken_port_is_passed_over_and_a_given_one_kept(job: Job):
 
 
 def test_an_array_has_a_recipe_for_each_index_and_says_where_it_ends(job: Job, environment: dict[str, str]):
-    recipes = sorted(path for path in (ROOT / "configs" / "imagenet").glob("*/*.yaml") if path.stem != "pair")
+    found = sorted((ROOT / "configs" / "imagenet").glob("*/*.yaml"))
+    recipes = [path for path in found if path.stem != "pair" and not path.stem.endswith("_cached")]
     header = (ROOT / "slurm" / "table.sh").read_text()
     assert re.search(r"#SBATCH --array=0-(\d+)", header)[1] == str(len(recipes) - 1)  # type: ignore[index]
     assert job("slurm/table.sh", "seed=1", SLURM_ARRAY_TASK_ID="33").returncode == 0
@@ -193,7 +221,7 @@ def test_an_array_has_a_recipe_for_each_index_and_says_where_it_ends(job: Job, e
     assert (done.returncode, done.stderr) == (2, "job 4321: error: there are 1 recipes; give --array=0-0\n")
 
 
-@pytest.mark.parametrize("script", ["ddkd_r50_mbv1", "perception_r34_r18", "table", "prepare_imagenet"])
+@pytest.mark.parametrize("script", ["ddkd_r50_mbv1", "perception_r34_r18", "table", *NO_RUN])
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(job: Job, environment: dict[str, str], script: str):
     done = job(f"slurm/{script}.sh", "a=b", DRY_RUN="1")
     assert done.returncode == 0, done.stderr

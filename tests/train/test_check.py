@@ -50,6 +50,17 @@ def test_the_tables_say_what_a_network_costs(dataset: str, pair: str):
         assert TABLES["networks"][cells[role]]["gmac"] == pytest.approx(network.macs / 1e9, rel=0.01)
 
 
+MAPS = [place for cache in TABLES["caches"] if "last" in cache["kinds"] for place in cache["pairs"]]
+
+
+@pytest.mark.parametrize("place", MAPS)
+def test_the_tables_say_how_large_the_last_map_of_a_cached_teacher_is(place: str):
+    report = check(load_recipe(ROOT / "configs" / place / "ddkd.yaml"))
+    dataset, pair = place.split("/")
+    teacher = TABLES["datasets"][dataset]["pairs"][pair]["teacher"]
+    assert TABLES["networks"][teacher]["last"] == list(report.teachers[0].shapes["last"])
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_of_the_tree_is_built(path: Path):
     loaded = load_recipe(path)

@@ -159,3 +159,39 @@ def test_the_proxy_is_every_compared_method_under_one_strategy():
         assert (recipe.teacher is None) == (list(recipe.losses) == ["ce"])
         for spec in recipe.losses.values():
             assert "linear_epochs: 20" not in yaml.safe_dump(spec.config.model_dump(mode="json"))
+
+
+CACHED = sorted(CONFIGS.rglob("*_cached.yaml"))
+
+
+@pytest.mark.parametrize("path", CACHED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_cached_row_is_its_row_with_a_cache_that_its_head_says_how_to_write(path: Path):
+    tree = composed(path)
+    views, folder = tree["data"].pop("views"), Path(tree["teacher"].pop("cache"))
+    assert tree == composed(path.with_name(f"{path.stem.removesuffix('_cached')}.yaml"))
+    assert folder.parts[:2] == ("caches", path.relative_to(CONFIGS).parts[0])
+    _, write, train, *_ = path.read_text().splitlines()
+    assert f"pipeline/cache_teacher.py {path.relative_to(ROOT)} views={views}" in write
+    assert f"pipeline/train.py {path.relative_to(ROOT)}" in train
+
+
+def test_rows_that_share_a_cache_ask_the_same_teacher_for_the_same_views():
+    by_folder: dict[str, list[dict[str, Any]]] = {}
+    for path in CACHED:
+        tree = composed(path)
+        by_folder.setdefault(tree["teacher"]["cache"], []).append({key: tree[key] for key in ("teacher", "data")})
+    assert len(by_folder) == 7
+    for asked in by_folder.values():
+        assert asked == [asked[0]] * len(asked)
+
+
+def test_what_a_view_takes_on_disk_is_two_bytes_a_number():
+    for row, told in {
+        "imagenet/r50_mbv1/kd": "10 views of 2.56 GB.",  # 1,281,167 · 1000 · 2
+        "imagenet/r50_mbv1/ddkd": "4 views of 34.7 GB.",  # 1,281,167 · (1000 + 256·7·7) · 2
+        "imagenet/r34_r18/ddkd": "4 views of 66.8 GB.",  # 1,281,167 · (1000 + 512·7·7) · 2
+        "cifar100/resnet56_resnet20/perception": "10 views of 10 MB.",  # 50,000 · 100 · 2
+        "cifar100/resnet56_resnet20/ddkd": "10 views of 420 MB.",  # 50,000 · (100 + 64·8·8) · 2
+        "tiny_imagenet/mobilenet_v1_ddkd": "4 views of 41.4 MB,",  # 10,000 · (20 + 512·2·2) · 2
+    }.items():
+        assert f"\n# Cache: {told} " in (CONFIGS / f"{row}_cached.yaml").read_text()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A teacher's answers to the images of a recipe, once for every run that learns from them, on a node of eight GPUs.
+#   sbatch slurm/cache_teacher.sh configs/imagenet/r50_mbv1/kd_cached.yaml views=10 [key=value …]
+#SBATCH --job-name=cache_teacher
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh ranks pipeline/cache_teacher.py "$@"
