@@ -166,9 +166,9 @@ def write(recipe: Recipe, folder: Path, asked: Asked) -> None:
         lock_folder(folder)
         facts = binding(recipe, manifest, device, published=True)
         write_header(folder, planned(folder, recipe, asked.block, written, stages, source, facts))
-        create_files(cache := Cache(folder))
-        blocks = missing_blocks(cache)
+        blocks = missing_blocks(cache := Cache(folder))
         print(f"{folder}: {shown_bytes(check_room(cache, blocks))} to write")
+        create_files(cache)
     blocks = parallel.gather_objects(blocks)[0]
     is_whole = write_blocks(Cache(folder), source, blocks)
     accelerator.print(f"{folder}: {'whole' if is_whole else 'stopped; the same command goes on'}")
@@ -283,7 +283,7 @@ def _rows(
                 rows[kind][present - ids.start] = found
         yield ids, rows
         bar.update(len(present))
-        bar.set_postfix_str(shown_bytes(bar.n * sum(cache.header.kinds[kind].row_bytes for kind in block.kinds)))
+        bar.set_postfix_str(shown_bytes(bar.n * cache.header.row_bytes(block.kinds)))
 
 
 def verify(recipe: Recipe, folder: Path, asked: Asked, accept: Iterable[str]) -> None:

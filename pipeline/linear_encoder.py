@@ -6,10 +6,7 @@ B batch, C channels, H W space, R components, N positions. Everything here takes
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import hashlib
-=======
->>>>>>> h1
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -96,17 +93,11 @@ def unexplained(encoder: Encoder, maps: Iterable[Tensor]) -> float:
     return lost / total if total else 0.0
 
 
-<<<<<<< HEAD
 def save(encoder: Encoder, path: Path) -> str:
     """Write the encoder as safetensors, the whole file or nothing, and return its sha256."""
     content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in encoder._asdict().items()})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
-=======
-def save(encoder: Encoder, path: Path) -> None:
-    """Write the encoder as safetensors: a reader sees the old file or the whole new one."""
-    write_atomically(path, to_bytes({name: tensor.contiguous() for name, tensor in encoder._asdict().items()}))
->>>>>>> h1
 
 
 def load(path: Path) -> Encoder:

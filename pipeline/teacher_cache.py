@@ -103,6 +103,10 @@ class Header(_Part):
         """Blocks of a view."""
         return -(-self.id_count // self.block)
 
+    def row_bytes(self, kinds: Iterable[str]) -> int:
+        """Return the bytes on disk of an image's answers of those kinds."""
+        return sum(self.kinds[kind].row_bytes for kind in kinds)
+
     def ids(self, block: int) -> range:
         """Return the ids, which are the rows, of a block."""
         return range(block * self.block, min((block + 1) * self.block, self.id_count))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +16,13 @@ def train(rank: int, world: int, folder: Path, words: list[str]) -> None:
     """Run ``pipeline/train.py`` with those words in ``folder``, as the process of that rank; 0 of 1 in this process."""
     from pipeline import train
 
+    run(train.main, rank, world, folder, words)
+
+
+def run(main: Callable[[list[str]], None], rank: int, world: int, folder: Path, words: list[str]) -> None:
+    """Run an entry point so."""
     with launched(rank, world), contextlib.chdir(folder):
-        train.main(words)
+        main(words)
 
 
 @contextlib.contextmanager

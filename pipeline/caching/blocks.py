@@ -62,9 +62,8 @@ def missing_blocks(cache: Cache) -> list[Block]:
 
 def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
     """Return the bytes that the blocks take; raise OSError if the disk has not as many free."""
-    kinds = cache.header.kinds
-    rows = cache.header.block
-    needed = sum(rows * kinds[kind].row_bytes for block in blocks for kind in block.kinds)
+    header = cache.header
+    needed = sum(len(header.ids(block.number)) * header.row_bytes(block.kinds) for block in blocks)
     free = shutil.disk_usage(cache.folder).free
     if needed + RESERVE > free:
         raise OSError(

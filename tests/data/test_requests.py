@@ -154,7 +154,8 @@ def test_columns_are_asked_for_ids_and_view_on_another_thread_and_travel(readers
     plan = plan_of(readers, columns=columns, views=2)
     requests = list(read_ahead(plan.training(Progress(6, step=18), 4), 2))
     # Several threads ask, each for a part of a batch: a distant file system answers them at once.
-    assert sorted(sum((ids for ids, _, _ in asked), [])) == sorted(torch.cat([r.ids_B for r in requests]).tolist())
+    ids_asked = [each for ids, _, _ in asked for each in ids]
+    assert sorted(ids_asked) == sorted(each for request in requests for each in request.ids_B.tolist())
     assert {view for _, view, _ in asked} == {1}
     assert threading.get_ident() not in {thread for _, _, thread in asked}
     for request in requests:

@@ -1,0 +1,112 @@
+"""``cache_teacher.py --verify`` catches what is not as it was written, and answers that are not the teacher's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.composition import RecipeError
+
+Command = Callable[..., None]
+VERIFY = ("--verify", "all.yaml", "teacher.cache=cache", "sample=24")
+
+
+def assert_caught(run_cache: Command, capsys: pytest.CaptureFixture[str], *told: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_cache(*VERIFY)
+    assert end.value.code == 1
+    said = capsys.readouterr().out
+    assert all(part in said for part in told), said
+
+
+def test_a_cache_as_it_was_written_holds(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
+    run_cache(*VERIFY)
+    told = capsys.readouterr().out
+    assert "2 views of logits, stage1.preact" in told
+    assert "every byte is as it was written" in told
+    assert "logits: largest difference 0, " in told  # this machine and this company of images: the very same bits
+    assert "24 images" in told
+
+
+@pytest.mark.parametrize("at", [200, 1000, 2000])
+def test_a_flipped_bit_is_caught_with_its_rows(
+    at: int, copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
+):
+    file = copied / "view-01.logits.npy"
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+    row = (at - 128) // 40 // 24 * 24  # of 20 numbers each, behind 128 bytes of header
+    assert_caught(run_cache, capsys, f"view-01.logits.npy: rows {row} to {min(row + 23, 59)} are not what was written")
+
+
+def test_a_truncated_file_is_caught(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
+    file = copied / "view-00.stage3.npy"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert_caught(run_cache, capsys, "view-00.stage3.npy cannot be read")
+
+
+def test_a_missing_file_is_caught(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
+    (copied / "view-00.stage3.npy").unlink()
+    assert_caught(run_cache, capsys, "view-00.stage3.npy is missing")
+
+
+@pytest.mark.parametrize("with_digests", [False, True])
+def test_a_swapped_view_is_caught(
+    with_digests: bool, copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
+):
+    for ending in ("logits.npy", "logits.sha256.npy")[: 1 + with_digests]:
+        one, other = copied / f"view-00.{ending}", copied / f"view-01.{ending}"
+        shutil.move(one, copied / "aside")
+        shutil.move(other, one)
+        shutil.move(copied / "aside", other)
+    assert_caught(run_cache, capsys, "view-00.logits.npy: rows 0", "view-01.logits.npy: rows 0")
+
+
+def test_a_block_that_was_not_written_is_caught(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
+    file = copied / "view-01.stage3.sha256.npy"
+    digests = np.load(file)
+    digests[2] = 0
+    np.save(file, digests)
+    assert_caught(run_cache, capsys, "view 1 of stage3 is written to 67%")
+
+
+def test_answers_that_are_not_the_teachers_are_caught(
+    copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
+):
+    """Whole files whose digests fit: only the teacher itself can tell."""
+    header = copied / "cache.json"
+    shutil.rmtree(copied)
+    run_cache("all.yaml", "teacher.cache=cache", "data.seed=1")
+    header.write_text(header.read_text().replace('"seed": 1', '"seed": 0'))
+    capsys.readouterr()
+    assert_caught(run_cache, capsys, "every byte is as it was written", "more than the tolerated 0.01")
+
+
+def test_somebody_elses_cache_is_data_and_nothing_else(
+    copied: Path, run_cache: Command, run_train: Command, capsys: pytest.CaptureFixture[str]
+):
+    np.save(copied / "view-00.logits.npy", np.array([{"not": "data"}]), allow_pickle=True)
+    with pytest.raises(RecipeError, match=r"view-00\.logits\.npy cannot be read .*Python objects"):
+        run_train("kd.yaml", "teacher.cache=cache")
+    assert_caught(run_cache, capsys, "view-00.logits.npy cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"stage3": {', '"../stage3": {', r"cache\.json: kinds"),
+        ('"version": 1', '"version": 2', r"cache\.json: version"),
+        ('"views": 2', '"views": 2, "more": 1', r"cache\.json: more"),
+        ('"id_count": 60', '"id_count": 61', r"view-00\.logits\.npy holds float16 \(60, 20\), cache\.json says"),
+    ],
+)
+def test_a_header_that_says_something_else_is_one_line(old: str, new: str, told: str, copied: Path, run_train: Command):
+    header = copied / "cache.json"
+    header.write_text(header.read_text().replace(old, new, 1))
+    with pytest.raises(RecipeError, match=told):
+        run_train("kd.yaml", "teacher.cache=cache")
