@@ -137,9 +137,8 @@ def _cached(recipe: Recipe, cache: Cache, manifest: Manifest, device: torch.devi
             "it for this recipe, too, or ask the network: teacher.fallback=live"
         )
     live = build_live_teacher(recipe, lacking, manifest, device) if lacking else None
-    teacher = CachedTeacher(cache, taps, device, live)
-    cache.check_whole(teacher.kinds, min(recipe.data.views or cache.header.views, recipe.epochs))
-    return teacher
+    views = min(recipe.data.views or cache.header.views, recipe.epochs)
+    return CachedTeacher(cache, taps, views=views, device=device, live=live)
 
 
 def binding(recipe: Recipe, manifest: Manifest, device: torch.device, *, published: bool = False) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _answers(
         assert config.cache is not None
         with about("teacher.cache"):
             cache = Cache(Path(config.cache))
-            teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), torch.device("cpu"))
+            teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms
     network, taps = measured[0]
     return network.shapes, {} if config.average else _plain(taps.norms())

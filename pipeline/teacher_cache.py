@@ -31,6 +31,7 @@ from pipeline.stage_names import canonical, deep_stages
 from pipeline.taps import NormParameters
 from pipeline.teacher import Teacher, TeacherEnsemble
 from shards.manifest import write_atomically
+from shards.read import allow_open_files
 
 HEADER = "cache.json"
 LOGITS = "logits"
@@ -238,11 +239,18 @@ class CachedTeacher(nn.Module):
     """Answers from a cache; what is not there is asked of ``live``, where there is one.
 
     ``taps`` names the kind of answer that each tap is; those that the cache does not hold are the live teacher's. The
-    loader reads the rows ahead (``columns``), so ``forward`` only takes them from ``batch.extra``.
+    loader reads the rows ahead (``columns``), so ``forward`` only takes them from ``batch.extra``. Raises ValueError or
+    FileNotFoundError, one line, unless the first ``views`` views are there, whole.
     """
 
     def __init__(
-        self, cache: Cache, taps: Mapping[str, str], device: torch.device, live: Teacher | TeacherEnsemble | None = None
+        self,
+        cache: Cache,
+        taps: Mapping[str, str],
+        *,
+        views: int,
+        device: torch.device,
+        live: Teacher | TeacherEnsemble | None = None,
     ) -> None:
         super().__init__()
         held = cache.header.kinds
@@ -252,6 +260,10 @@ class CachedTeacher(nn.Module):
         self.asked = [tap for tap in taps if tap not in self.held]
         self.kinds = sorted({*self.held.values()} | {LOGITS} & held.keys())
         self.encoders = cache.encoders(device)
+        cache.check_whole(self.kinds, views)
+        allow_open_files(views * len(self.kinds))
+        # Here and not where they are first read: Python 3.11 fails at times where threads parse headers side by side.
+        self._maps = {(view, kind): cache.rows(view, kind) for view in range(views) for kind in self.kinds}
 
     @cached_property
     def norms(self) -> dict[str, NormParameters]:
@@ -268,7 +280,7 @@ class CachedTeacher(nn.Module):
 
     def columns(self, ids_B: NDArray[np.int64], view: int) -> dict[str, NDArray]:
         """Return the stored rows of some ids at a view, by kind. May be called from any thread."""
-        return {kind: self._rows(view, kind)[ids_B] for kind in self.kinds}
+        return {kind: self._maps[view, kind][ids_B] for kind in self.kinds}
 
     def forward(self, batch: Batch) -> Outputs:
         """Return the answers for a training batch, as they were stored: in float16, or decoded in float32.
@@ -289,15 +301,6 @@ class CachedTeacher(nn.Module):
             return self.encoders[kind].decode(rows)
         # The layout of a live teacher's maps: the last bits of what is computed with them depend on it.
         return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
-
-    def _rows(self, view: int, kind: str) -> NDArray[np.float16]:
-        if (view, kind) not in self._maps:
-            self._maps[view, kind] = self.cache.rows(view, kind)
-        return self._maps[view, kind]
-
-    @cached_property
-    def _maps(self) -> dict[tuple[int, str], NDArray[np.float16]]:
-        return {}
 
 
 AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher

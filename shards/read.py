@@ -49,7 +49,7 @@ class SplitReader:
         self.samples = self._map_samples()
         self._tars: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
-        _allow_open_files(len(self.split.shards))
+        allow_open_files(len(self.split.shards))
 
     def bytes(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the encoded images of some rows of ``samples`` as uint8 views into the tars, nothing copied.
@@ -108,7 +108,8 @@ class SplitReader:
             return self._tars[shard]
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
+    """Raise the limit of this process for files that are to be memory-mapped, as far as it may be raised."""
     # Python keeps a descriptor open for every map, and 1,024 (ImageNet has more shards) is a usual soft limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
