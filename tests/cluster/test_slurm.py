@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from private_slurm import PrivateSlurm
@@ -191,6 +192,42 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: PrivateSlurm, submi
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
     assert "it was cancelled" in folder.with_suffix(".log").read_text()
     assert (folder / "checkpoints" / f"step-{steps_of(folder)}").is_dir()
+
+
+@pytest.mark.endurance
+def test_the_writing_of_a_cache_is_requeued_and_ends_with_the_same_bytes(
+    slurm: PrivateSlurm, checkout: Path, place: Path
+):
+    recipe = "configs/imagenet/r50_mbv1/kd_cached.yaml"
+    words = [
+        recipe,
+        f"data.path={place / 'shards'}",
+        f"teacher.weights={place / 'teacher.pt'}",
+        *TINY,
+        "views=150",
+        "block=12",
+    ]
+    own = [*WITHOUT_GPUS, f"--output={place / 'cache.log'}", "slurm/cache_teacher.sh", *words]
+    folder = place / "cache"
+    given = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    job = slurm.run("sbatch", "--parsable", *own, f"teacher.cache={folder}", folder=checkout, **given).strip()
+    slurm.wait_for(lambda: blocks_of(folder) >= 8, 120, "a few blocks")
+    slurm.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    slurm.wait_for(lambda: slurm.job(job)["Restarts"] == "1", 60, "the requeue")
+    assert 8 <= blocks_of(folder) < 150 * 4
+    slurm.wait_for_end(job, 240)
+    log = (place / "cache.log").read_text()
+    assert slurm.job(job)["JobState"] == "COMPLETED", log
+    assert "stopped by a signal; requeued" in log
+    alone = [sys.executable, "pipeline/cache_teacher.py", *words, f"teacher.cache={place / 'alone'}"]
+    subprocess.run(alone, cwd=checkout, check=True, capture_output=True)
+    names = {file.name for file in folder.iterdir()} - {".lock"}
+    assert all((folder / name).read_bytes() == (place / "alone" / name).read_bytes() for name in names)
+
+
+def blocks_of(folder: Path) -> int:
+    """Return how many blocks of a cache are marked as written."""
+    return sum(int(np.load(file).any(axis=1).sum()) for file in folder.glob("*.sha256.npy"))
 
 
 def processes(word: str) -> list[str]:
