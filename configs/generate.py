@@ -103,13 +103,14 @@ def cached(tables: dict[str, Any], cache: dict[str, Any], place: str, method: st
     facts, path = tables["datasets"][dataset], f"configs/{place}/{method}_cached.yaml"
     cells = facts["pairs"][pair]
     teacher, student = (tables["networks"][cells[role]] for role in ("teacher", "student"))
-    encode = f' "encode={{last: {cache["encode"]}}}"' if "encode" in cache else ""
-    folder = f"caches/{dataset}/{cells['teacher']}{cache.get('suffix', '')}"
-    own = {"base": f"{method}.yaml", "data": {"views": cache["views"]}, "teacher": {"cache": folder}}
+    kept: dict[str, Any] = {"cache": f"caches/{dataset}/{cells['teacher']}{cache.get('suffix', '')}"}
+    if "encode" in cache:
+        kept["encode"] = {"last": cache["encode"]}
+    own = {"base": f"{method}.yaml", "data": {"views": cache["views"]}, "teacher": kept}
     return (
         f"# {_title(tables, method)}, {teacher['title']} to {student['title']}, {facts['title']}, "
         f"from what the teacher answered once: {method}.yaml with a cache.\n"
-        f"#   accelerate launch pipeline/cache_teacher.py {path} views={cache['views']}{encode}{facts['command']}\n"
+        f"#   accelerate launch pipeline/cache_teacher.py {path}{facts['command']}\n"
         f"#   accelerate launch pipeline/train.py {path}{facts['command']}\n"
         f"# Cache: {cache['views']} views of {_size(view_bytes(cache, dataset, teacher))}. "
         f"Cost: {3 * student['gmac']:.3g} GMAC an image and what the losses add (--check), {facts['images']}.\n"

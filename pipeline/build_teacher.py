@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline import parallel
 from pipeline.build import AUTOCAST, Named, finished
 from pipeline.composition import RecipeError, about
 from pipeline.data.loader import pixels
@@ -16,7 +17,7 @@ from pipeline.models.weights import is_file, load_weights, weights_sha256
 from pipeline.recipe import Recipe
 from pipeline.runs import STUDENT, differences, find_run, load_dependency
 from pipeline.teacher import EMATeacher, Network, Normalization, Teacher, TeacherEnsemble
-from pipeline.teacher_cache import AnyTeacher, Cache, CachedTeacher
+from pipeline.teacher_cache import LOGITS, AnyTeacher, Cache, CachedTeacher
 from shards.manifest import Manifest, manifest_sha256
 
 
@@ -127,6 +128,7 @@ def _cached(recipe: Recipe, cache: Cache, manifest: Manifest, device: torch.devi
     config = recipe.teacher
     assert config is not None
     refuse_others(cache, binding(recipe, manifest, device), config.accept)
+    _check_sizes(cache, manifest)
     taps = cache.kinds(recipe.taps.teacher)
     lacking = [tap for tap, kind in taps.items() if kind not in cache.header.kinds]
     if lacking and config.fallback is None:
@@ -149,10 +151,11 @@ def binding(recipe: Recipe, manifest: Manifest, device: torch.device, *, publish
     """
     config = recipe.teacher
     assert config is not None
-    networks = {place: _network_facts(recipe, place, device, published) for place in teacher_places(recipe)}
-    mixture = {"combine": config.combine, "temperature": config.temperature}
+    found = [_network_facts(recipe, place, device, published) for place in teacher_places(recipe)]
+    members = {"members": {str(index): facts for index, facts in enumerate(found)}}
+    mixture = {"combine": config.combine, "temperature": config.temperature, **members}
     facts = {
-        "teacher": {"batch": config.batch, **mixture, "networks": networks or None},
+        "teacher": (mixture if config.members else {"network": found[0]}) if found else None,
         "data": pixels(recipe.data, manifest, device),
         "shards": manifest_sha256(Path(recipe.data.path)),
     }
@@ -163,6 +166,8 @@ def _network_facts(recipe: Recipe, place: str, device: torch.device, published: 
     network, named = teacher_places(recipe)[place], teacher_named(recipe, place)
     weights, normalization = _weights(recipe, network), _normalization(recipe, network)
     at_hand = Path(weights).is_file() if is_file(weights) else published
+    if is_file(weights) and not at_hand and parallel.is_main():
+        print(f"note: {place}.weights: {weights} is not there; that the cache is of these weights is not checked")
     return {
         "model": named.model,
         "stages": dict(named.stages),
@@ -175,12 +180,21 @@ def _network_facts(recipe: Recipe, place: str, device: torch.device, published: 
     }
 
 
+def _check_sizes(cache: Cache, manifest: Manifest) -> None:
+    """Raise RecipeError where the rows cannot be those of the shards, whatever the user accepts."""
+    ids, logits = manifest.splits["train"].id_count, cache.header.kinds.get(LOGITS)
+    if cache.header.id_count != ids:
+        raise RecipeError(f"{cache.folder} has rows for {cache.header.id_count:,} ids, and the shards have {ids:,}")
+    if logits and logits.shape != (manifest.num_classes,):
+        raise RecipeError(f"{cache.folder} has {logits.shape[0]} logits, and the shards {manifest.num_classes} classes")
+
+
 def refuse_others(cache: Cache, facts: dict[str, Any], accept: Iterable[str] = ()) -> None:
     """Raise RecipeError if the cache is of other answers than those that follow from ``facts``, but in ``accept``."""
-    theirs = cache.header.binding
+    theirs = cache.header.binding.model_dump()
     differing = [key for key in differences(theirs, _known(facts, theirs)) if key not in accept]
     if differing:
-        told = ", ".join(f"{key} ({_at(theirs, key)}, here {_at(facts, key)})" for key in differing)
+        told = ", ".join(f"{key}{_values(theirs, facts, key)}" for key in differing)
         raise RecipeError(
             f"{cache.folder} is of another {told}; write another cache for this, or, if you know that the answers are "
             f"the same, teacher.accept=[{', '.join(differing)}]"
@@ -194,7 +208,8 @@ def _known(facts: Any, theirs: Any) -> Any:
     return theirs if facts is None else facts
 
 
-def _at(tree: Any, key: str) -> Any:
+def _values(theirs: Any, facts: Any, key: str) -> str:
+    """Return what both say at a key, unless that is a whole section."""
     for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+        theirs, facts = (tree.get(part) if isinstance(tree, dict) else None for tree in (theirs, facts))
+    return "" if isinstance(theirs, dict) or isinstance(facts, dict) else f" ({theirs}, here {facts})"

@@ -6,8 +6,9 @@
     python pipeline/cache_teacher.py --verify RECIPE [sample=256] [tolerance=0.01]
 
 The folder is the recipe's ``teacher.cache``. What is written are the logits and what the recipe's losses read; more by
-``kinds=[embedding, last]``; ``encode={last: 256}`` keeps that many principal components of a stage's channels; more
-views and kinds may be added later. ``--verify`` reads every byte and asks the teacher again for a sample of images.
+``kinds=[embedding, last]``; ``encode={last: 256}``, or the recipe's ``teacher.encode``, keeps that many principal
+components of a stage's channels; more views and kinds may be added later. ``--verify`` reads every byte and asks the
+teacher again for a sample of images.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ if __name__ == "__main__":
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,15 +47,26 @@ from pipeline.caching.blocks import (
     shown_bytes,
     write_block,
 )
-from pipeline.caching.storage import Choice, choices, table
+from pipeline.caching.storage import choices, table
 from pipeline.caching.verifying import differences
 from pipeline.composition import RecipeError, about, shown
 from pipeline.evaluate import check_teacher
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.linear_encoder import Encoder
 from pipeline.recipe import LoadedRecipe, Recipe, load_recipe, own_words, split_words
-from pipeline.runs import lock_folder, stand, world_size_asked
-from pipeline.teacher_cache import DTYPE, HEADER, Cache, Encoded, Header, Kind, Norm, encoder_path, write_header
+from pipeline.runs import Unfinished, lock_folder, stand, world_size_asked
+from pipeline.teacher_cache import (
+    DTYPE,
+    HEADER,
+    Binding,
+    Cache,
+    Encoded,
+    Header,
+    Kind,
+    Norm,
+    encoder_path,
+    write_header,
+)
 from shards.manifest import read_manifest
 
 FLAGS = ("--dry-run", "--verify")
@@ -62,6 +74,10 @@ FITTED, HELD_OUT = 4096, 1024
 """Images that an encoder is fitted on, and others that tell what it loses."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a command that a signal ended: what is written stays, and the same command goes on."""
+IN_A_LOG = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class Asked(BaseModel):
@@ -70,7 +86,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     views: PositiveInt | None = None
-    kinds: tuple[str, ...] = ()
+    kinds: Names = ()
     encode: dict[str, PositiveInt] = {}
     block: PositiveInt = 1024
     """Images that are written and marked as done together, about; a cache that is there keeps its own."""
@@ -86,13 +102,19 @@ def main(words: Sequence[str]) -> None:
     path, overrides = split_words(rest)
     loaded = load_recipe(path, overrides)
     with about(shown(loaded.path)):
-        folder = cache_folder(loaded.recipe)
-        asked = with_what_is_there(asked, folder)
+        check_names_a_network(loaded.recipe)
+        there = cache_of(loaded.recipe)
+        asked = complete(asked, loaded.recipe, there)
         if "--dry-run" in words:
             found, _ = choices(loaded.recipe, asked.kinds, asked.encode)
-            print(table(loaded.recipe, found, asked.views or loaded.recipe.data.views or 1))
+            print(table(loaded.recipe, found, asked.views or 1))
             return
-        recipe = stand(without_cache(loaded, overrides, folder, asked)).recipe
+        folder = cache_folder(loaded.recipe)
+        try:
+            recipe = stand(without_cache(loaded, overrides, asked, there)).recipe
+        except Unfinished as unfinished:
+            print(unfinished)
+            sys.exit(STOPPED)
         use_all_cores()
         if "--verify" in words:
             assert loaded.recipe.teacher is not None
@@ -112,41 +134,52 @@ def _parsed(own: dict[str, str]) -> Asked:
         raise RecipeError(f"command line: {' '.join(own.values())} is not YAML") from None
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Return where the recipe's cache lies. Raises RecipeError if it names none, or no frozen network to ask."""
+def check_names_a_network(recipe: Recipe) -> None:
+    """Raise RecipeError for a recipe without a frozen network to ask."""
     config = recipe.teacher
     if config is None or config.average is not None or not config.is_named:
         raise RecipeError("teacher: there is no frozen network to ask; give teacher.model and teacher.weights")
-    if config.cache is None:
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Return where the recipe's cache is to lie. Raises RecipeError if it does not say."""
+    if recipe.teacher is None or recipe.teacher.cache is None:
         raise RecipeError("teacher.cache: say which folder to write: teacher.cache=FOLDER")
-    return Path(config.cache)
+    return Path(recipe.teacher.cache)
 
 
-def with_what_is_there(asked: Asked, folder: Path) -> Asked:
-    """Return the words and what the cache in ``folder`` has already: further views get all of its kinds."""
-    if not (folder / HEADER).is_file():
-        return asked
-    header = Cache(folder).header
-    ranks = {name: kind.encoded.rank for name, kind in header.kinds.items() if kind.encoded}
-    kinds = dict.fromkeys([*header.kinds, *asked.kinds])
-    return asked.model_copy(update={"kinds": tuple(kinds), "encode": {**ranks, **asked.encode}})
+def cache_of(recipe: Recipe) -> Cache | None:
+    """Return the recipe's cache, if it has been begun."""
+    folder = recipe.teacher.cache if recipe.teacher else None
+    return Cache(Path(folder)) if folder and (Path(folder) / HEADER).is_file() else None
 
 
-def without_cache(loaded: LoadedRecipe, overrides: Sequence[str], folder: Path, asked: Asked) -> LoadedRecipe:
+def complete(asked: Asked, recipe: Recipe, there: Cache | None) -> Asked:
+    """Return the words with what the recipe says, and with what the cache has: further views get all of its kinds."""
+    kinds = there.header.kinds if there else {}
+    views = asked.views or recipe.data.views or (there.header.views if there else None)
+    ranks = {name: kind.encoded.rank for name, kind in kinds.items() if kind.encoded}
+    encode = {**ranks, **(recipe.teacher.encode if recipe.teacher else {}), **asked.encode}
+    return asked.model_copy(update={"views": views, "kinds": (*kinds, *asked.kinds), "encode": encode})
+
+
+def without_cache(loaded: LoadedRecipe, overrides: Sequence[str], asked: Asked, there: Cache | None) -> LoadedRecipe:
     """Return the recipe of the network itself, with the views and the teacher's batch of its cache.
 
     Where the student begins and what it is compared with is nothing of the teacher's. The batch does not depend on the
     number of ranks, so that any number writes the same answers.
     """
-    recipe, there = loaded.recipe, Cache(folder) if (folder / HEADER).is_file() else None
-    views = asked.views or recipe.data.views or (there and there.header.views)
-    if views is None:
-        raise RecipeError("command line: views: say how many augmented looks at an image to keep, such as views=4")
+    recipe = loaded.recipe
     assert recipe.teacher is not None
-    batch = recipe.teacher.batch or (there and there.batch) or max(recipe.batch // recipe.accumulation, 1)
-    own = [f"teacher.{key}=null" for key in ("cache", "fallback", "accept")]
-    own += ["compare=null", "student.start=null", f"data.views={views}", f"teacher.batch={batch}"]
-    return load_recipe(loaded.path, [*overrides, *own])
+    if asked.views is None:
+        raise RecipeError("command line: views: say how many augmented looks at an image to keep, such as views=4")
+    own = recipe.teacher.batch or (there.header.batch if there else max(recipe.batch // recipe.accumulation, 1))
+    words = [f"teacher.{key}=null" for key in ("cache", "fallback", "accept", "encode")]
+    words += ["compare=null", "student.start=null", f"data.views={asked.views}", f"teacher.batch={own}"]
+    return load_recipe(loaded.path, [*overrides, *words])
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write(recipe: Recipe, folder: Path, asked: Asked) -> None:
@@ -155,20 +188,16 @@ def write(recipe: Recipe, folder: Path, asked: Asked) -> None:
     accelerator = create_accelerator(recipe)
     device, manifest = accelerator.device, read_manifest(Path(recipe.data.path))
     found, stages = choices(recipe, asked.kinds, asked.encode)
-    written = {choice.kind: choice for choice in found if choice.written}
-    source = open_source(recipe, written, manifest, device)
+    kinds = {choice.name: choice.kind for choice in found if choice.written}
+    source = open_source(recipe, kinds, manifest, device)
     if recipe.teacher and recipe.teacher.expect_top1 is not None:
         check_teacher(recipe, source.teacher, build_loader(recipe, device, training_splits(manifest)[1:]))
     blocks: list[Block] = []
     if accelerator.is_main_process:
         assert recipe.data.views is not None
         print(table(recipe, found, recipe.data.views))
-        lock_folder(folder)
         facts = binding(recipe, manifest, device, published=True)
-        write_header(folder, planned(folder, recipe, asked.block, written, stages, source, facts))
-        blocks = missing_blocks(cache := Cache(folder))
-        print(f"{folder}: {shown_bytes(check_room(cache, blocks))} to write")
-        create_files(cache)
+        blocks = begin(folder, new_header(recipe, asked, kinds, stages, source, facts), source)
     blocks = parallel.gather_objects(blocks)[0]
     is_whole = write_blocks(Cache(folder), source, blocks)
     accelerator.print(f"{folder}: {'whole' if is_whole else 'stopped; the same command goes on'}")
@@ -177,66 +206,81 @@ def write(recipe: Recipe, folder: Path, asked: Asked) -> None:
         sys.exit(STOPPED)
 
 
-def planned(
-    folder: Path,
-    recipe: Recipe,
-    about_block: int,
-    written: dict[str, Choice],
-    stages: Sequence[str],
-    source: Source,
-    facts: dict[str, Any],
+def new_header(
+    recipe: Recipe, asked: Asked, kinds: dict[str, Kind], stages: list[str], source: Source, facts: dict[str, Any]
 ) -> Header:
-    """Return what the folder's header shall be: of a cache that is there, with what the command adds to it.
-
-    Fits the encoders that are new. Raises RecipeError for a folder of other answers.
-    """
+    """Return the header of a folder in which there is nothing yet; encoders are still to be fitted."""
     assert recipe.teacher is not None
     assert recipe.data.views is not None
-    batch, old = recipe.teacher.batch or 1, None
-    if (folder / HEADER).is_file():
-        cache = Cache(folder)
-        refuse_others(cache, facts)
-        old = cache.header
-    kinds = dict(old.kinds) if old else {}
-    for kind, choice in written.items():
-        if kind not in kinds:
-            kinds[kind] = _new_kind(folder, choice, source, batch)
-        elif choice.row_bytes != kinds[kind].row_bytes:
-            there = " × ".join(map(str, kinds[kind].stored))
-            raise RecipeError(f"{folder} has {kind} as {there}; keep to that, or name another folder")
-    if old:
-        return old.model_copy(update={"views": max(old.views, recipe.data.views), "kinds": kinds})
+    batch = recipe.teacher.batch or 1
     return Header(
         views=recipe.data.views,
         id_count=source.loader.id_count,
-        block=batch * max(about_block // batch, 1),
+        batch=batch,
+        block=batch * max(asked.block // batch, 1),
         stages=tuple(stages),
-        kinds=kinds,
-        binding=facts,
+        kinds={name: kind.model_copy(update={"norm": _norm(source, name)}) for name, kind in kinds.items()},
+        binding=Binding.model_validate(facts),
     )
 
 
-def _new_kind(folder: Path, choice: Choice, source: Source, batch: int) -> Kind:
-    norm = source.teacher.norms.get(choice.kind)
-    kept = Norm(weight=tuple(norm.weight_C.tolist()), bias=tuple(norm.bias_C.tolist())) if norm else None
-    return Kind(shape=choice.shape, norm=kept, encoded=_fitted(folder, choice, source, batch) if choice.rank else None)
+def _norm(source: Source, kind: str) -> Norm | None:
+    norm = source.teacher.norms.get(kind)
+    return Norm(weight=tuple(norm.weight_C.tolist()), bias=tuple(norm.bias_C.tolist())) if norm else None
 
 
-def _fitted(folder: Path, choice: Choice, source: Source, batch: int) -> Encoded:
+def begin(folder: Path, new: Header, source: Source) -> list[Block]:
+    """Make the folder ready and return what is to be written; nothing is touched in one that this cannot go on in."""
+    lock_folder(folder)
+    header = extended(Cache(folder), new) if (folder / HEADER).is_file() else new
+    blocks = missing_blocks(Cache(folder, header))
+    print(f"{folder}: {shown_bytes(check_room(Cache(folder, header), blocks))} to write")
+    header = with_encoders(folder, header, source)
+    write_header(folder, header)
+    create_files(Cache(folder, header))
+    return blocks
+
+
+def extended(cache: Cache, new: Header) -> Header:
+    """Return the cache's header with the views and kinds of ``new``; raise RecipeError where they do not fit."""
+    refuse_others(cache, new.binding.model_dump())
+    old, folder = cache.header, cache.folder
+    if old.batch != new.batch:
+        raise RecipeError(f"{folder} was begun with teacher.batch: {old.batch}, here {new.batch}; keep to that")
+    for name, kind in old.kinds.items():
+        if name not in new.kinds:
+            raise RecipeError(f"{folder} has got {name} meanwhile, from another command; give this one again")
+        if kind.stored != new.kinds[name].stored:
+            there = " × ".join(map(str, kind.stored))
+            raise RecipeError(f"{folder} has {name} as {there}; keep to that, or name another folder")
+    return old.model_copy(update={"views": max(old.views, new.views), "kinds": {**new.kinds, **old.kinds}})
+
+
+def with_encoders(folder: Path, header: Header, source: Source) -> Header:
+    """Fit the encoders that are not there yet, write them, and return the header that names them."""
+    kinds = {
+        name: kind.model_copy(update={"encoded": _fitted(folder, name, kind.encoded.rank, header.batch, source)})
+        if kind.encoded and not kind.encoded.sha256
+        else kind
+        for name, kind in header.kinds.items()
+    }
+    return header.model_copy(update={"kinds": kinds})
+
+
+def _fitted(folder: Path, kind: str, rank: int, batch: int, source: Source) -> Encoded:
     """Fit an encoder on some images, write it, and return it with what it loses of others."""
-    assert choice.rank is not None
     ids = np.random.default_rng(0).permutation(source.present(range(source.loader.id_count)))
     held_out = max(min(HELD_OUT, len(ids) // 5), 1)
 
     def maps(ids: NDArray[np.int64]) -> Iterator[Tensor]:
         parts = ((ids[start : start + batch], 0) for start in range(0, len(ids), batch))
-        return (outputs.features[choice.kind] for outputs in source.answers(parts))
+        return (outputs.features[kind] for outputs in source.answers(parts))
 
-    encoder = linear_encoder.fit(maps(ids[held_out : held_out + FITTED]), choice.rank)
+    encoder = linear_encoder.fit(maps(ids[held_out : held_out + FITTED]), rank)
     lost = linear_encoder.unexplained(encoder, maps(ids[:held_out]))
-    print(f"{choice.title} of {choice.shape[0]} channels lose {lost:.2%} of the variance of {held_out:,} other images")
-    sha256 = linear_encoder.save(encoder, encoder_path(folder, choice.kind))
-    return Encoded(rank=choice.rank, sha256=sha256, unexplained=lost)
+    print(f"{kind}: {rank} components lose {lost:.2%} of the variance of {held_out:,} images they were not fitted on")
+    sha256 = linear_encoder.save(encoder, encoder_path(folder, kind))
+    return Encoded(rank=rank, sha256=sha256, unexplained=lost)
 
 
 def write_blocks(cache: Cache, source: Source, blocks: list[Block]) -> bool:
@@ -250,7 +294,8 @@ def write_blocks(cache: Cache, source: Source, blocks: list[Block]) -> bool:
     answers = source.answers(_parts(cache, source, mine))
     images = sum(len(ids) for ids, _ in _parts(cache, source, mine))
     title = f"rank {rank} of {world}" if world > 1 else None
-    with tqdm(total=images, unit="img", desc=title, disable=rank > 0 or None, dynamic_ncols=True) as bar:
+    pause = 0.1 if sys.stderr.isatty() else IN_A_LOG
+    with tqdm(total=images, unit="img", desc=title, disable=rank > 0, mininterval=pause, delay=pause) as bar:
         for turn in range(-(-len(blocks) // world)):
             if parallel.any_rank(notice.given()):
                 return False
@@ -262,7 +307,7 @@ def write_blocks(cache: Cache, source: Source, blocks: list[Block]) -> bool:
 def _parts(cache: Cache, source: Source, blocks: Iterable[Block]) -> Iterator[Part]:
     """Yield what the teacher is asked for some blocks, but for the chunks without a sample."""
     for block in blocks:
-        for ids in cache.header.chunks(block.number, cache.batch):
+        for ids in cache.header.chunks(block.number):
             if len(present := source.present(ids)):
                 yield present, block.view
 
@@ -275,15 +320,18 @@ def _rows(
     encoders: dict[str, Encoder],
     bar: tqdm[Any],
 ) -> Iterator[tuple[range, dict[str, NDArray[np.float16]]]]:
-    """Yield the rows of a block, chunk by chunk; ``answers`` are those to ``_parts``."""
-    for ids in cache.header.chunks(block.number, cache.batch):
+    """Yield the rows of a block, chunk by chunk; ``answers`` are those to ``_parts``, in their order."""
+    for ids in cache.header.chunks(block.number):
         rows = {kind: np.zeros((len(ids), *cache.header.kinds[kind].stored), DTYPE) for kind in block.kinds}
         if len(present := source.present(ids)):
             for kind, found in stored(next(answers), block.kinds, encoders).items():
                 rows[kind][present - ids.start] = found
         yield ids, rows
         bar.update(len(present))
-        bar.set_postfix_str(shown_bytes(bar.n * cache.header.row_bytes(block.kinds)))
+        bar.set_postfix_str(shown_bytes(bar.n * cache.header.row_bytes(block.kinds)), refresh=False)
+
+
+# -- verifying --------------------------------------------------------------------------------------------------------
 
 
 def verify(recipe: Recipe, folder: Path, asked: Asked, accept: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ from pipeline import notice
 from pipeline.composition import ROOT, RecipeError, about, default_folder, read_yaml, shown
 from pipeline.ranks import refuse_lone_ranks
 from pipeline.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
-from pipeline.teacher_cache import Cache
+from pipeline.teacher_cache import HEADER, Cache
 from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
 
 RESULT = "result.json"
@@ -42,6 +42,7 @@ PREEMPTED = "preempted"
 
 # What a command may change without making another run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
+_NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
 
 
@@ -85,32 +86,43 @@ def run_folder(loaded: LoadedRecipe) -> Path:
 def find_run(loaded: LoadedRecipe) -> Run:
     """Return the run of a recipe whose shards are there."""
     recipe, folder = loaded.recipe, run_folder(loaded)
-    if recipe.teacher is not None and recipe.teacher.cache is not None:
-        with about(f"{shown(loaded.path)}: teacher.cache"):
-            recipe = _as_cached(recipe, Cache(Path(recipe.teacher.cache)))
-    if recipe.teacher is not None and recipe.teacher.batch is None:
-        recipe = _with_teacher_batch(recipe, _teacher_batch(recipe, folder))
-    return Run(recipe, loaded.path, folder, identity(recipe))
+    with about(shown(loaded.path)):
+        recipe = _resolved(recipe, folder)
+        return Run(recipe, loaded.path, folder, identity(recipe, folder))
 
 
-def _as_cached(recipe: Recipe, cache: Cache) -> Recipe:
-    """Return the recipe with the views and the teacher's batch of its cache, where it says nothing of its own."""
-    views = recipe.data.views or cache.header.views
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"views": views})})
-    batch = recipe.teacher.batch if recipe.teacher else None
-    return _with_teacher_batch(recipe, batch or cache.batch)
+def _resolved(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with what it leaves to the run: the teacher's chunk, and the views of a cache.
+
+    A run that has begun keeps its own, so that other ranks ask alike, and a cache may grow; else the chunk is a rank's
+    rows, and the views are all.
+    """
+    teacher, data = recipe.teacher, recipe.data
+    if teacher is None:
+        return recipe
+    begun = (read_yaml(folder / RECIPE) or {}) if (folder / RECIPE).is_file() else {}
+    if teacher.batch is None:
+        batch = (begun.get("teacher") or {}).get("batch")
+        own = max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
+        teacher = teacher.model_copy(update={"batch": batch or own})
+    if teacher.cache is not None and data.views is None:
+        views = (begun.get("data") or {}).get("views") or _cache(teacher.cache).header.views
+        data = data.model_copy(update={"views": views})
+    return recipe.model_copy(update={"teacher": teacher, "data": data})
 
 
-def _with_teacher_batch(recipe: Recipe, batch: int) -> Recipe:
-    assert recipe.teacher is not None
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"batch": batch})})
+def _cache(folder: str) -> Cache:
+    with about("teacher.cache"):
+        return Cache(Path(folder))
 
 
-def _teacher_batch(recipe: Recipe, folder: Path) -> int:
-    """Return the teacher's chunk: the run's own if it has begun, so that other ranks ask alike, else a rank's rows."""
-    saved = (read_yaml(folder / RECIPE) or {}) if (folder / RECIPE).is_file() else {}
-    begun = (saved.get("teacher") or {}).get("batch")
-    return begun or max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
+def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
+    """Return what stands for the cache's answers; where it is gone, what the run that began from it kept of it."""
+    if not (Path(cache) / HEADER).is_file() and (folder / IDENTITY).is_file():
+        kept = (json.loads((folder / IDENTITY).read_text())["teacher"] or {}).get("cache")
+        if kept:
+            return kept
+    return _cache(cache).digest(recipe.taps.teacher)
 
 
 def world_size_asked() -> int:
@@ -123,8 +135,8 @@ def is_main_asked() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """Return what makes the run this run: the resolved recipe, its shards by sha256, its teacher's run by digest."""
+def identity(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """Return what makes ``run`` this run: the resolved recipe, shards by sha256, a teacher's run or cache by digest."""
     tree = dump_recipe(recipe)
     for key in _NOT_IDENTITY:
         del tree[key]
@@ -138,7 +150,12 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         if section and section["recipe"]:
             section["recipe"] = find_run(load_dependency(recipe, section["recipe"])).digest
     if teacher.get("cache"):
-        teacher["cache"] = Cache(Path(teacher["cache"])).digest(recipe.taps.teacher)
+        teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
+    for key in _NOT_IDENTITY_TEACHER:
+        teacher.pop(key, None)
+    for key in ("cache", "fallback"):  # a run that needs neither is the one that it was before there were any
+        if teacher.get(key, ...) is None:
+            del teacher[key]
     return tree
 
 
@@ -193,13 +210,19 @@ def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
     """Raise RecipeError if a recipe stands on itself: its identity would have no end."""
     if loaded.path in above:
         raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
-    for path in dependencies(loaded.recipe):
+    for path in named_recipes(loaded.recipe):
         refuse_circles(load_dependency(loaded.recipe, path), (*above, loaded.path))
 
 
 def dependencies(recipe: Recipe) -> list[str]:
+    """Return the recipes whose runs ``recipe`` needs, each once: of those it names all but a cached teacher's."""
+    cached = recipe.teacher.recipes if recipe.teacher and not recipe.teacher.is_asked else []
+    return [path for path in named_recipes(recipe) if path not in cached or path in recipe.compare]
+
+
+def named_recipes(recipe: Recipe) -> list[str]:
     """Return the recipes that ``recipe`` names, each once."""
-    teacher = recipe.teacher.recipes if recipe.teacher and recipe.teacher.is_asked else []
+    teacher = recipe.teacher.recipes if recipe.teacher else []
     start = [recipe.student.start.recipe] if recipe.student.start and recipe.student.start.recipe else []
     return list(dict.fromkeys([*teacher, *start, *recipe.compare]))
 

@@ -80,7 +80,7 @@ class Config(Network):
     """T of the mixture: the one at which a loss of the logits has exactly it as its target."""
     average: Averaging | None = None
     batch: PositiveInt | None = None
-    """Images of one forward, whatever the batch; default: the cache's, or a rank's rows in the run's first start."""
+    """Images of one forward, whatever the batch; default: a rank's rows in the run's first start."""
     expect_top1: float | None = Field(default=None, ge=0, le=100)
     """Percent on the validation images below which neither a run nor the writing of a cache begins."""
     cache: str | None = None
@@ -89,6 +89,8 @@ class Config(Network):
     """With ``live`` the network is asked for what the cache does not hold, instead of ending the command."""
     accept: tuple[str, ...] = ()
     """Keys, as the error names them, in which the cache may differ from what this run would ask."""
+    encode: dict[str, PositiveInt] = {}
+    """Principal components that ``cache_teacher.py`` keeps of a stage's channels, where it writes the cache."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -98,7 +100,7 @@ class Config(Network):
         if stray := sorted(given - allowed):
             raise ValueError(f"{', '.join(stray)} cannot stand beside {kind or 'a single network, without members'}")
         if self.cache is None and (self.fallback or self.accept):
-            raise ValueError("fallback and accept say something of a cache, and there is none")
+            raise ValueError("fallback and accept say something of a cache; name its folder, cache")
         if kind is None:
             if self.cache is None or self.is_asked or self.model or self.recipe:
                 self.check_source()
@@ -124,7 +126,7 @@ class Config(Network):
         return [network.recipe for network in self.members or (self,) if network.recipe is not None]
 
 
-_CACHE = ("cache", "fallback", "accept")
+_CACHE = ("cache", "fallback", "accept", "encode")
 _BESIDE = {"members": ("combine", "temperature", "batch", "expect_top1", *_CACHE), "average": ("dtype", "batch")}
 """What may stand beside a teacher that is no single network of its own."""
 

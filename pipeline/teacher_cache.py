@@ -39,8 +39,9 @@ DTYPE = np.dtype("<f2")
 DIGEST = 32
 """Bytes of a block's sha256."""
 
-# They become parts of file names, and a cache may be somebody else's.
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(\.[a-z]+)?$")]
+NAME = r"[a-z][a-z0-9_]*(\.[a-z]+)?"
+"""What a kind may be called: it becomes part of a file's name, and a cache may be somebody else's."""
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Shape = tuple[PositiveInt, ...]
 
 
@@ -85,19 +86,29 @@ class Kind(_Part):
         return DTYPE.itemsize * int(np.prod(self.stored))
 
 
+class Binding(_Part):
+    """What the answers follow from, besides id, view and batch; what differs here is another cache."""
+
+    teacher: dict[str, Any]
+    data: dict[str, Any]
+    shards: str
+    """Sha256 of their manifest."""
+
+
 class Header(_Part):
     """What ``cache.json`` says."""
 
     version: Literal[1] = 1
     views: PositiveInt
     id_count: PositiveInt
+    batch: PositiveInt
+    """Images that the teacher was asked about at a time: the last bits of its answers depend on it."""
     block: PositiveInt
     """Rows that are written, checked and marked as done together."""
     stages: tuple[str, ...]
     """Names of the teacher's stages, for what a recipe may call them."""
     kinds: Annotated[dict[Name, Kind], Field(min_length=1)]
-    binding: dict[str, Any]
-    """What the answers follow from, besides id and view; what differs here is another cache."""
+    binding: Binding
 
     @property
     def blocks(self) -> int:
@@ -112,10 +123,10 @@ class Header(_Part):
         """Return the ids, which are the rows, of a block."""
         return range(block * self.block, min((block + 1) * self.block, self.id_count))
 
-    def chunks(self, block: int, batch: int) -> list[range]:
+    def chunks(self, block: int) -> list[range]:
         """Return the ids of a block in parts of as many as the teacher answers at once."""
         ids = self.ids(block)
-        return [ids[start : start + batch] for start in range(0, len(ids), batch)]
+        return [ids[start : start + self.batch] for start in range(0, len(ids), self.batch)]
 
 
 def resolved(stages: Iterable[str], taps: Iterable[str]) -> dict[str, str]:
@@ -125,16 +136,14 @@ def resolved(stages: Iterable[str], taps: Iterable[str]) -> dict[str, str]:
 
 
 class Cache:
-    """A folder of answers. Raises FileNotFoundError or ValueError, one line, for what is not there or no such thing."""
+    """A folder of answers, with its header or the one that it is to have.
 
-    def __init__(self, folder: Path) -> None:
+    Raises FileNotFoundError or ValueError, one line, for what is not there or no such thing.
+    """
+
+    def __init__(self, folder: Path, header: Header | None = None) -> None:
         self.folder = folder
-        self.header = _read_header(folder / HEADER)
-
-    @property
-    def batch(self) -> int:
-        """Images of one forward of the teacher."""
-        return int(self.header.binding["teacher"]["batch"])
+        self.header = header or _read_header(folder / HEADER)
 
     def kinds(self, taps: Iterable[str]) -> dict[str, str]:
         """Return the kind of answer that each tap is, whether it is here or not."""
@@ -142,9 +151,10 @@ class Cache:
 
     def digest(self, taps: Iterable[str]) -> str:
         """Return what stands for the answers to those taps, wherever the folder lies and whatever else is in it."""
-        held = {kind: self.header.kinds.get(kind) for kind in self.kinds(taps).values()}
-        encoders = {name: kind.encoded.sha256 for name, kind in held.items() if kind and kind.encoded}
-        return hashlib.sha256(json.dumps([self.header.binding, encoders], sort_keys=True).encode()).hexdigest()
+        held = {kind: self.header.kinds.get(kind) for kind in (LOGITS, *self.kinds(taps).values())}
+        stored = {name: kind and [kind.stored, kind.encoded and kind.encoded.sha256] for name, kind in held.items()}
+        facts = [self.header.binding.model_dump(), self.header.batch, stored]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def path(self, view: int, kind: str) -> Path:
         """Return the file of a view's answers of one kind."""
@@ -219,17 +229,19 @@ def _read_header(path: Path) -> Header:
         return Header.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path}: {key}: {first['msg']}; it was written by another version, or is damaged") from None
+        told = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
+        raise ValueError(f"{path}: {told}; it was written by another version, or is damaged") from None
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy the cache again, or let cache_teacher.py write it")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy it again, or delete it and write it again") from None
+        # Not np.load, which opens archives and pickles as well.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header makes the parser raise nearly anything
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read ({told}); copy it again, or delete it and write it again") from None
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; copy it again")
     return array

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.teacher_cache import DIGEST, DTYPE, Cache, seal
@@ -30,13 +31,13 @@ class Block(NamedTuple):
 
 
 def create_files(cache: Cache) -> None:
-    """Create the files of all views and kinds that are not there, sparse. Raises ValueError for one of other rows."""
+    """Create the files of all views and kinds that are not there, sparse; raise ValueError for one of other rows."""
     header = cache.header
     for view in range(header.views):
         for kind in header.kinds:
             _create(cache.path(view, kind), DTYPE, (header.id_count, *header.kinds[kind].stored))
             _create(cache.digests_path(view, kind), np.dtype(np.uint8), (header.blocks, DIGEST))
-            cache.rows(view, kind)
+            cache.rows(view, kind)  # or it raises
 
 
 def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -64,11 +65,12 @@ def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
     """Return the bytes that the blocks take; raise OSError if the disk has not as many free."""
     header = cache.header
     needed = sum(len(header.ids(block.number)) * header.row_bytes(block.kinds) for block in blocks)
-    free = shutil.disk_usage(cache.folder).free
+    there = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
     if needed + RESERVE > free:
         raise OSError(
-            f"{cache.folder} needs {shown_bytes(needed)} and its disk has {shown_bytes(free)} free; write fewer views, "
-            "or encode maps (encode={last: 256})"
+            f"{cache.folder} needs {shown_bytes(needed)} more; its disk has {shown_bytes(free)} free, of which "
+            f"{shown_bytes(RESERVE)} are left to others; write fewer views, or encode maps (encode={{last: 256}})"
         )
     return needed
 
@@ -109,12 +111,19 @@ def _offset(path: Path) -> int:
 def _write_at(file: int, content: bytes, offset: int) -> None:
     left = memoryview(content)
     while left:
-        written = os.pwrite(file, left, offset)
+        try:
+            written = os.pwrite(file, left, offset)
+        except OSError as error:
+            raise OSError(f"a block could not be written ({error}); make room, and the same command goes on") from error
         left, offset = left[written:], offset + written
 
 
 def damages(cache: Cache) -> Iterator[str]:
-    """Read everything and yield a line for each view and kind that is not as it was written."""
+    """Read everything and yield a line for each file that is not as it was written."""
+    try:
+        cache.encoders(torch.device("cpu"))
+    except (OSError, ValueError) as error:
+        yield str(error)
     for view in range(cache.header.views):
         for kind in cache.header.kinds:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from pipeline.caching.blocks import shown_bytes
 from pipeline.check import measure, training_labels
 from pipeline.composition import RecipeError
 from pipeline.recipe import Recipe
-from pipeline.teacher_cache import DTYPE, LOGITS, resolved
+from pipeline.teacher_cache import LOGITS, NAME, Encoded, Kind, resolved
 
 LIKELY = 8
 """Part of a map's channels that the table shows as encoded, where no other is asked for."""
@@ -21,26 +22,15 @@ LIKELY = 8
 class Choice(NamedTuple):
     """A kind of answer, and whether it is written."""
 
-    kind: str
-    shape: tuple[int, ...]
-    """Of an answer, without the batch."""
-    rank: int | None
-    """Principal components that are kept of its channels; None keeps it as it is."""
+    name: str
+    kind: Kind
+    """As a header has it, but for what only the teacher's answers tell."""
     written: bool
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of an image's answer on disk."""
-        return DTYPE.itemsize * int(np.prod(self._stored))
 
     @property
     def title(self) -> str:
         """The kind as a table shows it."""
-        return f"{self.kind} {' × '.join(map(str, self._stored))}"
-
-    @property
-    def _stored(self) -> tuple[int, ...]:
-        return (self.rank or self.shape[0], *self.shape[1:])
+        return f"{self.name} {' × '.join(map(str, self.kind.stored))}"
 
 
 def choices(recipe: Recipe, kinds: Iterable[str], encode: Mapping[str, int]) -> tuple[list[Choice], list[str]]:
@@ -52,25 +42,38 @@ def choices(recipe: Recipe, kinds: Iterable[str], encode: Mapping[str, int]) -> 
     num_classes = training_labels(recipe)[0]
     named = teacher_named(recipe, next(iter(teacher_places(recipe))))
     stages = list(measure(named._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
-    ranks = dict(zip(resolved(stages, encode).values(), encode.values(), strict=True))
+    ranks = _ranks(stages, encode)
     wanted = {LOGITS, *resolved(stages, [*recipe.taps.teacher, *kinds]).values(), *ranks}
     offered = {kind for kind in resolved(stages, ["embedding", "last"]).values() if kind in stages}
     taps = frozenset(wanted | offered) - {LOGITS}
+    if odd := [kind for kind in sorted(taps) if not re.fullmatch(NAME, kind)]:
+        raise RecipeError(f"teacher.stages: {odd[0]!r} becomes a file's name: small letters, digits and _, please")
     shapes = measure(named._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
     found: list[Choice] = []
-    for kind in sorted(shapes, key=lambda kind: int(np.prod(shapes[kind]))):
-        found += _choices_of(kind, shapes[kind], kind in wanted, ranks.get(kind))
+    for name in sorted(shapes, key=lambda name: int(np.prod(shapes[name]))):
+        found += _choices_of(name, shapes[name], name in wanted, ranks.get(name))
     return found, stages
 
 
-def _choices_of(kind: str, shape: tuple[int, ...], wanted: bool, rank: int | None) -> list[Choice]:
+def _ranks(stages: Iterable[str], encode: Mapping[str, int]) -> dict[str, int]:
+    """Return the components to keep by stage; raise RecipeError for one that is named twice, or is none."""
+    ranks: dict[str, int] = {}
+    for tap, rank in encode.items():
+        for kind in resolved(stages, [tap]).values():
+            if ranks.setdefault(kind, rank) != rank:
+                raise RecipeError(f"encode: {kind} is to keep {ranks[kind]} components, and {rank}; say one of them")
+    return ranks
+
+
+def _choices_of(name: str, shape: tuple[int, ...], wanted: bool, rank: int | None) -> list[Choice]:
     """Return the kind as it is, and as it is or could be encoded."""
-    if rank is not None and (kind == LOGITS or not rank <= shape[0]):
-        raise RecipeError(f"command line: encode: {kind} has {shape[0]} channels, and logits are kept whole")
-    whole = Choice(kind, shape, None, wanted and rank is None)
+    if rank is not None and (name == LOGITS or not rank <= shape[0]):
+        raise RecipeError(f"encode: {name} has {shape[0]} channels, and logits are kept whole; got {rank}")
+    whole = Choice(name, Kind(shape=shape), wanted and rank is None)
     if rank is None and len(shape) == 1:
         return [whole]
-    return [whole, Choice(kind, shape, rank or max(shape[0] // LIKELY, 1), rank is not None)]
+    encoded = Encoded(rank=rank or max(shape[0] // LIKELY, 1), sha256="", unexplained=0.0)
+    return [whole, Choice(name, Kind(shape=shape, encoded=encoded), rank is not None)]
 
 
 def table(recipe: Recipe, found: list[Choice], views: int) -> str:
@@ -80,8 +83,9 @@ def table(recipe: Recipe, found: list[Choice], views: int) -> str:
     lines = [f"  {'':<28}{'bytes an image':>16}{'a view':>12}{f'{views} views':>12}"]
     for choice in found:
         mark = "*" if choice.written else " "
-        lines.append(f"{mark} {choice.title:<28}{choice.row_bytes:>16,}{_sizes(choice.row_bytes * images, views)}")
-    total = sum(choice.row_bytes for choice in found if choice.written)
+        row = choice.kind.row_bytes
+        lines.append(f"{mark} {choice.title:<28}{row:>16,}{_sizes(row * images, views)}")
+    total = sum(choice.kind.row_bytes for choice in found if choice.written)
     lines.append(f"* {'is written, together':<28}{total:>16,}{_sizes(total * images, views)}")
     return "\n".join([f"answers to {images:,} images, in float16", *lines, *([note] if note else [])])
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.caching.asking import Source, stored
+from pipeline.caching.asking import Part, Source, stored
 from pipeline.teacher_cache import Cache
 
 
@@ -44,17 +43,17 @@ def differences(cache: Cache, source: Source, sample: int, rng: np.random.Genera
         for kind, now in stored(outputs, cache.header.kinds, encoders).items():
             then = cache.rows(view, kind)[ids].astype(np.float64)
             _, images, largest, scale = found[kind]
-            largest = max(largest, float(np.abs(then - now).max()))
-            found[kind] = Difference(kind, images + len(ids), largest, max(scale, float(np.abs(then).max())))
+            # Not max, which lets a NaN through.
+            largest = float(np.maximum(largest, np.abs(then - now).max()))
+            scale = float(np.maximum(scale, np.abs(then).max()))
+            found[kind] = Difference(kind, images + len(ids), largest, scale)
     return list(found.values())
 
 
-def _parts(
-    cache: Cache, source: Source, sample: int, rng: np.random.Generator
-) -> Iterator[tuple[NDArray[np.int64], int]]:
+def _parts(cache: Cache, source: Source, sample: int, rng: np.random.Generator) -> Iterator[Part]:
     """Yield random chunks of ids, each at a random view, until they hold ``sample`` images or are all of a view's."""
     blocks = range(cache.header.blocks)
-    chunks = [source.present(ids) for block in blocks for ids in cache.header.chunks(block, cache.batch)]
+    chunks = [source.present(ids) for block in blocks for ids in cache.header.chunks(block)]
     chosen = 0
     for number in rng.permutation(len(chunks)):
         if chosen >= sample:

@@ -23,7 +23,7 @@ from pipeline.health.finding import Finding, fail, ok, skip
 from pipeline.models.weights import FILES
 from pipeline.recipe import LoadedRecipe, Recipe
 from pipeline.runs import dependencies, find_run, load_dependency
-from pipeline.teacher_cache import Cache
+from pipeline.teacher_cache import LOGITS, Cache
 from shards.manifest import MANIFEST, Shard, read_manifest
 from shards.read import SplitReader
 
@@ -147,7 +147,7 @@ def check_teacher(loaded: LoadedRecipe) -> Finding:
     if not (Path(recipe.data.path) / MANIFEST).is_file() and dependencies(recipe):
         return skip("no shards, without which no other run is known")
     runs = [_find_finished(recipe, path) for path in dependencies(recipe)]
-    caches = [_find_cache(recipe.teacher.cache)] if recipe.teacher and recipe.teacher.cache else []
+    caches = [_find_cache(recipe, recipe.teacher.cache)] if recipe.teacher and recipe.teacher.cache else []
     found = [*weights, *caches, *runs]
     if not found:
         return skip("the recipe names no weights and no other run")
@@ -171,12 +171,18 @@ def _find_weights(model: str, source: str) -> Finding:
     return ok(str(kept)) if kept.is_file() else skip(f"{source} of {model}: the run downloads {url} to {kept}")
 
 
-def _find_cache(folder: str) -> Finding:
+def _find_cache(recipe: Recipe, folder: str) -> Finding:
+    advice = "write it: python pipeline/cache_teacher.py with this recipe"
     try:
-        header = Cache(Path(folder)).header
+        cache = Cache(Path(folder))
+        wanted = {LOGITS, *cache.kinds(recipe.taps.teacher).values()}
+        held = wanted & cache.header.kinds.keys()
+        cache.check_whole(held, min(recipe.data.views or cache.header.views, recipe.epochs))
     except (OSError, ValueError) as error:
-        return fail(str(error), "write it: python pipeline/cache_teacher.py with this recipe")
-    return ok(f"{folder}: {', '.join(header.kinds)} of {header.views} views")
+        return fail(str(error), advice)
+    if held < wanted and not (recipe.teacher and recipe.teacher.is_asked):
+        return fail(f"{folder} has no {', '.join(sorted(wanted - held))}, which a loss reads", advice)
+    return ok(f"{folder}: {', '.join(sorted(held))} of {cache.header.views} views")
 
 
 def _find_finished(recipe: Recipe, path: str) -> Finding:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import rounded_teacher
+import torch
 import training_on_ranks
+import yaml
 from gloo_ranks import Ranks
 from one_core import one_core
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.composition import RecipeError
+from pipeline.health.reading import check_teacher
 from pipeline.journal import trace
+from pipeline.recipe import load_recipe
+from pipeline.teacher import Teacher
 
+ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., None]
 
 
@@ -106,9 +114,8 @@ def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path,
     [
         (["data.scale=[0.2, 1.0]"], r"another data\.scale \(\[0\.5, 1\.0\], here \[0\.2, 1\.0\]\)"),
         (["data.seed=1"], r"another data\.seed"),
-        (["teacher.weights=other.safetensors"], r"another teacher\.networks\.teacher\.weights"),
-        (["teacher.batch=6"], r"another teacher\.batch"),
-        (["teacher.mean=[0.1, 0.1, 0.1]"], r"another teacher\.networks\.teacher\.mean"),
+        (["teacher.weights=other.safetensors"], r"another teacher\.network\.weights"),
+        (["teacher.mean=[0.1, 0.1, 0.1]"], r"another teacher\.network\.mean"),
         (["data.path=other_shards"], r"another shards"),
         (["data.views=3"], r"has 2 views, 3 are asked for"),
     ],
@@ -117,7 +124,7 @@ def test_a_cache_of_other_answers_is_refused(
     words: list[str], told: str, written: Path, place: Path, run_train: Command
 ):
     weights = {key: 2 * value for key, value in load_file("teacher.safetensors").items()}
-    _save(weights, place / "other.safetensors")
+    save_file(weights, place / "other.safetensors")
     shutil.copytree(place / "shards", place / "other_shards")
     manifest = place / "other_shards" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"tool": "', '"tool": "another '))
@@ -125,12 +132,6 @@ def test_a_cache_of_other_answers_is_refused(
         run_train("kd.yaml", f"teacher.cache={written}", "epochs=3", *words)
     assert "\n" not in str(refusal.value)
     assert not (place / "runs").exists()
-
-
-def _save(state: dict, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(state, path)
 
 
 def test_a_decoder_of_another_version_is_refused_and_accepted_by_name(copied: Path, place: Path, run_train: Command):
@@ -146,6 +147,104 @@ def test_a_cache_alone_is_a_teacher(written: Path, place: Path, run_train: Comma
     own = ["teacher.model=null", "teacher.weights=null", "teacher.batch=null", "data.views=null"]
     run_train("ofd.yaml", f"teacher.cache={written}", "folder=alone", *own)
     assert_same_run(place / "named", place / "alone")
+
+
+def test_a_difference_may_be_accepted_in_the_middle_of_a_run(copied: Path, run_train: Command):
+    words = ["kd.yaml", "teacher.cache=cache"]
+    run_train(*words, "stop.steps=3", "teacher.accept=[data.decoder.version]")
+    run_train(*words, "teacher.accept=[data.decoder.version, data.decoder.device]")
+
+
+def test_rows_of_other_shards_are_refused_whatever_is_accepted(copied: Path, run_train: Command):
+    more = [sys.executable, str(ROOT / "shards" / "prepare_demo.py"), "more", "--train", "90", "--val", "12"]
+    subprocess.run([*more, "--size", "24", "--jobs", "1"], check=True, capture_output=True)
+    with pytest.raises(RecipeError, match=r"rows for 60 ids, and the shards have 90"):
+        run_train("kd.yaml", "teacher.cache=cache", "data.path=more", "teacher.accept=[shards]")
+
+
+def test_a_finished_run_needs_its_cache_no_more(copied: Path, run_train: Command, capsys: pytest.CaptureFixture[str]):
+    words = ["kd.yaml", "teacher.cache=cache", "data.views=null", "epochs=1"]
+    run_train(*words)
+    told = capsys.readouterr().out
+    shutil.rmtree(copied)
+    run_train(*words)
+    assert capsys.readouterr().out.splitlines()[-1] == told.splitlines()[-1]
+
+
+def test_a_run_keeps_its_views_when_its_cache_grows(copied: Path, place: Path, run_cache: Command, run_train: Command):
+    words = ["kd.yaml", "teacher.cache=cache", "data.views=null", "epochs=3", "folder=run"]
+    run_train(*words, "stop.steps=3")
+    run_cache("all.yaml", "teacher.cache=cache", "views=3")
+    run_train(*words)
+    run_train("kd.yaml", "teacher.cache=cache", "data.views=2", "epochs=3", "folder=two")
+    assert_same_run(place / "run", place / "two", epochs=3)
+
+
+def test_a_kind_that_is_added_in_the_middle_of_a_run_makes_it_another(run_cache: Command, run_train: Command):
+    words = ["ddkd.yaml", "teacher.cache=cache", "teacher.fallback=live"]
+    run_cache("kd.yaml", "teacher.cache=cache")
+    run_train(*words, "stop.steps=3")
+    run_cache("ddkd.yaml", "teacher.cache=cache")
+    with pytest.raises(RecipeError, match=r"another recipe \(other teacher\.cache\)"):
+        run_train(*words)
+
+
+def test_the_network_is_asked_about_no_more_images_than_a_rank_has(
+    run_cache: Command, run_train: Command, monkeypatch: pytest.MonkeyPatch
+):
+    run_cache("kd.yaml", "teacher.cache=cache")
+    asked, prepared = [], Teacher._prepared
+
+    def counted(self: Teacher, images_BCHW: torch.Tensor) -> torch.Tensor:
+        found = prepared(self, images_BCHW)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(Teacher, "_prepared", counted)
+    words = ["teacher.cache=cache", "teacher.fallback=live", "teacher.batch=null", "accumulation=3", "stop.steps=1"]
+    run_train("ddkd.yaml", *words)
+    assert asked == [4, 4, 4]
+
+
+def test_an_ensemble_and_a_run_are_cached_as_one_network_is(place: Path, run_cache: Command, run_train: Command):
+    one = {"model": "cifar_resnet20", "weights": "teacher.safetensors"}
+    teacher = {"members": [one, {**one, "fold": False}], "combine": "entropy", "temperature": 4.0, "batch": 12}
+    ensemble = {"base": "kd.yaml", "teacher": {**teacher, "model": None, "weights": None}}
+    Path("ensemble.yaml").write_text(yaml.safe_dump(ensemble))
+    Path("first.yaml").write_text(yaml.safe_dump({"base": "kd.yaml", "epochs": 1, "folder": "runs/first"}))
+    chained = {"model": None, "weights": None, "recipe": "first.yaml"}
+    Path("chained.yaml").write_text(yaml.safe_dump({"base": "kd.yaml", "teacher": chained}))
+    run_train("first.yaml")
+    for name in ("ensemble", "chained"):
+        with one_core():
+            rounded_teacher.train(0, 1, place, [f"{name}.yaml", f"folder={name}_live"])
+        run_cache(f"{name}.yaml", f"teacher.cache={name}_cache")
+    shutil.rmtree("runs/first")
+    Path("teacher.safetensors").unlink()
+    for name in ("ensemble", "chained"):
+        run_train(f"{name}.yaml", f"teacher.cache={name}_cache", f"folder={name}_cached")
+        assert_same_run(place / f"{name}_live", place / f"{name}_cached")
+
+
+def test_the_doctor_looks_for_all_that_the_recipe_reads_in_the_cache(copied: Path, run_cache: Command):
+    run_cache("kd.yaml", "teacher.cache=logits")
+
+    def status(*words: str) -> str:
+        return check_teacher(load_recipe("ddkd.yaml", words)).status
+
+    assert status("teacher.cache=cache") == "ok"
+    assert status("teacher.cache=logits") == "FAIL"
+    assert status("teacher.cache=logits", "teacher.fallback=live") == "ok"
+    assert status("teacher.cache=nowhere") == "FAIL"
+    (copied / "view-01.stage3.npy").unlink()
+    assert status("teacher.cache=cache") == "FAIL"
+
+
+def test_a_circle_through_a_cache_is_a_circle(written: Path, place: Path, run_train: Command):
+    circle = {"base": "kd.yaml", "teacher": {"model": None, "weights": None, "recipe": "circle.yaml"}}
+    Path("circle.yaml").write_text(yaml.safe_dump(circle))
+    with pytest.raises(RecipeError, match=r"the recipe stands on itself"):
+        run_train("circle.yaml", f"teacher.cache={written}")
 
 
 def test_a_cache_may_move_and_its_run_goes_on(copied: Path, place: Path, run_train: Command):

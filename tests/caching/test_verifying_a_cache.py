@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.composition import RecipeError
+from pipeline.teacher_cache import seal
 
 Command = Callable[..., None]
 VERIFY = ("--verify", "all.yaml", "teacher.cache=cache", "sample=24")
@@ -30,6 +31,17 @@ def test_a_cache_as_it_was_written_holds(copied: Path, run_cache: Command, capsy
     assert "every byte is as it was written" in told
     assert "logits: largest difference 0, " in told  # this machine and this company of images: the very same bits
     assert "24 images" in told
+
+
+@pytest.mark.parametrize("at", [0, 8, 11, 30, 60, 90])
+def test_a_flipped_bit_of_a_files_head_is_caught(
+    at: int, copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
+):
+    file = copied / "view-01.logits.npy"
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    assert_caught(run_cache, capsys, "view-01.logits.npy ")
 
 
 @pytest.mark.parametrize("at", [200, 1000, 2000])
@@ -75,6 +87,29 @@ def test_a_block_that_was_not_written_is_caught(copied: Path, run_cache: Command
     assert_caught(run_cache, capsys, "view 1 of stage3 is written to 67%")
 
 
+def test_a_spoilt_encoder_is_caught(place: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
+    run_cache("all.yaml", "teacher.cache=cache", "encode={last: 4}")
+    run_cache(*VERIFY)
+    (place / "cache" / "stage3.encoder.safetensors").write_bytes(b"another")
+    capsys.readouterr()
+    assert_caught(run_cache, capsys, "stage3.encoder.safetensors is not the encoder")
+
+
+def test_answers_that_are_no_numbers_are_caught(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
+    """Somebody's file whose digests fit."""
+    for view in range(2):
+        rows = np.load(copied / f"view-{view:02d}.logits.npy")
+        rows[:] = np.nan
+        np.save(copied / f"view-{view:02d}.logits.npy", rows)
+        digests = np.load(copied / f"view-{view:02d}.logits.sha256.npy")
+        for block, digest in enumerate(digests):
+            found = seal(view, "logits", block)
+            found.update(rows[24 * block : 24 * block + 24].tobytes())
+            digest[:] = np.frombuffer(found.digest(), np.uint8)
+        np.save(copied / f"view-{view:02d}.logits.sha256.npy", digests)
+    assert_caught(run_cache, capsys, "every byte is as it was written", "logits: more than the tolerated")
+
+
 def test_answers_that_are_not_the_teachers_are_caught(
     copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
 ):
@@ -102,7 +137,9 @@ def test_somebody_elses_cache_is_data_and_nothing_else(
         ('"stage3": {', '"../stage3": {', r"cache\.json: kinds"),
         ('"version": 1', '"version": 2', r"cache\.json: version"),
         ('"views": 2', '"views": 2, "more": 1', r"cache\.json: more"),
-        ('"id_count": 60', '"id_count": 61', r"view-00\.logits\.npy holds float16 \(60, 20\), cache\.json says"),
+        ('"id_count": 60', '"id_count": 61', r"rows for 61 ids, and the shards have 60"),
+        ('"batch": 12', '"batch": 0', r"cache\.json: batch"),
+        ('"binding": {', '"binding": [', r"cache\.json: Invalid JSON"),
     ],
 )
 def test_a_header_that_says_something_else_is_one_line(old: str, new: str, told: str, copied: Path, run_train: Command):

@@ -125,13 +125,18 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(place: P
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    place: Path, run_cache: Command, monkeypatch: pytest.MonkeyPatch
+    copied: Path, run_cache: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    usage = shutil.disk_usage(place)
+    before = content(copied)
+    usage = shutil.disk_usage(copied)
     monkeypatch.setattr(blocks.shutil, "disk_usage", lambda _: usage._replace(free=2**30 + 1000))
-    with pytest.raises(RecipeError, match=r"needs 4\.8 kB and its disk has 1\.1 GB free"):
-        run_cache("kd.yaml", "teacher.cache=cache")
-    assert not list((place / "cache").glob("view-*"))
+    told = r"needs 5\.8 kB more; its disk has 1\.1 GB free, of which 1\.1 GB are left to others"
+    with pytest.raises(RecipeError, match=told):
+        run_cache("kd.yaml", "teacher.cache=logits", "encode={embedding: 4}", "kinds=embedding")
+    assert content(copied.parent / "logits") == {}
+    with pytest.raises(RecipeError, match=r"MB more"):
+        run_cache("all.yaml", "teacher.cache=cache", "views=9")
+    assert content(copied) == before
 
 
 def test_a_teacher_worse_than_expected_is_not_cached(place: Path, run_cache: Command):
@@ -155,7 +160,8 @@ def test_an_answer_that_float16_does_not_hold_is_named(place: Path, run_cache: C
         (["kd.yaml", "teacher.cache=cache", "views=0"], r"views: Input should be greater than 0, got 0"),
         (["kd.yaml", "teacher.cache=cache", "kinds=[stage9]"], r"no stage 'stage9'"),
         (["kd.yaml", "teacher.cache=cache", "encode={last: 65}"], r"stage3 has 64 channels"),
-        (["kd.yaml", "teacher.cache=cache", "teacher=null", "losses={ce: {}}"], r"kd"),
+        (["kd.yaml", "teacher.cache=cache", "encode={last: 8, stage3: 4}"], r"stage3 is to keep 8 components, and 4"),
+        (["kd.yaml", "teacher.cache=cache", "teacher.model=null", "teacher.weights=null"], r"no frozen network to ask"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(words: list[str], told: str, place: Path, run_cache: Command):
@@ -168,8 +174,9 @@ def test_what_cannot_be_written_is_one_line(words: list[str], told: str, place: 
 def test_a_folder_of_another_teachers_answers_is_not_continued(copied: Path, place: Path, run_cache: Command):
     before = content(copied)
     for words, told in (
-        (["teacher.fold=false"], r"another teacher\.networks\.teacher\.fold"),
+        (["teacher.fold=false"], r"another teacher\.network\.fold"),
         (["encode={last: 8}"], r"has stage3 as 64 × 4 × 4; keep to that"),
+        (["teacher.batch=6"], r"was begun with teacher\.batch: 12, here 6"),
     ):
         with pytest.raises(RecipeError, match=told):
             run_cache("all.yaml", "teacher.cache=cache", *words)
