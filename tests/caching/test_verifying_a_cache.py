@@ -24,6 +24,12 @@ def assert_caught(run_cache: Command, capsys: pytest.CaptureFixture[str], *told:
     assert all(part in said for part in told), said
 
 
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
 def test_a_cache_as_it_was_written_holds(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
     run_cache(*VERIFY)
     told = capsys.readouterr().out
@@ -37,10 +43,7 @@ def test_a_cache_as_it_was_written_holds(copied: Path, run_cache: Command, capsy
 def test_a_flipped_bit_of_a_files_head_is_caught(
     at: int, copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
 ):
-    file = copied / "view-01.logits.npy"
-    content = bytearray(file.read_bytes())
-    content[at] ^= 1
-    file.write_bytes(content)
+    flip(copied / "view-01.logits.npy", at)
     assert_caught(run_cache, capsys, "view-01.logits.npy ")
 
 
@@ -48,10 +51,7 @@ def test_a_flipped_bit_of_a_files_head_is_caught(
 def test_a_flipped_bit_is_caught_with_its_rows(
     at: int, copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]
 ):
-    file = copied / "view-01.logits.npy"
-    content = bytearray(file.read_bytes())
-    content[at] ^= 4
-    file.write_bytes(content)
+    flip(copied / "view-01.logits.npy", at)
     row = (at - 128) // 40 // 24 * 24  # of 20 numbers each, behind 128 bytes of header
     assert_caught(run_cache, capsys, f"view-01.logits.npy: rows {row} to {min(row + 23, 59)} are not what was written")
 
