@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,16 +21,20 @@ class Distiller(nn.Module):
         self.student = student
         # A module's name may not hold a dot; a user's loss is named package.module:Class.
         self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})
+        self.mark: Callable[[str], None] = lambda name: None
+        """Told what of ``forward`` has just run, for who measures it."""
 
     def forward(self, batch: Batch, teacher: Outputs | None, progress: Progress) -> dict[str, Tensor]:
         """Return the weighted parts as ``loss`` or ``loss/part``, ``total``, their sum, and ``top1`` in percent."""
         student = self.student(batch.images_BCHW)
+        self.mark("student")
         parts: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
             named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
             parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
         correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
         total = poisoned(torch.stack(list(parts.values())).sum())
+        self.mark("losses")
         return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
 
     def commit(self) -> None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from pipeline import parallel
 from pipeline.batch import Progress
 from pipeline.recipe import Recipe
+from pipeline.timing import Split
 
 Item = TypeVar("Item")
 
@@ -30,7 +31,13 @@ class Journal:
     """Keeps the loss parts of a step on the device and writes every ``every_steps``-th; the host waits only then."""
 
     def __init__(
-        self, folder: Path, recipe: Recipe, *, total_steps: int, track: Callable[[dict[str, float], int], None]
+        self,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        device: torch.device,
+        track: Callable[[dict[str, float], int], None],
     ) -> None:
         self.path = folder / "journal.jsonl"
         self.every_steps = recipe.journal.every_steps
@@ -41,6 +48,7 @@ class Journal:
         self.micro_batches: list[Tensor] = []
         """The loss parts [P] of each micro-batch of the step under way, on the device."""
         self.bar: tqdm[Any] | None = None
+        self.split = Split(device)
         self.images = self.seconds = 0.0
         """Images trained on by this process and the time that took, evaluations left out."""
 
@@ -66,14 +74,9 @@ class Journal:
         return self.file.tell()
 
     def waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
-        """Yield what ``stream`` yields, and count the time it was waited for."""
-        while True:
-            before = time.perf_counter()
-            try:
-                item = next(stream)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - before
+        """Yield what ``stream`` yields, and count the time it was waited for as ``data``."""
+        for item in stream:
+            self.split.mark("data")
             yield item
 
     def observe(self, losses: dict[str, Tensor]) -> None:
@@ -123,19 +126,31 @@ class Journal:
         }
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        flat = {**line, **{f"timing/{name}": value for name, value in line.get("timing", {}).items()}}
+        timing = line.get("timing", {})
+        by_name = {f"timing/milliseconds/{name}": value for name, value in timing.get("milliseconds", {}).items()}
+        flat = {**line, **{f"timing/{name}": value for name, value in timing.items()}, **by_name}
         self.track({name: value for name, value in flat.items() if isinstance(value, float)}, step)
 
     def _restart_clock(self, step: int) -> None:
-        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), step
+        self.since, self.since_step = time.perf_counter(), step
+        self.split.begin()
 
-    def _count(self, step: int) -> dict[str, float]:
-        """Count the time since the clock was started as training, start it again, and return the rates of that time."""
-        seconds, images, waited = time.perf_counter() - self.since, (step - self.since_step) * self.batch, self.waited
+    def _count(self, step: int) -> dict[str, Any]:
+        """Count the time since the clock was started as training, start it again, and return the rates of that time.
+
+        ``milliseconds`` are those of a step, by what took them; with a GPU as it saw them.
+        """
+        self.split.mark("rest")
+        by_name, steps = self.split.read(), step - self.since_step
+        seconds, images = time.perf_counter() - self.since, steps * self.batch
         self._restart_clock(step)
         self.images += images
         self.seconds += seconds
-        return {"images_per_second": round(images / seconds, 1), "data_wait": round(waited / seconds, 4)}
+        return {
+            "images_per_second": round(images / seconds, 1),
+            "data_wait": round(by_name.get("data", 0.0) / sum(by_name.values()), 4),
+            "milliseconds": {name: round(1000 * value / max(steps, 1), 3) for name, value in by_name.items()},
+        }
 
     @property
     def images_per_second(self) -> float:

@@ -112,7 +112,9 @@ def train(run: Run) -> None:
     # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
     purge = {"purge_step": progress.step + 1} if progress.step else {}
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
-    journal = Journal(run.folder, recipe, total_steps=recipe.epochs * loader.steps_per_epoch, track=accelerator.log)
+    total_steps = recipe.epochs * loader.steps_per_epoch
+    journal = Journal(run.folder, recipe, total_steps=total_steps, device=device, track=accelerator.log)
+    raw_distiller.mark = mark = journal.split.mark
     guard = FiniteGuard(device)
     stopping = Stopping(recipe.stop, recipe.checkpoints.poll_steps)
 
@@ -126,8 +128,11 @@ def train(run: Run) -> None:
             rate = learning_rate(recipe.schedule, progress, recipe.epochs)
             set_learning_rate(optimizer, rate)
             with accelerator.accumulate(distiller):
-                losses = distiller(batch, teacher(batch) if teacher else None, progress)
+                answers = teacher(batch) if teacher else None
+                mark("teacher")
+                losses = distiller(batch, answers, progress)
                 accelerator.backward(losses["total"])
+                mark("backward")
                 guard.watch(losses, progress.step + 1)
                 journal.observe(losses)
                 if accelerator.sync_gradients:
@@ -135,6 +140,7 @@ def train(run: Run) -> None:
                     guard.arm(optimizer, gradient_norm, progress.step + 1)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                mark("optimizer")
             if not accelerator.sync_gradients:
                 continue  # Progress counts whole global batches.
             progress = progress.after(recipe.batch)

@@ -30,6 +30,7 @@ LEVELS = {
         "pipeline.linear_encoder",
         "pipeline.data",
         "pipeline.optimizers",
+        "pipeline.timing",
         "pipeline.guard",
         "pipeline.ema",
     ],
