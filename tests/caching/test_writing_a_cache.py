@@ -96,7 +96,7 @@ def test_stopped_by_a_signal_it_exits_as_that_signal_would_and_goes_on(
 
 
 def start_writing(place: Path, *words: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "pipeline" / "cache_teacher.py"), "all.yaml", "views=40", "block=24", *words]
+    command = [sys.executable, str(ROOT / "pipeline" / "cache_teacher.py"), "all.yaml", "views=200", "block=24", *words]
     with one_core():
         return subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -115,7 +115,7 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(place: P
         before = marked(place / "killed")
         while marked(place / "killed") == before and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         assert process.wait() == -signal.SIGKILL
         reached.append(marked(place / "killed"))
