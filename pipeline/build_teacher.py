@@ -129,18 +129,22 @@ def _cached(recipe: Recipe, cache: Cache, manifest: Manifest, device: torch.devi
     assert config is not None
     refuse_others(cache, binding(recipe, manifest, device), config.accept)
     _check_sizes(cache, manifest)
-    taps = cache.kinds(recipe.taps.teacher)
-    lacking = [tap for tap, kind in taps.items() if kind not in cache.header.kinds]
+    lacking = cache.lacking(recipe.taps.teacher)
     if lacking and config.fallback is None:
-        tap = lacking[0]
+        tap, kind = next(iter(lacking.items()))
         loss = next(name for name, spec in recipe.losses.items() if tap in cache.kinds(spec.config.taps().teacher))
         raise RecipeError(
-            f"{cache.folder} has no {taps[tap]}, which the loss {loss!r} reads as {tap!r}; let cache_teacher.py write "
+            f"{cache.folder} has no {kind}, which the loss {loss!r} reads as {tap!r}; let cache_teacher.py write "
             "it for this recipe, too, or ask the network: teacher.fallback=live"
         )
     live = build_live_teacher(recipe, lacking, manifest, device) if lacking else None
-    views = min(recipe.data.views or cache.header.views, recipe.epochs)
-    return CachedTeacher(cache, taps, views=views, device=device, live=live)
+    taps = cache.kinds(recipe.taps.teacher)
+    return CachedTeacher(cache, taps, views=views_read(recipe, cache), device=device, live=live)
+
+
+def views_read(recipe: Recipe, cache: Cache) -> int:
+    """Return how many of the cache's views the run reads: fewer epochs need no more of them."""
+    return min(recipe.data.views or cache.header.views, recipe.epochs)
 
 
 def binding(recipe: Recipe, manifest: Manifest, device: torch.device, *, published: bool = False) -> dict[str, Any]:

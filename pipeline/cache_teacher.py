@@ -57,7 +57,6 @@ from pipeline.recipe import LoadedRecipe, Recipe, load_recipe, own_words, split_
 from pipeline.runs import Unfinished, lock_folder, stand, world_size_asked
 from pipeline.teacher_cache import (
     DTYPE,
-    HEADER,
     Binding,
     Cache,
     Encoded,
@@ -65,6 +64,7 @@ from pipeline.teacher_cache import (
     Kind,
     Norm,
     encoder_path,
+    open_cache,
     write_header,
 )
 from shards.manifest import read_manifest
@@ -151,7 +151,7 @@ def cache_folder(recipe: Recipe) -> Path:
 def cache_of(recipe: Recipe) -> Cache | None:
     """Return the recipe's cache, if it has been begun."""
     folder = recipe.teacher.cache if recipe.teacher else None
-    return Cache(Path(folder)) if folder and (Path(folder) / HEADER).is_file() else None
+    return open_cache(Path(folder)) if folder else None
 
 
 def complete(asked: Asked, recipe: Recipe, there: Cache | None) -> Asked:
@@ -232,7 +232,8 @@ def _norm(source: Source, kind: str) -> Norm | None:
 def begin(folder: Path, new: Header, source: Source) -> list[Block]:
     """Make the folder ready and return what is to be written; nothing is touched in one that this cannot go on in."""
     lock_folder(folder)
-    header = extended(Cache(folder), new) if (folder / HEADER).is_file() else new
+    there = open_cache(folder)
+    header = extended(there, new) if there else new
     blocks = missing_blocks(Cache(folder, header))
     print(f"{folder}: {shown_bytes(check_room(Cache(folder, header), blocks))} to write")
     header = with_encoders(folder, header, source)

@@ -148,7 +148,7 @@ class Journal:
         self.seconds += seconds
         return {
             "images_per_second": round(images / seconds, 1),
-            "data_wait": round(by_name.get("data", 0.0) / sum(by_name.values()), 4),
+            "data_wait": round(by_name.get("data", 0.0) / seconds, 4),
             "milliseconds": {name: round(1000 * value / max(steps, 1), 3) for name, value in by_name.items()},
         }
 

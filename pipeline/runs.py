@@ -27,7 +27,7 @@ from pipeline import notice
 from pipeline.composition import ROOT, RecipeError, about, default_folder, read_yaml, shown
 from pipeline.ranks import refuse_lone_ranks
 from pipeline.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
-from pipeline.teacher_cache import HEADER, Cache
+from pipeline.teacher_cache import Cache, open_cache
 from shards.manifest import MANIFEST, manifest_sha256, read_manifest, write_atomically
 
 RESULT = "result.json"
@@ -118,7 +118,7 @@ def _cache(folder: str) -> Cache:
 
 def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
     """Return what stands for the cache's answers; where it is gone, what the run that began from it kept of it."""
-    if not (Path(cache) / HEADER).is_file() and (folder / IDENTITY).is_file():
+    if open_cache(Path(cache)) is None and (folder / IDENTITY).is_file():
         kept = (json.loads((folder / IDENTITY).read_text())["teacher"] or {}).get("cache")
         if kept:
             return kept

@@ -177,22 +177,25 @@ class Cache:
         """Return which blocks are written, whole."""
         return self.digests(view, kind).astype(np.bool_).max(axis=1)
 
-    def check_whole(self, kinds: Iterable[str], views: int) -> None:
-        """Raise ValueError unless every block of those kinds is written for the first ``views`` views."""
+    def lacking(self, taps: Iterable[str]) -> dict[str, str]:
+        """Return those of the taps whose kind of answer is not here, and that kind."""
+        return {tap: kind for tap, kind in self.kinds(taps).items() if kind not in self.header.kinds}
+
+    def whole(self, kinds: Iterable[str], views: int) -> dict[tuple[int, str], NDArray[np.float16]]:
+        """Return ``whole_view`` of the first ``views`` views and those kinds, by both."""
         if views > self.header.views:
             raise ValueError(f"{self.folder} has {self.header.views} views, {views} are asked for; write more (views=)")
-        for kind in kinds:
-            for view in range(views):
-                self.check_view(view, kind)
+        return {(view, kind): self.whole_view(view, kind) for kind in kinds for view in range(views)}
 
-    def check_view(self, view: int, kind: str) -> None:
-        """Raise ValueError or FileNotFoundError unless the answers of one view and kind are there, all written."""
-        self.rows(view, kind)
+    def whole_view(self, view: int, kind: str) -> NDArray[np.float16]:
+        """Return ``rows``; raise ValueError or FileNotFoundError unless they are there, all written."""
+        rows = self.rows(view, kind)
         if not (written := self.written(view, kind)).all():
             raise ValueError(
                 f"{self.folder}: view {view} of {kind} is written to {written.mean():.0%}; the command that began it "
                 "goes on: pipeline/cache_teacher.py RECIPE"
             )
+        return rows
 
     def encoders(self, device: torch.device) -> dict[str, Encoder]:
         """Return the encoders of the kinds that are stored encoded."""
@@ -204,6 +207,11 @@ class Cache:
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path} is not the encoder that {HEADER} names; copy it again")
         return linear_encoder.load(path)
+
+
+def open_cache(folder: Path) -> Cache | None:
+    """Return the cache in a folder, None where none was begun."""
+    return Cache(folder) if (folder / HEADER).is_file() else None
 
 
 def encoder_path(folder: Path, kind: str) -> Path:
@@ -272,10 +280,9 @@ class CachedTeacher(nn.Module):
         self.asked = [tap for tap in taps if tap not in self.held]
         self.kinds = sorted({*self.held.values()} | {LOGITS} & held.keys())
         self.encoders = cache.encoders(device)
-        cache.check_whole(self.kinds, views)
         allow_open_files(views * len(self.kinds))
         # Here and not where they are first read: Python 3.11 fails at times where threads parse headers side by side.
-        self._maps = {(view, kind): cache.rows(view, kind) for view in range(views) for kind in self.kinds}
+        self._maps = cache.whole(self.kinds, views)
 
     @cached_property
     def norms(self) -> dict[str, NormParameters]:

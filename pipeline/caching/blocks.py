@@ -105,7 +105,7 @@ def _mark(path: Path, block: int, digest: bytes) -> None:
 
 def _offset(path: Path) -> int:
     """Return where an array's first row lies in its file."""
-    return np.load(path, mmap_mode="r", allow_pickle=False).offset
+    return np.lib.format.open_memmap(path, mode="r").offset
 
 
 def _write_at(file: int, content: bytes, offset: int) -> None:
@@ -138,8 +138,7 @@ def damages(cache: Cache) -> Iterator[str]:
 
 
 def _damaged_blocks(cache: Cache, view: int, kind: str) -> Iterator[int]:
-    cache.check_view(view, kind)
-    rows, digests = cache.rows(view, kind), cache.digests(view, kind)
+    rows, digests = cache.whole_view(view, kind), cache.digests(view, kind)
     for block in range(cache.header.blocks):
         ids, found = cache.header.ids(block), seal(view, kind, block)
         found.update(np.ascontiguousarray(rows[ids.start : ids.stop]).data)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import parallel
 from pipeline.build import training_splits
-from pipeline.build_teacher import teacher_places
+from pipeline.build_teacher import teacher_places, views_read
 from pipeline.data.config import Config
 from pipeline.health.finding import Finding, fail, ok, skip
 from pipeline.models.weights import FILES
@@ -175,13 +175,13 @@ def _find_cache(recipe: Recipe, folder: str) -> Finding:
     advice = "write it: python pipeline/cache_teacher.py with this recipe"
     try:
         cache = Cache(Path(folder))
-        wanted = {LOGITS, *cache.kinds(recipe.taps.teacher).values()}
-        held = wanted & cache.header.kinds.keys()
-        cache.check_whole(held, min(recipe.data.views or cache.header.views, recipe.epochs))
+        lacking = set(cache.lacking(recipe.taps.teacher).values())
+        held = {LOGITS, *cache.kinds(recipe.taps.teacher).values()} - lacking
+        cache.whole(held, views_read(recipe, cache))
     except (OSError, ValueError) as error:
         return fail(str(error), advice)
-    if held < wanted and not (recipe.teacher and recipe.teacher.is_asked):
-        return fail(f"{folder} has no {', '.join(sorted(wanted - held))}, which a loss reads", advice)
+    if lacking and not (recipe.teacher and recipe.teacher.is_asked):
+        return fail(f"{folder} has no {', '.join(sorted(lacking))}, which a loss reads", advice)
     return ok(f"{folder}: {', '.join(sorted(held))} of {cache.header.views} views")
 
 
