@@ -58,6 +58,8 @@ LEVELS = {
         "pipeline.places",
         "pipeline.caching",
         "pipeline.cache_teacher",
+        "pipeline.bench",
+        "pipeline.benches",
     ],
 }
 
