@@ -6,13 +6,16 @@ B batch, C channels of the latent, H W space, T time steps. Eq. numbers as in ``
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.losses._base import run_under
+from pipeline.losses._convolution import Convolution, differentiated_once
 from pipeline.losses.diffusion import (
     Autoencoder,
     Diffusion,
@@ -68,13 +71,14 @@ class Denoiser(nn.Module):
         super().__init__()
         self.diffusion, self.autocast = diffusion, autocast
         self.autoencoder = autoencoder
-        self.projection = nn.Conv2d(student_channels, latent, 1)
+        self.projection = Convolution(student_channels, latent)
         self.adapter = NoiseAdapter(adapter, latent)
         self.predictor = NoisePredictor(predictor, latent, diffusion.time_rows)
         # Not in the papers but in the published networks; its norm takes back the factor 2.27 that sampling gives.
-        self.output = nn.Sequential(nn.Conv2d(latent, latent, 1), diffusion.norm(latent))
+        self.output = nn.Sequential(Convolution(latent, latent), diffusion.norm(latent))
         # Not a buffer: in half, to which a module's buffers are cast, 1 − ᾱ₀ is zero.
         self.alpha_bars_T = diffusion.alpha_bars()
+        self.alpha_bars: list[float] = self.alpha_bars_T.tolist()
 
     def forward(self, student_BCHW: Tensor, teacher_BCHW: Tensor, draws: Draws | None = None) -> Denoised:
         """Return the denoised student, its target and the losses that train the networks.
@@ -88,14 +92,10 @@ class Denoiser(nn.Module):
         feature = self.run(self.projection, student_BCHW)
         gamma_B = self.run(self.adapter, feature).softmax(1)[:, 0]
         start = match_noise(feature, draws.start_noise_BCHW, gamma_B, self.diffusion.mixing)
-        denoised = denoise(self.predict_for_distance, start, self.diffusion.sampled, alpha_bars_T)
-        return Denoised(
-            self.run(self.output, denoised),
-            target,
-            diffusion_loss(self.predict, target, draws.train_noise_BCHW, draws.train_t_B, alpha_bars_T),
-            autoencoder_loss,
-            gamma_B,
-        )
+        with differentiated_once(self.predictor, self.passes):
+            denoised = denoise(self.predict_for_distance, start, self.diffusion.sampled, self.alpha_bars)
+            loss = diffusion_loss(self.predict, target, draws.train_noise_BCHW, draws.train_t_B, alpha_bars_T)
+        return Denoised(self.run(self.output, denoised), target, loss, autoencoder_loss, gamma_B)
 
     def encode(self, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the teacher's latent, without gradient, and the autoencoder's loss."""
@@ -108,19 +108,29 @@ class Denoiser(nn.Module):
     def draw(self, target_BCHW: Tensor) -> Draws:
         """Return a step's draws from torch's default generator of the device."""
         t_max = self.diffusion.t_max or self.diffusion.time_steps
-        noises = torch.randn_like(target_BCHW), torch.randn_like(target_BCHW)
+        noises = _noise_like(target_BCHW), _noise_like(target_BCHW)
         return Draws(*noises, torch.randint(t_max, (len(target_BCHW),), device=target_BCHW.device))
+
+    @property
+    def passes(self) -> int:
+        """How many passes of Φ share one gradient of its weights; 0 where each has its own."""
+        one_by_one = self.diffusion.detach_predictor or self.diffusion.checkpoint
+        whole = all(parameter.numel() for parameter in self.predictor.parameters())  # ZeRO-3 lends them pass by pass
+        return 0 if one_by_one or not whole else self.diffusion.sampler_steps + 1
 
     def predict(self, y_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Return Φ(y, t)."""
         return self.run(self.predictor, y_BCHW, t_B)
 
-    def predict_for_distance(self, y_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """Return Φ(y, t), under ``detach_predictor`` with Φ's parameters as constants."""
-        if not self.diffusion.detach_predictor:
-            return self.predict(y_BCHW, t_B)
-        constants = {name: parameter.detach() for name, parameter in self.predictor.named_parameters()}
-        return self.run(lambda *inputs: functional_call(self.predictor, constants, inputs), y_BCHW, t_B)
+    def predict_for_distance(self, y_BCHW: Tensor, _t: int) -> Tensor:
+        """Return Φ(y, t) for one t, which does not count; under ``detach_predictor`` Φ's parameters are constants."""
+        network: Callable[[Tensor], Tensor] = self.predictor
+        if self.diffusion.detach_predictor:
+            constants = {name: parameter.detach() for name, parameter in self.predictor.named_parameters()}
+            network = partial(functional_call, self.predictor, constants)
+        if self.diffusion.checkpoint:
+            return checkpoint(self.run, network, y_BCHW, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return self.run(network, y_BCHW)
 
     def run(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
         """Return the network's answer, computed under the recipe's autocast, in the dtype of ``x``."""
@@ -131,3 +141,9 @@ class Denoiser(nn.Module):
         if self.alpha_bars_T.device != device:
             self.alpha_bars_T = self.alpha_bars_T.to(device)
         return self.alpha_bars_T
+
+
+def _noise_like(x_BCHW: Tensor) -> Tensor:
+    """Return normal noise shaped as ``x``, the same for any layout of it."""
+    # Along the channels of a pixel, as the networks' maps lie: a CPU is many times as quick to fill what is in a row.
+    return torch.randn_like(x_BCHW.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)

@@ -6,6 +6,7 @@ NeurIPS 2023, arXiv:2305.15712), the sampler is DDIM's (Song et al., 2020, arXiv
 B batch, C channels, H W space, T time steps of the schedule. The equations take tensors of any shape [B, …].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from pipeline.losses._convolution import Convolution
 from pipeline.losses._norms import batch_norm
 
 Norm = Callable[[int], nn.Module]
@@ -43,6 +45,8 @@ class Diffusion(BaseModel):
     """Weights of student and noise where the sampler starts: (γ, 1 − γ), or their roots."""
     detach_predictor: bool = False
     """Whether the diffusion loss alone trains the noise predictor; as published, the distance does too."""
+    checkpoint: bool = False
+    """Whether backward computes the sampler's passes of Φ again, in place of keeping what happens inside of them."""
     stat_scope: Literal["rank", "global"] = "rank"
     """Rows that the norms' statistics cover: this rank's, as published, or all ranks'."""
 
@@ -78,9 +82,13 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt().to(clean.dtype) * clean + (1 - alpha_bar).sqrt().to(clean.dtype) * noise
 
 
-def remove_noise(noisy: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return y₀ = (y_t − √(1 − ᾱ)·ε)/√ᾱ: eq. 4 solved for the clean tensor."""
-    return (noisy - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+def denoise_step(noisy: Tensor, noise: Tensor, alpha_bar: float, following: float) -> Tensor:
+    """Return y at the level ``following`` from y at ``alpha_bar`` and the noise in it, drawing none (eq. 6, σ = 0).
+
+    y' = √ᾱ'·y₀ + √(1 − ᾱ')·ε with y₀ = (y − √(1 − ᾱ)·ε)/√ᾱ, its two tensors multiplied out.
+    """
+    keep = math.sqrt(following / alpha_bar)
+    return torch.add(keep * noisy, noise, alpha=math.sqrt(1 - following) - keep * math.sqrt(1 - alpha_bar))
 
 
 def diffusion_loss(predict: Predict, clean: Tensor, noise: Tensor, t_B: Tensor, alpha_bars_T: Tensor) -> Tensor:
@@ -88,17 +96,17 @@ def diffusion_loss(predict: Predict, clean: Tensor, noise: Tensor, t_B: Tensor, 
     return F.mse_loss(predict(add_noise(clean, noise, alpha_bars_T[t_B]), t_B), noise)
 
 
-def denoise(predict: Predict, start: Tensor, time_steps: Sequence[int], alpha_bars_T: Tensor) -> Tensor:
-    """Return y₀ from the noisy ``start`` by deterministic DDIM steps (eq. 6 with σ = 0).
+def denoise(
+    predict: Callable[[Tensor, int], Tensor], start: Tensor, time_steps: Sequence[int], alpha_bars: Sequence[float]
+) -> Tensor:
+    """Return y₀ from the noisy ``start`` by deterministic DDIM steps through ``time_steps`` and out of all noise.
 
-    Each step predicts the noise, removes it, and adds it again at the next step's level; after the last none is added.
+    ``alpha_bars`` holds ᾱ by time step, on the host.
     """
     y = start
-    for t, following in zip(time_steps, [*time_steps[1:], None], strict=True):
-        noise = predict(y, torch.full((len(y),), t, device=y.device))
-        y = remove_noise(y, noise, alpha_bars_T[t])
-        if following is not None:
-            y = add_noise(y, noise, alpha_bars_T[following])
+    levels = [float(alpha_bars[t]) for t in time_steps]
+    for t, alpha_bar, following in zip(time_steps, levels, [*levels[1:], 1.0], strict=True):
+        y = denoise_step(y, predict(y, t), alpha_bar, following)
     return y
 
 
@@ -129,9 +137,9 @@ class Bottleneck(nn.Module):
         super().__init__()
         inner = max(channels // reduction, 1)
         self.block = nn.Sequential(
-            *(nn.Conv2d(channels, inner, 1), norm(inner), nn.ReLU()),
-            *(nn.Conv2d(inner, inner, 3, padding=1), norm(inner), nn.ReLU()),
-            *(nn.Conv2d(inner, channels, 1), norm(channels)),
+            *(Convolution(channels, inner), norm(inner), nn.ReLU()),
+            *(Convolution(inner, inner, 3), norm(inner), nn.ReLU()),
+            *(Convolution(inner, channels), norm(channels)),
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -146,21 +154,26 @@ class Autoencoder(nn.ModuleDict):
     """
 
     def __init__(self, channels: int, latent: int, norm: Norm) -> None:
-        encoder = nn.Sequential(nn.Conv2d(channels, latent, 1), norm(latent))
-        super().__init__({"encoder": encoder, "decoder": nn.Conv2d(latent, channels, 1)})
+        encoder = nn.Sequential(Convolution(channels, latent), norm(latent))
+        super().__init__({"encoder": encoder, "decoder": Convolution(latent, channels)})
 
 
 class NoisePredictor(nn.Module):
-    """Φ(y, t). The time step enters as one learned number a channel, added to y."""
+    """Φ(y, t). The time step enters as one learned number a channel, added to y.
+
+    Where all rows have the same one, as in every step of the sampler, that is a constant a channel, and the norm after
+    each convolution takes a constant away: there Φ does not depend on t, and does not read it.
+    """
 
     def __init__(self, network: nn.Module, channels: int, time_rows: int) -> None:
         super().__init__()
         self.time_embedding = nn.Embedding(time_rows, channels)
         self.network = network
 
-    def forward(self, y_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """Return the predicted noise, shaped as ``y``."""
-        return self.network(y_BCHW + self.time_embedding(t_B)[:, :, None, None])
+    def forward(self, y_BCHW: Tensor, t_B: Tensor | None = None) -> Tensor:
+        """Return the predicted noise, shaped as ``y``; no ``t_B`` is one time step for all rows, whichever."""
+        embedded = y_BCHW if t_B is None else y_BCHW + self.time_embedding(t_B)[:, :, None, None]
+        return self.network(embedded)
 
 
 class NoiseAdapter(nn.Module):
@@ -179,7 +192,7 @@ class NoiseAdapter(nn.Module):
 def map_predictor(channels: int, reduction: int, norm: Norm) -> nn.Sequential:
     """Return Φ's network for maps: two bottlenecks, a convolution, a norm."""
     bottlenecks = (Bottleneck(channels, reduction, norm), Bottleneck(channels, reduction, norm))
-    return nn.Sequential(*bottlenecks, nn.Conv2d(channels, channels, 1), norm(channels))
+    return nn.Sequential(*bottlenecks, Convolution(channels, channels), norm(channels))
 
 
 def logit_predictor(channels: int, expansion: int, norm: Norm) -> nn.Sequential:
@@ -194,4 +207,4 @@ def logit_adapter(channels: int, expansion: int, norm: Norm) -> nn.Sequential:
 
 def _expanding(channels: int, expansion: int, norm: Norm) -> list[nn.Module]:
     wide = channels * expansion
-    return [nn.Conv2d(channels, wide, 1), norm(wide), nn.ReLU(), nn.Conv2d(wide, channels, 1)]
+    return [Convolution(channels, wide), norm(wide), nn.ReLU(), Convolution(wide, channels)]

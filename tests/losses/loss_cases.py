@@ -208,7 +208,7 @@ def draws_of_the_global_batch(rank: int, world: int) -> Iterator[None]:
     def rows(size: int) -> slice:
         return slice(rank * size, (rank + 1) * size)
 
-    def randn_like(x: Tensor) -> Tensor:
+    def randn_like(x: Tensor, **_: Any) -> Tensor:
         return randn(world * len(x), *x.shape[1:], dtype=x.dtype)[rows(len(x))]
 
     def randint_rows(high: int, size: tuple[int, ...], **options: Any) -> Tensor:

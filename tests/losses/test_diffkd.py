@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch import Outputs
 from pipeline.losses._base import Facts, Taps, load_spec
+from pipeline.losses._convolution import Convolution
 from pipeline.losses._denoiser import Denoiser
 
 both = pytest.mark.parametrize("name", ["diffkd", "ddkd"])
@@ -51,7 +52,7 @@ def test_each_loss_trains_its_own_networks_and_the_distance_alone_the_student(na
     student, teacher = (x.features["last"] if branch == "feature" else x.logits_BK[:, :, None, None] for x in case[1:3])
     present = [network for network in NETWORKS if getattr(denoiser, network) is not None]
     assert ("autoencoder" in present) == (branch == "feature")
-    largest = [max(getattr(denoiser, network).parameters(), key=Tensor.numel) for network in present]
+    largest = [max(getattr(denoiser, network).parameters(), key=lambda p: (p.ndim, p.numel())) for network in present]
     for loss, value in losses_of(denoiser, student, teacher).items():
         gradients = torch.autograd.grad(value, [*largest, student], allow_unused=True, retain_graph=True)
         reached = {what for what, grad in zip([*present, "student"], gradients, strict=True) if grad is not None}
@@ -89,7 +90,7 @@ def test_only_the_networks_run_under_autocast(name: str):
                 )
             )
     case.total()
-    assert seen == {nn.Conv2d: {torch.bfloat16}, Denoiser: {torch.float32}}
+    assert seen == {Convolution: {torch.bfloat16}, Denoiser: {torch.float32}}
 
 
 @both

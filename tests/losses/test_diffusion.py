@@ -58,7 +58,7 @@ def test_the_unrolled_sampler_has_the_known_coefficients():
     def of(start: float, noisy_t: int) -> float:
         """Return what the sampler makes of a start and of a noise that is 1 at one time step and 0 at the others."""
         unit = torch.full((1,), start, dtype=torch.float64)
-        return denoise(lambda y, t: (t == noisy_t).double(), unit, steps, ALPHA_BARS).item()
+        return denoise(lambda y, t: torch.full_like(y, float(t == noisy_t)), unit, steps, ALPHA_BARS).item()
 
     assert of(1.0, -1) == pytest.approx(2.2729, abs=5e-5)
     for t, coefficient in known.items():

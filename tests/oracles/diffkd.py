@@ -86,7 +86,9 @@ def branch(weights, diffusion, student, teacher, predictor, adapter):
     if "autoencoder" in weights:
         target = sequence(weights["autoencoder"]["encoder"], teacher, "cn")
         autoencoder_loss = ((conv(weights["autoencoder"]["decoder"], target) - teacher) ** 2).mean()
-    start_noise, train_noise = (torch.randn(target.shape, dtype=torch.float64).numpy() for _ in range(2))
+    rows, channels, height, width = target.shape
+    drawn = (torch.randn(rows, height, width, channels, dtype=torch.float64).numpy() for _ in range(2))
+    start_noise, train_noise = (np.moveaxis(noise, 3, 1) for noise in drawn)
     t = torch.randint(diffusion["time_steps"], (len(target),)).numpy()
 
     def predict(y, times):
