@@ -1,0 +1,180 @@
+"""How quick the DDKD loss is beside the published DiffKD module: forward and backward, in one run, in turn.
+
+    PYTHONPATH=.:tests/losses python tests/speed/published_diffkd.py FOLDER [rows] [repeats]
+
+FOLDER is the published package ``diffkd`` (lib/models/losses/diffkd of hunto/image_classification_sota). Both get the
+same weights, inputs and noise, the sizes of ResNet-50 → MobileNetV1, and DKD as the logits' distance.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from loss_cases import config_of
+from published_diffusion import PUBLISHED_NAMES
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.benches.measure import Measured, measure
+from pipeline.losses._base import Facts, load_spec
+from pipeline.losses._denoiser import Denoiser, Draws
+from pipeline.losses.dkd import dkd_loss
+
+CPU = torch.device("cpu")
+CLASSES, STUDENT, TEACHER, SIDE = 1000, 1024, 2048, 7
+DKD = {"alpha": 1.0, "beta": 0.5, "temperature": 1.0}
+
+
+def published_package(folder: str) -> Any:
+    """Return the published package, imported from where it lies."""
+    spec = importlib.util.spec_from_file_location(
+        "diffkd", Path(folder) / "__init__.py", submodule_search_locations=[folder]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = sys.modules["diffkd"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+class Case:
+    """Both losses with one latent width, and what they are given."""
+
+    def __init__(self, published: Any, rows: int, latent: int) -> None:
+        torch.manual_seed(0)
+        self.map = torch.randn(rows, STUDENT, SIDE, SIDE).relu()
+        self.teacher_map = torch.randn(rows, TEACHER, SIDE, SIDE).relu()
+        self.logits, self.teacher_logits = torch.randn(rows, CLASSES), torch.randn(rows, CLASSES)
+        self.labels = torch.randint(CLASSES, (rows,))
+        self.feature = published.DiffKD(STUDENT, TEACHER, use_ae=True, ae_channels=latent)
+        self.logit = published.DiffKD(CLASSES, CLASSES, kernel_size=1)
+        config = config_of("ddkd") | {"logit_distance": {"dkd": DKD}}
+        config["feature"] |= {"latent": latent}
+        facts = Facts(CLASSES, *({"last": (width, SIDE, SIDE)} for width in (STUDENT, TEACHER)))
+        self.loss: Any = load_spec("ddkd", config).build(facts)
+        for own, theirs in ((self.loss.feature_denoiser, self.feature), (self.loss.logit_denoiser, self.logit)):
+            own.load_state_dict(renamed(theirs))
+        self.draws = [drawn(rows, width, side) for width, side in ((latent, SIDE), (CLASSES, 1))]
+
+    def theirs(self) -> list[Tensor]:
+        """Run the published module forward and backward; return the total and the student's gradients."""
+        feature, logits = self.map.clone().requires_grad_(), self.logits.clone().requires_grad_()
+        with published_draws(self.draws):
+            student, target, diffusion, autoencoder = self.feature(feature, self.teacher_map)
+            seen, _, of_logits, _ = self.logit(logits[..., None, None], self.teacher_logits[..., None, None])
+        distance = dkd_loss(seen.flatten(1).float(), self.teacher_logits, self.labels, **DKD)
+        total = F.mse_loss(student.float(), target.float()) + diffusion + autoencoder + of_logits + distance
+        return self.finished(total, [self.feature, self.logit], feature, logits)
+
+    def ours(self, layout: torch.memory_format = torch.channels_last) -> list[Tensor]:
+        """Run the loss of this project likewise."""
+        feature = self.map.to(memory_format=layout, copy=True).requires_grad_()
+        logits = self.logits.clone().requires_grad_()
+        batch = Batch(torch.empty(0), self.labels, self.labels, {})
+        teacher = Outputs(self.teacher_logits, {"last": self.teacher_map.to(memory_format=layout)})
+        with mock.patch.object(Denoiser, "draw", lambda _, target: self.draws[target.shape[-1] == 1]):
+            parts = self.loss.parts(Outputs(logits, {"last": feature}), teacher, batch, Progress(1))
+        return self.finished(torch.stack(list(parts.values())).sum(), [self.loss], feature, logits)
+
+    def finished(self, total: Tensor, networks: list[nn.Module], *inputs: Tensor) -> list[Tensor]:
+        """Return the total and the inputs' gradients."""
+        for network in networks:
+            network.zero_grad()
+        total.backward()
+        return [total.detach(), *(x.grad for x in inputs)]  # type: ignore[misc]
+
+
+def renamed(published: nn.Module) -> dict[str, Tensor]:
+    """Return the published parameters under this project's names."""
+    norms = ("running_mean", "running_var", "num_batches_tracked")
+    names = {name: name for name in published.state_dict() if not name.endswith(norms)}
+    for name in names:
+        old, new = next((old, new) for old, new in PUBLISHED_NAMES.items() if name.startswith(old))
+        names[name] = new + name.removeprefix(old)
+    return {names[name]: published.state_dict()[name] for name in names}
+
+
+def drawn(rows: int, width: int, side: int) -> Draws:
+    """Return the noise of one branch."""
+    shape = (rows, side, side, width)
+    return Draws(torch.randn(shape).movedim(-1, 1), torch.randn(shape).movedim(-1, 1), torch.randint(1000, (rows,)))
+
+
+@contextmanager
+def published_draws(draws: list[Draws]) -> Iterator[None]:
+    """Give the published module that noise: each branch asks for the sampler's, then for training's."""
+    noises = iter([noise.contiguous() for draw in draws for noise in draw[:2]])
+    times = iter([draw.train_t_B for draw in draws])
+    with mock.patch("torch.randn", side_effect=noises), mock.patch("torch.randint", side_effect=times):
+        yield
+
+
+def peak_megabytes(run: Callable[[], object]) -> float:
+    """Return the most memory that ``run`` holds at once, torch's own buffers included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most / 1e6
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> list[Measured]:
+    """Return how long each takes, all of them in turn."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            seconds = measure(name, run, device=CPU, repeats=1, warmup=0).seconds
+            found[name] += seconds if turn else []
+    return [Measured(name, seconds) for name, seconds in found.items()]
+
+
+def in_bfloat16(run: Callable[[], object]) -> Callable[[], object]:
+    """Return ``run`` under a plain autocast."""
+
+    def under() -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run()
+
+    return under
+
+
+def main(folder: str, rows: int = 8, repeats: int = 9) -> None:
+    published = published_package(folder)
+    print(f"{rows} rows, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for latent in (1024, 256):
+        case = Case(published, rows, latent)
+        case.loss.to(memory_format=torch.channels_last)
+        for mine, other in zip(case.ours(), case.theirs(), strict=True):
+            assert (mine - other).norm() < 0.01 * other.norm(), "they do not compute the same"
+        runs: dict[str, Callable[[], object]] = {"published": case.theirs, "ours": case.ours}
+        runs["ours, planes"] = lambda case=case: case.ours(torch.contiguous_format)
+        times = interleaved(runs, repeats)
+        case.loss.feature_denoiser.autocast = case.loss.logit_denoiser.autocast = torch.bfloat16
+        half = {"published, bf16": in_bfloat16(case.theirs), "ours, bf16": in_bfloat16(case.ours)}
+        times += interleaved(half, max(repeats // 3, 1))
+        for measured in times:
+            first = times[0 if "bf16" not in measured.name else len(runs)]
+            ratio = first.median / measured.median
+            span = f"{1e3 * min(measured.seconds):.0f}–{1e3 * max(measured.seconds):.0f}"
+            memory = peak_megabytes((runs | half)[measured.name])
+            print(
+                f"latent {latent:5} {measured.name:16} {1e3 * measured.median:7.0f} ms ({span}) "
+                f"{ratio:5.2f} × as quick {memory:7.0f} MB"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *(int(word) for word in sys.argv[2:]))
