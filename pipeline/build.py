@@ -119,4 +119,6 @@ def build_distiller(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, 
         autocast=AUTOCAST[recipe.precision],
     )
     distiller = Distiller(student, recipe.losses, facts).to(device)
+    if recipe.student.compile:
+        student.compile(dynamic=False)  # in place: no key of the state dict changes, as a wrapper's would
     return distiller.to(memory_format=layout(recipe))  # type: ignore[call-overload]

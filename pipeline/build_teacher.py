@@ -94,7 +94,7 @@ def _frozen(recipe: Recipe, place: str, taps: frozenset[str], manifest: Manifest
     named.probe(built, recipe.data.size)  # folding would run it on the same images, and not say what it cannot take
     with about(f"{place}.weights"):
         load_weights(built.model, _weights(recipe, network), named.model)
-    return Teacher(
+    teacher = Teacher(
         built,
         batch=recipe.teacher.batch or 1,
         image_size=recipe.data.size,
@@ -104,6 +104,9 @@ def _frozen(recipe: Recipe, place: str, taps: frozenset[str], manifest: Manifest
         expected=_normalization(recipe, network),
         fold=network.fold,
     )
+    if network.compile:
+        teacher.taps.compile(dynamic=False)
+    return teacher
 
 
 def _weights(recipe: Recipe, network: Network) -> str:
@@ -173,6 +176,7 @@ def _network_facts(recipe: Recipe, place: str, device: torch.device, published: 
     if is_file(weights) and not at_hand and parallel.is_main():
         print(f"note: {place}.weights: {weights} is not there; that the cache is of these weights is not checked")
     return {
+        **({"compile": True} if network.compile else {}),
         "model": named.model,
         "stages": dict(named.stages),
         "weights": weights_sha256(weights, named.model) if at_hand else None,

@@ -53,6 +53,8 @@ class Student(Section):
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     start: Start | None = None
+    compile: bool = False
+    """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
 
 
 class Stop(Section):

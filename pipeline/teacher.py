@@ -46,6 +46,8 @@ class Network(BaseModel):
     """``auto`` is fp16 on a GPU and fp32 on a CPU; for a moving average see ``EMATeacher``."""
     fold: bool = True
     """Whether BatchNorm is folded into the convolution before it."""
+    compile: bool = False
+    """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
     mean: Triple | None = None
     """What the teacher's training images were normalised with; default: the recipe's own."""
     std: Triple | None = None
