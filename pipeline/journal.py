@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import parallel
+from pipeline import parallel, zero
 from pipeline.batch import Progress
 from pipeline.recipe import Recipe
 from pipeline.timing import Split
@@ -48,7 +48,7 @@ class Journal:
         self.micro_batches: list[Tensor] = []
         """The loss parts [P] of each micro-batch of the step under way, on the device."""
         self.bar: tqdm[Any] | None = None
-        self.split = Split(device)
+        self.split = Split(device, by_ddp=parallel.world_size() > 1 and not zero.asked())
         self.images = self.seconds = 0.0
         """Images trained on by this process and the time that took, evaluations left out."""
 

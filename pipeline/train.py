@@ -131,8 +131,8 @@ def train(run: Run) -> None:
                 answers = teacher(batch) if teacher else None
                 mark("teacher")
                 losses = distiller(batch, answers, progress)
-                accelerator.backward(losses["total"])
-                mark("backward")
+                with journal.split.backward(losses["total"]):
+                    accelerator.backward(losses["total"])
                 guard.watch(losses, progress.step + 1)
                 journal.observe(losses)
                 if accelerator.sync_gradients:
