@@ -16,8 +16,9 @@ class Split:
     """The time between marks, added up by the name of the mark that ends it.
 
     On a GPU a mark is an event in torch's stream: what is measured is the device's time, its waiting for the host
-    included. ``read`` is for moments at which the host has waited for the device anyway. ``by_ddp`` says that DDP averages
-    the gradients over several ranks.
+    included. ``read`` is for moments at which the host has waited for the device anyway.
+
+    ``by_ddp`` says that backward ends with DDP's average over several ranks.
     """
 
     def __init__(self, device: torch.device, *, by_ddp: bool = False) -> None:
@@ -36,10 +37,10 @@ class Split:
 
     @contextmanager
     def backward(self, total: Tensor) -> Iterator[None]:
-        """Mark what ``total.backward()`` inside the context computes, and then what it waits for the other ranks.
+        """Mark what ``total.backward()`` inside the context computes, and then what it waits for other ranks.
 
-        The second, ``communication``, is what of DDP's all-reduces the rest of backward did not hide. DDP waits for them
-        in a callback at the end of backward, which it queues on the way; one queued before that runs before it.
+        The second, ``communication``, is as much of DDP's all-reduces as the rest of backward did not hide. DDP waits
+        for them in a callback at the end of backward, which it queues on the way; one queued earlier runs earlier.
         """
         if self._by_ddp:
             total.register_hook(lambda _: Variable._execution_engine.queue_callback(lambda: self.mark("backward")))
