@@ -52,7 +52,8 @@ class Watch(Collectives):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.operators += 1
-        self.made |= {id(x): weakref.ref(x) for x in tree_leaves(result) if isinstance(x, Tensor)}
+        made = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        self.made |= {id(x): weakref.ref(x) for x in made if isinstance(x, Tensor)}
         return result
 
     def keep(self, x: Tensor) -> Tensor:
@@ -88,6 +89,9 @@ def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts
             alive[step] = watch.alive()
         if step == LATE:
             raise Enough
+        if step == EARLY - 1:
+            for context in (only_new_garbage(), saved_tensors_hooks(watch.keep, lambda x: x), watch, flops):
+                stack.enter_context(context)
         seed_draws(seed, step)
         watch.forget()
         flops.flops = 0
@@ -102,10 +106,6 @@ def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts
         stack.enter_context(mock.patch.object(train, "allocate_momentum", prepared))
         stack.enter_context(mock.patch.object(train, "image_flops", return_value=None))
         stack.enter_context(suppress(Enough))
-        stack.enter_context(only_new_garbage())
-        stack.enter_context(saved_tensors_hooks(watch.keep, lambda x: x))
-        stack.enter_context(watch)
-        stack.enter_context(flops)
         run_train(rank, world, folder, words)
     sent, kept = sum(call.bytes for call in watch.calls), sum(watch.kept.values())
     return Counts(flops.flops, watch.operators, len(watch.calls), sent, kept, alive[LATE]), alive[EARLY]
