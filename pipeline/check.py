@@ -94,14 +94,6 @@ def check(loaded: LoadedRecipe) -> Report:
     Raises RecipeError for what training would refuse of networks, taps and losses.
     """
     recipe = loaded.recipe
-    student, teachers, facts, note = made_of(recipe)
-    losses = _tried(recipe, facts)
-    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
-    return Report(loaded.path, student, teachers, cache, *losses, note)
-
-
-def made_of(recipe: Recipe) -> tuple[Network, list[Network], Facts, str]:
-    """Return the student, the teachers, what the losses are told of both, and what of this was made up."""
     num_classes, labels_by_id, note = training_labels(recipe)
     student, _ = measure(student_named(recipe), num_classes, recipe.data.size)
     named = [teacher_named(recipe, place) for place in teacher_places(recipe)]
@@ -116,7 +108,9 @@ def made_of(recipe: Recipe) -> tuple[Network, list[Network], Facts, str]:
         teacher_norms=norms,
         autocast=AUTOCAST[recipe.precision],
     )
-    return student, [network for network, _ in measured], facts, note
+    losses = _tried(recipe, facts)
+    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
+    return Report(loaded.path, student, [network for network, _ in measured], cache, *losses, note)
 
 
 def _answers(
