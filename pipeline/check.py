@@ -7,6 +7,7 @@ a user's network that calls ``.item()``, is built and run on the CPU instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -14,13 +15,13 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.build import AUTOCAST, Named, student_named
 from pipeline.build_teacher import teacher_named, teacher_places
 from pipeline.composition import RecipeError, about, shown
 from pipeline.distiller import Distiller
+from pipeline.flops import FlopCounter
 from pipeline.losses._base import Facts
 from pipeline.recipe import LoadedRecipe, Recipe
 from pipeline.taps import FeatureTaps, NormParameters
@@ -41,6 +42,19 @@ class Network(NamedTuple):
     """Multiply-accumulates of one image forward."""
     shapes: dict[str, tuple[int, ...]]
     """Of each tap that the losses read, and of the logits, without the batch."""
+
+
+Measured = tuple[Network, FeatureTaps]
+
+
+class Built(NamedTuple):
+    """The networks of a recipe, and what they and the shards tell its losses."""
+
+    student: Measured
+    teachers: list[Measured]
+    facts: Facts
+    note: str
+    """What was not there to be told."""
 
 
 class Report(NamedTuple):
@@ -94,28 +108,32 @@ def check(loaded: LoadedRecipe) -> Report:
     Raises RecipeError for what training would refuse of networks, taps and losses.
     """
     recipe = loaded.recipe
+    built = build_parts(recipe, measure)
+    losses = _tried(recipe, built.facts)
+    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
+    return Report(loaded.path, built.student[0], [network for network, _ in built.teachers], cache, *losses, built.note)
+
+
+def build_parts(recipe: Recipe, measure: Callable[[Named, int, int], Measured]) -> Built:
+    """Return the recipe's networks, each as ``measure`` builds it, and what they tell the losses."""
     num_classes, labels_by_id, note = training_labels(recipe)
-    student, _ = measure(student_named(recipe), num_classes, recipe.data.size)
+    student = measure(student_named(recipe), num_classes, recipe.data.size)
     named = [teacher_named(recipe, place) for place in teacher_places(recipe)]
-    measured = [measure(network, num_classes, recipe.data.size) for network in named]
-    shapes, norms = _answers(recipe, measured)
+    teachers = [measure(network, num_classes, recipe.data.size) for network in named]
+    shapes, norms = _answers(recipe, teachers)
     facts = Facts(
         num_classes=num_classes,
-        student_shapes=student.shapes,
+        student_shapes=student[0].shapes,
         teacher_shapes=shapes,
         id_count=len(labels_by_id),
         labels_by_id=labels_by_id,
         teacher_norms=norms,
         autocast=AUTOCAST[recipe.precision],
     )
-    losses = _tried(recipe, facts)
-    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
-    return Report(loaded.path, student, [network for network, _ in measured], cache, *losses, note)
+    return Built(student, teachers, facts, note)
 
 
-def _answers(
-    recipe: Recipe, measured: list[tuple[Network, FeatureTaps]]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
+def _answers(recipe: Recipe, measured: list[Measured]) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
     """Return the shapes of the teacher's answers, and the BatchNorms before its taps."""
     config = recipe.teacher
     if config is None:
@@ -130,7 +148,7 @@ def _answers(
     return network.shapes, {} if config.average else _plain(taps.norms())
 
 
-class _Answers(nn.Module):
+class Answers(nn.Module):
     """Stands for a network and answers tensors of its shapes: the losses need no more of it here."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -159,21 +177,21 @@ def training_labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
 
 
 @cache  # the rows of a table share their networks
-@torch.no_grad()
-def measure(named: Named, num_classes: int, image_size: int) -> tuple[Network, FeatureTaps]:
+def measure(named: Named, num_classes: int, image_size: int) -> Measured:
     """Return what the network is made of, and the network."""
-
-    def built() -> tuple[Network, FeatureTaps]:
-        taps = named.build(num_classes)
-        with FlopCounterMode(display=False) as counter:
-            shapes = named.probe(taps, image_size)
-        return Network(named.model, _count(taps), counter.get_total_flops() / 2, shapes), taps
-
     try:
         with torch.device("meta"):
-            return built()
+            return run_once(named, num_classes, image_size)
     except Exception:  # it computes with numbers, which the meta device has none of; or what is wrong is so here, too
-        return built()
+        return run_once(named, num_classes, image_size)
+
+
+def run_once(named: Named, num_classes: int, image_size: int) -> Measured:
+    """Return what the network is made of, and the network, which is on torch's default device."""
+    taps = named.build(num_classes)
+    with FlopCounter() as counted:
+        shapes = named.probe(taps, image_size)
+    return Network(named.model, _count(taps), counted.flops / 2, shapes), taps
 
 
 def _tried(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:
@@ -190,14 +208,14 @@ def _run(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dict[str, 
     """Run the losses forward on that many rows, on torch's default device."""
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     batch = Batch(images_BCHW, zeros_B, zeros_B, {})
-    student = cast(FeatureTaps, _Answers(facts.student_shapes))
-    answers = _Answers(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
-    with about("losses"), FlopCounterMode(display=False) as counter:
+    student = cast(FeatureTaps, Answers(facts.student_shapes))
+    answers = Answers(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
+    with about("losses"), FlopCounter() as counted:
         distiller = Distiller(student, recipe.losses, facts).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))
     parts = [name for name in losses if name not in ("total", "top1")]
     parameters = {name: _count(loss) for name, loss in distiller.losses.items()}
-    return parts, parameters, counter.get_total_flops() / 2 / rows
+    return parts, parameters, counted.flops / 2 / rows
 
 
 def _plain(norms: dict[str, NormParameters]) -> dict[str, NormParameters]:

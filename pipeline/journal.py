@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import parallel
+from pipeline import parallel, zero
 from pipeline.batch import Progress
+from pipeline.flops import peak_flops
 from pipeline.recipe import Recipe
 from pipeline.timing import Split
 
@@ -38,6 +39,7 @@ class Journal:
         total_steps: int,
         device: torch.device,
         track: Callable[[dict[str, float], int], None],
+        flops: float | None = None,
     ) -> None:
         self.path = folder / "journal.jsonl"
         self.every_steps = recipe.journal.every_steps
@@ -45,10 +47,15 @@ class Journal:
         self.total_steps = total_steps
         self.track = track
         self.main = parallel.is_main()
+        self.flops = flops
+        """Operations that an image takes, if that is known."""
+        peak = peak_flops(device, recipe.precision)
+        self.peak = peak and parallel.world_size() * peak
+        """What all ranks could compute in a second, if they are alike."""
         self.micro_batches: list[Tensor] = []
         """The loss parts [P] of each micro-batch of the step under way, on the device."""
         self.bar: tqdm[Any] | None = None
-        self.split = Split(device)
+        self.split = Split(device, by_ddp=parallel.world_size() > 1 and not zero.asked())
         self.images = self.seconds = 0.0
         """Images trained on by this process and the time that took, evaluations left out."""
 
@@ -149,8 +156,20 @@ class Journal:
         return {
             "images_per_second": round(images / seconds, 1),
             "data_wait": round(by_name.get("data", 0.0) / seconds, 4),
+            **self._utilization(images / seconds),
             "milliseconds": {name: round(1000 * value / max(steps, 1), 3) for name, value in by_name.items()},
         }
+
+    def _utilization(self, images_per_second: float) -> dict[str, float]:
+        """Return the ranks' ``teraflops`` a second at that rate, and ``mfu``, their share of what the GPUs could do.
+
+        Both count what the model takes, not what a GPU computes for it. What is not known is left out.
+        """
+        if self.flops is None:
+            return {}
+        reached = images_per_second * self.flops
+        teraflops = {"teraflops": float(f"{reached / 1e12:.4g}")}
+        return teraflops | ({"mfu": round(reached / self.peak, 4)} if self.peak else {})
 
     @property
     def images_per_second(self) -> float:

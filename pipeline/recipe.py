@@ -103,6 +103,8 @@ class Recipe(Section):
     schedule: Schedule
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient."""
+    compress: Literal["auxiliary", "all"] | None = None
+    """Gradients that go from rank to rank in bfloat16: those of the losses' own modules, or the student's, too."""
     ema: Averaging | None = None
     compare: tuple[str, ...] = ()
     """Recipes whose results stand in the closing table; a run that is not there is made first."""

@@ -153,9 +153,11 @@ def identity(recipe: Recipe, run: Path) -> dict[str, Any]:
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
     for key in _NOT_IDENTITY_TEACHER:
         teacher.pop(key, None)
-    for key in ("cache", "fallback"):  # a run that needs neither is the one that it was before there were any
-        if teacher.get(key, ...) is None:
-            del teacher[key]
+    # A run that needs none of these is the one that it was before there were any.
+    for section, keys in ((tree, ("compress",)), (teacher, ("cache", "fallback"))):
+        for key in keys:
+            if section.get(key, ...) is None:
+                del section[key]
     return tree
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.autograd import Variable
 
 
 class Split:
@@ -13,10 +17,13 @@ class Split:
 
     On a GPU a mark is an event in torch's stream: what is measured is the device's time, its waiting for the host
     included. ``read`` is for moments at which the host has waited for the device anyway.
+
+    ``by_ddp`` says that backward ends with DDP's average over several ranks.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, by_ddp: bool = False) -> None:
         self._on_gpu = device.type == "cuda"
+        self._by_ddp = by_ddp
         self._spare: list[torch.cuda.Event] = []
         self.begin()
 
@@ -27,6 +34,18 @@ class Split:
     def mark(self, name: str) -> None:
         """Say that what has run since the last mark was ``name``."""
         self._marks.append((name, self._now()))
+
+    @contextmanager
+    def backward(self, total: Tensor) -> Iterator[None]:
+        """Mark what ``total.backward()`` inside the context computes, and then what it waits for other ranks.
+
+        The second, ``communication``, is as much of DDP's all-reduces as the rest of backward did not hide. DDP waits
+        for them in a callback at the end of backward, which it queues on the way; one queued earlier runs earlier.
+        """
+        if self._by_ddp:
+            total.register_hook(lambda _: Variable._execution_engine.queue_callback(lambda: self.mark("backward")))
+        yield
+        self.mark("communication" if self._by_ddp else "backward")
 
     def read(self) -> dict[str, float]:
         """Return the seconds by name since the clock was started or last read, in the order of their first marks."""

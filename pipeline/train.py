@@ -38,6 +38,7 @@ from pipeline.data.loader import Loader
 from pipeline.ema import EMA
 from pipeline.evaluate import Accuracy, check_teacher, evaluate
 from pipeline.guard import FiniteGuard
+from pipeline.image_flops import image_flops
 from pipeline.journal import Journal
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.optimizers import allocate_momentum, create_optimizer, set_learning_rate
@@ -105,6 +106,9 @@ def train(run: Run) -> None:
     accelerator.wait_for_everyone()
 
     distiller, optimizer = accelerator.prepare(raw_distiller, create_optimizer(recipe.optimizer, raw_distiller))
+    if recipe.compress:
+        compressed = raw_distiller.losses if recipe.compress == "auxiliary" else raw_distiller
+        parallel.compress_gradients(distiller, compressed.parameters())
     allocate_momentum(optimizer)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, raw_distiller, optimizer, averages)
     state = checkpoints.load(loader.steps_per_epoch)
@@ -113,7 +117,8 @@ def train(run: Run) -> None:
     purge = {"purge_step": progress.step + 1} if progress.step else {}
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
     total_steps = recipe.epochs * loader.steps_per_epoch
-    journal = Journal(run.folder, recipe, total_steps=total_steps, device=device, track=accelerator.log)
+    flops = image_flops(recipe) if accelerator.is_main_process else None
+    journal = Journal(run.folder, recipe, total_steps=total_steps, device=device, track=accelerator.log, flops=flops)
     raw_distiller.mark = mark = journal.split.mark
     guard = FiniteGuard(device)
     stopping = Stopping(recipe.stop, recipe.checkpoints.poll_steps)
@@ -131,8 +136,8 @@ def train(run: Run) -> None:
                 answers = teacher(batch) if teacher else None
                 mark("teacher")
                 losses = distiller(batch, answers, progress)
-                accelerator.backward(losses["total"])
-                mark("backward")
+                with journal.split.backward(losses["total"]):
+                    accelerator.backward(losses["total"])
                 guard.watch(losses, progress.step + 1)
                 journal.observe(losses)
                 if accelerator.sync_gradients:

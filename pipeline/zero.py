@@ -133,6 +133,8 @@ def _refuse(recipe: Recipe, stage: int) -> None:
     """Raise RecipeError for what is not done under ZeRO."""
     if recipe.precision == "fp16":
         raise RecipeError("precision: fp16 is not done under DeepSpeed; give precision=bf16 or precision=fp32")
+    if recipe.compress:
+        raise RecipeError("compress: DeepSpeed sends the gradients, and in float32; leave the key out, or take DDP")
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
         raise RecipeError(f"{average}: under ZeRO-3 no rank has the weights to average; take zero2.json, or DDP")
