@@ -297,9 +297,9 @@ class CachedTeacher(nn.Module):
         kinds = self.cache.header.kinds
         return live | {tap: kinds[kind].shape for tap, kind in {LOGITS: LOGITS, **self.held}.items() if kind in kinds}
 
-    def columns(self, ids_B: NDArray[np.int64], view: int) -> dict[str, NDArray]:
-        """Return the stored rows of some ids at a view, by kind. May be called from any thread."""
-        return {kind: self._maps[view, kind][ids_B] for kind in self.kinds}
+    def columns(self, view: int) -> dict[str, NDArray]:
+        """Return the stored answers at a view, by kind, with a row for every id. May be called from any thread."""
+        return {kind: self._maps[view, kind] for kind in self.kinds}
 
     def forward(self, batch: Batch) -> Outputs:
         """Return the answers for a training batch, as they were stored: in float16, or decoded in float32.

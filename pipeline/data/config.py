@@ -22,8 +22,9 @@ class Config(BaseModel):
     """What ``--check`` takes for their number of classes where they are not there; those that are there know it."""
     samples: PositiveInt | None = None
     """What ``--check`` and a cache's ``--dry-run`` take for their number of training images, likewise."""
-    loader: Literal["dali", "memory"] = "dali"
-    """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device."""
+    loader: Literal["dali", "memory", "synthetic"] = "dali"
+    """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device; ``synthetic`` looks at no image
+    at all and gives noise in its place, to show what a step takes that waits for no input."""
     size: PositiveInt
     """Side of the square images of a batch, in pixels, in training and in validation."""
     resize: PositiveInt | None = None
@@ -51,11 +52,13 @@ class Config(BaseModel):
     validation_batch: PositiveInt | None = None
     """Images a rank validates at a time; null is the size of its micro-batch."""
     threads: PositiveInt | None = None
-    """Decoding threads of a rank; null shares the cores out among the ranks of the machine."""
-    prefetch: PositiveInt = 2
-    """Batches that are read, and batches that are decoded, ahead of the one in use."""
+    """Decoding threads of a rank; null is what ``bench.py loader --tune`` found best for such images on such a machine,
+    and before there is such a finding its share of the machine's cores."""
+    prefetch: PositiveInt | None = None
+    """Batches that are read, and batches that are decoded, ahead of the one in use; null likewise, or 2."""
     hw_decoder_load: Probability = 0.65
-    """Share of a batch, its first images, that a GPU's JPEG engine decodes, where it has one; its cores do the rest."""
+    """Share of a batch, its first images, that a GPU's JPEG engine decodes, where it has one; its cores do the rest.
+    They round differently, so this is never tuned behind the recipe's back."""
     channels_last: bool = True
     """Memory format of the images: channels beside one another, or planes."""
 

@@ -20,6 +20,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipeline.data.config import Config
+from pipeline.data.pace import Pace
 from pipeline.data.requests import Request, place
 from shards.read import SplitReader
 
@@ -55,18 +56,18 @@ class InFlight(NamedTuple):
 
 
 class Decoder:
-    """Turns the requests of one split into images, with ``config.prefetch`` batches in flight.
+    """Turns the requests of one split into images, with ``pace.prefetch`` batches in flight.
 
     ``batch`` is the largest number of images in a request.
     """
 
-    def __init__(self, reader: SplitReader, config: Config, batch: int, threads: int, device: torch.device) -> None:
+    def __init__(self, reader: SplitReader, config: Config, batch: int, pace: Pace, device: torch.device) -> None:
         self._reader = reader
         self._config = config
         self._device = device
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[InFlight] = deque()
-        self._pipeline = create_pipeline(self._next_inputs, config, batch, threads, device)
+        self._pipeline = create_pipeline(self._next_inputs, config, batch, pace, device)
 
     def __call__(self, requests: Iterator[Request]) -> Generator[tuple[Request, Tensor], None, None]:
         """Yield each request with its images [B, C, H, W] in float32.
@@ -90,7 +91,7 @@ class Decoder:
     def _run(self) -> Tensor | None:
         """Return the images of the oldest request in flight, None after the last."""
         try:
-            images = self._images()
+            images = run(self._pipeline, self._device)
         except StopIteration:
             return None
         except RuntimeError as error:
@@ -102,17 +103,6 @@ class Decoder:
                 f"shards/verify.py {self._reader.folder} lists what is wrong"
             ) from error
         return images.permute(0, 3, 1, 2) if self._config.channels_last else images
-
-    def _images(self) -> Tensor:
-        if self._device.type != "cuda":
-            (images,) = self._pipeline.run()
-            return torch.from_dlpack(images.as_tensor())
-        # Bound to torch's stream, so that the host waits for nothing; the copy makes the images torch's own memory.
-        stream = torch.cuda.current_stream(self._device)
-        (images,) = self._pipeline.run(stream)
-        dense = images.as_tensor()
-        copy = torch.empty(dense.shape(), dtype=torch.float32, device=self._device)
-        return feed_ndarray(dense, copy, cuda_stream=stream)
 
     def _drain(self) -> None:
         """Drop what a stream that was left early has in flight, so that the pipeline starts afresh."""
@@ -129,7 +119,8 @@ class Decoder:
         """Return the row of the first image in flight that fails by itself; DALI does not say which one it was."""
         singles = [single for flight in self._in_flight for single in _singles(flight)]
         source = iter(singles)
-        probe = create_pipeline(lambda: next(source).inputs, self._config, 1, 1, torch.device("cpu"))
+        alone = Pace(threads=1, prefetch=1)
+        probe = create_pipeline(lambda: next(source).inputs, self._config, 1, alone, torch.device("cpu"))
         for single in singles:
             try:
                 probe.run()
@@ -139,15 +130,10 @@ class Decoder:
 
 
 def create_pipeline(
-    source: Callable[[], Inputs], config: Config, batch: int, threads: int, device: torch.device
+    source: Callable[[], Inputs], config: Config, batch: int, pace: Pace, device: torch.device
 ) -> Pipeline:
     """Return DALI's pipeline from the inputs that ``source`` gives to normalised images; it is built when first run."""
-    device_id, decoder = None, {"device": "cpu"}
-    if device.type == "cuda":
-        device_id = torch.cuda.current_device() if device.index is None else device.index
-        # Interpolated chroma is what the decoders of the CPU, and torchvision, do.
-        decoder = {"device": "mixed", "hw_decoder_load": config.hw_decoder_load, "jpeg_fancy_upsampling": True}
-    pipeline = Pipeline(batch, threads, device_id, prefetch_queue_depth=config.prefetch)
+    pipeline = new_pipeline(batch, pace, device)
     with pipeline:
         encoded, corners, shapes, resized, crops, flips = fn.external_source(
             source,
@@ -163,22 +149,55 @@ def create_pipeline(
             axes=(0, 1),
             output_type=types.RGB,
             adjust_orientation=False,  # the boxes are of the image as it is stored
-            **decoder,
+            **decoding(config, device),
         )
         images = fn.resize(boxes, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.slice(
             images, start=crops, shape=(config.size, config.size), axes=(0, 1), out_of_bounds_policy="pad"
         )
-        images = fn.crop_mirror_normalize(
-            images,
-            mirror=flips,
-            mean=[255 * mean for mean in config.mean],
-            std=[255 * std for std in config.std],
-            dtype=types.FLOAT,
-            output_layout="HWC" if config.channels_last else "CHW",
-        )
-        pipeline.set_outputs(images)
+        pipeline.set_outputs(normalized(images, flips, config))
     return pipeline
+
+
+def new_pipeline(batch: int, pace: Pace, device: torch.device) -> Pipeline:
+    """Return a pipeline without operators."""
+    device_id = None
+    if device.type == "cuda":
+        device_id = torch.cuda.current_device() if device.index is None else device.index
+    return Pipeline(batch, pace.threads, device_id, prefetch_queue_depth=pace.prefetch)
+
+
+def decoding(config: Config, device: torch.device) -> dict[str, Any]:
+    """Return where and how a decoder of the graph decodes."""
+    if device.type != "cuda":
+        return {"device": "cpu"}
+    # Interpolated chroma is what the decoders of the CPU, and torchvision, do.
+    return {"device": "mixed", "hw_decoder_load": config.hw_decoder_load, "jpeg_fancy_upsampling": True}
+
+
+def normalized(images: Any, flips: Any, config: Config) -> Any:
+    """Return the graph's last node: images mirrored where ``flips`` is 1, in float32 and normalised."""
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=flips,
+        mean=[255 * mean for mean in config.mean],
+        std=[255 * std for std in config.std],
+        dtype=types.FLOAT,
+        output_layout="HWC" if config.channels_last else "CHW",
+    )
+
+
+def run(pipeline: Pipeline, device: torch.device) -> Tensor:
+    """Return the next images of a pipeline, as it lays them out. Raises StopIteration after the last."""
+    if device.type != "cuda":
+        (images,) = pipeline.run()
+        return torch.from_dlpack(images.as_tensor())
+    # Bound to torch's stream, so that the host waits for nothing; the copy makes the images torch's own memory.
+    stream = torch.cuda.current_stream(device)
+    (images,) = pipeline.run(stream)
+    dense = images.as_tensor()
+    copy = torch.empty(dense.shape(), dtype=torch.float32, device=device)
+    return feed_ndarray(dense, copy, cuda_stream=stream)
 
 
 def _inputs(request: Request) -> Inputs:

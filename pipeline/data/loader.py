@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from pipeline import augment
 from pipeline.batch import Batch, Progress
-from pipeline.data import memory
+from pipeline.data import memory, synthetic
 from pipeline.data.config import Config
+from pipeline.data.pace import Pace, pace_of
 from pipeline.data.requests import Columns, Plan, Request, place, read_ahead
 from shards.manifest import Manifest
 from shards.read import SplitReader
@@ -36,10 +36,11 @@ class Images(Protocol):
 class Loader:
     """The batches of this rank. Its whole state is the ``Progress`` it is given."""
 
-    def __init__(self, plan: Plan, images: dict[str, Images], device: torch.device) -> None:
+    def __init__(self, plan: Plan, images: dict[str, Images], pace: Pace, device: torch.device) -> None:
         self.plan = plan
+        self.images = images
+        self.pace = pace
         self.device = device
-        self._images = images
 
     @property
     def samples_per_epoch(self) -> int:
@@ -73,26 +74,26 @@ class Loader:
 
     def stream(self, progress: Progress, epochs: int) -> Iterator[Batch]:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
-        return self._batches(self.plan.training(progress, epochs), self._images["train"])
+        return self._batches(self.plan.training(progress, epochs), self.images["train"])
 
     @property
     def validates(self) -> bool:
         """Whether there are validation images; shards may hold training images alone."""
-        return "val" in self._images
+        return "val" in self.images
 
     def validation(self) -> Iterator[Batch]:
         """Yield the validation images, each once over all ranks; equally many batches on every rank.
 
         A padded row has id −1 and label −1.
         """
-        return self._batches(self.plan.validation(), self._images["val"])
+        return self._batches(self.plan.validation(), self.images["val"])
 
     def looks(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield what rows of the training split's sample table look like at a view, for each (rows, view)."""
-        return self._batches(self.plan.looks(parts), self._images["train"])
+        return self._batches(self.plan.looks(parts), self.images["train"])
 
     def _batches(self, requests: Generator[Request, None, None], images: Images) -> Iterator[Batch]:
-        ahead = read_ahead(requests, self.plan.config.prefetch)
+        ahead = read_ahead(requests, self.pace.prefetch)
         with closing(ahead), closing(images(ahead)) as decoded:
             for request, images_BCHW in decoded:
                 extra = {name: self._send(column) for name, column in request.extra.items()}
@@ -116,7 +117,7 @@ def create_loader(
 ) -> Loader:
     """Open the shards and return the loader of ``rank``; ``batch`` is the global batch.
 
-    ``columns(ids, view)`` is called on the reading thread; its arrays travel to the device as ``Batch.extra``.
+    ``columns(view)`` is called on the reading thread; its arrays' rows travel to the device as ``Batch.extra``.
     Raises FileNotFoundError or ValueError, one line, where the shards are not whole or do not fit the recipe.
     """
     if "train" in splits and batch % (world * accumulation):
@@ -132,7 +133,8 @@ def create_loader(
         )
     encoded, pin = config.loader == "dali", device.type == "cuda"
     plan = Plan(config, readers, batch, accumulation, seed, rank, world, columns, encoded, pin)
-    return Loader(plan, _create_images(plan, device), device)
+    pace = pace_of(config, next(iter(readers.values())).manifest, device)
+    return Loader(plan, _create_images(plan, pace, device), pace, device)
 
 
 def pixels(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
@@ -140,8 +142,13 @@ def pixels(config: Config, manifest: Manifest, device: torch.device) -> dict[str
     of_crop = ("pad",) if config.crop == "pad" else ("scale", "ratio")
     names = ("size", "crop", *of_crop, "flip", "mean", "std", "seed")
     said = {name: getattr(config, name) for name in names}
-    decoder = memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(device)
-    return {**said, "law": augment.LAW, "decoder": decoder}
+    return {**said, "law": augment.LAW, "decoder": _decoder_facts(config, manifest, device)}
+
+
+def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> dict[str, str]:
+    if config.loader == "synthetic":
+        return synthetic.facts()
+    return memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(device)
 
 
 def _open(config: Config, split: str) -> SplitReader:
@@ -152,10 +159,11 @@ def _open(config: Config, split: str) -> SplitReader:
         )
     try:
         reader = SplitReader(folder, split)
-        reader.check_sizes()
+        if config.loader != "synthetic":
+            reader.check_sizes()
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"data.path: {error}") from None
-    if config.loader == "memory" or (config.crop == "pad" and split == "train"):
+    if config.loader == "memory" or (config.loader == "dali" and config.crop == "pad" and split == "train"):
         _check_sides(config, reader)
     return reader
 
@@ -172,15 +180,14 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
         )
 
 
-def _create_images(plan: Plan, device: torch.device) -> dict[str, Images]:
-    if plan.config.loader == "memory":
-        return {split: memory.Memory(reader, plan.config, device) for split, reader in plan.readers.items()}
+def _create_images(plan: Plan, pace: Pace, device: torch.device) -> dict[str, Images]:
+    config, batches = plan.config, {"train": plan.micro_batch, "val": plan.validation_batch}
+    if config.loader == "synthetic":
+        return {split: synthetic.Synthetic(config, batches[split], device) for split in plan.readers}
+    if config.loader == "memory":
+        return {split: memory.Memory(reader, config, device) for split, reader in plan.readers.items()}
     decoder = _dali().Decoder
-    batches = {"train": plan.micro_batch, "val": plan.validation_batch}
-    threads = plan.config.threads or _fair_threads()
-    return {
-        split: decoder(reader, plan.config, batches[split], threads, device) for split, reader in plan.readers.items()
-    }
+    return {split: decoder(reader, config, batches[split], pace, device) for split, reader in plan.readers.items()}
 
 
 def _dali() -> ModuleType:
@@ -191,8 +198,3 @@ def _dali() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(f"data.loader: dali needs NVIDIA DALI ({error}), which runs on Linux; try memory") from None
     return dali
-
-
-def _fair_threads() -> int:
-    """Return this rank's share of the cores that the machine's ranks may use."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -7,11 +7,11 @@ Shape suffixes: B rows of a micro-batch. Boxes are (top, left, height, width) in
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,13 +24,14 @@ from pipeline.batch import Progress
 from pipeline.data.config import Config
 from shards.read import SplitReader
 
-Columns = Callable[[NDArray[np.int64], int], dict[str, NDArray]]
-"""``columns(ids, view)``: further arrays by name, a row for each id."""
+Columns = Callable[[int], Mapping[str, NDArray]]
+"""``columns(view)``: further arrays by name, with a row for every id; they may be memory-mapped."""
 
 T = TypeVar("T")
 
 # A distant file system answers several reads in the time of one.
 _READS_AT_ONCE = 8
+_PAGE = mmap.PAGESIZE
 
 
 class Geometry(NamedTuple):
@@ -180,22 +181,35 @@ class Plan:
     def _extra(self, ids: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
         if self.columns is None:
             return {}
-        parts = list(pool.map(self.columns, np.array_split(ids, min(_READS_AT_ONCE, len(ids))), repeat(view)))
-        return {name: self._host(*(part[name] for part in parts)) for name in parts[0]}
+        columns = self.columns(view)
+        extra = {name: self._empty(len(ids), column) for name, column in columns.items()}
 
-    def _host(self, *arrays: NDArray) -> Tensor:
-        """Copy arrays, which may be read-only views of a file, one after the other into a host tensor."""
-        dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-        rows = sum(len(array) for array in arrays)
-        tensor = torch.empty((rows, *arrays[0].shape[1:]), dtype=dtype, pin_memory=self.pin)
-        np.concatenate(arrays, out=tensor.numpy())
+        def take(part: slice) -> None:
+            for name, column in columns.items():
+                # Straight to where they belong: the default mode, which refuses an id out of range, copies twice.
+                column.take(ids[part], axis=0, out=extra[name].numpy()[part], mode="clip")
+
+        each = -(-len(ids) // _READS_AT_ONCE)
+        list(pool.map(take, [slice(start, start + each) for start in range(0, len(ids), each)]))
+        return extra
+
+    def _host(self, array: NDArray) -> Tensor:
+        """Copy an array, which may be a read-only view of a file, into a host tensor."""
+        tensor = self._empty(len(array), array)
+        np.copyto(tensor.numpy(), array)
         return tensor
+
+    def _empty(self, rows: int, like: NDArray) -> Tensor:
+        """Return a host tensor for as many rows like those of an array."""
+        dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
+        return torch.empty((rows, *like.shape[1:]), dtype=dtype, pin_memory=self.pin)
 
 
 def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:
-    # The maximum touches every page, so that page faults happen here; numpy lets the training thread run meanwhile.
+    # A byte of every page, so that page faults happen here. ``take`` lets the training thread run meanwhile, however
+    # few the bytes are; a maximum of so few would not, and one of all of them takes five times as long.
     for view in views:
-        view.max(initial=0)
+        view.take(np.arange(0, len(view) + _PAGE - 1, _PAGE), mode="clip")
 
 
 def read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:

@@ -19,6 +19,7 @@ from pipeline import parallel
 from pipeline.build import training_splits
 from pipeline.build_teacher import teacher_places, views_read
 from pipeline.data.config import Config
+from pipeline.data.pace import Pace
 from pipeline.health.finding import Finding, fail, ok, skip
 from pipeline.models.weights import FILES
 from pipeline.recipe import LoadedRecipe, Recipe
@@ -43,8 +44,8 @@ def check_decoding(place: torch.device) -> Finding:
     encoded, expected = _jpeg()
     zero, side = np.zeros((1, 2), np.int32), np.full((1, 2), SIDE)
     inputs = Inputs([encoded], zero, side.astype(np.int32), side.astype(np.float32), zero, np.zeros(1, np.int32))
-    config = Config(path="", size=SIDE, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255), prefetch=1)
-    pipeline = create_pipeline(lambda: inputs, config, 1, 1, place)
+    config = Config(path="", size=SIDE, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+    pipeline = create_pipeline(lambda: inputs, config, 1, Pace(threads=1, prefetch=1), place)
     (images,) = pipeline.run()
     found = torch.from_dlpack(images.as_cpu().as_tensor()).numpy()[0]
     return decoded_alike(found, expected, f"DALI on {place.type}")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import mmap
+import sys
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from shard_factory import config_of
 
 from pipeline.batch import Progress
-from pipeline.data.requests import Plan, Request, read_ahead
+from pipeline.data.requests import Plan, Request, _read_into_memory, read_ahead
 from shards.read import SplitReader
 
 quick = settings(
@@ -142,25 +145,71 @@ def test_validation_holds_each_image_once_in_equally_many_batches_of_every_rank(
     assert len(rows) - len(real) == -len(real) % world
 
 
-def test_columns_are_asked_for_ids_and_view_on_another_thread_and_travel(readers: dict[str, SplitReader]) -> None:
-    asked: list[tuple[list[int], int, int]] = []
-    table = np.arange(2 * 60, dtype=np.float16).reshape(60, 2)
+class Watched(np.ndarray):
+    """An array that knows which rows were taken of it, and where."""
+
+    def take(self, indices: np.ndarray, *args: object, **keys: object) -> np.ndarray:
+        self.taken.append((indices.tolist(), threading.get_ident()))
+        return super().take(indices, *args, **keys)
+
+
+@pytest.mark.parametrize("batch", [3, 18])
+def test_columns_rows_are_taken_by_id_at_the_view_on_other_threads(readers: dict[str, SplitReader], batch: int) -> None:
+    table = np.arange(2 * 60 * 5, dtype=np.float16).reshape(2, 60, 5)
     table.flags.writeable = False  # as a memory-mapped cache is
+    watched = table[1].view(Watched)
+    watched.taken = []
 
-    def columns(ids: np.ndarray, view: int) -> dict[str, np.ndarray]:
-        asked.append((ids.tolist(), view, threading.get_ident()))
-        return {"logits": table[ids], "row": ids[:, None].astype(np.int32)}
+    def columns(view: int) -> dict[str, np.ndarray]:
+        assert view == 1
+        return {"logits": watched, "row": np.arange(60, dtype=np.int32)}
 
-    plan = plan_of(readers, columns=columns, views=2)
-    requests = list(read_ahead(plan.training(Progress(6, step=18), 4), 2))
+    plan = plan_of(readers, batch, columns=columns, views=2)
+    steps = plan.steps_per_epoch
+    requests = list(read_ahead(plan.training(Progress(steps, step=3 * steps), 4), 2))
+    assert len(requests) == steps
     # Several threads ask, each for a part of a batch: a distant file system answers them at once.
-    ids_asked = [each for ids, _, _ in asked for each in ids]
-    assert sorted(ids_asked) == sorted(each for request in requests for each in request.ids_B.tolist())
-    assert {view for _, view, _ in asked} == {1}
-    assert threading.get_ident() not in {thread for _, _, thread in asked}
+    ids = [each for taken, _ in watched.taken for each in taken]
+    assert sorted(ids) == sorted(each for request in requests for each in request.ids_B.tolist())
+    assert all(len(taken) < batch for taken, _ in watched.taken)
+    assert threading.get_ident() not in {thread for _, thread in watched.taken}
     for request in requests:
-        np.testing.assert_array_equal(request.extra["logits"].numpy(), table[request.ids_B])
-        assert request.extra["row"].flatten().tolist() == request.ids_B.tolist()
+        np.testing.assert_array_equal(request.extra["logits"].numpy(), table[1][request.ids_B])
+        assert request.extra["row"].tolist() == request.ids_B.tolist()
+
+
+def test_every_page_of_an_image_is_read_while_other_threads_run() -> None:
+    """A page fault may take as long as a disk does; the training thread must not wait for it."""
+    page, touched, other = mmap.PAGESIZE, [], []
+
+    class Pages(np.ndarray):
+        def take(self, indices: np.ndarray, *args: object, **keys: object) -> np.ndarray:
+            touched.extend((np.minimum(indices, len(self) - 1) // page).tolist())
+            return super().take(indices, *args, **keys)
+
+    for size in (1, page, page + 1, 3 * page):
+        touched.clear()
+        _read_into_memory([np.zeros(size, np.uint8).view(Pages)])
+        assert set(touched) == set(range(-(-size // page)))
+
+    def count() -> None:
+        while not stop.is_set():
+            other.append(None)
+            time.sleep(0)
+
+    stop, views = threading.Event(), [np.zeros(9, np.uint8)] * 20_000
+    counting = threading.Thread(target=count)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # no thread is made to give way: it does by itself, or not at all
+    try:
+        counting.start()
+        before = len(other)
+        _read_into_memory(views)
+        assert len(other) > before + 1
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        counting.join()
 
 
 def numbers(produced: list[int], fail_at: int = 1000) -> Generator[int, None, None]:

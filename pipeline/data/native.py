@@ -1,0 +1,62 @@
+"""DALI's own reader of WebDataset shards, to compare ours with.
+
+Nothing is trained with it: what it reads next depends on the number of ranks and on all that it has read before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from pipeline.data.config import Config
+from pipeline.data.dali import decoding, fn, new_pipeline, normalized, run, types
+from pipeline.data.pace import Pace
+from pipeline.data.requests import Plan
+from shards.read import SplitReader
+
+_SHUFFLED = 1024
+"""Samples in the reader's buffer, out of which it draws."""
+
+
+def native_images(plan: Plan, pace: Pace, device: torch.device) -> Generator[Tensor, None, None]:
+    """Yield training images [B, H, W, C] or [B, C, H, W] in micro-batches for ever, cropped and mirrored at random."""
+    config, reader = plan.config, plan.readers["train"]
+    pipeline = new_pipeline(plan.micro_batch, pace, device)
+    with pipeline:
+        encoded = _read(reader, plan)
+        if config.crop == "pad":
+            boxes = _pad_cropped(fn.decoders.image(encoded, output_type=types.RGB, **decoding(config, device)), config)
+        else:
+            boxes = fn.decoders.image_random_crop(
+                encoded,
+                random_area=config.scale,
+                random_aspect_ratio=config.ratio,
+                output_type=types.RGB,
+                **decoding(config, device),
+            )
+            boxes = fn.resize(boxes, size=[config.size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+        pipeline.set_outputs(normalized(boxes, fn.random.coin_flip(probability=config.flip), config))
+    while True:
+        yield run(pipeline, device)
+
+
+def _read(reader: SplitReader, plan: Plan):
+    tars = [reader.folder / shard.url for shard in reader.split.shards]
+    return fn.readers.webdataset(
+        paths=[str(tar) for tar in tars],
+        index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+        ext=[reader.manifest.image],
+        random_shuffle=True,
+        initial_fill=min(_SHUFFLED, len(reader.samples)),
+        shard_id=plan.rank,
+        num_shards=plan.world,
+        pad_last_batch=True,
+    )
+
+
+def _pad_cropped(images, config: Config):
+    offsets = range(-config.pad, config.pad + 1)
+    start = fn.cast(fn.random.uniform(values=[float(offset) for offset in offsets], shape=(2,)), dtype=types.INT32)
+    return fn.slice(images, start=start, shape=(config.size,) * 2, axes=(0, 1), out_of_bounds_policy="pad")

@@ -1,0 +1,93 @@
+"""How busily a rank makes images: its decoding threads, and how far ahead. No pixel depends on it.
+
+What a recipe leaves open is what ``bench.py loader --tune`` found best for such images on such a machine. It is kept in
+``$XDG_CACHE_HOME/distillation-pipeline/loader.json``, by default under ``~/.cache``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
+
+from pipeline import parallel
+from pipeline.data.config import Config
+from shards.manifest import Manifest, write_atomically
+
+
+class Pace(BaseModel):
+    """What making images takes of a machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threads: PositiveInt
+    """That decode."""
+    prefetch: PositiveInt
+    """Batches that are read, and batches that are decoded, ahead of the one in use."""
+
+
+Kept = TypeAdapter(dict[str, Pace])
+
+
+def pace_of(config: Config, manifest: Manifest, device: torch.device) -> Pace:
+    """Return the recipe's own values, in their place the remembered ones, and in theirs the default."""
+    default = Pace(threads=cores(), prefetch=2)
+    if config.loader == "dali" and None in (config.threads, config.prefetch):
+        default = _kept().get(work(config, manifest, device), default)
+    return Pace(threads=config.threads or default.threads, prefetch=config.prefetch or default.prefetch)
+
+
+def remember(pace: Pace, config: Config, manifest: Manifest, device: torch.device) -> Path:
+    """Keep what is best for such work on this machine, and return the file; OSError where it cannot be written."""
+    path = kept_path()
+    kept = {**_kept(), work(config, manifest, device): pace}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({name: each.model_dump() for name, each in kept.items()}, indent=1).encode())
+    return path
+
+
+def work(config: Config, manifest: Manifest, device: torch.device) -> str:
+    """Return what the best pace depends on: processor, cores of a rank, kind and size of images in and out."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    kib = sum(shard.filesize for shard in shards) / sum(shard.nsamples for shard in shards) / 1024
+    images = f"{manifest.image} of about {2 ** round(math.log2(kib))} KiB to {config.size} px"
+    return f"{_processor(device)}, {cores()} cores, {images}, {config.crop}"
+
+
+def cores() -> int:
+    """Return this rank's share of the cores that the machine's ranks may use."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def kept_path() -> Path:
+    """Return the file in which paces are kept."""
+    # Not Path.home(), which raises where a user has none.
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "distillation-pipeline" / "loader.json"
+
+
+def _kept() -> dict[str, Pace]:
+    path = kept_path()
+    try:
+        return Kept.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValidationError) as error:
+        if parallel.is_main():
+            told = error.strerror if isinstance(error, OSError) else "it is damaged, or another version's"
+            print(f"note: {path} is passed over ({told}); bench.py loader --tune writes it anew")
+        return {}
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return found[1] if found else platform.machine()
