@@ -22,13 +22,13 @@ if __name__ == "__main__":
 import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from pipeline import parallel
 from pipeline.benches.allreduce import measure_allreduce
 from pipeline.benches.compare import compare
+from pipeline.benches.loading import measure_loading
 from pipeline.benches.losses import measure_losses
 from pipeline.benches.measure import Measured
 from pipeline.benches.picture import draw
@@ -36,17 +36,19 @@ from pipeline.benches.record import new_record, read_record, write_record
 from pipeline.benches.step import measure_step
 from pipeline.benches.table import table
 from pipeline.benches.teacher import measure_teacher
+from pipeline.benches.tuning import tune
 from pipeline.composition import RecipeError
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.recipe import LoadedRecipe, load_recipe, own_words, split_words, typed_words
 from pipeline.runs import is_main_asked, prepare_shards, stand
 
-WHAT = ("loader", "teacher", "losses", "step", "allreduce")
 ALONE: dict[str, Callable[..., list[Measured]]] = {
+    "loader": measure_loading,
     "teacher": measure_teacher,
     "losses": measure_losses,
     "allreduce": measure_allreduce,
 }
+WHAT = (*ALONE, "step")
 
 
 class Asked(BaseModel):
@@ -63,24 +65,26 @@ class Asked(BaseModel):
 def main(words: Sequence[str]) -> None:
     """Measure what the command line names, print it, and leave a record of it."""
     what, rest = what_of(words)
-    tune, (earlier, rest) = "--tune" in rest, compared([word for word in rest if word != "--tune"])
-    if tune and what != "loader":
+    tunes, (earlier, rest) = "--tune" in rest, compared([word for word in rest if word != "--tune"])
+    if tunes and what != "loader":
         raise RecipeError(f"command line: --tune is of the loader, not of {what}")
     old = read_record(earlier, what) if earlier else None
     own, rest = own_words(rest, tuple(Asked.model_fields))
     asked = typed_words(own, Asked)
     loaded = load_recipe(*split_words(rest))
+    asked.out.mkdir(parents=True, exist_ok=True)
     use_all_cores()
-    measured = measure(what, loaded, asked, tune=tune)
+    measured = measure(what, loaded, asked, tunes=tunes)
     parallel.stop()
     if not (measured and is_main_asked()):
         return
-    record = new_record(what, loaded, words, asked.steps, measured)
+    record = new_record(what, loaded, words, measured)
     path = write_record(record, asked.out)
-    draw(record, path.with_suffix(".png"))
-    print(f"{table(record)}\n\n{path}")
+    print(table(record))
     if old:
         print(f"\ncompared with {earlier}\n{compare(old, record)}")
+    draw(record, path.with_suffix(".png"))
+    print(f"\n{path}")
 
 
 def what_of(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -103,27 +107,17 @@ def compared(words: list[str]) -> tuple[Path | None, list[str]]:
     return Path(words[place + 1]), [*words[:place], *words[place + 2 :]]
 
 
-def measure(what: str, loaded: LoadedRecipe, asked: Asked, *, tune: bool) -> list[Measured]:
+def measure(what: str, loaded: LoadedRecipe, asked: Asked, *, tunes: bool) -> list[Measured]:
     """Make what the measurement stands on, where it is not there, and measure."""
-    how: dict[str, Any] = asked.model_dump(include={"repeats", "warmup", "steps"})
-    loaded = bare(loaded, asked.out)
-    if what in ("teacher", "step"):
-        loaded = dataclasses.replace(loaded, recipe=stand(loaded).recipe)
-    if what == "step":
-        return measure_step(loaded, **how)
+    loaded, how = bare(loaded, asked.out), asked.model_dump(include={"repeats", "warmup", "steps"})
     if what == "loader":
-        return measure_loader(loaded, how, tune=tune)
-    return ALONE[what](loaded, create_accelerator(loaded.recipe).device, **how)
-
-
-def measure_loader(loaded: LoadedRecipe, how: dict[str, Any], *, tune: bool) -> list[Measured]:
-    """Measure the loader, or look for its best settings."""
-    from pipeline.benches.loading import measure_loading
-    from pipeline.benches.tuning import tune as find_best
-
-    prepare_shards(loaded)
+        prepare_shards(loaded)
+    elif what in ("teacher", "step"):
+        loaded = dataclasses.replace(loaded, recipe=stand(loaded).recipe)
+    if what == "step":  # training makes its own Accelerator
+        return measure_step(loaded, **how)
     device = create_accelerator(loaded.recipe).device
-    return find_best(loaded, device) if tune else measure_loading(loaded, device, **how)
+    return tune(loaded, device) if tunes else ALONE[what](loaded, device, **how)
 
 
 def bare(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:

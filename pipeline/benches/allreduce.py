@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from pipeline import parallel, zero
 from pipeline.benches.measure import Measured, measure
 from pipeline.build import student_named
-from pipeline.check import made_of
+from pipeline.check import build_parts
+from pipeline.check import measure as built
 from pipeline.composition import RecipeError, about, shown
 from pipeline.distiller import Distiller
 from pipeline.health.network import bus_bandwidth
@@ -22,7 +24,10 @@ MIB = 2**20
 def measure_allreduce(
     loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
 ) -> list[Measured]:
-    """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them; nothing for one rank."""
+    """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them; nothing for one rank.
+
+    Without the casts of compressed ones.
+    """
     world = parallel.world_size()
     if world == 1:
         print("allreduce: one rank has nothing to send; start several: torchrun --nproc_per_node N pipeline/bench.py …")
@@ -30,31 +35,37 @@ def measure_allreduce(
     with about(shown(loaded.path)):
         if zero.asked():
             raise RecipeError("allreduce is of DDP's buckets, which DeepSpeed does not send; start it without")
-        sizes = buckets(gradient_bytes(loaded.recipe), BUCKET_MIB * MIB)
-    gradients = [torch.zeros(size // 4, device=device) for size in sizes]
+        sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sendings(loaded.recipe)]
 
     def add_up() -> None:
-        for gradient in gradients:
-            parallel.add_over_ranks_(gradient)
+        for bucket in sent:
+            parallel.add_over_ranks_(bucket)
 
     found = measure("gradients", add_up, device=device, repeats=repeats, warmup=warmup, steps=steps)
-    speed = bus_bandwidth(sum(sizes), found.median / steps, world)
-    return [found._replace(counts={"bytes": sum(sizes), "buckets": len(sizes), "bus bytes/s": round(speed)})]
+    total = sum(bucket.nbytes for bucket in sent)
+    speed = bus_bandwidth(total, found.median / steps, world)
+    return [found._replace(counts={"bytes": total, "buckets": len(sent), "bus bytes/s": round(speed)})]
 
 
-def gradient_bytes(recipe: Recipe) -> list[int]:
-    """Return the bytes of every gradient, in about the order in which backward finds them."""
-    _, _, facts, _ = made_of(recipe)
+def sendings(recipe: Recipe) -> list[tuple[int, torch.dtype]]:
+    """Return how many numbers of which type each of DDP's buckets sends."""
+    facts = build_parts(recipe, built).facts
     distiller = Distiller(student_named(recipe).build(facts.num_classes), recipe.losses, facts)
-    learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-    return [parameter.numel() * parameter.element_size() for parameter in reversed(learning)]
+    small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
+    compressed = set(small.parameters()) if small else set()
+    # About the order in which backward comes to them.
+    learning = [parameter for parameter in reversed(list(distiller.parameters())) if parameter.requires_grad]
+    return [
+        (sum(x.numel() for x in bucket), torch.bfloat16 if compressed.issuperset(bucket) else torch.float32)
+        for bucket in buckets(learning, BUCKET_MIB * MIB)
+    ]
 
 
-def buckets(sizes: Iterable[int], largest: int) -> list[int]:
-    """Return the bytes of DDP's buckets: a gradient is put into the last one, which is full once it has ``largest``."""
-    filled = [0]
-    for size in sizes:
-        if filled[-1] >= largest:
-            filled.append(0)
-        filled[-1] += size
+def buckets(gradients: Iterable[Tensor], largest: int) -> list[list[Tensor]]:
+    """Return DDP's buckets: a gradient is put into the last one, which is full once it has ``largest`` bytes."""
+    filled: list[list[Tensor]] = [[]]
+    for gradient in gradients:
+        if sum(x.nbytes for x in filled[-1]) >= largest:
+            filled.append([])
+        filled[-1].append(gradient)
     return filled

@@ -35,7 +35,7 @@ def compare(old: Record, new: Record) -> str:
     for each in new.measured:
         if each.name not in before:
             rows.append([each.name, "", "", "only in the new record"])
-        elif found := ratio(before[each.name], old.steps, each, new.steps):
+        elif found := ratio(before[each.name], each):
             rows.append([each.name, f"{found.median:.3f}", f"{found.low:.3f} – {found.high:.3f}", found.verdict])
         else:
             rows.append([each.name, "", "", "too short to tell"])
@@ -44,12 +44,12 @@ def compare(old: Record, new: Record) -> str:
     return "\n".join([*circumstances(old, new), aligned(rows)])
 
 
-def ratio(old: Measured, old_steps: int, new: Measured, new_steps: int) -> Ratio | None:
+def ratio(old: Measured, new: Measured) -> Ratio | None:
     """Return the ratio of the speeds, of images or else of steps; None where a time is zero."""
     if not all((*old.seconds, *new.seconds)):
         return None
     by_images = bool(old.images and new.images)
-    work = new.images / old.images if by_images else new_steps / old_steps
+    work = new.images / old.images if by_images else new.steps / old.steps
     pairs = [work * before / after for before, after in product(old.seconds, new.seconds)]
     low, high = np.quantile(pairs, (0.25, 0.75))
     return Ratio(work * old.median / new.median, float(low), float(high))

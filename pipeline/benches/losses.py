@@ -18,7 +18,8 @@ from pipeline.batch import Batch, Outputs, Progress
 from pipeline.benches.drawn import draw_batch, draw_outputs
 from pipeline.benches.measure import Mark, Measured, measure_parts
 from pipeline.build import layout
-from pipeline.check import made_of
+from pipeline.check import build_parts
+from pipeline.check import measure as built
 from pipeline.composition import about, shown
 from pipeline.distiller import Distiller
 from pipeline.losses._base import Facts, LossSpec, autocast
@@ -38,7 +39,7 @@ def measure_losses(
     torch.manual_seed(recipe.seed)
     found: list[Measured] = []
     with about(shown(loaded.path)):
-        _, _, facts, _ = made_of(recipe)
+        facts = build_parts(recipe, built).facts
         given = draw_given(recipe, facts, device)
         images = len(given.batch.labels_B)
         for name, spec in recipe.losses.items():

@@ -24,6 +24,8 @@ class Measured(NamedTuple):
     """Worked on by one repeat; 0 where it is none's business."""
     counts: Mapping[str, int] = {}
     """What else is known of it, by what it counts, such as ``parameters``."""
+    steps: int = 1
+    """Of one repeat."""
 
     @property
     def median(self) -> float:
@@ -34,6 +36,12 @@ class Measured(NamedTuple):
     def images_per_second(self) -> float:
         """Rate of the middle repeat."""
         return self.images / self.median
+
+    @property
+    def milliseconds(self) -> tuple[float, float, float]:
+        """Of a step: those of the middle repeat, the least and the most."""
+        middle, least, most = (1000 * x / self.steps for x in (self.median, min(self.seconds), max(self.seconds)))
+        return middle, least, most
 
 
 def measure(
@@ -80,4 +88,4 @@ def measure_parts(
             function(split.mark)
         for name, seconds in split.read().items():
             by_name.setdefault(name, []).append(seconds)
-    return [Measured(name, seconds, steps * images) for name, seconds in by_name.items()]
+    return [Measured(name, seconds, steps * images, steps=steps) for name, seconds in by_name.items()]

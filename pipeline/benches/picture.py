@@ -14,14 +14,16 @@ from pipeline.benches.step import WHOLE
 
 def draw(record: Record, path: Path) -> None:
     """Write the picture as a PNG: a step as one stacked bar, anything else as a bar for each row, with its range."""
-    rows = 2.4 if record.what == "step" else 1.2 + 0.4 * len(record.measured)
-    figure = Figure(figsize=(9, rows), layout="constrained")
+    stacked = record.what == "step"
+    figure = Figure(figsize=(9, 2.6 if stacked else 1.2 + 0.4 * len(record.measured)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _stack(axes, record) if record.what == "step" else _bars(axes, record)
+    _stack(axes, record) if stacked else _bars(axes, record)
     axes.set_xlabel("milliseconds a step")
     axes.set_title(f"{record.what} of {record.recipe}, {record.machine['gpu'] or record.machine['cpu']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+    if stacked:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -30,16 +32,15 @@ def _stack(axes: Axes, record: Record) -> None:
     left, shares = 0.0, record.shares()
     for each in record.measured:
         if each.name != WHOLE:
-            width = 1000 * each.median / record.steps
+            width, _, _ = each.milliseconds
             axes.barh(0, width, left=left, label=f"{each.name} {shares[each.name]:.1%}")
             left += width
     axes.set_yticks([])
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.4), frameon=False)
 
 
 def _bars(axes: Axes, record: Record) -> None:
     """Draw every row's median, with its range as a whisker."""
     for each in record.measured:
-        median, low, high = (1000 * x / record.steps for x in (each.median, min(each.seconds), max(each.seconds)))
-        axes.barh(each.name, median, xerr=[[median - low], [high - median]], color="tab:blue", capsize=3)
+        middle, least, most = each.milliseconds
+        axes.barh(each.name, middle, xerr=[[middle - least], [most - middle]], color="tab:blue", capsize=3)
     axes.invert_yaxis()  # the first row on top

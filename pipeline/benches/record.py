@@ -38,8 +38,6 @@ class Record(BaseModel):
     machine: dict[str, Any]
     versions: dict[str, Any]
     """Of Python and the packages, with the commit and whether something was uncommitted."""
-    steps: int
-    """Of one repeat."""
     measured: tuple[Annotated[Measured, PlainSerializer(lambda measured: measured._asdict())], ...]
 
     def shares(self) -> dict[str, float]:
@@ -49,9 +47,7 @@ class Record(BaseModel):
         return {name: seconds / whole for name, seconds in medians.items()} if whole else {}
 
 
-def new_record(
-    what: str, loaded: LoadedRecipe, words: Sequence[str], steps: int, measured: Sequence[Measured]
-) -> Record:
+def new_record(what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measured]) -> Record:
     """Return the record of what has just been measured here."""
     return Record(
         what=what,
@@ -61,7 +57,6 @@ def new_record(
         date=datetime.now(UTC).isoformat(),
         machine=machine(),
         versions=versions(),
-        steps=steps,
         measured=tuple(measured),
     )
 
@@ -79,7 +74,6 @@ def machine() -> dict[str, Any]:
 
 def write_record(record: Record, folder: Path) -> Path:
     """Write the record into ``folder``, under a name of its own, and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     when = datetime.fromisoformat(record.date).strftime("%Y%m%d-%H%M%S-%f")
     path = folder / f"{record.what}-{Path(record.recipe).stem}-{when}.json"
     write_json(path, record.model_dump(mode="json"))

@@ -75,5 +75,5 @@ def split(timings: list[dict[str, Any]], steps: int, batch: int) -> list[Measure
     seconds = [{name: ms * steps / 1000 for name, ms in timing["milliseconds"].items()} for timing in timings]
     if not seconds:
         return []
-    whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], images=steps * batch)
-    return [whole, *(Measured(name, [parts[name] for parts in seconds]) for name in seconds[0])]
+    whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], images=steps * batch, steps=steps)
+    return [whole, *(Measured(name, [parts[name] for parts in seconds], steps=steps) for name in seconds[0])]
