@@ -22,7 +22,7 @@ class Measured(NamedTuple):
     """Of each repeat; warm-up left out."""
     images: int = 0
     """Worked on by one repeat; 0 where it is none's business."""
-    counts: Mapping[str, int] = {}
+    counts: Mapping[str, int | float] = {}
     """What else is known of it, by what it counts, such as ``parameters``."""
     steps: int = 1
     """Of one repeat."""

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipeline.benches.measure import Measured
@@ -19,6 +20,8 @@ from shards.manifest import read_manifest
 
 WHOLE = "step"
 """The row whose parts the others are."""
+RATES = ("teraflops", "mfu")
+"""What the journal knows of the whole, where it does."""
 
 
 def measure_step(loaded: LoadedRecipe, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
@@ -75,5 +78,6 @@ def split(timings: list[dict[str, Any]], steps: int, batch: int) -> list[Measure
     seconds = [{name: ms * steps / 1000 for name, ms in timing["milliseconds"].items()} for timing in timings]
     if not seconds:
         return []
-    whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], images=steps * batch, steps=steps)
+    rates = {name: median(each[name] for each in timings) for name in RATES if name in timings[0]}
+    whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], steps * batch, rates, steps)
     return [whole, *(Measured(name, [parts[name] for parts in seconds], steps=steps) for name in seconds[0])]

@@ -14,14 +14,17 @@ def table(record: Record) -> str:
     head = ["", "ms a step", "range", "images/s", *(["share"] if shares else []), *counted]
     rows = [_row(each, shares, counted) for each in record.measured]
     machine = ", ".join(f"{name} {value}" for name, value in record.machine.items() if value is not None)
-    return f"{record.what} of {record.recipe}, median of {len(record.measured[0].seconds)}; {machine}\n" + aligned(
-        [head, *rows]
-    )
+    repeats = len(record.measured[0].seconds)
+    return f"{record.what} of {record.recipe}, medians of {repeats} repeats; {machine}\n{aligned([head, *rows])}"
 
 
 def _row(measured: Measured, shares: dict[str, float], counted: list[str]) -> list[str]:
     middle, least, most = measured.milliseconds
     rate = f"{measured.images_per_second:,.1f}" if measured.images else ""
     share = [f"{shares[measured.name]:.1%}"] if shares else []
-    counts = [f"{measured.counts[name]:,}" if name in measured.counts else "" for name in counted]
+    counts = [_shown(measured.counts.get(name)) for name in counted]
     return [measured.name, f"{middle:,.3f}", f"{least:,.3f} – {most:,.3f}", rate, *share, *counts]
+
+
+def _shown(count: float | None) -> str:
+    return "" if count is None else f"{count:,}" if isinstance(count, int) else f"{count:.4g}"

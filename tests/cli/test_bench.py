@@ -144,8 +144,17 @@ def test_the_parts_of_a_step_add_up(step: Done):
     assert whole.images_per_second == pytest.approx(whole.images / whole.median)
     assert all(part.images == 0 for part in parts)
     shares = step.record.shares()
-    assert shares["step"] == 1
-    assert shares["backward"] > shares["rest"]
+    assert shares.pop("step") == 1
+    assert sum(shares.values()) == pytest.approx(1)  # of two repeats the median is the mean
+    assert whole.counts["teraflops"] > 0
+
+
+def test_the_loader_is_measured_and_tuned(place: Path, step: Done, monkeypatch: pytest.MonkeyPatch):
+    parts = command(place, "loader", "dkd.yaml", *QUICK).record.measured
+    assert {"read", "decode", "loader"} <= {part.name for part in parts}
+    assert all(part.images == 2 * 12 and part.steps == 2 for part in parts)
+    monkeypatch.setattr(bench, "tune", lambda loaded, device: [Measured("threads 1", [1.0], 12)])
+    assert [each.name for each in command(place, "loader", "dkd.yaml", "--tune").record.measured] == ["threads 1"]
 
 
 def test_a_measured_step_leaves_nothing_but_its_record(step: Done):
