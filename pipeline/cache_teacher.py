@@ -27,9 +27,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,7 +52,7 @@ from pipeline.composition import RecipeError, about, shown
 from pipeline.evaluate import check_teacher
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.linear_encoder import Encoder
-from pipeline.recipe import LoadedRecipe, Recipe, load_recipe, own_words, split_words
+from pipeline.recipe import LoadedRecipe, Recipe, load_recipe, own_words, split_words, typed_words
 from pipeline.runs import Unfinished, lock_folder, stand, world_size_asked
 from pipeline.teacher_cache import (
     DTYPE,
@@ -98,7 +97,7 @@ class Asked(BaseModel):
 def main(words: Sequence[str]) -> None:
     """Write the cache that the command line names, or say what it takes, or verify it."""
     own, rest = own_words([word for word in words if word not in FLAGS], tuple(Asked.model_fields))
-    asked = _parsed(own)
+    asked = typed_words(own, Asked)
     path, overrides = split_words(rest)
     loaded = load_recipe(path, overrides)
     with about(shown(loaded.path)):
@@ -121,17 +120,6 @@ def main(words: Sequence[str]) -> None:
             verify(recipe, folder, asked, loaded.recipe.teacher.accept)
         else:
             write(recipe, folder, asked)
-
-
-def _parsed(own: dict[str, str]) -> Asked:
-    try:
-        return Asked.model_validate({key: yaml.safe_load(text) for key, text in own.items()})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise RecipeError(f"command line: {key}: {first['msg']}, got {first['input']!r}") from None
-    except yaml.YAMLError:
-        raise RecipeError(f"command line: {' '.join(own.values())} is not YAML") from None
 
 
 def check_names_a_network(recipe: Recipe) -> None:

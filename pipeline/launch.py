@@ -23,6 +23,11 @@ from pipeline.composition import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.runs import Unfinished, world_size_asked
 
+BUCKET_MIB = 8
+"""Of gradients that DDP sends together. What backward overlaps with is all buckets but the last: the 16 MB of 4 million
+parameters would be one of torch's 25 MB, sent when all is computed, and are two or three of these. The 160 MB of 40
+million are 20, each still long enough for a network to be busy with its bytes, not its latency."""
+
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point on the command line's words; what a user can mend ends in one line and exit code 2."""
@@ -79,10 +84,7 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
                 # static graph is learned from a first step that is reduced, and the first micro-batch is not.
                 static_graph=recipe.accumulation == 1,
                 find_unused_parameters=recipe.accumulation > 1,
-                # What backward overlaps with is all buckets but the last: the 16 MB of 4 million parameters would be
-                # one of torch's 25 MB, sent when all is computed, and are two or three of these. The 160 MB of 40
-                # million are 20, each still long enough for a network to be busy with its bytes, not its latency.
-                bucket_cap_mb=8,
+                bucket_cap_mb=BUCKET_MIB,
             ),
             # Accelerate chooses the backend, but for DeepSpeed on a CPU: without the name each rank would be alone.
             InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),

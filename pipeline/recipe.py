@@ -11,8 +11,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipeline.composition import ROOT, Origins, RecipeError, composed, existing, networks, references, shown
@@ -22,6 +23,8 @@ from pipeline.losses._base import Losses, LossSpec, Taps, find_loss
 from pipeline.optimizers import Config as Optimizer
 from pipeline.schedules import Schedule
 from pipeline.teacher import Config as TeacherConfig
+
+Words = TypeVar("Words", bound=BaseModel)
 
 DEFAULT = ROOT / "configs" / "demo.yaml"
 
@@ -158,6 +161,18 @@ def own_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str]
     """Return (values by key, the other words) of those ``key=value`` words that are a command's own, no recipe's."""
     own = {key: value for key, _, value in (word.partition("=") for word in words) if key in keys}
     return own, [word for word in words if word.partition("=")[0] not in keys]
+
+
+def typed_words(own: dict[str, str], kind: type[Words]) -> Words:
+    """Return a command's own words, in YAML syntax, as ``kind`` knows them. Raises RecipeError."""
+    try:
+        return kind.model_validate({key: yaml.safe_load(text) for key, text in own.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"command line: {key}: {first['msg']}, got {first['input']!r}") from None
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: {' '.join(own.values())} is not YAML") from None
 
 
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:

@@ -39,7 +39,7 @@ def print_table(run: Run) -> None:
     others += [("student", path) for path in recipe.compare]
     runs = [(role, find_run(load_dependency(recipe, path))) for role, path in others]
     rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher or start else "network", run)]]
-    print(_table([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
+    print(aligned([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
 
 
 def _row(role: str, run: Run) -> list[str]:
@@ -63,7 +63,8 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """Return the rows as lines, the first above a rule, with columns as wide as their widest cell."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:]])

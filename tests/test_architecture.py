@@ -125,6 +125,7 @@ def test_imports_point_downward(path: Path):
             },
         ),
         ("deepspeed", {"pipeline.zero"}),
+        ("matplotlib", {"pipeline.benches.picture"}),
         ("torchvision.transforms", set()),
         ("pickle", {"shards.prepare_cifar"}),
     ],

@@ -77,7 +77,7 @@ def measure_in_turn(
                 take(items, warmup)
                 once = measure(name, lambda items=items: take(items, steps), device=device, repeats=1, warmup=0)
                 seconds[name] += once.seconds
-    return [Measured(name, each, images) for name, each in seconds.items()]
+    return [Measured(name, each, images, steps=steps) for name, each in seconds.items()]
 
 
 class Reading:

@@ -1,0 +1,133 @@
+"""Measure where the time of a recipe goes on this machine, and keep what was measured.
+
+    python pipeline/bench.py step RECIPE [key=value …]        real training: data, teacher, student, losses, backward, …
+    python pipeline/bench.py losses RECIPE                    each loss by itself, with memory; needs no data
+    python pipeline/bench.py teacher RECIPE                   the teacher by itself, on drawn images
+    python pipeline/bench.py loader RECIPE [--tune]           reading and decoding; --tune looks for the best settings
+    torchrun --nproc_per_node 8 pipeline/bench.py allreduce RECIPE      the gradients' sum by itself
+
+Its own words: ``repeats=5 steps=10`` (in each of them) ``warmup=2`` (steps before them) ``out=runs/bench``, where each
+command leaves a record (JSON) and its picture. ``--compare OLD.json`` shows what is faster and what is slower than in
+an earlier record. What is measured is the first rank's time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+
+from pipeline import parallel
+from pipeline.benches.allreduce import measure_allreduce
+from pipeline.benches.compare import compare
+from pipeline.benches.loading import measure_loading
+from pipeline.benches.losses import measure_losses
+from pipeline.benches.measure import Measured
+from pipeline.benches.picture import draw
+from pipeline.benches.record import new_record, read_record, write_record
+from pipeline.benches.step import measure_step
+from pipeline.benches.table import table
+from pipeline.benches.teacher import measure_teacher
+from pipeline.benches.tuning import tune
+from pipeline.composition import RecipeError
+from pipeline.launch import create_accelerator, entry, use_all_cores
+from pipeline.recipe import LoadedRecipe, load_recipe, own_words, split_words, typed_words
+from pipeline.runs import is_main_asked, prepare_shards, stand
+
+ALONE: dict[str, Callable[..., list[Measured]]] = {
+    "loader": measure_loading,
+    "teacher": measure_teacher,
+    "losses": measure_losses,
+    "allreduce": measure_allreduce,
+}
+WHAT = (*ALONE, "step")
+
+
+class Asked(BaseModel):
+    """The command's own words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    repeats: PositiveInt = 5
+    warmup: NonNegativeInt = 2
+    steps: PositiveInt = 10
+    out: Path = Path("runs/bench")
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure what the command line names, print it, and leave a record of it."""
+    what, rest = what_of(words)
+    tunes, (earlier, rest) = "--tune" in rest, compared([word for word in rest if word != "--tune"])
+    if tunes and what != "loader":
+        raise RecipeError(f"command line: --tune is of the loader, not of {what}")
+    old = read_record(earlier, what) if earlier else None
+    own, rest = own_words(rest, tuple(Asked.model_fields))
+    asked = typed_words(own, Asked)
+    loaded = load_recipe(*split_words(rest))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    use_all_cores()
+    measured = measure(what, loaded, asked, tunes=tunes)
+    parallel.stop()
+    if not (measured and is_main_asked()):
+        return
+    record = new_record(what, loaded, words, measured)
+    path = write_record(record, asked.out)
+    print(table(record))
+    if old:
+        print(f"\ncompared with {earlier}\n{compare(old, record)}")
+    draw(record, path.with_suffix(".png"))
+    print(f"\n{path}")
+
+
+def what_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what is to be measured and the other words. Raises RecipeError."""
+    what, *rest = words or [""]
+    if what not in WHAT:
+        near = difflib.get_close_matches(what, WHAT, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "such as: bench.py step RECIPE"
+        raise RecipeError(f"command line: expected {', '.join(WHAT[:-1])} or {WHAT[-1]} first, got {what!r}; {hint}")
+    return what, rest
+
+
+def compared(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the record that ``--compare`` names, if it is there, and the other words. Raises RecipeError."""
+    if "--compare" not in words:
+        return None, words
+    place = words.index("--compare")
+    if place + 1 == len(words):
+        raise RecipeError("command line: --compare: name an earlier record, such as runs/bench/step-….json")
+    return Path(words[place + 1]), [*words[:place], *words[place + 2 :]]
+
+
+def measure(what: str, loaded: LoadedRecipe, asked: Asked, *, tunes: bool) -> list[Measured]:
+    """Make what the measurement stands on, where it is not there, and measure."""
+    loaded, how = bare(loaded, asked.out), asked.model_dump(include={"repeats", "warmup", "steps"})
+    if what == "loader":
+        prepare_shards(loaded)
+    elif what in ("teacher", "step"):
+        loaded = dataclasses.replace(loaded, recipe=stand(loaded).recipe)
+    if what == "step":  # training makes its own Accelerator
+        return measure_step(loaded, **how)
+    device = create_accelerator(loaded.recipe).device
+    return tune(loaded, device) if tunes else ALONE[what](loaded, device, **how)
+
+
+def bare(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
+    """Return the recipe without what takes time and is no part of a step, beginning anew in a folder below ``out``."""
+    recipe = loaded.recipe
+    teacher = recipe.teacher.model_copy(update={"expect_top1": None}) if recipe.teacher else None
+    student = recipe.student.model_copy(update={"start": None})
+    changed = {"teacher": teacher, "student": student, "compare": (), "folder": str(out)}
+    return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed))
+
+
+if __name__ == "__main__":
+    entry(main)

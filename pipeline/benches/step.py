@@ -1,0 +1,83 @@
+"""Where a step of real training goes: ``train`` itself for some steps, as its journal splits them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.benches.measure import Measured
+from pipeline.recipe import Checkpoints, Journal, LoadedRecipe, Recipe, Stop
+from pipeline.runs import Unfinished, find_run, is_main_asked, world_size_asked
+from pipeline.train import train
+from shards.manifest import read_manifest
+
+WHOLE = "step"
+"""The row whose parts the others are."""
+RATES = ("teraflops", "mfu")
+"""What the journal knows of the whole, where it does."""
+
+
+def measure_step(loaded: LoadedRecipe, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
+    """Return the time of the steps and that of their parts, a line of the journal a repeat; on the main rank.
+
+    Warm-up fills whole lines. Epochs may end meanwhile: evaluations stop the journal's clock.
+    """
+    settled = -(-max(warmup, 1) // steps) * steps  # the first step has a line of its own, which is none of the repeats
+    total = settled + repeats * steps
+    folder = scratch(Path(loaded.recipe.folder or "."))
+    short = shortened(loaded.recipe, total, steps).model_copy(update={"folder": str(folder)})
+    with removed(folder), contextlib.redirect_stdout(io.StringIO()):  # how to go on with this run is nobody's question
+        train(find_run(LoadedRecipe(short, loaded.path)))
+        text = (folder / "journal.jsonl").read_text() if is_main_asked() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    timings = [line["timing"] for line in lines if "timing" in line and line["step"] > settled]
+    if is_main_asked() and len(timings) < repeats:
+        raise Unfinished("stopped before all was measured; nothing is written")
+    return split(timings, steps, loaded.recipe.batch)
+
+
+def shortened(recipe: Recipe, total: int, steps: int) -> Recipe:
+    """Return the recipe of a run that ends after ``total`` steps and writes down the time of every ``steps``."""
+    in_epoch = read_manifest(Path(recipe.data.path)).splits["train"].samples // recipe.batch
+    changed: dict[str, Any] = {
+        "epochs": max(recipe.epochs, total // max(in_epoch, 1) + 1),  # its very last step would be written down, too
+        "stop": Stop(steps=total),
+        "journal": Journal(every_steps=steps, trackers=()),
+        "checkpoints": Checkpoints(every_epochs=0, poll_steps=recipe.checkpoints.poll_steps),
+    }
+    return recipe.model_copy(update=changed)
+
+
+def scratch(folder: Path) -> Path:
+    """Return a run folder below ``folder`` that is the same for all ranks of this command, and no other's."""
+    place = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return folder / f"step-{'-'.join(place) if world_size_asked() > 1 else os.getpid()}"
+
+
+@contextlib.contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    """Begin without the folder, which a killed command may have left, and leave none."""
+    if is_main_asked():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        if is_main_asked():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def split(timings: list[dict[str, Any]], steps: int, batch: int) -> list[Measured]:
+    """Return the whole and its parts in seconds of a repeat, from the milliseconds of a step."""
+    seconds = [{name: ms * steps / 1000 for name, ms in timing["milliseconds"].items()} for timing in timings]
+    if not seconds:
+        return []
+    rates = {name: median(each[name] for each in timings) for name in RATES if name in timings[0]}
+    whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], steps * batch, rates, steps)
+    return [whole, *(Measured(name, [parts[name] for parts in seconds], steps=steps) for name in seconds[0])]
