@@ -35,7 +35,7 @@ class Counts(NamedTuple):
     kept: int
     """Bytes that forward keeps for backward besides the weights."""
     alive: int
-    """Tensors of the loop between two steps."""
+    """Tensors that steps have made and left."""
 
 
 class Watch(Collectives):
