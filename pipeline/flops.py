@@ -24,8 +24,13 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         formula = FORMULAS.get(func._overloadpacket)
+        if formula is None and torch.is_inference_mode_enabled():  # there alone conv2d comes as such
+            with self:
+                composed = func.decompose(*args, **kwargs)
+            if composed is not NotImplemented:
+                return composed
+        result = func(*args, **kwargs)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         return result

@@ -17,6 +17,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--endurance", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--record", metavar="WHY", help="store what test_counts.py counts, and in BENCHMARKS.md why")
     parser.addoption(
         "--published",
         type=Path,

@@ -291,6 +291,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
         ({"bf16": {"enabled": True}}, [], "bf16: "),
         ({"optimizer": {"type": "Adam"}}, [], "optimizer: leave it to the recipe"),
         ({"stage": 0}, [], "zero_optimization.stage: expected 1, 2 or 3, got 0"),
+        ({}, ["compress=auxiliary"], "compress: DeepSpeed sends the gradients, and in float32; leave the key out"),
         ({}, ["precision=fp16"], "precision: fp16 is not done under DeepSpeed; give precision=bf16"),
         ({"stage": 3}, ["ema.decay=0.9"], "ema: under ZeRO-3 no rank has the weights to average; take zero2.json"),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has the weights"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,9 @@ def recipe_of(path: Path, *words: str) -> Recipe:
     return load_recipe(path, words).recipe
 
 
-def test_resnet50_forward_is_what_everyone_counts():
-    with torch.device("meta"), FlopCounter() as counted:
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_resnet50_forward_is_what_everyone_counts(context: Callable[[], AbstractContextManager[None]]):
+    with torch.device("meta"), context(), FlopCounter() as counted:
         create_model("resnet50", 1000)(torch.empty(2, 3, 224, 224))
     assert counted.flops / 2 / 2 == pytest.approx(RESNET50, rel=1e-3)
 

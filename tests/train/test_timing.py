@@ -6,10 +6,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from gloo_ranks import Ranks
+from torch import distributed as dist
+from torch import nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from training_on_ranks import train
 
+from pipeline.journal import trace
 from pipeline.timing import Split
 
 Train = Callable[..., None]
@@ -37,6 +45,65 @@ def test_the_journal_splits_a_step_into_all_that_it_consists_of(run_train: Train
         together = sum(timing["milliseconds"].values()) / 1000
         assert together == pytest.approx(12 / timing["images_per_second"], rel=0.05)
         assert timing["data_wait"] == pytest.approx(timing["milliseconds"]["data"] / 1000 / together, abs=0.01)
+
+
+def timed_backwards(rank: int, world: int, static_graph: bool) -> list[dict[str, float]]:
+    """Return the split of backwards whose all-reduce takes 0.3 seconds."""
+
+    def slow(_, bucket):
+        def answer(done: Future[list[torch.Tensor]]) -> torch.Tensor:
+            time.sleep(0.3)
+            return done.value()[0]
+
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(answer)  # type: ignore[union-attr]
+
+    model = DistributedDataParallel(nn.Linear(3, 3), static_graph=static_graph, gradient_as_bucket_view=True)
+    model.register_comm_hook(None, slow)
+    split, found = Split(CPU, by_ddp=True), []
+    for _ in range(3):
+        total = model(torch.ones(2, 3)).square().sum()
+        split.begin()
+        with split.backward(total):
+            total.backward()
+        found.append(split.read())
+    return found
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_what_backward_waits_for_other_ranks_is_communication(static_graph: bool, ranks: Ranks):
+    for found in ranks(timed_backwards, static_graph):
+        assert all(list(split) == ["backward", "communication"] for split in found)
+        assert min(split["backward"] for split in found) < 0.2
+        assert max(split["communication"] for split in found) > 0.25
+
+
+def train_unmarked(rank: int, world: int, folder: Path, words: list[str]) -> None:
+    """Train as where there is no DDP to wait for."""
+    with mock.patch("pipeline.journal.Split", lambda device, **_: Split(device)):
+        train(rank, world, folder, words)
+
+
+def test_several_ranks_journal_has_communication_and_marking_it_changes_no_number(ranks: Ranks, recipes: Path):
+    words = ["ce.yaml", "stop.steps=4"]
+    ranks(train, recipes, [*words, "folder=runs/marked"])
+    ranks(train_unmarked, recipes, [*words, "folder=runs/unmarked"])
+    marked, unmarked = (recipes / "runs" / name / "journal.jsonl" for name in ("marked", "unmarked"))
+    assert trace(marked) == trace(unmarked)
+    parts = ["data", "teacher", "student", "losses", "backward", "communication", "optimizer", "rest"]
+    for path, expected in {marked: parts, unmarked: [part for part in parts if part != "communication"]}.items():
+        assert list(json.loads(path.read_text().splitlines()[0])["timing"]["milliseconds"]) == expected
+
+
+def test_neither_reading_ahead_nor_writing_down_changes_a_number(run_train: Train, recipes: Path):
+    run_train("teacher.yaml")
+    words = ("ddkd.yaml", "compare=null", "epochs=1")
+    run_train(*words, "folder=runs/one", "data.prefetch=1")
+    run_train(*words, "folder=runs/other", "data.prefetch=4", "journal.every_steps=50")
+    one, other = (recipes / "runs" / name for name in ("one", "other"))
+    lines = trace(other / "journal.jsonl")
+    assert [line["step"] for line in lines] == [1, 5, 5]  # the last is the evaluation
+    assert all(line in trace(one / "journal.jsonl") for line in lines)
+    assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
 
 
 @pytest.mark.gpu
