@@ -207,8 +207,8 @@ class Plan:
 
 def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:
     # A byte of every page, so that page faults happen here. ``take`` lets the training thread run meanwhile, however
-    # few the bytes are; a maximum of so few would not, and one of all of them takes five times as long.
-    for view in views:
+    # few the bytes are; a maximum of so few would not, and one of all of them is slow.
+    for view in filter(len, views):
         view.take(np.arange(0, len(view) + _PAGE - 1, _PAGE), mode="clip")
 
 

@@ -187,7 +187,7 @@ def test_every_page_of_an_image_is_read_while_other_threads_run() -> None:
             touched.extend((np.minimum(indices, len(self) - 1) // page).tolist())
             return super().take(indices, *args, **keys)
 
-    for size in (1, page, page + 1, 3 * page):
+    for size in (0, 1, page, page + 1, 3 * page):
         touched.clear()
         _read_into_memory([np.zeros(size, np.uint8).view(Pages)])
         assert set(touched) == set(range(-(-size // page)))
