@@ -105,7 +105,7 @@ class Alone:
     def forward(self) -> Tensor:
         """Return what the loss adds to the total, as a Distiller asks for it."""
         with autocast(self.given.student.logits_BK, self.dtype):
-            parts = self.loss.parts(*self.given, progress=Progress(steps_per_epoch=1))
+            parts = self.loss.parts(*self.given, Progress(steps_per_epoch=1))
             return torch.stack(list(parts.values())).sum()
 
     def step(self, mark: Mark) -> None:
