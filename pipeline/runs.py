@@ -154,9 +154,10 @@ def identity(recipe: Recipe, run: Path) -> dict[str, Any]:
     for key in _NOT_IDENTITY_TEACHER:
         teacher.pop(key, None)
     # A run that needs none of these is the one that it was before there were any.
-    for section, keys in ((tree, ("compress",)), (teacher, ("cache", "fallback"))):
+    compiled = [(network, ("compile",)) for network in (tree["student"], teacher, *(teacher.get("members") or ()))]
+    for section, keys in ((tree, ("compress",)), (teacher, ("cache", "fallback")), *compiled):
         for key in keys:
-            if section.get(key, ...) is None:
+            if not section.get(key, True):
                 del section[key]
     return tree
 
