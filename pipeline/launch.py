@@ -64,6 +64,7 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     ranks.meet()
     # Accelerate has no field yet for the name that torch would rather have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # wanted all the same
     accelerator = Accelerator(
         # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
         cpu=cpu and plugin is None,
@@ -80,10 +81,10 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                # Either way a parameter may do without a gradient, as a head does where only features are compared. A
-                # static graph is learned from a first step that is reduced, and the first micro-batch is not.
-                static_graph=recipe.accumulation == 1,
-                find_unused_parameters=recipe.accumulation > 1,
+                # A parameter may do without a gradient, as a head does where only features are compared. Of the ways to
+                # say so this one alone keeps its buckets: others make them anew after a command's first steps, and
+                # three ranks' sum in other buckets has other last bits, so that no resumed run would be the same.
+                find_unused_parameters=True,
                 bucket_cap_mb=BUCKET_MIB,
             ),
             # Accelerate chooses the backend, but for DeepSpeed on a CPU: without the name each rank would be alone.

@@ -194,9 +194,8 @@ def add_over_ranks_(x: Tensor) -> Tensor:
 def compress_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Let DDP, if it wraps ``module``, send the gradients of these parameters in bfloat16: half the bytes.
 
-    DDP sends buckets of gradients. Those with other parameters among them are averaged as without this, bit for bit:
-    one on the border between the two kinds, and in a command's first two steps, when a bucket may hold everything, all.
-    A compressed mean of W ranks is off by at most W·2⁻⁸ of their mean magnitude.
+    DDP sends buckets of gradients. One with other parameters among them is averaged as without this, bit for bit. A
+    compressed mean of W ranks is off by at most W·2⁻⁸ of their mean magnitude.
     """
     if isinstance(module, DistributedDataParallel):
         # DDP looks at a hook's annotations, which are strings here.

@@ -28,7 +28,7 @@ class Counts(NamedTuple):
 
     flops: int
     operators: int
-    """Dispatched by torch, from Python or from C++: each is one kernel, or a few, or a view."""
+    """Dispatched by torch, from Python or from C++, and no mere views: each is a kernel, or a few, or an allocation."""
     collectives: int
     sent: int
     """Bytes handed to them."""
@@ -51,7 +51,7 @@ class Watch(Collectives):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.operators += 1
+        self.operators += not func.is_view
         made = [result] if isinstance(result, Tensor) else tree_leaves(result)
         self.made |= {id(x): weakref.ref(x) for x in made if isinstance(x, Tensor)}
         return result

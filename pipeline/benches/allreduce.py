@@ -53,8 +53,7 @@ def sendings(recipe: Recipe) -> list[tuple[int, torch.dtype]]:
     distiller = Distiller(student_named(recipe).build(facts.num_classes), recipe.losses, facts)
     small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
     compressed = set(small.parameters()) if small else set()
-    # About the order in which backward comes to them.
-    learning = [parameter for parameter in reversed(list(distiller.parameters())) if parameter.requires_grad]
+    learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     return [
         (sum(x.numel() for x in bucket), torch.bfloat16 if compressed.issuperset(bucket) else torch.float32)
         for bucket in buckets(learning, BUCKET_MIB * MIB)
@@ -62,10 +61,13 @@ def sendings(recipe: Recipe) -> list[tuple[int, torch.dtype]]:
 
 
 def buckets(gradients: Iterable[Tensor], largest: int) -> list[list[Tensor]]:
-    """Return DDP's buckets: a gradient is put into the last one, which is full once it has ``largest`` bytes."""
+    """Return DDP's buckets in the order in which it sends them, backward's.
+
+    A gradient is put into the last one, which is full once it has ``largest`` bytes.
+    """
     filled: list[list[Tensor]] = [[]]
     for gradient in gradients:
         if sum(x.nbytes for x in filled[-1]) >= largest:
             filled.append([])
         filled[-1].append(gradient)
-    return filled
+    return filled[::-1]

@@ -91,8 +91,8 @@ class _Differentiated(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
-        shapes = [shape, (shape[0], len(weight), *shape[2:])] * uses
-        return tuple(weight.new_empty(1, dtype=dtype).expand(each) for each in shapes)
+        blank, shapes = weight.new_empty(1, dtype=dtype), [shape, (shape[0], len(weight), *shape[2:])] * uses
+        return tuple(blank.expand(each) for each in shapes)
 
     @staticmethod
     @once_differentiable

@@ -33,10 +33,10 @@ def distiller_of(name: str, teacher: dict[str, tuple[int, ...]], taps: Taps, lab
     return Distiller(student, {key: load_spec(key, config_of(key)) for key in ("ce", name)}, facts).double()
 
 
-def under_ddp(model: nn.Module, micro_batches: int) -> nn.Module:
+def under_ddp(model: nn.Module) -> nn.Module:
     """Return the model as ``launch.create_accelerator`` has it wrapped."""
-    graph = {"static_graph": micro_batches == 1, "find_unused_parameters": micro_batches > 1}
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **graph)
+    options = {"gradient_as_bucket_view": True, "find_unused_parameters": True}
+    return DistributedDataParallel(model, broadcast_buffers=False, **options)
 
 
 def gradients(rank: int, world: int, name: str, micro_batches: int = 1) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def gradients(rank: int, world: int, name: str, micro_batches: int = 1) -> dict[
     images = torch.randn(ROWS, 3, 8, 8, dtype=torch.float64)
     logits = torch.randn(ROWS, CLASSES, dtype=torch.float64)
     features = {tap: torch.randn(ROWS, *shape, dtype=torch.float64) for tap, shape in teacher_shapes.items()}
-    wrapped = under_ddp(model, micro_batches) if world > 1 else model
+    wrapped = under_ddp(model) if world > 1 else model
     *others, last = torch.arange(ROWS).split(ROWS // micro_batches)
     for share in (*others, last):
         own = share[rank * len(share) // world : (rank + 1) * len(share) // world]

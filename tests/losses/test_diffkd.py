@@ -259,7 +259,9 @@ def gradients_under_ddp(rank: int, world: int, detach: bool) -> dict[str, Tensor
     )
     own = case.at(list(range(6 * rank // world, 6 * (rank + 1) // world)))
     model = Trained(case)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, static_graph=True) if world > 1 else model
+    wrapped = (
+        DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True) if world > 1 else model
+    )
     with draws_of_the_global_batch(rank, world):
         for seed in range(2):
             model.zero_grad()

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from gloo_ranks import Ranks
 from safetensors.torch import load_file
+from training_on_ranks import train
 
 from pipeline.journal import trace
 
@@ -26,6 +28,17 @@ def contrastive(run_train: Train, recipes: Path) -> str:
     (recipes / "crd.yaml").write_text(yaml.safe_dump({**own, "folder": "runs/crd"}))
     run_train("teacher.yaml")
     return "crd.yaml"
+
+
+def test_three_ranks_go_on_bit_for_bit(recipes: Path, three_ranks: Ranks):
+    """Unlike two ranks' sum, that of three follows from the order, and so from the buckets that gradients lie in."""
+    words = ["ce.yaml", "epochs=1"]
+    three_ranks(train, recipes, [*words, "folder=runs/whole"])
+    three_ranks(train, recipes, [*words, "folder=runs/parts", "stop.steps=2"])
+    three_ranks(train, recipes, [*words, "folder=runs/parts"])
+    whole, parts = (trace(recipes / "runs" / name / "journal.jsonl") for name in ("whole", "parts"))
+    assert len(whole) == 6
+    assert parts == whole
 
 
 @pytest.mark.parametrize("ranks_before", [1, 2])
