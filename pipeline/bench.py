@@ -70,6 +70,8 @@ def main(words: Sequence[str]) -> None:
         raise RecipeError(f"command line: --tune is of the loader, not of {what}")
     old = read_record(earlier, what) if earlier else None
     own, rest = own_words(rest, tuple(Asked.model_fields))
+    if tunes and (stray := own.keys() - {"out"}):
+        raise RecipeError(f"command line: --tune chooses {', '.join(sorted(stray))} itself; leave them out")
     asked = typed_words(own, Asked)
     loaded = load_recipe(*split_words(rest))
     asked.out.mkdir(parents=True, exist_ok=True)

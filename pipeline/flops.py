@@ -82,7 +82,7 @@ PEAKS = {
     "V100": Peak(125, None, 15.7),
     "T4": Peak(65, None, 8.1),
 }
-OTHERS = {"MIG", "Laptop", "D"}
+OTHERS = {"MIG", "Laptop", "D", "Ti", "FHHL"}
 """A word of these names another GPU, or a part of one."""
 
 

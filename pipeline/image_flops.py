@@ -28,7 +28,9 @@ def image_flops(recipe: Recipe) -> float | None:
         with torch.device("meta"), parallel.alone():
             parts = build_parts(recipe, run_once)
             return _of_student(recipe, parts) + _of_teachers(recipe, parts)
-    except Exception:
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        print(f"note: the journal will not say TFLOP/s: what this recipe computes cannot be counted ({reason})")
         return None
 
 

@@ -85,6 +85,7 @@ class Journal:
         for item in stream:
             self.split.mark("data")
             yield item
+            self.split.mark("rest")
 
     def observe(self, losses: dict[str, Tensor]) -> None:
         """Keep the loss parts of a micro-batch for its step."""
@@ -149,6 +150,7 @@ class Journal:
         """
         self.split.mark("rest")
         by_name, steps = self.split.read(), step - self.since_step
+        by_name["rest"] = by_name.pop("rest")  # the last, though the clock was started within it
         seconds, images = time.perf_counter() - self.since, steps * self.batch
         self._restart_clock(step)
         self.images += images

@@ -44,6 +44,8 @@ PREEMPTED = "preempted"
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
+# What makes another run only where it is asked for.
+_OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,14 @@ def identity(recipe: Recipe, run: Path) -> dict[str, Any]:
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
     for key in _NOT_IDENTITY_TEACHER:
         teacher.pop(key, None)
-    # A run that needs none of these is the one that it was before there were any.
-    compiled = [(network, ("compile",)) for network in (tree["student"], teacher, *(teacher.get("members") or ()))]
-    for section, keys in ((tree, ("compress",)), (teacher, ("cache", "fallback")), *compiled):
-        for key in keys:
-            if not section.get(key, True):
-                del section[key]
-    return tree
+    return _without_unused(tree)
+
+
+def _without_unused(tree: Any) -> Any:
+    """Return the tree without options that are off: a run is the one that it was before there were any."""
+    if isinstance(tree, dict):
+        return {key: _without_unused(value) for key, value in tree.items() if value or key not in _OPTIONS}
+    return [_without_unused(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:

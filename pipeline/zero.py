@@ -135,6 +135,8 @@ def _refuse(recipe: Recipe, stage: int) -> None:
         raise RecipeError("precision: fp16 is not done under DeepSpeed; give precision=bf16 or precision=fp32")
     if recipe.compress:
         raise RecipeError("compress: DeepSpeed sends the gradients, and in float32; leave the key out, or take DDP")
+    if stage == 3 and recipe.student.compile:
+        raise RecipeError("student.compile: under ZeRO-3 no weight is whole when torch compiles; leave the key out")
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
         raise RecipeError(f"{average}: under ZeRO-3 no rank has the weights to average; take zero2.json, or DDP")

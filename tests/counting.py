@@ -20,7 +20,7 @@ from pipeline import train
 from pipeline.flops import FlopCounter
 
 EARLY, LATE = 3, 8
-"""Steps after which what is alive is compared; the later one is counted. DDP has its buckets from the third on."""
+"""Steps after which what is alive is compared; the later one is counted."""
 
 
 class Counts(NamedTuple):

@@ -75,6 +75,7 @@ def measure_in_turn(
         for _ in range(repeats):
             for name, items in parts.items():
                 take(items, warmup)
+                parallel.barrier()  # ranks of a machine share its cores, here as in training
                 once = measure(name, lambda items=items: take(items, steps), device=device, repeats=1, warmup=0)
                 seconds[name] += once.seconds
     return [Measured(name, each, images, steps=steps) for name, each in seconds.items()]

@@ -112,7 +112,7 @@ class Alone:
         """Run forward and backward; that the loss takes the batch in belongs to the second."""
         total = self.forward()
         mark(FORWARD)
-        learning = [*tensors(self.given.student), *self.distiller.parameters()]
+        learning = [x for x in (*tensors(self.given.student), *self.distiller.parameters()) if x.requires_grad]
         torch.autograd.grad(total, learning, allow_unused=True)
         self.distiller.commit()
         mark(BACKWARD)

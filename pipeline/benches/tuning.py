@@ -46,7 +46,8 @@ def tune(loaded: LoadedRecipe, device: torch.device) -> list[Measured]:
     best, measured = recipe.data.model_copy(update={"threads": cores(), "prefetch": 2}), []
     for key, values in sweeps.items():
         tried = _sweep(recipe, [best.model_copy(update={key: value}) for value in values], key, device)
-        best = best.model_copy(update={key: _least_of_the_best(dict(zip(values, tried, strict=True)))})
+        chosen = _least_of_the_best(dict(zip(values, tried, strict=True)))
+        best = best.model_copy(update={key: parallel.gather_objects(chosen)[0]})
         measured += tried
     if parallel.is_main():
         _conclude(recipe.data, best, device)
@@ -63,7 +64,7 @@ def _sweep(recipe: Recipe, configs: list[Config], key: str, device: torch.device
     loaders = [open_training(recipe.model_copy(update={"data": config}), device) for config in configs]
     full = 2 * max(loader.pace.prefetch for loader in loaders) + 1  # what was made before anyone asked
     pilot = measure_in_turn({key: stream(loaders[-1])}, device, repeats=1, warmup=full, steps=2, images=0)
-    steps = max(1, round(2 * SECONDS / pilot[0].median))
+    steps = parallel.gather_objects(max(1, round(2 * SECONDS / pilot[0].median)))[0]  # ranks go in step
     names = [f"{key} {getattr(config, key)}" for config in configs]
     parts = {name: stream(loader) for name, loader in zip(names, loaders, strict=True)}
     images = steps * loaders[0].plan.micro_batch

@@ -182,11 +182,13 @@ class Plan:
         if self.columns is None:
             return {}
         columns = self.columns(view)
+        if beyond := [name for name, column in columns.items() if len(column) <= ids.max()]:
+            raise ValueError(f"{beyond[0]} has {len(columns[beyond[0]])} rows, and id {ids.max()} is asked for")
         extra = {name: self._empty(len(ids), column) for name, column in columns.items()}
 
         def take(part: slice) -> None:
             for name, column in columns.items():
-                # Straight to where they belong: the default mode, which refuses an id out of range, copies twice.
+                # Straight to where they belong: the default mode, which looks at every id, copies twice.
                 column.take(ids[part], axis=0, out=extra[name].numpy()[part], mode="clip")
 
         each = -(-len(ids) // _READS_AT_ONCE)

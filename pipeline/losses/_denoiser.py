@@ -113,10 +113,14 @@ class Denoiser(nn.Module):
 
     @property
     def passes(self) -> int:
-        """How many passes of Φ share one gradient of its weights; 0 where each has its own."""
+        """How many passes of Φ share one gradient of its weights; 0 where each has its own.
+
+        On a CPU alone: all passes' inputs and gradients are kept until then, and a GPU's many rows gain little.
+        """
         one_by_one = self.diffusion.detach_predictor or self.diffusion.checkpoint
-        whole = all(parameter.numel() for parameter in self.predictor.parameters())  # ZeRO-3 lends them pass by pass
-        return 0 if one_by_one or not whole else self.diffusion.sampler_steps + 1
+        weights = list(self.predictor.parameters())
+        whole = all(weight.numel() for weight in weights)  # ZeRO-3 lends them pass by pass
+        return self.diffusion.sampler_steps + 1 if weights[0].device.type == "cpu" and whole and not one_by_one else 0
 
     def predict(self, y_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Return Φ(y, t)."""

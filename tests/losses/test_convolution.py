@@ -185,7 +185,7 @@ def bytes_kept() -> Iterator[dict[int, int]]:
         yield kept
 
 
-def test_a_checkpoint_keeps_less_and_changes_nothing():
+def test_a_checkpoint_keeps_less_and_computes_the_same():
     plain, checkpointed = denoiser(), denoiser(checkpoint=True)
     draws = Draws(drawn(2, 6, 8, 4, 4), drawn(3, 6, 8, 4, 4), torch.arange(6))
     case = (drawn(0, 6, 5, 4, 4), drawn(1, 6, 16, 4, 4), draws)

@@ -17,6 +17,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from training_on_ranks import train
 
+from pipeline.distiller import Distiller
 from pipeline.journal import trace
 from pipeline.timing import Split
 
@@ -45,6 +46,21 @@ def test_the_journal_splits_a_step_into_all_that_it_consists_of(run_train: Train
         together = sum(timing["milliseconds"].values()) / 1000
         assert together == pytest.approx(12 / timing["images_per_second"], rel=0.05)
         assert timing["data_wait"] == pytest.approx(timing["milliseconds"]["data"] / 1000 / together, abs=0.01)
+
+
+def test_what_happens_between_steps_is_no_wait_for_data(
+    run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commit = Distiller.commit
+
+    def slow(distiller: Distiller) -> None:
+        time.sleep(0.2)
+        commit(distiller)
+
+    monkeypatch.setattr(Distiller, "commit", slow)
+    run_train("ce.yaml", "journal.every_steps=5", "epochs=1")
+    last = json.loads((recipes / "runs/ce/journal.jsonl").read_text().splitlines()[1])["timing"]["milliseconds"]
+    assert last["rest"] > 190
 
 
 def timed_backwards(rank: int, world: int) -> list[dict[str, float]]:
