@@ -88,9 +88,9 @@ class Case:
 
     def finished(self, total: Tensor, networks: list[nn.Module], *inputs: Tensor) -> list[Tensor]:
         """Return the total and the inputs' gradients."""
-        for network in networks:
-            network.zero_grad()
         total.backward()
+        for network in networks:
+            network.zero_grad()  # nothing is left to be freed while the next run's memory is counted
         return [total.detach(), *(x.grad for x in inputs)]  # type: ignore[misc]
 
 
