@@ -21,6 +21,8 @@ FILES = (".pt", ".pth", ".safetensors")
 COUNTER = "num_batches_tracked"
 # Heads of torchvision's GoogLeNet and Inception that only train them; create_model leaves them out.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+# Under which of these training scripts save the network beside the optimizer: torchvision's and timm's, RepDistiller's.
+WRAPPINGS = ("state_dict", "model")
 
 
 def load_weights(model: nn.Module, source: str, name: str) -> None:
@@ -28,8 +30,9 @@ def load_weights(model: nn.Module, source: str, name: str) -> None:
 
     Published are torchvision's by their name, such as IMAGENET1K_V1, and timm's by a tag or ``pretrained``.
 
-    The file holds a state dict, maybe under ``state_dict`` and maybe with DDP's ``module.`` before each key. Raises
-    ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another architecture.
+    The file holds a state dict, maybe under ``state_dict`` or ``model``, maybe with DDP's ``module.`` before each key.
+    Raises ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another
+    architecture.
     """
     state = _read(source, name)
     own = model.state_dict()
@@ -70,8 +73,8 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
 
 def _plain(found: Any, path: Path) -> Mapping[str, Tensor]:
     """Return the state dict inside what a file holds, with plain keys."""
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in WRAPPINGS if isinstance(found.get(key), Mapping)), found)
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path}: expected tensors by name, a state dict; save model.state_dict() there")
     if found and all(key.startswith("module.") for key in found):

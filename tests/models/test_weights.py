@@ -54,10 +54,12 @@ def test_a_saved_state_dict_comes_back(tmp_path: Path, saved: dict, fresh: nn.Mo
     assert same(fresh, saved)
 
 
-def test_the_wrapping_of_training_scripts_is_taken_off(tmp_path: Path, saved: dict, fresh: nn.Module):
-    torch.save(
-        {"epoch": 90, "state_dict": {f"module.{key}": value for key, value in saved.items()}}, tmp_path / "w.pth"
-    )
+@pytest.mark.parametrize("wrapping", [{"state_dict": "module."}, {"model": ""}], ids=["torchvision", "RepDistiller"])
+def test_the_wrapping_of_training_scripts_is_taken_off(
+    tmp_path: Path, saved: dict, fresh: nn.Module, wrapping: dict[str, str]
+):
+    wrapped = {key: {prefix + name: value for name, value in saved.items()} for key, prefix in wrapping.items()}
+    torch.save({"epoch": 90, "best_acc": torch.tensor(72.6), **wrapped}, tmp_path / "w.pth")
     load_weights(fresh, str(tmp_path / "w.pth"), NAME)
     assert same(fresh, saved)
 
