@@ -19,8 +19,8 @@ def image_flops(recipe: Recipe) -> float | None:
     """Return the operations (``flops.py``) that one image of a batch takes, or None where they cannot be counted.
 
     Student and losses forward and backward, as autograd goes: where nothing asks for a gradient, as at the images, none
-    is counted. The teachers forward, if they are asked. No optimizer, and nothing that ranks do twice; but what is
-    computed again in backward, to save memory, is counted again. One rank may ask, once all is built for training: what
+    is counted. The teachers forward, if they are asked. No optimizer, and nothing that ranks do twice or that backward
+    computes again to save memory. One rank may ask, once all is built for training: what
     a module keeps for all networks is then not kept on the meta device. What computes with numbers, such as a network
     that calls ``.item()``, finds none there, and is None.
     """

@@ -104,6 +104,9 @@ class Journal:
         means_P = torch.cat([torch.stack(micro_batches).mean(0), gradient_norm.reshape(1)])
         values = dict(zip(self.names, parallel.all_reduce_mean(means_P).tolist(), strict=True))
         timing = self._count(progress.step)
+        # A rank that waits for its images is waited for by the others: theirs would show as communication.
+        waits = torch.tensor(timing["data_wait"], dtype=torch.float64, device=gradient_norm.device)
+        timing["data_wait"] = parallel.all_reduce_max(waits).item()
         place = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
         self._write({**place, "rate": rate, **values, "timing": timing}, progress.step)
         if self.bar is not None:
@@ -144,7 +147,7 @@ class Journal:
         self.split.begin()
 
     def _count(self, step: int) -> dict[str, Any]:
-        """Count the time since the clock was started as training, start it again, and return the rates of that time.
+        """Count the time since the clock was started as training, start it again, and return this rank's rates of it.
 
         ``milliseconds`` are those of a step, by what took them; with a GPU as it saw them.
         """

@@ -39,11 +39,23 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
         main(words)
     except Unfinished as unfinished:
         print(unfinished)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PIPELINE_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        line = _one_line(error)
+        if line is None or os.environ.get("PIPELINE_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: Exception) -> str | None:
+    """Return what is wrong and how to mend it; None for what a user cannot mend."""
+    told = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{told.partition('. ')[0]}; lower batch, or raise accumulation, which splits it"
+    # Known by name: to import the compiler's errors takes a second.
+    if any(kind.__module__ in ("torch._dynamo.exc", "torch._inductor.exc") for kind in type(error).__mro__):
+        return f"torch cannot compile: {told[:300]}; mend that, or leave student.compile and teacher.compile out"
+    return None if isinstance(error, RuntimeError) else told
 
 
 def use_all_cores() -> None:

@@ -76,6 +76,11 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return all_reduce_sum(x) / world_size()
 
 
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Return the elementwise greatest of the ranks' ``x``, of equal shape on all; without gradient."""
+    return _all_reduce(x, dist.ReduceOp.MAX)
+
+
 def all_reduce_min(x: Tensor) -> Tensor:
     """Return the elementwise least of the ranks' ``x``, of equal shape on all; without gradient."""
     return _all_reduce(x, dist.ReduceOp.MIN)

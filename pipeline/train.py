@@ -190,8 +190,12 @@ def seed_draws(seed: int, step: int) -> None:
 
 def clip(accelerator: Accelerator, distiller: nn.Module, largest: float | None) -> torch.Tensor:
     """Scale the gradients down to the ``largest`` norm, if there is one, and return the norm they had."""
-    norm = accelerator.clip_grad_norm_(distiller.parameters(), math.inf if largest is None else largest)
+    if largest is None and not zero.asked():
+        accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in distiller.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
     # DeepSpeed, which has clipped and stepped in backward, gives a number.
+    norm = accelerator.clip_grad_norm_(distiller.parameters(), math.inf if largest is None else largest)
     return torch.as_tensor(norm, device=accelerator.device)
 
 

@@ -29,6 +29,8 @@ class Counts(NamedTuple):
     flops: int
     operators: int
     """Dispatched by torch, from Python or from C++, and no mere views: each is a kernel, or a few, or an allocation."""
+    allocations: int
+    """Storages that operators have made, whether they lived for a moment or for the step."""
     collectives: int
     sent: int
     """Bytes handed to them."""
@@ -43,7 +45,7 @@ class Watch(Collectives):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators = 0
+        self.operators = self.allocations = 0
         self.made: dict[int, weakref.ref[Tensor]] = {}
         self.own: set[int] = set()
         """Storages of the weights."""
@@ -52,8 +54,11 @@ class Watch(Collectives):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.operators += not func.is_view
-        made = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        self.made |= {id(x): weakref.ref(x) for x in made if isinstance(x, Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.made |= {id(x): weakref.ref(x) for x in made}
+        if made and not func.is_view:
+            given = {x.untyped_storage()._cdata for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)}
+            self.allocations += len({x.untyped_storage()._cdata for x in made} - given)
         return result
 
     def keep(self, x: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ class Watch(Collectives):
 
     def forget(self) -> None:
         """Begin a step."""
-        self.operators, self.calls, self.kept = 0, [], {}
+        self.operators, self.allocations, self.calls, self.kept = 0, 0, [], {}
 
 
 class Enough(Exception):
@@ -108,7 +113,8 @@ def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts
         stack.enter_context(suppress(Enough))
         run_train(rank, world, folder, words)
     sent, kept = sum(call.bytes for call in watch.calls), sum(watch.kept.values())
-    return Counts(flops.flops, watch.operators, len(watch.calls), sent, kept, alive[LATE]), alive[EARLY]
+    counts = Counts(flops.flops, watch.operators, watch.allocations, len(watch.calls), sent, kept, alive[LATE])
+    return counts, alive[EARLY]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -19,6 +20,7 @@ from pipeline.benches.measure import Measured, measure
 from pipeline.build import build_loader
 from pipeline.build_teacher import build_teacher, views_read
 from pipeline.data.loader import Loader
+from pipeline.data.pace import Pace
 from pipeline.data.requests import Plan, Request
 from pipeline.recipe import LoadedRecipe, Recipe
 from pipeline.runs import find_run
@@ -55,18 +57,28 @@ def measure_loading(
 
         parts["native reader"] = native_images(loader.plan, loader.pace, device)
     images = steps * loader.plan.micro_batch
-    measured = measure_in_turn(parts, device, repeats=repeats, warmup=warmup, steps=steps, images=images)
+    measured = measure_in_turn(
+        parts, device, repeats=repeats, warmup=warmup, steps=steps, images=images, ahead=items_ahead(loader.pace)
+    )
     if parallel.is_main():
         print(read)
     return measured
 
 
 def measure_in_turn(
-    parts: Mapping[str, Items], device: torch.device, *, repeats: int, warmup: int, steps: int, images: int
+    parts: Mapping[str, Items],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int,
+    steps: int,
+    images: int,
+    ahead: int,
 ) -> list[Measured]:
     """Measure each part's next ``steps`` items, one part after the other and all of them again: noise hits all alike.
 
-    ``warmup`` items go before, each time: what was ready before anyone asked is no rate.
+    ``warmup`` items go before, each time: what was ready before anyone asked is no rate. After it a part is left alone
+    for as long as it takes to make the ``ahead`` items that it keeps ready: until then it takes cores from the next.
     """
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     with ExitStack() as stack:
@@ -78,7 +90,13 @@ def measure_in_turn(
                 parallel.barrier()  # ranks of a machine share its cores, here as in training
                 once = measure(name, lambda items=items: take(items, steps), device=device, repeats=1, warmup=0)
                 seconds[name] += once.seconds
+                time.sleep(once.median * ahead / steps)
     return [Measured(name, each, images, steps=steps) for name, each in seconds.items()]
+
+
+def items_ahead(pace: Pace) -> int:
+    """Return how many items a part may have ready or under way before anyone asks."""
+    return 2 * pace.prefetch + 1
 
 
 class Reading:

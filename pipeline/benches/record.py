@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +14,9 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from pipeline.benches.measure import Measured
 from pipeline.benches.step import WHOLE
 from pipeline.composition import RecipeError, shown
+from pipeline.data.pace import processor
 from pipeline.recipe import LoadedRecipe, dump_recipe
 from pipeline.runs import versions, world_size_asked, write_json
-
-CPUINFO = Path("/proc/cpuinfo")
 
 
 class Record(BaseModel):
@@ -63,9 +60,8 @@ def new_record(what: str, loaded: LoadedRecipe, words: Sequence[str], measured: 
 
 def machine() -> dict[str, Any]:
     """Return what figures depend on besides the code: processor, cores, GPU, ranks."""
-    names = re.findall(r"^model name\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.is_file() else []
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ranks": world_size_asked(),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import parallel
-from pipeline.benches.loading import measure_in_turn, open_training, stream
+from pipeline.benches.loading import items_ahead, measure_in_turn, open_training, stream
 from pipeline.benches.measure import Measured
 from pipeline.composition import RecipeError
 from pipeline.data.config import Config
@@ -62,13 +63,14 @@ def _thread_counts() -> list[int]:
 def _sweep(recipe: Recipe, configs: list[Config], key: str, device: torch.device) -> list[Measured]:
     """Return what was measured with each of some configurations, which differ in ``key``."""
     loaders = [open_training(recipe.model_copy(update={"data": config}), device) for config in configs]
-    full = 2 * max(loader.pace.prefetch for loader in loaders) + 1  # what was made before anyone asked
-    pilot = measure_in_turn({key: stream(loaders[-1])}, device, repeats=1, warmup=full, steps=2, images=0)
+    full = max(items_ahead(loader.pace) for loader in loaders)
+    turns = partial(measure_in_turn, device=device, warmup=full, ahead=full)
+    pilot = turns({key: stream(loaders[-1])}, repeats=1, steps=2, images=0)
     steps = parallel.gather_objects(max(1, round(2 * SECONDS / pilot[0].median)))[0]  # ranks go in step
     names = [f"{key} {getattr(config, key)}" for config in configs]
     parts = {name: stream(loader) for name, loader in zip(names, loaders, strict=True)}
     images = steps * loaders[0].plan.micro_batch
-    measured = measure_in_turn(parts, device, repeats=REPEATS, warmup=full, steps=steps, images=images)
+    measured = turns(parts, repeats=REPEATS, steps=steps, images=images)
     if parallel.is_main():
         for each in measured:
             slowest, quickest = images / max(each.seconds), images / min(each.seconds)

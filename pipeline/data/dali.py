@@ -32,9 +32,10 @@ _dali: Any = nvidia.dali
 fn, types, feed_ndarray = _dali.fn, _dali.types, _dali.plugin.pytorch.feed_ndarray
 
 
-def facts(device: torch.device) -> dict[str, str]:
+def facts(config: Config, device: torch.device) -> dict[str, Any]:
     """Return what a sample's pixels follow from, besides its geometry."""
-    return {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
+    decoder = {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
+    return decoder | ({"hw_decoder_load": config.hw_decoder_load} if device.type == "cuda" else {})
 
 
 class Inputs(NamedTuple):

@@ -145,10 +145,10 @@ def pixels(config: Config, manifest: Manifest, device: torch.device) -> dict[str
     return {**said, "law": augment.LAW, "decoder": _decoder_facts(config, manifest, device)}
 
 
-def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> dict[str, str]:
+def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
     if config.loader == "synthetic":
         return synthetic.facts()
-    return memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(device)
+    return memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(config, device)
 
 
 def _open(config: Config, split: str) -> SplitReader:

@@ -57,7 +57,8 @@ def work(config: Config, manifest: Manifest, device: torch.device) -> str:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     kib = sum(shard.filesize for shard in shards) / sum(shard.nsamples for shard in shards) / 1024
     images = f"{manifest.image} of about {2 ** round(math.log2(kib))} KiB to {config.size} px"
-    return f"{_processor(device)}, {cores()} cores, {images}, {config.crop}"
+    decoder = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return f"{decoder}, {cores()} cores, {images}, {config.crop}"
 
 
 def cores() -> int:
@@ -85,9 +86,8 @@ def _kept() -> dict[str, Pace]:
         return {}
 
 
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def processor() -> str:
+    """Return the model of this machine's CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     return found[1] if found else platform.machine()

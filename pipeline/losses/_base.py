@@ -146,8 +146,8 @@ def group_size(scope: str, rows: int) -> int | None:
 
 def mean_by_rows(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Return the mean of the groups' values, each as often as its group has rows: the last may be a short one."""
-    sizes_G = torch.tensor(sizes, dtype=values[0].dtype, device=values[0].device)
-    return (torch.stack(list(values)) * sizes_G).sum() / sizes_G.sum()
+    # By numbers of the host: a tensor made of them would have it wait for a GPU.
+    return torch.stack([value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]).sum()
 
 
 class BatchLoss(Loss):

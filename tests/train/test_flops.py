@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
+from gloo_ranks import Ranks
 from test_check import Careful
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,11 +22,13 @@ from pipeline.check import check
 from pipeline.composition import ROOT
 from pipeline.flops import FlopCounter, peak_of
 from pipeline.image_flops import image_flops
+from pipeline.journal import Journal
 from pipeline.models import create_model
 from pipeline.recipe import Recipe, load_recipe
 
 IMAGENET = ROOT / "configs" / "imagenet" / "r50_mbv1"
 RESNET50, MOBILENET = 4.089e9, 0.5687e9
+CHECKPOINT = "losses.ddkd.diffusion.checkpoint=true"
 STEM = 32 * 27 * 112 * 112
 """Multiply-accumulates of MobileNetV1's first convolution, at whose images no gradient is asked for."""
 
@@ -98,6 +102,12 @@ def test_a_denoisers_backward_is_counted_as_it_is():
     assert found is not None
     # The teacher's map, which enters the autoencoder and (encoded) a noise predictor, is a constant, and so are noises.
     assert 0.97 * report.training_macs < found / 2 < report.training_macs - STEM
+
+
+def test_what_backward_computes_again_to_save_memory_is_not_counted(recipes: Path):
+    plain, checkpointed = (recipe_of(recipes / "ddkd.yaml", *words) for words in ((), (CHECKPOINT,)))
+    assert checkpointed != plain
+    assert image_flops(checkpointed) == image_flops(plain) is not None
 
 
 def test_a_cache_that_lacks_nothing_leaves_the_network_unasked(recipes: Path, monkeypatch: pytest.MonkeyPatch):
@@ -186,3 +196,13 @@ def test_mfu_is_the_share_of_all_gpus(run_train: Callable[..., None], recipes: P
     run_train("ce.yaml", "stop.steps=2")
     timing = json.loads((recipes / "runs/ce/journal.jsonl").read_text().splitlines()[-1])["timing"]
     assert timing["mfu"] == pytest.approx(timing["teraflops"], abs=1e-4)
+
+
+def peak_of_all(rank: int, world: int, folder: Path, recipe: Path) -> float | None:
+    with mock.patch("pipeline.journal.peak_flops", return_value=1e12):
+        device = torch.device("cpu")
+        return Journal(folder, recipe_of(recipe), total_steps=1, device=device, track=lambda values, step: None).peak
+
+
+def test_several_ranks_could_do_as_many_times_as_much(ranks: Ranks, recipes: Path, tmp_path: Path):
+    assert ranks(peak_of_all, tmp_path, recipes / "ce.yaml") == [2e12, 2e12]
