@@ -76,6 +76,9 @@ class Denoiser(nn.Module):
         self.predictor = NoisePredictor(predictor, latent, diffusion.time_rows)
         # Not in the papers but in the published networks; its norm takes back the factor 2.27 that sampling gives.
         self.output = nn.Sequential(Convolution(latent, latent), diffusion.norm(latent))
+        if diffusion.compile and self.projection.weight.device.type != "meta":  # where operations are counted
+            for network in (self.predictor, self.adapter):
+                network.compile(dynamic=False)  # in place, as the student is
         # Not a buffer: in half, to which a module's buffers are cast, 1 − ᾱ₀ is zero.
         self.alpha_bars_T = diffusion.alpha_bars()
         self.alpha_bars: list[float] = self.alpha_bars_T.tolist()
@@ -117,7 +120,7 @@ class Denoiser(nn.Module):
 
         On a CPU alone: all passes' inputs and gradients are kept until then, and a GPU's many rows gain little.
         """
-        one_by_one = self.diffusion.detach_predictor or self.diffusion.checkpoint
+        one_by_one = self.diffusion.detach_predictor or self.diffusion.checkpoint or self.diffusion.compile
         weights = list(self.predictor.parameters())
         whole = all(weight.numel() for weight in weights)  # ZeRO-3 lends them pass by pass
         return self.diffusion.sampler_steps + 1 if weights[0].device.type == "cpu" and whole and not one_by_one else 0

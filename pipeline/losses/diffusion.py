@@ -45,6 +45,8 @@ class Diffusion(BaseModel):
     """Whether the diffusion loss alone trains the noise predictor; as published, the distance does too."""
     checkpoint: bool = False
     """Whether backward computes the sampler's passes of Φ again, in place of keeping what happens inside of them."""
+    compile: bool = False
+    """Whether torch compiles Φ and the adapter, which joins norms and ReLUs: other last bits, and a slow first step."""
     stat_scope: Literal["rank", "global"] = "rank"
     """Rows that the norms' statistics cover: this rank's, as published, or all ranks'."""
 
@@ -56,6 +58,8 @@ class Diffusion(BaseModel):
             raise ValueError(f"time_rows must be at least time_steps: {self.time_steps}, got {self.time_rows}")
         if self.t_max is not None and self.t_max > self.time_steps:
             raise ValueError(f"t_max must be at most time_steps: {self.time_steps}, got {self.t_max}")
+        if self.compile and self.stat_scope == "global":
+            raise ValueError("compile: true needs stat_scope: rank; what ranks ask one another is not compiled")
         return self
 
     @property

@@ -185,18 +185,40 @@ def bytes_kept() -> Iterator[dict[int, int]]:
         yield kept
 
 
+def check_same(plain: Denoiser, loss: Tensor, other: Denoiser, again: Tensor) -> None:
+    """Compare two denoisers' losses, each with its gradients."""
+    torch.testing.assert_close(again, loss, rtol=1e-10, atol=0)
+    pairs = zip(gradients(plain, loss, allow_unused=True), gradients(other, again, allow_unused=True), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(theirs, mine, rtol=1e-10, atol=1e-12)
+
+
+CASE = (
+    *(drawn(0, 6, 5, 4, 4), drawn(1, 6, 16, 4, 4)),
+    Draws(drawn(2, 6, 8, 4, 4), drawn(3, 6, 8, 4, 4), torch.arange(6)),
+)
+
+
 def test_a_checkpoint_keeps_less_and_computes_the_same():
     plain, checkpointed = denoiser(), denoiser(checkpoint=True)
-    draws = Draws(drawn(2, 6, 8, 4, 4), drawn(3, 6, 8, 4, 4), torch.arange(6))
-    case = (drawn(0, 6, 5, 4, 4), drawn(1, 6, 16, 4, 4), draws)
     with bytes_kept() as of_plain:
-        loss = quick(plain, *case)
+        loss = quick(plain, *CASE)
     with bytes_kept() as of_checkpointed:
-        again = quick(checkpointed, *case)
+        again = quick(checkpointed, *CASE)
     assert sum(of_checkpointed.values()) < 0.6 * sum(of_plain.values())
-    assert again.item() == loss.item()
-    pairs = zip(
-        gradients(plain, loss, allow_unused=True), gradients(checkpointed, again, allow_unused=True), strict=True
-    )
-    for mine, other in pairs:
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+    check_same(plain, loss, checkpointed, again)
+
+
+@pytest.mark.endurance
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler hides it, but not from pytest
+def test_compiled_networks_compute_the_same():
+    torch._dynamo.utils.counters.clear()
+    for more in ({}, {"detach_predictor": True}, {"checkpoint": True}):
+        plain, compiled = denoiser(**more), denoiser(compile=True, **more)
+        check_same(plain, quick(plain, *CASE), compiled, quick(compiled, *CASE))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # Φ without t and with it, and the adapter
+
+
+def test_norms_over_ranks_are_not_compiled():
+    with pytest.raises(ValueError, match="compile: true needs stat_scope: rank"):
+        Diffusion(**{**DIFFUSION.model_dump(), "compile": True, "stat_scope": "global"})
