@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pipeline.benches.measure import Measured
+from pipeline.composition import RecipeError
 from pipeline.recipe import Checkpoints, Journal, LoadedRecipe, Recipe, Stop
 from pipeline.runs import Unfinished, find_run, is_main_asked, world_size_asked
 from pipeline.train import train
@@ -27,27 +29,40 @@ RATES = ("teraflops", "mfu")
 def measure_step(loaded: LoadedRecipe, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
     """Return the time of the steps and that of their parts, a line of the journal a repeat; on the main rank.
 
-    Warm-up fills whole lines. Epochs may end meanwhile: evaluations stop the journal's clock.
+    Warm-up fills whole lines. Epochs may end meanwhile: lines that an evaluation cuts are passed over.
     """
+    recipe = loaded.recipe
+    in_epoch = read_manifest(Path(recipe.data.path)).splits["train"].samples // recipe.batch
+    if steps > in_epoch:
+        raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
     settled = -(-max(warmup, 1) // steps) * steps  # the first step has a line of its own, which is none of the repeats
-    total = settled + repeats * steps
-    folder = scratch(Path(loaded.recipe.folder or "."))
-    short = shortened(loaded.recipe, total, steps).model_copy(update={"folder": str(folder)})
-    with removed(folder), contextlib.redirect_stdout(io.StringIO()):  # how to go on with this run is nobody's question
+    whole = (step for step in count(settled + steps, steps) if not cut(step, steps, in_epoch))
+    ends = list(islice(whole, repeats))
+    folder = scratch(Path(recipe.folder or "."))
+    short = shortened(recipe, ends[-1], steps, in_epoch).model_copy(update={"folder": str(folder)})
+    with removed(folder), contextlib.redirect_stdout(io.StringIO()) as told:
         train(find_run(LoadedRecipe(short, loaded.path)))
         text = (folder / "journal.jsonl").read_text() if is_main_asked() else ""
+    # But how to go on with this run, which is nobody's question.
+    for line in told.getvalue().splitlines():
+        if line.startswith("note: "):
+            print(line)
     lines = [json.loads(line) for line in text.splitlines()]
-    timings = [line["timing"] for line in lines if "timing" in line and line["step"] > settled]
+    timings = [line["timing"] for line in lines if "timing" in line and line["step"] in ends]
     if is_main_asked() and len(timings) < repeats:
         raise Unfinished("stopped before all was measured; nothing is written")
-    return split(timings, steps, loaded.recipe.batch)
+    return split(timings, steps, recipe.batch)
 
 
-def shortened(recipe: Recipe, total: int, steps: int) -> Recipe:
+def cut(step: int, steps: int, in_epoch: int) -> bool:
+    """Whether an epoch ends, and is evaluated, within the ``steps`` up to ``step`` but before the last of them."""
+    return (step - 1) // in_epoch != (step - steps) // in_epoch
+
+
+def shortened(recipe: Recipe, total: int, steps: int, in_epoch: int) -> Recipe:
     """Return the recipe of a run that ends after ``total`` steps and writes down the time of every ``steps``."""
-    in_epoch = read_manifest(Path(recipe.data.path)).splits["train"].samples // recipe.batch
     changed: dict[str, Any] = {
-        "epochs": max(recipe.epochs, total // max(in_epoch, 1) + 1),  # its very last step would be written down, too
+        "epochs": max(recipe.epochs, total // in_epoch + 1),  # its very last step would be written down, too
         "stop": Stop(steps=total),
         "journal": Journal(every_steps=steps, trackers=()),
         "checkpoints": Checkpoints(every_epochs=0, poll_steps=recipe.checkpoints.poll_steps),

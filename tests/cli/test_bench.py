@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from pipeline.benches.compare import compare, ratio
 from pipeline.benches.losses import measure_losses
 from pipeline.benches.measure import Measured, measure_parts
 from pipeline.benches.record import Record, read_record
+from pipeline.benches.step import cut
 from pipeline.checkpoint import export_student
 from pipeline.composition import RecipeError
 from pipeline.launch import BUCKET_MIB, entry
@@ -297,6 +298,12 @@ def test_buckets_are_those_of_ddp(ranks: Ranks):
     assert len(expected) > 2
 
 
+def test_an_epoch_that_ends_within_a_line_of_the_journal_cuts_it():
+    for steps, in_epoch, end in product((1, 2, 3, 5), (5, 6, 7), range(10, 40)):
+        before_the_last = range(end - steps + 1, end)
+        assert cut(end, steps, in_epoch) == any(step % in_epoch == 0 for step in before_the_last)
+
+
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +353,9 @@ def test_noise_is_seldom_taken_for_a_difference():
     apart = 0
     for deal in deals:
         old, new = ([time for time, mine in zip(times, deal, strict=True) if mine is own] for own in (True, False))
-        apart += ratio(Measured("a", old), Measured("a", new)).verdict != "no difference beyond noise"
+        found = ratio(Measured("a", old), Measured("a", new))
+        assert found is not None
+        apart += found.verdict != "no difference beyond noise"
     assert apart / len(deals) == pytest.approx(1 / 126)
 
 
