@@ -7,38 +7,31 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gloo_ranks import Ranks
+from training_on_ranks import train
 
 from pipeline.journal import trace
 
-NETWORK = """
-from torch import nn
-
-
-class Small(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU())
-        self.classify = nn.Linear(8, num_classes)
-
-    def forward(self, images):
-        return self.classify(self.body(images).mean((2, 3)))
-"""
+COMPILED = ("folder=runs/compiled", "student.compile=true", "teacher.compile=true")
 
 
 @pytest.mark.endurance
+@pytest.mark.parametrize("world", [1, 2])
 def test_compiled_networks_train_as_plain_ones_do(
-    run_train: Callable[..., None], recipes: Path, monkeypatch: pytest.MonkeyPatch
+    world: int, run_train: Callable[..., None], ranks: Ranks, recipes: Path
 ):
-    (recipes / "small_network.py").write_text(NETWORK)
-    monkeypatch.syspath_prepend(str(recipes))
     network = {"model": "small_network:Small", "stages": {"stage1": "body", "logits": "classify"}}
     losses = {"ce": {}, "fitnet": {"stage": "stage1", "weight": 1.0}, "kd": {"temperature": 4.0}}
     teacher = {"base": "ce.yaml", "student": network, "epochs": 1, "folder": "runs/small_teacher"}
     own = {**teacher, "teacher": {"recipe": "small_teacher.yaml"}, "losses": losses, "folder": "runs/small"}
     for name, recipe in {"small_teacher.yaml": teacher, "small.yaml": own}.items():
         (recipes / name).write_text(yaml.safe_dump(recipe))
-    run_train("small.yaml")
-    run_train("small.yaml", "folder=runs/compiled", "student.compile=true", "teacher.compile=true")
+    run_train("small_teacher.yaml")
+    for words in (["small.yaml"], ["small.yaml", *COMPILED]):
+        if world == 1:
+            run_train(*words)
+        else:
+            ranks(train, recipes, words)
     plain, compiled = (trace(recipes / "runs" / folder / "journal.jsonl") for folder in ("small", "compiled"))
     assert len(compiled) == len(plain)
     for mine, other in zip(compiled, plain, strict=True):
