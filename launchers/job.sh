@@ -20,8 +20,6 @@ export PYTHON=$python DRY_RUN=${DRY_RUN:-}
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 restarts=${SLURM_RESTART_COUNT:-0}
-# Under Slurm a task's cores are its own: the loader must not share them out among the ranks of the node.
-threads=(${SLURM_CPUS_PER_TASK:+"data.threads=$SLURM_CPUS_PER_TASK"})
 # An array's first id is also that of the whole array, which a requeue of one task must not touch.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-${SLURM_JOB_ID:-0}}
@@ -146,7 +144,7 @@ train() {
         requeue
         exit 0
     fi
-    step launchers/node.sh pipeline/train.py "${threads[@]}" "$@" "folder=$folder"
+    step launchers/node.sh pipeline/train.py "$@" "folder=$folder"
     if [ -e "$folder/preempted" ]; then
         requeue
         exit 0
@@ -183,7 +181,7 @@ ranks() {
     local script=$1
     shift
     rendezvous "$script"
-    run "$script" "${threads[@]}" "$@"
+    run "$script" "$@"
 }
 
 # srun does not take over from sbatch how many cores a task has (Slurm 22.05 on).

@@ -8,7 +8,8 @@
 
 Its own words: ``repeats=5 steps=10`` (in each of them) ``warmup=2`` (steps before them) ``out=runs/bench``, where each
 command leaves a record (JSON) and its picture. ``--compare OLD.json`` shows what is faster and what is slower than in
-an earlier record. What is measured is the first rank's time.
+an earlier record. What is measured is the first rank's time. ``step`` and ``teacher`` first train the recipe that a
+teacher names, as training does; ``teacher.recipe=null teacher.model=NAME teacher.weights=FILE`` spares that.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ ALONE: dict[str, Callable[..., list[Measured]]] = {
     "allreduce": measure_allreduce,
 }
 WHAT = (*ALONE, "step")
+TUNING = "tuning"
+"""What a record of ``loader --tune`` is of: other rows than those of ``loader``."""
 
 
 class Asked(BaseModel):
@@ -68,7 +71,8 @@ def main(words: Sequence[str]) -> None:
     tunes, (earlier, rest) = "--tune" in rest, compared([word for word in rest if word != "--tune"])
     if tunes and what != "loader":
         raise RecipeError(f"command line: --tune is of the loader, not of {what}")
-    old = read_record(earlier, what) if earlier else None
+    kind = TUNING if tunes else what
+    old = read_record(earlier, kind) if earlier else None
     own, rest = own_words(rest, tuple(Asked.model_fields))
     if tunes and (stray := own.keys() - {"out"}):
         raise RecipeError(f"command line: --tune chooses {', '.join(sorted(stray))} itself; leave them out")
@@ -80,7 +84,7 @@ def main(words: Sequence[str]) -> None:
     parallel.stop()
     if not (measured and is_main_asked()):
         return
-    record = new_record(what, loaded, words, measured)
+    record = new_record(kind, loaded, words, measured)
     path = write_record(record, asked.out)
     print(table(record))
     if old:
@@ -101,6 +105,7 @@ def what_of(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def compared(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the record that ``--compare`` names, if it is there, and the other words. Raises RecipeError."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--compare=") else [word])]
     if "--compare" not in words:
         return None, words
     place = words.index("--compare")

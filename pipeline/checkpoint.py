@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,14 +140,16 @@ class Checkpoints:
         steps = self._steps()
         if not steps:
             return State(Progress(steps_per_epoch))
-        folder = steps[-1]
-        saved = json.loads((folder / "state.json").read_text())
-        self._check(folder, saved)
-        self._load_weights(folder)
-        self._load_buffers(folder, saved["world_size"])
-        for name, average in self.averages.items():
-            average.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        return State(Progress(**saved["progress"]), saved["journal_bytes"])
+        *earlier, folder = steps
+        goes_on = f"goes on from {earlier[-1].name}" if earlier else "begins anew"
+        with readable(folder, f"delete it, and the run {goes_on}"):
+            saved = json.loads((folder / "state.json").read_text())
+            self._check(folder, saved)
+            self._load_weights(folder)
+            self._load_buffers(folder, saved["world_size"])
+            for name, average in self.averages.items():
+                average.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            return State(Progress(**saved["progress"]), saved["journal_bytes"])
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
         if saved["format"] != self.format:
@@ -193,8 +197,20 @@ def exported_best(path: Path) -> Best:
     """Return the accuracy that ``export_student`` wrote with the best weights; none yet where there is no file."""
     if not path.is_file():
         return Best()
-    with safe_open(path, framework="pt") as file:
+    with readable(path, "delete it; the next best weights take its place"), safe_open(path, framework="pt") as file:
         return Best(**json.loads(file.metadata()["best"]))
+
+
+@contextmanager
+def readable(path: Path, mend: str) -> Iterator[None]:
+    """Raise RecipeError, with what to do, for whatever a damaged file makes its reader raise inside the context."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise RecipeError(f"{path}: cannot be read ({type(error).__name__}: {told}); {mend}") from error
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ OWN_WORDS = ("seeds", "jobs")
 def main(words: Sequence[str]) -> None:
     """Make the runs that the command line asks for, and print their table."""
     own, words = own_words(words, OWN_WORDS)
+    if stray := [word for word in words if word.startswith("seed=")]:
+        raise RecipeError(f"command line: {stray[0]}: which seeds is for seeds=0,1,2 to say")
     overrides = [word for word in words if "=" in word]
     recipes = [Path(word) for word in words if "=" not in word]
     if not recipes:

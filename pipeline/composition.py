@@ -142,6 +142,10 @@ def _merge(
             origins[here] = origin
         if isinstance(value, dict):
             below = tree.get(key)
+            if origin == COMMAND_LINE and below and not value:
+                raise RecipeError(
+                    f"{origin}: {key}: nothing laid over it changes nothing; {key}.NAME=null takes one away"
+                )
             if isinstance(below, str) and _SLOT.fullmatch(below):
                 below = {_UNDER: below}  # a constant that is a mapping may be changed in part
             tree[key] = below if isinstance(below, dict) else {}

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from pipeline import parallel, zero
@@ -29,13 +30,22 @@ from pipeline.composition import RecipeError
 from pipeline.data.loader import Loader
 from pipeline.launch import create_accelerator, entry, use_all_cores
 from pipeline.models.weights import load_weights
-from pipeline.recipe import Recipe, load_recipe, own_words, split_words
+from pipeline.recipe import Recipe, load_recipe, own_words, split_words, typed_words
 from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
 from pipeline.taps import FeatureTaps, evaluating
+from pipeline.teacher import Config as Teacher
 from pipeline.teacher_cache import AnyTeacher, CachedTeacher
 
-OWN_WORDS = ("weights", "agreement")
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
+
+
+class Asked(BaseModel):
+    """The command's own words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: str = "last"
+    agreement: bool = False
 
 
 class Accuracy(NamedTuple):
@@ -109,12 +119,15 @@ def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch
 
 def main(words: Sequence[str]) -> None:
     """Evaluate what the command line names."""
-    own, words = own_words(words, OWN_WORDS)
+    own, words = own_words(words, tuple(Asked.model_fields))
+    asked = typed_words(own, Asked)
     target, overrides = split_words(words)
     folder = target if target.is_dir() else None
     loaded = load_recipe(folder / RECIPE if folder else target, overrides)
     prepare_shards(loaded)
-    weights = _weights_file(own.get("weights", "last"), folder or run_folder(loaded))
+    if asked.agreement:
+        _check_agreement(loaded.recipe.teacher)
+    weights = _weights_file(asked.weights, folder or run_folder(loaded))
     use_all_cores()
     accelerator = create_accelerator(loaded.recipe)
     loader = build_loader(loaded.recipe, accelerator.device, ("val",))
@@ -122,12 +135,12 @@ def main(words: Sequence[str]) -> None:
     load_weights(student.model, str(weights), loaded.recipe.student.model)
     result = evaluate(student, loader.validation(), accelerator)
     accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")
-    if own.get("agreement", "no") == "yes":
+    if asked.agreement:
         _report_teacher(find_run(loaded).recipe, loader, student, accelerator)
 
 
-def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
-    config = recipe.teacher
+def _check_agreement(config: Teacher | None) -> None:
+    """Raise RecipeError where there is no teacher to ask."""
     if config is None:
         raise RecipeError("agreement=yes: the recipe has no teacher")
     if config.average is not None:
@@ -136,6 +149,9 @@ def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accele
         raise RecipeError("agreement=yes: combine: confidence knows the labels; its accuracy would say nothing")
     if not config.is_named:
         raise RecipeError("agreement=yes: a cache answers for no validation image; give teacher.model and its weights")
+
+
+def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
     teacher = build_live_teacher(recipe, (), loader.manifest, accelerator.device)
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")

@@ -68,8 +68,11 @@ class Journal:
             return
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
         with self.path.open("a") as self.file, bar as self.bar:
-            self.file.truncate(length)
-            self.file.seek(length)
+            kept = min(length, self.file.tell())
+            if kept < length:
+                print(f"note: {self.path} has lost lines since the checkpoint; it goes on without them")
+            self.file.truncate(kept)
+            self.file.seek(kept)
             yield
 
     @property

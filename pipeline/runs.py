@@ -44,6 +44,7 @@ PREEMPTED = "preempted"
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
+ANOTHER = "give folder=ANOTHER"
 # What makes another run only where it is asked for.
 _OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint")
 
@@ -64,7 +65,7 @@ class Run:
         file = self.folder / RESULT
         if not file.is_file():
             return None
-        result = json.loads(file.read_text())
+        result = read_json(file, "delete it, and the run is measured again")
         return result if result["identity"] == self.digest else None
 
     @property
@@ -121,7 +122,7 @@ def _cache(folder: str) -> Cache:
 def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
     """Return what stands for the cache's answers; where it is gone, what the run that began from it kept of it."""
     if open_cache(Path(cache)) is None and (folder / IDENTITY).is_file():
-        kept = (json.loads((folder / IDENTITY).read_text())["teacher"] or {}).get("cache")
+        kept = (read_json(folder / IDENTITY, ANOTHER)["teacher"] or {}).get("cache")
         if kept:
             return kept
     return _cache(cache).digest(recipe.taps.teacher)
@@ -204,10 +205,10 @@ def _stand(loaded: LoadedRecipe) -> Run:
 
 def _make(run: Run, above: Recipe, path: str) -> None:
     """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
-    check_folder(run)
-    place, *more = _passed_on(above, path)
-    told = " ".join([run.command, *more])
-    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told)
+    check_folder(run, "move it away")
+    words = _passed_on(above, path)
+    told = " ".join([run.command, *map(shlex.quote, words)])
+    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words], told)
     if run.result is None:
         raise Unfinished(f"{told} was stopped before its end; the same command continues")
 
@@ -286,10 +287,11 @@ def _status(command: list[str]) -> int:
 # -- opening a folder -------------------------------------------------------------------------------------------------
 
 
-def check_folder(run: Run) -> None:
-    """Raise RecipeError if the run folder holds another run."""
+def check_folder(run: Run, mend: str = ANOTHER) -> None:
+    """Raise RecipeError if the run folder holds another run, or cannot be written; ``mend`` says what to do then."""
+    _check_writable(run.folder)
     saved = run.folder / IDENTITY
-    differing = differences(json.loads(saved.read_text()), run.identity) if saved.is_file() else []
+    differing = differences(read_json(saved, mend), run.identity) if saved.is_file() else []
     if "data.classes" in differing:
         raise RecipeError(
             f"data.path: the classes of {run.recipe.data.path} are not those that {run.folder} was trained on; "
@@ -297,7 +299,14 @@ def check_folder(run: Run) -> None:
         )
     if differing:
         keys = ", ".join(differing)
-        raise RecipeError(f"{run.folder}: holds the run of another recipe (other {keys}); give folder=ANOTHER")
+        raise RecipeError(f"{run.folder}: holds the run of another recipe (other {keys}); {mend}")
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = "must not write there" if there.is_dir() else f"{there} is no folder"
+        raise RecipeError(f"folder: {folder} cannot be written ({reason}); {ANOTHER}")
 
 
 def open_folder(run: Run) -> None:
@@ -309,7 +318,7 @@ def open_folder(run: Run) -> None:
     (run.folder / PREEMPTED).unlink(missing_ok=True)
     now = versions()
     if (run.folder / IDENTITY).is_file():
-        changed = differences(json.loads((run.folder / VERSIONS).read_text()), now)
+        changed = differences(read_json(run.folder / VERSIONS, ANOTHER), now)
         if changed:
             print(f"warning: {run.folder} was begun with another {', '.join(changed)}; its numbers may differ")
         return
@@ -336,6 +345,14 @@ def lock_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that the file is either the old one or the new one, whole."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, mend: str) -> Any:
+    """Return what ``write_json`` wrote. Raises RecipeError, with what to do, where it is gone or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); {mend}") from None
 
 
 def versions() -> dict[str, Any]:

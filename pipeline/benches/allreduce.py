@@ -24,14 +24,15 @@ MIB = 2**20
 def measure_allreduce(
     loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
 ) -> list[Measured]:
-    """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them; nothing for one rank.
+    """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them.
 
     Without the casts of compressed ones.
     """
     world = parallel.world_size()
     if world == 1:
-        print("allreduce: one rank has nothing to send; start several: torchrun --nproc_per_node N pipeline/bench.py …")
-        return []
+        raise RecipeError(
+            "allreduce: one rank sends nothing; start several: torchrun --nproc_per_node N pipeline/bench.py …"
+        )
     with about(shown(loaded.path)):
         if zero.asked():
             raise RecipeError("allreduce is of DDP's buckets, which DeepSpeed does not send; start it without")

@@ -57,8 +57,9 @@ def measure_loading(
 
         parts["native reader"] = native_images(loader.plan, loader.pace, device)
     images = steps * loader.plan.micro_batch
+    ahead = items_ahead(loader.pace)
     measured = measure_in_turn(
-        parts, device, repeats=repeats, warmup=warmup, steps=steps, images=images, ahead=items_ahead(loader.pace)
+        parts, device, repeats=repeats, warmup=max(warmup, ahead), steps=steps, images=images, ahead=ahead
     )
     if parallel.is_main():
         print(read)

@@ -95,4 +95,6 @@ def split(timings: list[dict[str, Any]], steps: int, batch: int) -> list[Measure
         return []
     rates = {name: median(each[name] for each in timings) for name in RATES if name in timings[0]}
     whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], steps * batch, rates, steps)
-    return [whole, *(Measured(name, [parts[name] for parts in seconds], steps=steps) for name in seconds[0])]
+    # Parts are of as many images, or a record of another batch would compare them by steps and the whole by images.
+    of_parts = [Measured(name, [parts[name] for parts in seconds], steps * batch, steps=steps) for name in seconds[0]]
+    return [whole, *of_parts]

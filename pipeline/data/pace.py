@@ -62,8 +62,11 @@ def work(config: Config, manifest: Manifest, device: torch.device) -> str:
 
 
 def cores() -> int:
-    """Return this rank's share of the cores that the machine's ranks may use."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return this rank's share of the cores that the machine's ranks may use; a task that Slurm binds has its own."""
+    mine = len(os.sched_getaffinity(0))
+    if os.environ.get("SLURM_CPUS_PER_TASK") == str(mine):
+        return mine
+    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def kept_path() -> Path:

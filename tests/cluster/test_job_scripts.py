@@ -77,7 +77,7 @@ def test_the_tasks_are_python_told_the_recipe_and_the_words_of_sbatch(job: Job, 
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     flags, _, task = call.partition(" launchers/node.sh ")
     assert flags == "srun --kill-on-bad-exit=1 --wait=60 --label"
-    assert task.startswith(f"pipeline/train.py data.threads=12 {RECIPE} data.path=/data/imagenet batch=512 folder=")
+    assert task.startswith(f"pipeline/train.py {RECIPE} data.path=/data/imagenet batch=512 folder=")
     assert "2 nodes, 2 ranks, which meet at 127.0.0.1:24321" in done.stderr
 
 
@@ -169,8 +169,7 @@ def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environm
     assert done.returncode == 0, done.stderr
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     assert call == (
-        "srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh "
-        f"pipeline/cache_teacher.py data.threads=12 {RECIPE} views=10"
+        f"srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/cache_teacher.py {RECIPE} views=10"
     )
     start = "start 1 of pipeline/cache_teacher.py on 2 nodes, 2 ranks, which meet at 127.0.0.1:24321"
     assert done.stderr == f"job 4321: {start}\n"

@@ -55,6 +55,16 @@ def test_what_was_found_is_for_such_images_on_as_many_cores_alone(
     assert pace_in(config) == Pace(threads=1, prefetch=2)
 
 
+def test_a_task_that_slurm_binds_has_its_cores_for_itself(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores() == 3  # by torchrun all ranks have all cores
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert cores() == 12
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")  # bound to none, they share what the job has
+    assert cores() == 3
+
+
 @pytest.mark.parametrize(
     "content", ["", "no JSON", "[1, 2]", '{"a processor": {"threads": 0, "prefetch": 2}}', '{"a": {"depth": 3}}', None]
 )

@@ -50,7 +50,7 @@ def published_package(folder: str) -> Any:
 class Case:
     """Both losses with one latent width, and what they are given."""
 
-    def __init__(self, published: Any, rows: int, latent: int) -> None:
+    def __init__(self, published: Any, rows: int, latent: int, **diffusion: bool) -> None:
         torch.manual_seed(0)
         self.map = torch.randn(rows, STUDENT, SIDE, SIDE).relu()
         self.teacher_map = torch.randn(rows, TEACHER, SIDE, SIDE).relu()
@@ -60,6 +60,7 @@ class Case:
         self.logit = published.DiffKD(CLASSES, CLASSES, kernel_size=1)
         config = config_of("ddkd") | {"logit_distance": {"dkd": DKD}}
         config["feature"] |= {"latent": latent}
+        config["diffusion"] |= diffusion
         facts = Facts(CLASSES, *({"last": (width, SIDE, SIDE)} for width in (STUDENT, TEACHER)))
         self.loss: Any = load_spec("ddkd", config).build(facts)
         for own, theirs in ((self.loss.feature_denoiser, self.feature), (self.loss.logit_denoiser, self.logit)):
@@ -171,8 +172,14 @@ def main(folder: str, rows: int = 8, repeats: int = 9) -> None:
         case.loss.to(memory_format=torch.channels_last)
         for mine, other in zip(case.ours(), case.theirs(), strict=True):
             assert (mine - other).norm() < 0.01 * other.norm(), "they do not compute the same"
-        planes = partial(case.ours, torch.contiguous_format)
-        show(latent, {"published": case.theirs, "ours": case.ours, "ours, planes": planes}, repeats)
+        options = {f"ours, {key}": Case(published, rows, latent, **{key: True}) for key in ("checkpoint", "compile")}
+        for option in options.values():
+            option.loss.to(memory_format=torch.channels_last)
+        planes = {"ours, planes": partial(case.ours, torch.contiguous_format)}
+        others = {name: option.ours for name, option in options.items()}
+        for run in others.values():
+            run()  # compiled before it is measured
+        show(latent, {"published": case.theirs, "ours": case.ours, **planes, **others}, repeats)
         case.loss.feature_denoiser.autocast = case.loss.logit_denoiser.autocast = torch.bfloat16
         half = {"published, bf16": in_bfloat16(case.theirs), "ours, bf16": in_bfloat16(case.ours)}
         show(latent, half, max(repeats // 9, 1))  # a processor without its instructions takes minutes

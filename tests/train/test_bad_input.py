@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
+from pipeline.composition import RecipeError
 from pipeline.launch import entry
 from pipeline.models import create_model
+from pipeline.recipe import own_words
 
 ROOT = Path(__file__).resolve().parents[2]
 Train = Callable[..., None]
@@ -107,6 +109,7 @@ def test_a_run_that_is_not_there_must_be_made_by_one_process_first(run_train: Tr
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused(run_train, "ddkd.yaml")
     assert "one process must make first: python pipeline/train.py" in message
+    assert "data.path=" in message.partition("first: ")[2]
     assert "teacher.yaml" in message
 
 
@@ -139,6 +142,74 @@ def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: command line: batsh: unknown key; did you mean 'batch'?"
     assert done.stdout == ""
+
+
+DAMAGED = {
+    "checkpoints/step-2/distiller.safetensors": "delete it, and the run goes on from step-1",
+    "checkpoints/step-2/optimizer.pt": "delete it, and the run goes on from step-1",
+    "checkpoints/step-2/state.json": "delete it, and the run goes on from step-1",
+    "identity.json": "give folder=ANOTHER",
+    "versions.json": "give folder=ANOTHER",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_of_the_run_that_is_cut_short(run_train: Train, recipes: Path, name: str):
+    run_train("ce.yaml", "checkpoints.every_steps=1", "stop.steps=2")
+    file = recipes / "runs" / "ce" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = refused(run_train, "ce.yaml")
+    assert f"{file.parent.relative_to(recipes)}" in message
+    assert DAMAGED[name] in message
+    if "step-2" in name:
+        shutil.rmtree(file.parent)
+        run_train("ce.yaml", "stop.steps=2")  # what the message says is so
+
+
+def test_a_result_that_is_cut_short(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "epochs=1")
+    result = recipes / "runs" / "ce" / "result.json"
+    whole = json.loads(result.read_text())
+    result.write_text("{")
+    assert "runs/ce/result.json: cannot be read" in refused(run_train, "ce.yaml", "epochs=1")
+    result.unlink()
+    run_train("ce.yaml", "epochs=1")
+    assert json.loads(result.read_text())["top1"] == whole["top1"]
+
+
+def test_best_weights_that_are_cut_short(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "stop.epoch=1")
+    best = recipes / "runs" / "ce" / "student_best.safetensors"
+    best.write_bytes(best.read_bytes()[:100])
+    assert "runs/ce/student_best.safetensors: cannot be read" in refused(run_train, "ce.yaml")
+
+
+def test_a_journal_that_lost_its_lines_goes_on_without_them(
+    run_train: Train, recipes: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_train("ce.yaml", "stop.steps=2")
+    journal = recipes / "runs" / "ce" / "journal.jsonl"
+    journal.unlink()
+    run_train("ce.yaml", "stop.steps=3")
+    assert "has lost lines" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in journal.read_text().splitlines()] == [3]
+
+
+def test_a_file_where_the_run_folder_would_be(run_train: Train, recipes: Path):
+    (recipes / "taken").write_text("")
+    message = refused(run_train, "ce.yaml", "folder=taken/run")
+    assert message.startswith("folder: taken/run cannot be written")
+    assert message.endswith("taken is no folder); give folder=ANOTHER")
+
+
+def test_a_misspelt_word_of_the_commands_own():
+    with pytest.raises(RecipeError, match="command line: repeat: unknown key; did you mean 'repeats'"):
+        own_words(["repeat=2"], ("repeats", "steps"))
+    assert own_words(["batch=2", "losses.kd.weight=1"], ("repeats",)) == ({}, ["batch=2", "losses.kd.weight=1"])
+
+
+def test_an_empty_mapping_that_would_change_nothing(run_train: Train):
+    assert "losses.NAME=null takes one away" in refused(run_train, "ce.yaml", "losses={}")
 
 
 @pytest.mark.parametrize(
