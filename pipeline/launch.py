@@ -76,6 +76,7 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     ranks.meet()
     # Accelerate has no field yet for the name that torch would rather have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # wanted all the same
     accelerator = Accelerator(
         # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
         cpu=cpu and plugin is None,

@@ -206,9 +206,10 @@ def _stand(loaded: LoadedRecipe) -> Run:
 def _make(run: Run, above: Recipe, path: str) -> None:
     """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
     check_folder(run, "move it away")
-    words = _passed_on(above, path)
-    told = " ".join([run.command, *map(shlex.quote, words)])
-    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words], told)
+    place, *more = _passed_on(above, path)
+    elsewhere = load_recipe(path, more).recipe.data.path != above.data.path
+    told = " ".join([run.command, *([shlex.quote(place)] if elsewhere else []), *more])
+    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told)
     if run.result is None:
         raise Unfinished(f"{told} was stopped before its end; the same command continues")
 

@@ -105,12 +105,15 @@ def test_half_precision_without_a_gpu(run_train: Train):
     assert "precision: fp16 needs a GPU" in refused(run_train, "ce.yaml", "precision=fp16")
 
 
-def test_a_run_that_is_not_there_must_be_made_by_one_process_first(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_is_not_there_must_be_made_by_one_process_first(
+    run_train: Train, shards: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = refused(run_train, "ddkd.yaml")
-    assert "one process must make first: python pipeline/train.py" in message
-    assert "data.path=" in message.partition("first: ")[2]
-    assert "teacher.yaml" in message
+    message = refused(run_train, "ddkd.yaml", *([f"data.path={shards}/"] if elsewhere else []))
+    told = message.partition("one process must make first: python pipeline/train.py ")[2]
+    assert "teacher.yaml" in told
+    assert (f'data.path="{shards}/"' in told) == elsewhere
 
 
 def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest.MonkeyPatch):
