@@ -161,7 +161,7 @@ def own_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str]
     """Return (values by key, the other words) of those ``key=value`` words that are a command's own, no recipe's."""
     own = {key: value for key, _, value in (word.partition("=") for word in words) if key in keys}
     others = {word.partition("=")[0] for word in words if "=" in word} - own.keys() - Recipe.model_fields.keys()
-    for key in sorted(others):
+    for key in sorted(key for key in others if "." not in key):
         if near := difflib.get_close_matches(key, keys, n=1):
             raise RecipeError(f"command line: {key}: unknown key; did you mean {near[0]!r}?")
     return own, [word for word in words if word.partition("=")[0] not in keys]

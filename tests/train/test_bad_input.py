@@ -208,7 +208,8 @@ def test_a_file_where_the_run_folder_would_be(run_train: Train, recipes: Path):
 def test_a_misspelt_word_of_the_commands_own():
     with pytest.raises(RecipeError, match="command line: repeat: unknown key; did you mean 'repeats'"):
         own_words(["repeat=2"], ("repeats", "steps"))
-    assert own_words(["batch=2", "losses.kd.weight=1"], ("repeats",)) == ({}, ["batch=2", "losses.kd.weight=1"])
+    others = ["batch=2", "losses.kd.weight=1", "data.views=3"]
+    assert own_words(others, ("repeats", "views")) == ({}, others)
 
 
 def test_an_empty_mapping_that_would_change_nothing(run_train: Train):
