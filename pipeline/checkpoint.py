@@ -142,7 +142,7 @@ class Checkpoints:
             return State(Progress(steps_per_epoch))
         *earlier, folder = steps
         goes_on = f"goes on from {earlier[-1].name}" if earlier else "begins anew"
-        with readable(folder, f"delete it, and the run {goes_on}"):
+        with readable(folder, f"move it away, and the run {goes_on}"):
             saved = json.loads((folder / "state.json").read_text())
             self._check(folder, saved)
             self._load_weights(folder)
@@ -197,7 +197,7 @@ def exported_best(path: Path) -> Best:
     """Return the accuracy that ``export_student`` wrote with the best weights; none yet where there is no file."""
     if not path.is_file():
         return Best()
-    with readable(path, "delete it; the next best weights take its place"), safe_open(path, framework="pt") as file:
+    with readable(path, "move it away; the next best weights take its place"), safe_open(path, framework="pt") as file:
         return Best(**json.loads(file.metadata()["best"]))
 
 
@@ -206,7 +206,7 @@ def readable(path: Path, mend: str) -> Iterator[None]:
     """Raise RecipeError, with what to do, for whatever a damaged file makes its reader raise inside the context."""
     try:
         yield
-    except RecipeError:
+    except (RecipeError, torch.OutOfMemoryError, torch.distributed.DistError):  # which say nothing of the file
         raise
     except Exception as error:
         told = " ".join(str(error).split())[:200]

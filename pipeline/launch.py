@@ -54,7 +54,7 @@ def _one_line(error: Exception) -> str | None:
         return f"{told.partition('. ')[0]}; lower batch, or raise accumulation, which splits it"
     # Known by name: to import the compiler's errors takes a second.
     if any(kind.__module__ in ("torch._dynamo.exc", "torch._inductor.exc") for kind in type(error).__mro__):
-        return f"torch cannot compile: {told[:300]}; mend that, or leave student.compile and teacher.compile out"
+        return f"torch cannot compile: {told[:300]}; mend that, or leave the recipe's compile out"
     return None if isinstance(error, RuntimeError) else told
 
 

@@ -43,7 +43,7 @@ def measure_step(loaded: LoadedRecipe, *, repeats: int, warmup: int, steps: int)
     with removed(folder), contextlib.redirect_stdout(io.StringIO()) as told:
         train(find_run(LoadedRecipe(short, loaded.path)))
         text = (folder / "journal.jsonl").read_text() if is_main_asked() else ""
-    # But how to go on with this run, which is nobody's question.
+    # What else it printed is how to go on with this run, which is nobody's question.
     for line in told.getvalue().splitlines():
         if line.startswith("note: "):
             print(line)

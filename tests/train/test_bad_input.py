@@ -148,9 +148,9 @@ def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
 
 
 DAMAGED = {
-    "checkpoints/step-2/distiller.safetensors": "delete it, and the run goes on from step-1",
-    "checkpoints/step-2/optimizer.pt": "delete it, and the run goes on from step-1",
-    "checkpoints/step-2/state.json": "delete it, and the run goes on from step-1",
+    "checkpoints/step-2/distiller.safetensors": "move it away, and the run goes on from step-1",
+    "checkpoints/step-2/optimizer.pt": "move it away, and the run goes on from step-1",
+    "checkpoints/step-2/state.json": "move it away, and the run goes on from step-1",
     "identity.json": "give folder=ANOTHER",
     "versions.json": "give folder=ANOTHER",
 }
@@ -220,7 +220,7 @@ def test_an_empty_mapping_that_would_change_nothing(run_train: Train):
     ("error", "told"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …"), "lower batch"),
-        (InductorError(InvalidCxxCompiler(), None), "leave student.compile and teacher.compile out"),
+        (InductorError(InvalidCxxCompiler(), None), "leave the recipe's compile out"),
     ],
     ids=["memory", "compiler"],
 )
