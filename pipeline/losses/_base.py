@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, create_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.parallel import gather_rows, world_size
@@ -115,6 +116,18 @@ def run_under(dtype: torch.dtype | None, network: Callable[..., Tensor], x: Tens
     """Return the network's answer under that autocast type, None for none, brought back to the dtype of ``x``."""
     with autocast(x, dtype):
         return network(x, *more).to(x.dtype)
+
+
+def recomputed(function: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+    """Return ``function(x, …)``, which draws nothing; backward computes it again, and what is inside is not kept.
+
+    On the meta device, where operations are counted, none is done twice.
+    """
+    if x.device.type == "meta":
+        return function(x, *more)
+    found = checkpoint(function, x, *more, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.losses._base import run_under
+from pipeline.losses._base import recomputed, run_under
 from pipeline.losses._convolution import Convolution, differentiated_once
 from pipeline.losses.diffusion import (
     Autoencoder,
@@ -135,8 +134,8 @@ class Denoiser(nn.Module):
         if self.diffusion.detach_predictor:
             constants = {name: parameter.detach() for name, parameter in self.predictor.named_parameters()}
             network = partial(functional_call, self.predictor, constants)
-        if self.diffusion.checkpoint and y_BCHW.device.type != "meta":  # where operations are counted, and none twice
-            return checkpoint(self.run, network, y_BCHW, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        if self.diffusion.checkpoint:
+            return recomputed(partial(self.run, network), y_BCHW)
         return self.run(network, y_BCHW)
 
     def run(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ gradient as it is: each sample is as likely; and a class of other samples fewer 
 B batch, D embedding, J = 1 + K candidates of a row, N rows of a bank, K (alone) classes.
 """
 
-from functools import partial
 from math import log, log1p
 from typing import NamedTuple
 
@@ -29,10 +28,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._base import Facts, Loss, Taps, recomputed
 from pipeline.losses._levels import Stage, stage_names, stage_taps
 from pipeline.parallel import all_reduce_mean, gather_rows
 
@@ -71,10 +69,7 @@ def by_rows(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
     """Gather the candidates, a chunk of anchors at a time; the backward gathers again, and nothing is kept between."""
     rows = max(LARGEST_GATHER // (index_BJ.shape[1] * bank_ND.shape[1]), 1)
     chunks = zip(anchor_BD.split(rows), index_BJ.split(rows), strict=True)
-    gather = partial(checkpoint, _gathered, use_reentrant=False, preserve_rng_state=False)
-    if anchor_BD.device.type == "meta":  # where operations are counted, and none twice
-        gather = _gathered
-    return torch.cat([gather(anchor, bank_ND, index) for anchor, index in chunks])
+    return torch.cat([recomputed(_gathered, anchor, bank_ND, index) for anchor, index in chunks])
 
 
 def _gathered(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:

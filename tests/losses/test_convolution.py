@@ -206,6 +206,7 @@ def test_a_checkpoint_keeps_less_and_computes_the_same():
     with bytes_kept() as of_checkpointed:
         again = quick(checkpointed, *CASE)
     assert sum(of_checkpointed.values()) < 0.6 * sum(of_plain.values())
+    assert again.item() == loss.item()
     check_same(plain, loss, checkpointed, again)
 
 
