@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
 )
 
@@ -72,6 +74,8 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     cpu = not torch.cuda.is_available()
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    if folder:
+        _check_trackers(recipe.journal.trackers)
     plugin = zero.create_plugin(recipe) if zero.asked() else None
     ranks.meet()
     # Accelerate has no field yet for the name that torch would rather have.
@@ -109,3 +113,13 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
             "start them with torchrun --nproc_per_node N pipeline/train.py, or with each its own LOCAL_RANK"
         )
     return accelerator
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError for a tracker that Accelerate would leave out without a word."""
+    known, installed = list(map(str, LoggerType)), list(map(str, [LoggerType.ALL, *get_available_trackers()]))
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"journal.trackers: there is no tracker {name!r}; known are {', '.join(known)}")
+        if name not in installed:
+            raise RecipeError(f"journal.trackers: {name} is not installed; install it, or leave it out of the list")

@@ -154,7 +154,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         return LoadedRecipe(Recipe.model_validate(tree), path)
     except ValidationError as error:
-        raise RecipeError(_one_line(error, origins, shown(path))) from None
+        raise RecipeError(_one_line(error, tree, origins, shown(path))) from None
 
 
 def own_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -210,25 +210,42 @@ def _resolve_references(tree: dict[str, Any], path: Path) -> None:
             raise RecipeError(f"{shown(path)}: another recipe is named that is not there: {error}") from None
 
 
-def _one_line(error: ValidationError, origins: Origins, default: str) -> str:
-    first = error.errors(include_url=False)[0]
-    location = tuple(str(part) for part in first["loc"])
+def _one_line(error: ValidationError, tree: dict[str, Any], origins: Origins, default: str) -> str:
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for each in error.errors(include_url=False):
+        found.setdefault(_key(each, tree), []).append(each)
+    location, errors = next(iter(found.items()))
     where = next((origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), default)
     key = ".".join(location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {key + ': ' if key else ''}{_explained(dict(first), location)}{more}"
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{where}: {key + ': ' if key else ''}{_explained(errors, location)}{more}"
 
 
-def _explained(first: dict[str, Any], location: tuple[str, ...]) -> str:
+def _key(error: Any, tree: Any) -> tuple[str, ...]:
+    """Return the key that an error is about, without the names that pydantic gives to what may stand there."""
+    location = tuple(map(str, error["loc"]))
+    for depth, part in enumerate(error["loc"]):
+        if isinstance(tree, list) and isinstance(part, int):
+            tree = tree[part] if part < len(tree) else None
+        elif isinstance(tree, dict) and (part in tree or error["type"] == "missing"):
+            tree = tree.get(part)
+        else:
+            return location[:depth]
+    return location
+
+
+def _explained(errors: list[Any], location: tuple[str, ...]) -> str:
+    """Return what is wrong at a key; of several errors each is about another thing that might have stood there."""
+    first = errors[0]
     if first["type"] == "extra_forbidden":
         known = sorted(_known_keys(location[:-1]))
         near = difflib.get_close_matches(location[-1], known, n=1)
         return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here are {', '.join(known)}"
     if first["type"] == "missing":
         return "this key is required"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if first["type"] == "value_error":
-        return message
+        return first["msg"].removeprefix("Value error, ")
+    message = ", or ".join(each["msg"].removeprefix("Input ") for each in errors)
     return f"{message}, got {first['input']!r}"
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from pipeline.composition import ROOT, RecipeError, shown
 from pipeline.ranks import is_set
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, dump_recipe
 from pipeline.runs import world_size_asked
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -135,11 +135,22 @@ def _refuse(recipe: Recipe, stage: int) -> None:
         raise RecipeError("precision: fp16 is not done under DeepSpeed; give precision=bf16 or precision=fp32")
     if recipe.compress:
         raise RecipeError("compress: DeepSpeed sends the gradients, and in float32; leave the key out, or take DDP")
-    if stage == 3 and recipe.student.compile:
-        raise RecipeError("student.compile: under ZeRO-3 no weight is whole when torch compiles; leave the key out")
+    if stage == 3 and (compiled := _compiled({name: dump_recipe(recipe)[name] for name in ("student", "losses")})):
+        raise RecipeError(f"{compiled}: under ZeRO-3 no weight is whole when torch compiles; leave the key out")
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
         raise RecipeError(f"{average}: under ZeRO-3 no rank has the weights to average; take zero2.json, or DDP")
+
+
+def _compiled(tree: dict[str, Any], above: str = "") -> str | None:
+    """Return the first key at which torch is told to compile."""
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        if key == "compile" and value:
+            return name
+        if isinstance(value, dict) and (found := _compiled(value, f"{name}.")):
+            return found
+    return None
 
 
 def _of_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -76,6 +76,11 @@ DATA = {
 }
 ACCUMULATED = ("accumulation=2", "clip=1.0")
 DISTILLED = {"student": {"model": "cifar_resnet8"}, "teacher": {"recipe": "teacher.yaml"}}
+COMPILED = [
+    "teacher={model: cifar_resnet20, weights: w.pt}",
+    f"losses={json.dumps(method('ddkd'))}",
+    "losses.ddkd.diffusion.compile=true",
+]
 RECIPES: dict[str, Any] = {
     "base": {
         "student": {"model": "cifar_resnet8"},
@@ -293,6 +298,12 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
         ({"stage": 0}, [], "zero_optimization.stage: expected 1, 2 or 3, got 0"),
         ({}, ["compress=auxiliary"], "compress: DeepSpeed sends the gradients, and in float32; leave the key out"),
         ({}, ["precision=fp16"], "precision: fp16 is not done under DeepSpeed; give precision=bf16"),
+        (
+            {"stage": 3},
+            ["student.compile=true"],
+            "student.compile: under ZeRO-3 no weight is whole when torch compiles",
+        ),
+        ({"stage": 3}, COMPILED, "losses.ddkd.diffusion.compile: under ZeRO-3 no weight is whole when torch compiles"),
         ({"stage": 3}, ["ema.decay=0.9"], "ema: under ZeRO-3 no rank has the weights to average; take zero2.json"),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has the weights"),
     ],

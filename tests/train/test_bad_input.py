@@ -105,6 +105,14 @@ def test_half_precision_without_a_gpu(run_train: Train):
     assert "precision: fp16 needs a GPU" in refused(run_train, "ce.yaml", "precision=fp16")
 
 
+def test_a_tracker_that_is_unknown_or_not_installed(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+    message = refused(run_train, "ce.yaml", "journal.trackers=[tensorbord]")
+    assert "journal.trackers: there is no tracker 'tensorbord'; known are" in message
+    monkeypatch.setattr("pipeline.launch.get_available_trackers", lambda: ["tensorboard"])
+    message = refused(run_train, "ce.yaml", "journal.trackers=[tensorboard, wandb]")
+    assert "journal.trackers: wandb is not installed; install it, or leave it out" in message
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_run_that_is_not_there_must_be_made_by_one_process_first(
     run_train: Train, shards: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool

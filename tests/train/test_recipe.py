@@ -89,6 +89,15 @@ def test_a_wrong_type_says_what_was_given(recipe: Path):
     assert "precision" in refused(recipe, "precision=int8")
 
 
+@pytest.mark.parametrize("given", ["wide", "{wide: 3}", "[3]"])
+def test_where_several_things_may_stand_the_key_is_named_once_and_all_of_them_are_said(given: str):
+    ddkd = ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"
+    message = refused(ddkd, f"losses.ddkd.feature.latent={given}")
+    assert "command line: losses.ddkd.feature.latent: should be a valid integer" in message
+    assert ", or should be 'auto', got " in message
+    assert not message.endswith("more)")
+
+
 def test_a_missing_key_is_named(recipe: Path):
     assert refused(recipe, "schedule=null").endswith("schedule: this key is required")
     assert refused(recipe, "losses.kd.temperature=null").endswith("losses.kd.temperature: this key is required")
