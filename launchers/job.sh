@@ -28,6 +28,11 @@ say() { printf '%s\n' "job $job: $*" >&2; }
 
 show() { printf '$ %s\n' "${*@Q}"; }
 
+misused() {
+    say "error: expected train RECIPE, table, run SCRIPT or ranks SCRIPT, got '$*'"
+    exit 2
+}
+
 guard_restarts() {
     if [ "$restarts" -gt "${MAX_RESTARTS:-50}" ]; then
         say "error: began again $restarts times; look into the log, then submit it again (or give MAX_RESTARTS=N)"
@@ -184,6 +189,11 @@ ranks() {
     run "$script" "$@"
 }
 
+case ${1:-} in
+    train | table) ;;
+    run | ranks) [ $# -gt 1 ] || misused "$@" ;;
+    *) misused "$@" ;;
+esac
 # srun does not take over from sbatch how many cores a task has (Slurm 22.05 on).
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}

@@ -44,7 +44,7 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     try:
         sys.exit(main(None))
     except (OSError, ValueError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
 

@@ -75,6 +75,8 @@ def _read(source: Path, name: str) -> Any:
     """Read one of the official files; a worker does it once."""
     try:
         return _ArraysOnly(io.BytesIO(_content(source, name)), encoding="bytes").load()
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {error.filename}; give the folder {FOLDER}, or {FOLDER}.tar.gz") from None
     except (pickle.UnpicklingError, tarfile.TarError, EOFError, KeyError) as error:
         raise ValueError(f"{source} is damaged or not CIFAR-100: {name}: {error}") from None
 

@@ -235,6 +235,14 @@ def test_a_recipe_that_is_not_there_is_one_line(job: Job):
     assert "configs/none.yaml: no such recipe" in done.stderr
 
 
+def test_an_unknown_word_for_the_job_is_one_line(job: Job):
+    done = job("launchers/job.sh", "trian", "configs/demo.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (
+        "error: expected train RECIPE, table, run SCRIPT or ranks SCRIPT, got 'trian configs/demo.yaml" in done.stderr
+    )
+
+
 def test_the_folder_of_the_logs_is_there_as_slurm_writes_no_line_without_it():
     assert (ROOT / "slurm" / "logs" / ".gitignore").is_file()
     for path in (ROOT / "slurm").glob("*.sh"):

@@ -115,8 +115,12 @@ def test_a_missing_or_cut_file_is_one_line(source, tmp_path, run):
     (source / "test").write_bytes((source / "test").read_bytes()[:500])
     done = run("prepare_cifar.py", source, tmp_path / "out")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    done = run("prepare_cifar.py", tmp_path / "nothing", tmp_path / "out")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    (tmp_path / "empty").mkdir()
+    for there in (tmp_path / "nothing", tmp_path / "empty"):
+        done = run("prepare_cifar.py", there, tmp_path / "out")
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert done.stderr.startswith(f"error: there is no file {there}")
+        assert "give the folder cifar-100-python, or cifar-100-python.tar.gz" in done.stderr
 
 
 @pytest.mark.shared

@@ -245,7 +245,7 @@ def test_a_killed_worker_is_one_line_and_the_next_run_goes_on(source, tmp_path):
             break
     _, error = process.communicate()
     assert process.returncode == 2
-    assert error.startswith("a worker process was killed")
+    assert error.startswith("error: a worker process was killed")
     assert len(error.splitlines()) == 1
     process = start(source, tmp_path / "out")
     process.communicate()
