@@ -4,11 +4,11 @@
 #   launchers/job.sh train RECIPE [key=value …]          one task a GPU; requeued when it was preempted
 #   launchers/job.sh table [RECIPE …] [key=value …]      the same for one recipe of an array; by default ImageNet's, all of them
 #   launchers/job.sh run SCRIPT [argument …]             a resumable Python script in one task; requeued when it was stopped
-#   launchers/job.sh ranks SCRIPT [argument …]           the same, one task a GPU, whose ranks meet
+#   launchers/job.sh ranks SCRIPT RECIPE [key=value …]   the same for one that reads a recipe's shards, one task a GPU, whose ranks meet
 #
 # From the environment of sbatch, all optional:
 #   DRY_RUN=1                   print what would run
-#   STAGE=FOLDER                to train, copy the shards to this folder of every node's own disk first (default: SLURM_TMPDIR; empty: do not)
+#   STAGE=FOLDER                copy a recipe's shards to this folder of every node's own disk first (default: SLURM_TMPDIR; empty: do not)
 #   MASTER_ADDR, MASTER_PORT    where the ranks meet, instead of the first node and a port that follows from the job
 #   MAX_RESTARTS=50             how often a job may begin again
 #   PYTHON                      the interpreter (default: .venv's, else python)
@@ -88,9 +88,12 @@ supervised() {
     return "$status"
 }
 
-# Stage in a step of its own: it ends when the last node is done, so that no rank waits for another in a rendezvous, which has a limit.
-# Whatever goes wrong, the shared folder is there.
+# Stage the shards in folder $1, in a step of its own: it ends when the last node is done, so that no rank waits for another in a
+# rendezvous, which has a limit. Whatever goes wrong, the shared folder is there.
 stage() {
+    STAGE=${STAGE-${SLURM_TMPDIR:-}}
+    [ -n "$STAGE" ] || return 0
+    export STAGE SHARDS=$1
     local words=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label "$PYTHON" shards/stage.py "$SHARDS" "$STAGE")
     if [ -n "$DRY_RUN" ]; then
         show srun "${words[@]}"
@@ -137,11 +140,7 @@ train() {
     places=$("$PYTHON" pipeline/places.py "$@")
     { read -r shards && read -r folder; } <<< "$places"
     rendezvous "$folder"
-    STAGE=${STAGE-${SLURM_TMPDIR:-}}
-    if [ -n "$STAGE" ]; then
-        export STAGE SHARDS=$shards
-        stage
-    fi
+    stage "$shards"
     [ -n "$DRY_RUN" ] || rm -f "$folder/preempted"
     if [ -n "$told" ]; then # before anything began, so nothing is lost
         mkdir -p "$folder"
@@ -183,10 +182,11 @@ run() {
 }
 
 ranks() {
-    local script=$1
-    shift
-    rendezvous "$script"
-    run "$script" "$@"
+    local places
+    places=$("$PYTHON" pipeline/places.py "${@:2}")
+    rendezvous "$1"
+    stage "${places%%$'\n'*}"
+    run "$@"
 }
 
 case ${1:-} in

@@ -165,7 +165,7 @@ def test_a_preparation_that_was_stopped_is_requeued_and_one_that_failed_is_not(j
 
 
 def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environment: dict[str, str]):
-    done = job("slurm/cache_teacher.sh", RECIPE, "views=10", SLURM_CPUS_PER_TASK="12", STAGE="/local")
+    done = job("slurm/cache_teacher.sh", RECIPE, "views=10", SLURM_CPUS_PER_TASK="12")
     assert done.returncode == 0, done.stderr
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     assert call == (
@@ -187,13 +187,16 @@ def test_a_cache_whose_writing_was_stopped_is_requeued_and_one_that_failed_is_no
         assert calls(environment)[-1] == f"scontrol requeue {status}"
 
 
-def test_shards_are_staged_once_a_node_before_the_tasks_start(job: Job, environment: dict[str, str], tmp_path: Path):
-    assert job("slurm/ddkd_r50_mbv1.sh", "data.path=/data/tiny", STAGE=str(tmp_path)).returncode == 0
-    stage, train = [call for call in calls(environment) if call.startswith("srun")]
+@pytest.mark.parametrize(("script", "words"), [("ddkd_r50_mbv1", []), ("cache_teacher", [RECIPE, "views=10"])])
+def test_shards_are_staged_once_a_node_before_the_tasks_start(
+    job: Job, environment: dict[str, str], tmp_path: Path, script: str, words: list[str]
+):
+    assert job(f"slurm/{script}.sh", *words, "data.path=/data/tiny", STAGE=str(tmp_path)).returncode == 0
+    stage, step = [call for call in calls(environment) if call.startswith("srun")]
     assert stage == (
         f"srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --label {sys.executable} shards/stage.py /data/tiny {tmp_path}"
     )
-    assert "pipeline/train.py" in train
+    assert step.startswith("srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/")
 
 
 def test_a_taken_port_is_passed_over_and_a_given_one_kept(job: Job):
@@ -220,9 +223,16 @@ def test_an_array_has_a_recipe_for_each_index_and_says_where_it_ends(job: Job, e
     assert (done.returncode, done.stderr) == (2, "job 4321: error: there are 1 recipes; give --array=0-0\n")
 
 
+def test_a_cache_without_a_recipe_is_one_line(job: Job, environment: dict[str, str]):
+    done = job("slurm/cache_teacher.sh", "views=10", STAGE="/local")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "command line: name one recipe" in done.stderr
+    assert not calls(environment)
+
+
 @pytest.mark.parametrize("script", ["ddkd_r50_mbv1", "perception_r34_r18", "table", *NO_RUN])
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(job: Job, environment: dict[str, str], script: str):
-    done = job(f"slurm/{script}.sh", "a=b", DRY_RUN="1")
+    done = job(f"slurm/{script}.sh", "a=b", *([RECIPE] if script == "cache_teacher" else []), DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("$ 'srun' '--kill-on-bad-exit=1' '--wait=60' '--label' 'launchers/node.sh' '")
     assert "WORLD_SIZE=" in done.stdout
