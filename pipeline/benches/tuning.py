@@ -41,11 +41,8 @@ def tune(loaded: LoadedRecipe, device: torch.device) -> list[Measured]:
     recipe = find_run(loaded).recipe
     if recipe.data.loader != "dali":
         raise RecipeError(f"data.loader: {recipe.data.loader} decodes nothing as it goes: there is nothing to tune")
-    sweeps: dict[str, Iterable[Any]] = {"threads": _thread_counts(), "prefetch": PREFETCHES}
-    if device.type == "cuda":
-        sweeps["hw_decoder_load"] = HW_DECODER_LOADS
     best, measured = recipe.data.model_copy(update={"threads": cores(), "prefetch": 2}), []
-    for key, values in sweeps.items():
+    for key, values in _sweeps(recipe, device).items():
         tried = _sweep(recipe, [best.model_copy(update={key: value}) for value in values], key, device)
         chosen = _least_of_the_best(dict(zip(values, tried, strict=True)))
         best = best.model_copy(update={key: parallel.gather_objects(chosen)[0]})
@@ -53,6 +50,14 @@ def tune(loaded: LoadedRecipe, device: torch.device) -> list[Measured]:
     if parallel.is_main():
         _conclude(recipe.data, best, device)
     return measured
+
+
+def _sweeps(recipe: Recipe, device: torch.device) -> dict[str, Iterable[Any]]:
+    """Return the values to try of each setting."""
+    sweeps: dict[str, Iterable[Any]] = {"threads": _thread_counts(), "prefetch": PREFETCHES}
+    if device.type == "cuda" and not (recipe.teacher and recipe.teacher.cache):  # a cache is of one share
+        sweeps["hw_decoder_load"] = HW_DECODER_LOADS
+    return sweeps
 
 
 def _thread_counts() -> list[int]:

@@ -56,10 +56,10 @@ class Config(BaseModel):
     and before there is such a finding its share of the machine's cores."""
     prefetch: PositiveInt | None = None
     """Batches that are read, and batches that are decoded, ahead of the one in use; null likewise, or 2."""
-    hw_decoder_load: Probability = 0.65
-    """Share of a batch, its first images, that a GPU's JPEG engine decodes, where it has one; its cores do the rest.
-    They round differently, so this is never tuned behind the recipe's back; with 0 or 1 a sample's pixels do not depend
-    on its place in the batch, which other numbers of ranks and a teacher's cache change."""
+    hw_decoder_load: Probability = 0.0
+    """Share of a batch, its largest images, that a GPU's JPEG engine decodes, where it has one; its cores do the rest.
+    They round differently, so this is never tuned behind the recipe's back: with any but 0 a sample's pixels depend on
+    the others of its batch and on its process's first, which other numbers of ranks and a teacher's cache change."""
     channels_last: bool = True
     """Memory format of the images: channels beside one another, or planes."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.data.config import Config
 from pipeline.data.pace import Pace
-from pipeline.data.requests import Request, place
+from pipeline.data.requests import Request, cuda_index, place
 from shards.read import SplitReader
 
 RESIZE = "linear, antialiased"
@@ -143,15 +143,14 @@ def create_pipeline(
             ndim=[1, 1, 1, 1, 1, 0],
             no_copy=True,
         )
-        boxes = fn.decoders.image_slice(
-            encoded,
-            start=corners,
-            shape=shapes,
-            axes=(0, 1),
-            output_type=types.RGB,
-            adjust_orientation=False,  # the boxes are of the image as it is stored
-            **decoding(config, device),
-        )
+        where = {"start": corners, "shape": shapes, "axes": (0, 1)}
+        how = {"adjust_orientation": False, **decoding(config, device)}  # the boxes are of the image as it is stored
+        if device.type == "cuda":
+            # Below version 13.2, and torchvision brings 13.1, nvJPEG leaves a part of an image to the CPU, if its
+            # chroma is to be interpolated.
+            boxes = fn.slice(fn.decoders.image(encoded, **how), **where)
+        else:
+            boxes = fn.decoders.image_slice(encoded, **where, **how)
         images = fn.resize(boxes, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.slice(
             images, start=crops, shape=(config.size, config.size), axes=(0, 1), out_of_bounds_policy="pad"
@@ -162,18 +161,16 @@ def create_pipeline(
 
 def new_pipeline(batch: int, pace: Pace, device: torch.device) -> Pipeline:
     """Return a pipeline without operators."""
-    device_id = None
-    if device.type == "cuda":
-        device_id = torch.cuda.current_device() if device.index is None else device.index
-    return Pipeline(batch, pace.threads, device_id, prefetch_queue_depth=pace.prefetch)
+    return Pipeline(batch, pace.threads, cuda_index(device), prefetch_queue_depth=pace.prefetch)
 
 
 def decoding(config: Config, device: torch.device) -> dict[str, Any]:
     """Return where and how a decoder of the graph decodes."""
     if device.type != "cuda":
-        return {"device": "cpu"}
+        return {"device": "cpu", "output_type": types.RGB}
     # Interpolated chroma is what the decoders of the CPU, and torchvision, do.
-    return {"device": "mixed", "hw_decoder_load": config.hw_decoder_load, "jpeg_fancy_upsampling": True}
+    share = {"hw_decoder_load": config.hw_decoder_load}
+    return {"device": "mixed", "output_type": types.RGB, "jpeg_fancy_upsampling": True, **share}
 
 
 def normalized(images: Any, flips: Any, config: Config) -> Any:

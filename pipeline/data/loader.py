@@ -93,7 +93,7 @@ class Loader:
         return self._batches(self.plan.looks(parts), self.images["train"])
 
     def _batches(self, requests: Generator[Request, None, None], images: Images) -> Iterator[Batch]:
-        ahead = read_ahead(requests, self.pace.prefetch)
+        ahead = read_ahead(requests, self.pace.prefetch, self.device)
         with closing(ahead), closing(images(ahead)) as decoded:
             for request, images_BCHW in decoded:
                 extra = {name: self._send(column) for name, column in request.extra.items()}

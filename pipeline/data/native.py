@@ -27,16 +27,9 @@ def native_images(plan: Plan, pace: Pace, device: torch.device) -> Generator[Ten
     with pipeline:
         encoded = _read(reader, plan)
         if config.crop == "pad":
-            boxes = _pad_cropped(fn.decoders.image(encoded, output_type=types.RGB, **decoding(config, device)), config)
+            boxes = _pad_cropped(fn.decoders.image(encoded, **decoding(config, device)), config)
         else:
-            boxes = fn.decoders.image_random_crop(
-                encoded,
-                random_area=config.scale,
-                random_aspect_ratio=config.ratio,
-                output_type=types.RGB,
-                **decoding(config, device),
-            )
-            boxes = fn.resize(boxes, size=[config.size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+            boxes = _random_resized(encoded, config, device)
         pipeline.set_outputs(normalized(boxes, fn.random.coin_flip(probability=config.flip), config))
     while True:
         yield run(pipeline, device)
@@ -54,6 +47,14 @@ def _read(reader: SplitReader, plan: Plan):
         num_shards=plan.world,
         pad_last_batch=True,
     )
+
+
+def _random_resized(encoded, config: Config, device: torch.device):
+    drawn = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
+    resized = {"size": [config.size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
+    if device.type == "cuda":  # which is given whole images to decode, as in ``dali.py``
+        return fn.random_resized_crop(fn.decoders.image(encoded, **decoding(config, device)), **drawn, **resized)
+    return fn.resize(fn.decoders.image_random_crop(encoded, **drawn, **decoding(config, device)), **resized)
 
 
 def _pad_cropped(images, config: Config):

@@ -15,7 +15,9 @@ from torchvision.transforms import functional as reference
 
 from pipeline import augment
 from pipeline.batch import Batch, Progress
+from pipeline.data import dali
 from pipeline.data.config import Config
+from pipeline.data.pace import Pace
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "cc-by-images"
@@ -112,6 +114,24 @@ def test_pad_crops_are_the_padded_images_own_pixels(small_shards: Path) -> None:
             if augment.flips([number], view, seed=0, probability=0.5)[0]:
                 theirs = reference.hflip(theirs)
             torch.testing.assert_close(ours, reference.pil_to_tensor(theirs).float(), atol=1e-3, rtol=0)
+
+
+def test_an_image_decoded_whole_as_a_gpu_is_asked_to_has_the_pixels_of_the_box_alone(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(drawn, size=96)
+    of_cpu, pipeline_of_cpu, cpu = dali.decoding, dali.new_pipeline, torch.device("cpu")
+    monkeypatch.setattr(dali, "decoding", lambda config, device: of_cpu(config, cpu))
+    monkeypatch.setattr(dali, "new_pipeline", lambda batch, pace, device: pipeline_of_cpu(batch, pace, cpu))
+    inputs = [dali._inputs(request) for request in open_loader(config, batch=6).plan.training(Progress(1), 3)]
+
+    def decoded(device: torch.device) -> list[Tensor]:
+        remaining = iter(inputs)
+        pipeline = dali.create_pipeline(lambda: next(remaining), config, 6, Pace(threads=1, prefetch=1), device)
+        return [dali.run(pipeline, cpu).clone() for _ in inputs]
+
+    for part, whole in zip(decoded(cpu), decoded(torch.device("cuda", 0)), strict=True):
+        assert torch.equal(part, whole)
 
 
 def test_an_exif_rotation_is_left_alone_and_grey_becomes_colour(tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_the_share_of_the_jpeg_engine_is_never_remembered():
     assert set(Pace.model_fields) == {"threads", "prefetch"}
 
 
+def test_the_share_is_tried_on_a_gpu_alone_and_never_under_a_cache_which_is_of_one_share(photo_shards: Path):
+    recipe, gpu = loaded(photo_shards).recipe, torch.device("cuda", 0)
+    assert "hw_decoder_load" not in tuning._sweeps(recipe, CPU)
+    assert 0.0 in tuning._sweeps(recipe, gpu)["hw_decoder_load"]
+    cached = loaded(photo_shards, "teacher={model: cifar_resnet20, weights: w.pt, cache: answers}").recipe
+    assert tuning._sweeps(cached, gpu).keys() == tuning._sweeps(recipe, CPU).keys()
+
+
 def test_the_least_of_the_best_is_taken():
     def at(rate: float) -> Measured:
         return Measured("", [1 / rate], 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_factory import config_of
@@ -237,6 +238,19 @@ def test_an_exception_of_the_reading_thread_comes_out_where_the_item_would_have(
         seen.extend(read_ahead(numbers([], fail_at=7), 3))
     ahead = read_ahead(numbers([], fail_at=7), 3)
     assert [next(ahead) for _ in range(7)] == list(range(7))
+
+
+def test_the_thread_is_at_the_gpu_that_its_loader_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    at: list[tuple[object, int]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: at.append((index, threading.get_ident())))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device, index in (("cuda:1", 1), ("cuda", 3)):
+        assert len(list(read_ahead(numbers([]), 2, torch.device(device)))) == 20
+        (found, thread), *_ = at
+        assert (found, thread != threading.get_ident()) == (index, True)
+        at.clear()
+    assert len(list(read_ahead(numbers([]), 2))) == 20
+    assert not at
 
 
 def test_closing_early_ends_the_thread_and_the_source() -> None:

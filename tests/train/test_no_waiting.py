@@ -107,6 +107,7 @@ def test_what_makes_the_host_wait_is_seen(way: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_step_waits_for_the_gpu(every_method: Callable[[], None], monkeypatch: pytest.MonkeyPatch):
     at_each_step(monkeypatch, lambda step: torch.cuda.set_sync_debug_mode("error" if 2 <= step < 9 else "default"))
     try:
