@@ -63,8 +63,6 @@ class FiniteGuard:
 
     def check(self) -> None:
         """Raise NonFiniteError if anything so far, on any rank, was not finite. Every rank calls it at one step."""
-        if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
         first_steps = parallel.all_reduce_min(self.first_step_P).tolist()
         step = min(first_steps, default=self.NEVER)
         if step < self.NEVER:
@@ -73,6 +71,8 @@ class FiniteGuard:
             raise NonFiniteError(
                 f"{name} is not finite at step {step}, which touched no weight; lower schedule.rate, or precision: fp32"
             )
+        if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
 
 
 def poisoned(total: Tensor) -> Tensor:

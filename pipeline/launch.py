@@ -71,7 +71,7 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
 
     Raises RecipeError where the machine cannot do what is asked, or where the ranks do not see one another.
     """
-    cpu = not torch.cuda.is_available()
+    cpu = ranks.on_cpu()
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
     if folder:
@@ -80,7 +80,6 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
     ranks.meet()
     # Accelerate has no field yet for the name that torch would rather have.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # wanted all the same
     accelerator = Accelerator(
         # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
         cpu=cpu and plugin is None,

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed import GradBucket, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import GradBucket, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -160,12 +160,22 @@ class BatchNorm(nn.Module):
 def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
     """Return the ranks' common store of keys; rank 0 serves it unless torchrun does. Raises RuntimeError."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
+    store = TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
+    # torchrun's outlives an attempt, and so does what was said in it.
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def start(backend: str, store: Store, rank: int, world: int, timeout: timedelta) -> None:
-    """Join the ranks in a process group whose collectives wait for ``timeout``. Raises RuntimeError."""
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    """Join the ranks in a process group whose collectives wait for ``timeout``. Raises RuntimeError.
+
+    With NCCL each rank is at the GPU of its ``LOCAL_RANK``.
+    """
+    gpu = None
+    if "nccl" in backend:
+        # torch 2.15 has another NCCL by default, with which backward waits for each bucket of gradients as it is sent.
+        os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # joins at once, so that what is wrong is said here
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=gpu)
 
 
 def stop() -> None:

@@ -77,6 +77,11 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
+def on_cpu() -> bool:
+    """Whether this process computes on the CPU, by choice or for want of a GPU."""
+    return not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU")
+
+
 class Asked(NamedTuple):
     """What the launcher told this process of the ranks."""
 
@@ -91,8 +96,8 @@ class Asked(NamedTuple):
         return f"rank {self.rank} of {self.world} on {platform.node()}"
 
 
-def meet(collectives: timedelta = COLLECTIVES) -> None:
-    """Wait until all ranks are there and join them in a process group, of NCCL or, on CPUs, gloo.
+def meet(collectives: timedelta = COLLECTIVES, *, gpus: str = "nccl") -> None:
+    """Wait until all ranks are there and join them in a process group, of ``gpus`` or, on CPUs, gloo.
 
     Raises RecipeError or ConnectionError, one line, if this process would be alone or not all ranks come in time. A
     single rank, and ranks that are joined already, need nothing.
@@ -107,9 +112,11 @@ def meet(collectives: timedelta = COLLECTIVES) -> None:
         _await_all(asked, store, deadline)
     except RuntimeError:  # torch's word for a connection that broke
         raise ConnectionError(f"{asked}: rank 0, where the ranks meet, has ended; its own line says why") from None
-    cpu = not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU")
+    if not on_cpu():
+        # Accelerate takes it for the number of a visible GPU; a task that is bound to one sees that as number 0.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
-        parallel.start("gloo" if cpu else "nccl", store, asked.rank, asked.world, collectives)
+        parallel.start("gloo" if on_cpu() else gpus, store, asked.rank, asked.world, collectives)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
@@ -161,7 +168,7 @@ def _knock(asked: Asked, found: list[parallel.Store | RuntimeError]) -> None:
 
 def _await_all(asked: Asked, store: parallel.Store, deadline: float) -> None:
     """Wait until all ranks have come to the store, and nobody twice."""
-    place = f"meeting-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    place = "meeting"
     if store.add(f"{place}/{asked.rank}", 1) > 1:
         raise RecipeError(
             f"{asked}: another process has this RANK; each needs its own (for srun in single quotes: '$SLURM_PROCID')"

@@ -24,7 +24,8 @@ ALONE = "one rank has none to wait for"
 
 def check_world() -> Finding:
     """Join the ranks that the launcher started, and name every host."""
-    ranks.meet(LONGEST_WAIT)
+    # Of NCCL alone an abort of the process would be all there is to see of ranks that lose one another.
+    ranks.meet(LONGEST_WAIT, gpus="cpu:gloo,cuda:nccl")
     place = device()
     if place.type == "cuda":
         torch.cuda.set_device(place)

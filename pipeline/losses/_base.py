@@ -92,8 +92,16 @@ class Loss(nn.Module):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return ``forward``'s parts × weight × ramp, computed in at least float32 with autocast off."""
         with autocast(student.logits_BK, None):
-            seen = promoted(teacher) if self.needs_teacher else teacher
-            return self.scaled(self(promoted(student), seen, batch), progress)
+            return self.scaled(self(*self.tapped(student, teacher), batch), progress)
+
+    def tapped(self, student: Outputs, teacher: Outputs) -> tuple[Outputs, Outputs]:
+        """Return what the loss sees of both networks: logits and the taps that its config names, at least in float32.
+
+        Another loss's maps are left alone: to promote them would be a copy of each, for every loss.
+        """
+        taps = self.config.taps()
+        of_teacher = promoted(only(teacher, taps.teacher)) if self.needs_teacher else teacher
+        return promoted(only(student, taps.student)), of_teacher
 
     def commit(self) -> None:
         """Take in what ``forward`` saw of this global batch; called after its update, once, on every rank.
@@ -179,10 +187,8 @@ class BatchLoss(Loss):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return ``forward``'s parts of the gathered rows, or the mean of those of the groups, × weight × ramp."""
-        taps = self.config.taps()
         with autocast(student.logits_BK, None):
-            student = self.compared(promoted(only(student, taps.student)))
-            teacher = self.compared(promoted(only(teacher, taps.teacher)))
+            student, teacher = map(self.compared, self.tapped(student, teacher))
             groups = self.groups(student, teacher, batch)
             found = [self(*group) for group in groups]
             sizes = [len(of_group.labels_B) for _, _, of_group in groups]
@@ -354,7 +360,7 @@ class Wrapping(Loss):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the inner loss's parts on the changed logits, × weight × ramp."""
         with autocast(student.logits_BK, None):
-            student, teacher = promoted(student), promoted(teacher)
+            student, teacher = self.tapped(student, teacher)
             student_BK, teacher_BK = self.changed(student.logits_BK, teacher.logits_BK.detach())
             seen = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
             return self.scaled(self.inner.parts(*seen, batch, progress), progress)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.losses._base import Facts, InnerLoss, Loss, Taps, autocast, promoted
+from pipeline.losses._base import Facts, InnerLoss, Loss, Taps, autocast
 from pipeline.losses._denoiser import Denoiser
 from pipeline.losses._levels import Stage, channels, stage_names, stage_taps
 from pipeline.losses._tools import pool_to_smaller
@@ -93,7 +93,7 @@ class DiffKD(Loss):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the branches' parts, × weight × ramp."""
         with autocast(student.logits_BK, None):
-            student, teacher = promoted(student), promoted(teacher)
+            student, teacher = self.tapped(student, teacher)
             parts = self.feature_parts(student, teacher) | self.logit_parts(student, teacher, batch, progress)
             return self.scaled(parts, progress)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -217,6 +218,37 @@ def test_ranks_whose_first_has_gone(launched: Launch, port: int, monkeypatch: py
     launched(**told(2, 1, port))
     monkeypatch.setattr(ranks, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=RuntimeError("reset"))))
     assert "rank 0, where the ranks meet, has ended" in refused()
+
+
+def test_what_an_attempt_said_in_torchruns_store_is_not_heard_in_the_next(port: int, monkeypatch: pytest.MonkeyPatch):
+    first = parallel.open_store("127.0.0.1", port, 0, ranks.COLLECTIVES)
+    first.set("key", "of the first")
+    again = parallel.open_store("127.0.0.1", port, 1, ranks.COLLECTIVES)
+    assert again.check(["key"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    second = parallel.open_store("127.0.0.1", port, 1, ranks.COLLECTIVES)
+    assert not second.check(["key"])
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [(1, 0), (8, 3)])
+def test_a_task_is_at_its_own_gpu_and_one_that_sees_a_single_one_at_that(
+    launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch, visible: int, gpu: int
+):
+    launched(**told(8, 3, port))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(ranks, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 8])))
+    monkeypatch.setattr(torch.distributed, "init_process_group", join := mock.Mock())
+    monkeypatch.setenv("TORCH_DIST_USE_NCCL2", "as the user says")
+    ranks.meet()
+    assert join.call_args.args == ("nccl",)
+    assert join.call_args.kwargs["device_id"] == torch.device("cuda", gpu)
+    assert (os.environ["LOCAL_RANK"], os.environ["TORCH_DIST_USE_NCCL2"]) == (str(gpu), "as the user says")
+    monkeypatch.delenv("TORCH_DIST_USE_NCCL2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(ranks, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 8])))
+    ranks.meet()
+    assert (join.call_args.args, join.call_args.kwargs["device_id"]) == (("gloo",), None)
 
 
 def test_ranks_that_came_and_cannot_reach_one_another(launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch):

@@ -25,8 +25,8 @@ from loss_cases import (
 )
 from torch import Tensor, nn
 
-from pipeline.batch import Outputs
-from pipeline.losses._base import load_spec
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.losses._base import Facts, Loss, Taps, load_spec
 from pipeline.parallel import BatchNorm
 
 quick = settings(max_examples=15, derandomize=True, deadline=None)
@@ -99,6 +99,32 @@ def test_logits_of_a_thousand_in_half_stay_finite(name: str, dtype: torch.dtype,
     total.backward()
     for tensor in case.student_tensors():
         assert tensor.grad is None or tensor.grad.isfinite().all()
+
+
+class Looking(Loss):
+    """What it saw of both networks."""
+
+    class Config(Loss.Config):
+        def taps(self) -> Taps:
+            return Taps(student=frozenset({"stage2"}), teacher=frozenset({"all"}))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        self.saw = student, teacher
+        return {"": student.logits_BK.sum()}
+
+
+def test_a_loss_is_given_in_float32_what_it_taps_and_another_losses_maps_are_not_copied():
+    def outputs() -> Outputs:
+        maps = {name: torch.ones(2, 3, 4, 4, dtype=torch.bfloat16) for name in ("stage1", "stage2", "embedding")}
+        return Outputs(torch.ones(2, 5, dtype=torch.bfloat16), maps)
+
+    loss = Looking(Looking.Config(), Facts(5, {}, {}))
+    loss.parts(
+        outputs(), outputs(), Batch(torch.empty(0), torch.zeros(2).long(), torch.zeros(2).long(), {}), Progress(1)
+    )
+    student, teacher = loss.saw
+    assert (set(student.features), set(teacher.features)) == ({"stage2"}, {"stage1", "stage2"})
+    assert {x.dtype for seen in loss.saw for x in (seen.logits_BK, *seen.features.values())} == {torch.float32}
 
 
 @every_loss
