@@ -135,7 +135,8 @@ def _refuse(recipe: Recipe, stage: int) -> None:
         raise RecipeError("precision: fp16 is not done under DeepSpeed; give precision=bf16 or precision=fp32")
     if recipe.compress:
         raise RecipeError("compress: DeepSpeed sends the gradients, and in float32; leave the key out, or take DDP")
-    if stage == 3 and (compiled := _compiled({name: dump_recipe(recipe)[name] for name in ("student", "losses")})):
+    compiled = _compiled(dump_recipe(recipe.model_copy(update={"teacher": None})))  # a frozen teacher is whole
+    if stage == 3 and compiled:
         raise RecipeError(f"{compiled}: under ZeRO-3 no weight is whole when torch compiles; leave the key out")
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
