@@ -20,11 +20,12 @@ if __name__ == "__main__":
 
 import torch
 
-from pipeline.build import student_named
-from pipeline.check import Report, check
-from pipeline.composition import ROOT
-from pipeline.losses._base import BatchLoss, LossSpec
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.builders.student import student_named
+from pipeline.builders.summary import Report, check
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.errors import ROOT
+from pipeline.losses._registry import LossSpec
+from pipeline.losses._rows import BatchLoss
 
 README = ROOT / "launchers" / "README.md"
 BEGIN, END = "<!-- written by cost_model.py -->\n", "<!-- end -->\n"

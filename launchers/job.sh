@@ -137,7 +137,7 @@ requeue() {
 
 train() {
     local places shards folder
-    places=$("$PYTHON" pipeline/places.py "$@")
+    places=$("$PYTHON" pipeline/config/paths.py "$@")
     { read -r shards && read -r folder; } <<< "$places"
     rendezvous "$folder"
     stage "$shards"
@@ -183,7 +183,7 @@ run() {
 
 ranks() {
     local places
-    places=$("$PYTHON" pipeline/places.py "${@:2}")
+    places=$("$PYTHON" pipeline/config/paths.py "${@:2}")
     rendezvous "$1"
     stage "${places%%$'\n'*}"
     run "$@"

@@ -26,22 +26,25 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from pipeline import parallel
-from pipeline.benches.allreduce import measure_allreduce
-from pipeline.benches.compare import compare
-from pipeline.benches.loading import measure_loading
-from pipeline.benches.losses import measure_losses
-from pipeline.benches.measure import Measured
-from pipeline.benches.picture import draw
-from pipeline.benches.record import new_record, read_record, write_record
-from pipeline.benches.step import measure_step
-from pipeline.benches.table import table
-from pipeline.benches.teacher import measure_teacher
-from pipeline.benches.tuning import tune
-from pipeline.composition import RecipeError
-from pipeline.launch import create_accelerator, entry, use_all_cores
-from pipeline.recipe import LoadedRecipe, load_recipe, own_words, split_words, typed_words
-from pipeline.runs import is_main_asked, prepare_shards, stand
+from pipeline.benchmarks.allreduce import measure_allreduce
+from pipeline.benchmarks.compare import compare
+from pipeline.benchmarks.loader import measure_loading
+from pipeline.benchmarks.losses import measure_losses
+from pipeline.benchmarks.measure import Measured
+from pipeline.benchmarks.plot import draw
+from pipeline.benchmarks.record import new_record, read_record, write_record
+from pipeline.benchmarks.step import measure_step
+from pipeline.benchmarks.table import table
+from pipeline.benchmarks.teacher import measure_teacher
+from pipeline.benchmarks.tune import tune
+from pipeline.cli import entry
+from pipeline.config.arguments import own_words, split_words, typed_words
+from pipeline.config.recipe import LoadedRecipe, load_recipe
+from pipeline.distributed import collectives
+from pipeline.distributed.rendezvous import is_main_asked
+from pipeline.errors import RecipeError
+from pipeline.runs.dependencies import prepare_shards, stand
+from pipeline.training.accelerator import create_accelerator, use_all_cores
 
 ALONE: dict[str, Callable[..., list[Measured]]] = {
     "loader": measure_loading,
@@ -81,7 +84,7 @@ def main(words: Sequence[str]) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     use_all_cores()
     measured = measure(what, loaded, asked, tunes=tunes)
-    parallel.stop()
+    collectives.stop()
     if not (measured and is_main_asked()):
         return
     record = new_record(kind, loaded, words, measured)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from pipeline import notice
+    from pipeline.distributed import signals
 
-    notice.listen()
+    signals.listen()
 
 import os
 import signal
@@ -26,12 +26,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
-from pipeline import notice
-from pipeline.composition import ROOT, RecipeError, shown
-from pipeline.launch import entry
-from pipeline.recipe import load_recipe, own_words
-from pipeline.report import percent
-from pipeline.runs import Run, Unfinished, run_folder, stand
+from pipeline.cli import entry
+from pipeline.config.arguments import own_words
+from pipeline.config.recipe import load_recipe
+from pipeline.distributed import signals
+from pipeline.errors import ROOT, RecipeError, shown
+from pipeline.runs.dependencies import Unfinished, stand
+from pipeline.runs.identity import Run, run_folder
+from pipeline.training.result import percent
 
 OWN_WORDS = ("seeds", "jobs")
 
@@ -81,12 +83,12 @@ def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
     cores = sorted(os.sched_getaffinity(0))
     for job in range(jobs):
         shares.put(cores[job::jobs] or cores)
-    notice.listen()
+    signals.listen()
 
     def one(run: Run, words: Sequence[str]) -> str | None:
         share = shares.get()
         try:
-            return None if notice.given() else train(run, words, share, quiet=jobs > 1)
+            return None if signals.given() else train(run, words, share, quiet=jobs > 1)
         finally:
             shares.put(share)
 
@@ -101,9 +103,9 @@ def train(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> s
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
         os.sched_setaffinity(process.pid, cores)
-        with notice.passed_on(process.terminate):
+        with signals.passed_on(process.terminate):
             _, errors = process.communicate()
-    if notice.given() and process.returncode == -signal.SIGTERM:  # it had not yet begun to listen: nothing is lost
+    if signals.given() and process.returncode == -signal.SIGTERM:  # it had not yet begun to listen: nothing is lost
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"

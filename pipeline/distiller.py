@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.guard import poisoned
-from pipeline.losses._base import Facts, Loss, LossSpec
-from pipeline.taps import FeatureTaps
+from pipeline.features.taps import FeatureTaps
+from pipeline.losses._base import Facts, Loss
+from pipeline.losses._registry import LossSpec
+from pipeline.optim.guard import poisoned
 
 
 class Distiller(nn.Module):

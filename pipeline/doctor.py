@@ -19,12 +19,14 @@ import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pipeline import parallel
-from pipeline.health import machine, network, reading
-from pipeline.health.finding import FAIL, Finding, examined, fail, line
-from pipeline.launch import entry
-from pipeline.recipe import LoadedRecipe, load_recipe, split_words
-from pipeline.runs import is_main_asked, run_folder
+from pipeline.cli import entry
+from pipeline.config.arguments import split_words
+from pipeline.config.recipe import LoadedRecipe, load_recipe
+from pipeline.diagnostics import inputs, machine, network
+from pipeline.diagnostics.result import FAIL, Finding, examined, fail, line
+from pipeline.distributed import collectives
+from pipeline.distributed.rendezvous import is_main_asked
+from pipeline.runs.identity import run_folder
 from shards.manifest import MANIFEST
 
 Checks = dict[str, Callable[[], Finding]]
@@ -34,11 +36,11 @@ def main(words: Sequence[str]) -> None:
     """Check the machine and, if the command line names one, the recipe."""
     loaded = load_recipe(*split_words(words)) if words else None
     good = examine({"world": network.check_world})
-    hosts = parallel.gather_objects(platform.node())
+    hosts = collectives.gather_objects(platform.node())
     good &= examine(machine_checks(hosts.count(platform.node()), loaded))
     if loaded:
         good &= examine(recipe_checks(loaded))
-    parallel.stop()
+    collectives.stop()
     if not good:
         sys.exit(1)
 
@@ -51,7 +53,7 @@ def examine(checks: Checks) -> bool:
         hosts, findings = zip(*gathered(name, finding), strict=True)
         failed = any(each.status == FAIL for each in findings)
         # Ranks that never met have only themselves to say what is wrong.
-        if is_main_asked() or (failed and parallel.world_size() == 1):
+        if is_main_asked() or (failed and collectives.world_size() == 1):
             print(line(name, findings, hosts), flush=True)
         good &= not failed
     return good
@@ -61,7 +63,7 @@ def gathered(name: str, finding: Finding) -> list[tuple[str, Finding]]:
     """Return every rank's host and finding; where a rank has gone, say so and exit with 1."""
     mine = (platform.node(), finding)
     try:
-        return parallel.gather_objects(mine)
+        return collectives.gather_objects(mine)
     except RuntimeError as error:
         print(line(name, [finding], [platform.node()]))
         lost = fail(f"the ranks lost one another: {' '.join(str(error).split())[:300]}", "see each rank's last lines")
@@ -83,7 +85,7 @@ def machine_checks(local_ranks: int, loaded: LoadedRecipe | None) -> Checks:
         "/dev/shm": partial(machine.check_shm, local_ranks),
         "all-reduce": network.check_all_reduce,
         "latency": network.check_latency,
-        "decoding": partial(reading.check_decoding, machine.device()),
+        "decoding": partial(inputs.check_decoding, machine.device()),
         "run folder": partial(machine.check_disk, folder),
     }
 
@@ -95,11 +97,11 @@ def recipe_checks(loaded: LoadedRecipe) -> Checks:
     least = 0 if (shards / MANIFEST).is_file() else machine.LEAST_DISK
     return {
         "data.path": partial(machine.check_disk, shards, least),
-        "shards": partial(reading.check_shards, loaded),
-        "checksums": partial(reading.check_checksums, recipe),
-        "reading": partial(reading.check_reading, recipe),
-        "teacher": partial(reading.check_teacher, loaded),
-        "batch": partial(reading.check_batch, recipe),
+        "shards": partial(inputs.check_shards, loaded),
+        "checksums": partial(inputs.check_checksums, recipe),
+        "reading": partial(inputs.check_reading, recipe),
+        "teacher": partial(inputs.check_teacher, loaded),
+        "batch": partial(inputs.check_batch, recipe),
     }
 
 

@@ -14,27 +14,26 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-from pipeline import parallel, zero
-from pipeline.batch import Batch
-from pipeline.build import build_loader, build_student
-from pipeline.build_teacher import build_live_teacher
-from pipeline.composition import RecipeError
+from pipeline.builders.student import build_loader, build_student
+from pipeline.builders.teacher import build_live_teacher
+from pipeline.cli import entry
+from pipeline.config.arguments import own_words, split_words, typed_words
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.data.loader import Loader
-from pipeline.launch import create_accelerator, entry, use_all_cores
+from pipeline.errors import RecipeError
+from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights
-from pipeline.recipe import Recipe, load_recipe, own_words, split_words, typed_words
-from pipeline.runs import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, find_run, prepare_shards, run_folder
-from pipeline.taps import FeatureTaps, evaluating
-from pipeline.teacher import Config as Teacher
-from pipeline.teacher_cache import AnyTeacher, CachedTeacher
+from pipeline.runs.dependencies import prepare_shards
+from pipeline.runs.files import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.identity import find_run, run_folder
+from pipeline.teachers.config import Config as Teacher
+from pipeline.training.accelerator import create_accelerator, use_all_cores
+from pipeline.training.evaluation import accuracy, agreement, evaluate
 
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 
@@ -46,75 +45,6 @@ class Asked(BaseModel):
 
     weights: str = "last"
     agreement: bool = False
-
-
-class Accuracy(NamedTuple):
-    """Exact accuracies over the validation split, in percent."""
-
-    top1: float
-    top5: float
-    samples: int
-
-
-def count_correct(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Return int64 [3]: right at first, right among the first five, rows. A padded row (label −1) counts nowhere."""
-    real_B1 = (labels_B >= 0)[:, None]
-    hits_B5 = (logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]) & real_B1
-    return torch.stack([hits_B5[:, 0].sum(), hits_B5.sum(), real_B1.sum()])
-
-
-@torch.no_grad()
-def accuracy(answer: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Accuracy:
-    """Return the accuracy of ``answer``, which gives logits [B, K], over all ranks' ``batches``."""
-    counts_3 = sum_over_ranks(count_correct(answer(batch), batch.labels_B) for batch in batches)
-    top1, top5, samples = counts_3.tolist()
-    return Accuracy(100 * top1 / samples, 100 * top5 / samples, samples)
-
-
-def sum_over_ranks(counts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of integer ``counts`` of one shape, over all of them and all ranks; the host waits once."""
-    return parallel.all_reduce_sum(torch.stack(list(counts)).sum(0))
-
-
-def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accelerator) -> Accuracy:
-    """Return the accuracy of ``student`` in eval mode under the recipe's autocast.
-
-    BatchNorm statistics are the ranks' mean; the student's mode and its own statistics are afterwards what they were.
-    """
-    with evaluating(student), parallel.averaged_buffers(student), zero.autocast(accelerator):
-        return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
-
-
-def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
-    """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
-
-    A cached one, which knows no validation image, was measured before its answers were written.
-    """
-    expected = recipe.teacher.expect_top1 if recipe.teacher else None
-    if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
-        return
-    if not loader.validates:
-        raise RecipeError(f"teacher.expect_top1: {recipe.data.path} has no validation images to measure it with")
-    measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
-    if measured < expected:
-        raise RecipeError(
-            f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {expected}; "
-            "are its weights, mean, std and classes the right ones?"
-        )
-
-
-@torch.no_grad()
-def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
-    """Return on how many of the validation images, in percent, student and teacher give the same class."""
-
-    def count(batch: Batch) -> Tensor:
-        same_B = student(batch.images_BCHW).logits_BK.argmax(1) == teacher(batch).logits_BK.argmax(1)
-        real_B = batch.labels_B >= 0
-        return torch.stack([(same_B & real_B).sum(), real_B.sum()])
-
-    with evaluating(student), accelerator.autocast():
-        same, samples = sum_over_ranks(map(count, batches)).tolist()
-    return 100 * same / samples
 
 
 def main(words: Sequence[str]) -> None:

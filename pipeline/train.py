@@ -16,9 +16,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from pipeline import notice
+    from pipeline.distributed import signals
 
-    notice.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
+    signals.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
 
 import math
 from collections.abc import Sequence
@@ -28,38 +28,34 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pipeline import notice, parallel, zero
-from pipeline.build import build_distiller, build_loader, training_splits
-from pipeline.build_teacher import build_teacher
-from pipeline.check import check
-from pipeline.checkpoint import Best, Checkpoints, State, export_student, exported_best
-from pipeline.composition import about, shown
+from pipeline.builders.meta import image_flops
+from pipeline.builders.student import build_distiller, build_loader, training_splits
+from pipeline.builders.summary import check
+from pipeline.builders.teacher import build_teacher
+from pipeline.cli import entry
+from pipeline.config.arguments import split_words
+from pipeline.config.recipe import load_recipe
 from pipeline.data.loader import Loader
-from pipeline.ema import EMA
-from pipeline.evaluate import Accuracy, check_teacher, evaluate
-from pipeline.guard import FiniteGuard
-from pipeline.image_flops import image_flops
-from pipeline.journal import Journal
-from pipeline.launch import create_accelerator, entry, use_all_cores
-from pipeline.optimizers import allocate_momentum, create_optimizer, set_learning_rate
-from pipeline.recipe import load_recipe, split_words
-from pipeline.report import print_table, write_result
-from pipeline.runs import (
-    STUDENT,
-    STUDENT_BEST,
-    STUDENT_EMA,
-    Run,
-    Unfinished,
-    check_folder,
-    is_main_asked,
-    open_folder,
-    run_folder,
-    stand,
-)
-from pipeline.schedules import learning_rate
-from pipeline.stopping import SIGNAL, Stopping, mark_preempted
-from pipeline.taps import FeatureTaps
-from pipeline.teacher import EMATeacher
+from pipeline.distributed import collectives, signals
+from pipeline.distributed.rendezvous import deepspeed_asked, is_main_asked
+from pipeline.errors import about, shown
+from pipeline.features.taps import FeatureTaps
+from pipeline.optim.ema import EMA
+from pipeline.optim.guard import FiniteGuard
+from pipeline.optim.optimizer import allocate_momentum, create_optimizer, set_learning_rate
+from pipeline.optim.schedule import learning_rate
+from pipeline.runs.dependencies import Unfinished, stand
+from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.folder import check_folder, mark_preempted, open_folder
+from pipeline.runs.identity import Run, run_folder
+from pipeline.teachers.average import EMATeacher
+from pipeline.training import zero
+from pipeline.training.accelerator import create_accelerator, use_all_cores
+from pipeline.training.checkpoint import Best, Checkpoints, State, export_student, exported_best
+from pipeline.training.evaluation import Accuracy, check_teacher, evaluate
+from pipeline.training.journal import Journal
+from pipeline.training.result import print_table, write_result
+from pipeline.training.stopping import SIGNAL, Stopping
 from shards.manifest import read_manifest
 
 
@@ -72,7 +68,7 @@ def main(words: Sequence[str]) -> None:
     try:
         run = stand(loaded)
     except Unfinished:
-        if notice.given():
+        if signals.given():
             mark_preempted(run_folder(loaded))
         raise
     if run.result is None:
@@ -108,7 +104,7 @@ def train(run: Run) -> None:
     distiller, optimizer = accelerator.prepare(raw_distiller, create_optimizer(recipe.optimizer, raw_distiller))
     if recipe.compress:
         compressed = raw_distiller.losses if recipe.compress == "auxiliary" else raw_distiller
-        parallel.compress_gradients(distiller, compressed.parameters())
+        collectives.compress_gradients(distiller, compressed.parameters())
     allocate_momentum(optimizer)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, raw_distiller, optimizer, averages)
     state = checkpoints.load(loader.steps_per_epoch)
@@ -185,12 +181,12 @@ def train(run: Run) -> None:
 
 def seed_draws(seed: int, step: int) -> None:
     """Seed torch's default generators for one step: the draws of a run repeat, and none of their state needs saving."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, parallel.rank()]).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, collectives.rank()]).generate_state(1, np.uint64)[0]))
 
 
 def clip(accelerator: Accelerator, distiller: nn.Module, largest: float | None) -> torch.Tensor:
     """Scale the gradients down to the ``largest`` norm, if there is one, and return the norm they had."""
-    if largest is None and not zero.asked():
+    if largest is None and not deepspeed_asked():
         accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in distiller.parameters() if parameter.grad is not None]
         return nn.utils.get_total_norm(gradients)
@@ -201,7 +197,7 @@ def clip(accelerator: Accelerator, distiller: nn.Module, largest: float | None) 
 
 def export(student: FeatureTaps, path: Path, accelerator: Accelerator, best: Best | None = None) -> None:
     """Write the student's plain weights, with BatchNorm statistics averaged over the ranks."""
-    with parallel.averaged_buffers(student), zero.gathered(student):
+    with collectives.averaged_buffers(student), zero.gathered(student):
         if accelerator.is_main_process:
             export_student(student.model, path, best)
 

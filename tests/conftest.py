@@ -7,10 +7,13 @@ import pytest
 import torch
 from gloo_ranks import Ranks
 
-from pipeline import notice
+from pipeline.distributed import signals
 
 # Two OpenMP threads wait for one another actively, and a test's tensors are small.
 torch.set_num_threads(1)
+
+pytest_plugins = ("drawn_shards", "main_job", "tiny_runs")
+"""Fixtures that several folders share; they lie in ``tests/support``."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -43,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _no_notice() -> Iterator[None]:
     """Leave to a test no notice to stop that another was given; a command has a process of its own for that."""
     yield
-    notice._given = False
+    signals._given = False
 
 
 @pytest.fixture(scope="session")

@@ -1,168 +1,105 @@
-"""The house's rules, read from the source."""
+"""The house's rules, read from the source, and each shown a breach of it."""
 
 from __future__ import annotations
 
 import ast
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import architecture
 import pytest
+from architecture import House, read_house
+
+from pipeline.losses._registry import find_loss, known_losses
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "shards").rglob("*.py")])
+HOUSE = read_house(ROOT, "pipeline", "shards")
+TESTS = read_house(ROOT, "tests")
 
-LEVELS = {
-    0: [
-        "pipeline.batch",
-        "pipeline.parallel",
-        "pipeline.schedules",
-        "pipeline.augment",
-        "pipeline.composition",
-        "pipeline.stage_names",
-        "pipeline.ranks",
-        "pipeline.notice",
+BREACHES: dict[str, list[dict[str, str]]] = {
+    "upward_imports": [
+        {"pipeline.models.planted": "from pipeline.losses import Loss"},
+        {"pipeline.data.planted": "def f():\n    from pipeline.optim import ema"},  # beside it, and within a function
+        {"pipeline.planted": ""},
+        {"pipeline.runs.planted": "from pipeline import planted"},
+        {"pipeline.runs.planted": "import pipeline.planted.deep"},
     ],
-    1: [
-        "pipeline.losses",
-        "pipeline.models",
-        "pipeline.taps",
-        "pipeline.linear_encoder",
-        "pipeline.data",
-        "pipeline.optimizers",
-        "pipeline.timing",
-        "pipeline.flops",
-        "pipeline.guard",
-        "pipeline.ema",
+    "imports_of_entry_points": [
+        {"pipeline.benchmarks.planted": "from pipeline.evaluate import main"},
+        {"pipeline.bench": "from pipeline import doctor"},
     ],
-    2: [
-        *(
-            "pipeline.recipe",
-            "pipeline.runs",
-            "pipeline.build",
-            "pipeline.distiller",
-            "pipeline.teacher",
-            "pipeline.teacher_cache",
-            "pipeline.build_teacher",
-            "pipeline.checkpoint",
-        ),
-        *("pipeline.journal", "pipeline.launch", "pipeline.stopping", "pipeline.zero"),
+    "imports_outside_their_home": [
+        {"pipeline.training.planted": "import torch.distributed as dist"},
+        {"pipeline.losses.planted": "from torch import distributed"},
+        {"pipeline.data.loader": "from nvidia.dali import fn"},
+        {"pipeline.benchmarks.planted": "import matplotlib"},
+        {"pipeline.builders.planted": "from accelerate import Accelerator"},
+        {"pipeline.training.planted": "import deepspeed"},
     ],
-    3: [
-        "pipeline.train",
-        "pipeline.evaluate",
-        "pipeline.compare",
-        "pipeline.report",
-        "pipeline.check",
-        "pipeline.image_flops",
-        "pipeline.doctor",
-        "pipeline.health",
-        "pipeline.places",
-        "pipeline.caching",
-        "pipeline.cache_teacher",
-        "pipeline.bench",
-        "pipeline.benches",
+    "foreign_imports_of_shards": [
+        {"shards.planted": "import torch"},
+        {"pipeline.data.planted": "from shards.write import write_split"},
+        {"pipeline.data.planted": "from shards import scan"},
     ],
+    "strangers": [
+        {"pipeline.losses.planted": "from pipeline.data.config import Config"},
+        {"pipeline.data.planted": "from pipeline.models import create_model"},
+    ],
+    "relative_imports": [{"pipeline.data.planted": "from . import config"}],
+    "named_losses": [
+        {"pipeline.builders.planted": "if name == 'ddkd': pass"},
+        {"pipeline.distiller": "from pipeline.losses.dkd import dkd_loss"},
+        {"pipeline.teachers.planted": "from pipeline.losses import crd"},
+    ],
+    "stems_of_the_standard_library": [{"pipeline.optim.types": ""}, {"shards.queue": ""}],
+    "unlisted_files_at_the_root": [{"pipeline.helpers": ""}],
+    "circles": [{"pipeline.data.a": "import pipeline.data.b", "pipeline.data.b": "from pipeline.data import a"}],
+    "long_functions": [{"pipeline.data.planted": "def f():\n" + "    pass\n" * architecture.LONGEST}],
 }
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+@pytest.mark.parametrize("name", BREACHES)
+def test_the_house_keeps_its_rules(name: str):
+    assert not list(rule(name)(HOUSE))
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield every module a file imports, at any depth."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: line {node.lineno}: imports are absolute"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+@pytest.mark.parametrize(("name", "planted"), [(name, each) for name, cases in BREACHES.items() for each in cases])
+def test_a_planted_breach_is_found(name: str, planted: dict[str, str]):
+    assert list(rule(name)(HOUSE | {module: ast.parse(source) for module, source in planted.items()}))
 
 
-def level(module: str) -> int | None:
-    matches = [
-        number for number, names in LEVELS.items() for name in names if module == name or module.startswith(f"{name}.")
-    ]
-    return matches[0] if matches else None
+def rule(name: str) -> Callable[[House], Iterator[str]]:
+    return getattr(architecture, name)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_imports_point_downward(path: Path):
-    own = module_name(path)
-    if own in ("pipeline", "shards"):
-        assert not list(imports(path))
-        return
-    if own.startswith("shards"):
-        assert not [
-            name
-            for name in imports(path)
-            if name.split(".")[0] in ("torch", "torchvision", "pipeline", "accelerate", "nvidia")
-        ]
-        return
-    mine = level(own)
-    assert mine is not None, f"{own} stands on no level; add it to the list"
-    for name in imports(path):
-        if name.startswith("pipeline."):
-            other = level(name)
-            assert other is None or other <= mine, f"{own} imports {name}, which lies above it"
-        if name.startswith("shards."):
-            assert name.startswith(("shards.manifest", "shards.read")), f"{own} imports {name}"
+def test_contributing_draws_the_order_that_is_tested():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert architecture.drawn_order(text) == architecture.ORDER
+    assert architecture.drawn_order(text.replace("  runs\n", "  runs  planted\n")) != architecture.ORDER
 
 
-@pytest.mark.parametrize(
-    ("package", "home"),
-    [
-        ("torch.distributed", {"pipeline.parallel"}),
-        ("nvidia", {"pipeline.data.dali"}),
-        (
-            "accelerate",
-            {
-                *("pipeline.launch", "pipeline.train", "pipeline.evaluate"),
-                *("pipeline.checkpoint", "pipeline.guard", "pipeline.zero"),
-            },
-        ),
-        ("deepspeed", {"pipeline.zero"}),
-        ("matplotlib", {"pipeline.benches.picture"}),
-        ("torchvision.transforms", set()),
-        ("pickle", {"shards.prepare_cifar"}),
-    ],
-)
-def test_a_package_is_imported_only_in_its_home(package: str, home: set[str]):
-    users = {
-        module_name(path)
-        for path in SOURCES
-        for name in imports(path)
-        if name == package or name.startswith(f"{package}.")
-    }
-    assert users <= home
+def test_every_file_of_losses_without_an_underscore_is_a_loss():
+    stems = {path.stem for path in (ROOT / "pipeline" / "losses").glob("[!_]*.py")}
+    assert stems == set(known_losses())
+    assert all(find_loss(stem).__module__ == f"pipeline.losses.{stem}" for stem in stems)
 
 
-def test_no_file_shadows_the_standard_library():
-    names = {path.stem for path in SOURCES if path.parent in (ROOT / "pipeline", ROOT / "shards")} - {"__init__"}
-    assert not names & set(sys.stdlib_module_names)
+def test_every_folder_of_modules_is_a_package():
+    folders = {path.parent for folder in ("pipeline", "shards") for path in (ROOT / folder).rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
-def test_data_and_losses_do_not_know_each_other():
-    for path in SOURCES:
-        own = module_name(path)
-        if own.startswith("pipeline.losses"):
-            assert not [name for name in imports(path) if name.startswith(("pipeline.data", "pipeline.models"))]
-        if own.startswith("pipeline.data"):
-            assert not [name for name in imports(path) if name.startswith(("pipeline.losses", "pipeline.models"))]
+def test_test_files_have_unique_names_and_short_functions():
+    names = [module.rpartition(".")[2] for module in TESTS if not module.endswith("conftest")]
+    oracles = {module.rpartition(".")[2] for module in TESTS if ".oracles." in module}
+    assert sorted(names) == sorted({*names})
+    assert not [name for name in names if name.startswith("test_") and name in oracles]
+    assert not list(architecture.long_functions(TESTS))
 
 
-def test_no_loop_asks_which_method_it_runs():
-    names = {path.stem for path in (ROOT / "pipeline" / "losses").glob("[!_]*.py")} - {"diffusion"}
-    for path in (ROOT / "pipeline").glob("*.py"):
-        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-        assert not names & {value for value in strings if isinstance(value, str)}, f"{path.name} names a loss"
-
-
-def test_the_package_list_of_the_project_is_complete():
-    import tomllib
-
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    assert listed == {module_name(path) for path in SOURCES if path.name == "__init__.py"}
+def test_tests_lie_in_the_folder_of_what_they_test():
+    packages = {module.split(".")[1] for module in HOUSE if module.count(".") > 1 and module.startswith("pipeline.")}
+    others = {"cli", "shards", "launchers", "support", "oracles", "published", "speed"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert packages <= folders
+    assert folders <= packages | others

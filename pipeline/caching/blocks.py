@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.teacher_cache import DIGEST, DTYPE, Cache, seal
+from pipeline.teachers.cache import DIGEST, DTYPE, Cache, seal
 
 RESERVE = 2**30
 """Bytes of the disk that are left to others."""

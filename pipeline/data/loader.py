@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import augment
 from pipeline.batch import Batch, Progress
-from pipeline.data import memory, synthetic
+from pipeline.data import augment, memory, synthetic
 from pipeline.data.config import Config
 from pipeline.data.pace import Pace, pace_of
 from pipeline.data.requests import Columns, Plan, Request, place, read_ahead

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
 
-from pipeline import parallel
 from pipeline.data.config import Config
+from pipeline.distributed import collectives
 from shards.manifest import Manifest, write_atomically
 
 
@@ -83,7 +83,7 @@ def _kept() -> dict[str, Pace]:
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
-        if parallel.is_main():
+        if collectives.is_main():
             told = error.strerror if isinstance(error, OSError) else "it is damaged, or another version's"
             print(f"note: {path} is passed over ({told}); bench.py loader --tune writes it anew")
         return {}

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import augment
 from pipeline.batch import Progress
+from pipeline.data import augment
 from pipeline.data.config import Config
 from shards.read import SplitReader
 

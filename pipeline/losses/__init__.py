@@ -1,5 +1,7 @@
 """Losses, a file each. What a user's own loss is made of can be imported from here."""
 
-from pipeline.losses._base import BatchLoss, Facts, Loss, Taps, Wrapping
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._rows import BatchLoss
+from pipeline.losses._wrapping import Wrapping
 
 __all__ = ["BatchLoss", "Facts", "Loss", "Taps", "Wrapping"]

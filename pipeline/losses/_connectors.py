@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed.norms import Norm, batch_norm
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._levels import Stages, channels, paired, stage_taps
-from pipeline.losses._norms import Norm, batch_norm
+from pipeline.losses._stages import Stages, channels, paired, stage_taps
 
 
 class Connecting(Loss):

@@ -8,9 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._levels import MapsLoss
-from pipeline.losses._tools import pool_to_smaller
-from pipeline.losses._vectors import unit
+from pipeline.losses._functional import pool_to_smaller, unit
+from pipeline.losses._stages import MapsLoss
 
 
 def at_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, p: float) -> Tensor:

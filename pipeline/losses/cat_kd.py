@@ -9,9 +9,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
+from pipeline.features.taps import CAM
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._vectors import unit
-from pipeline.taps import CAM
+from pipeline.losses._functional import unit
 
 
 def cat_loss(student_BKHW: Tensor, teacher_BKHW: Tensor, *, resolution: int, normalize: bool) -> Tensor:

@@ -30,9 +30,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Loss, Taps, recomputed
-from pipeline.losses._levels import Stage, stage_names, stage_taps
-from pipeline.parallel import all_reduce_mean, gather_rows
+from pipeline.distributed.collectives import all_reduce_mean, gather_rows
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._stages import Stage, stage_names, stage_taps
+from pipeline.precision import recomputed
 
 EPS = 1e-7
 """ε of the published form."""

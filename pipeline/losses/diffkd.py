@@ -9,18 +9,27 @@ networks that do it are trained with the student and left out at export; the stu
 B batch, C channels, H W space, K classes.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.losses._base import Facts, InnerLoss, Loss, Taps, autocast
-from pipeline.losses._denoiser import Denoiser
-from pipeline.losses._levels import Stage, channels, stage_names, stage_taps
-from pipeline.losses._tools import pool_to_smaller
-from pipeline.losses.diffusion import Autoencoder, Bottleneck, Diffusion, logit_adapter, logit_predictor, map_predictor
+from pipeline.diffusion.config import Diffusion
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.diffusion.networks import (
+    Autoencoder,
+    Bottleneck,
+    logit_adapter,
+    logit_predictor,
+    map_predictor,
+)
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._functional import pool_to_smaller
+from pipeline.losses._registry import InnerLoss
+from pipeline.losses._stages import Stage, channels, stage_names, stage_taps
+from pipeline.precision import autocast
 
 
 class FeatureBranch(BaseModel):
@@ -72,7 +81,7 @@ class DiffKD(Loss):
         """λ3."""
 
         @model_validator(mode="after")
-        def _branches_fit(self) -> "DiffKD.Config":
+        def _branches_fit(self) -> Self:
             if (self.logits is None) != (self.logit_distance is None):
                 raise ValueError("logits and logit_distance go together: give both or neither")
             if self.feature is None and self.logits is None:

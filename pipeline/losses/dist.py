@@ -11,8 +11,9 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Loss, StatScope, group_size, mean_by_rows
-from pipeline.parallel import global_sum
+from pipeline.distributed.collectives import global_sum
+from pipeline.losses._base import Loss
+from pipeline.losses._rows import StatScope, group_size, mean_by_rows
 
 EPS = 1e-8
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss
-from pipeline.losses._tools import kl_divergence
+from pipeline.losses._functional import kl_divergence
 
 
 def dkd_loss(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Taps
 from pipeline.losses._connectors import Connecting, regressor
-from pipeline.losses._levels import Stage, stage_names, stage_taps
+from pipeline.losses._stages import Stage, stage_names, stage_taps
 
 
 class FitNet(Connecting):

@@ -14,9 +14,10 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import BatchLoss, Facts, Taps
-from pipeline.losses._levels import Stages, paired, stage_taps
-from pipeline.losses._vectors import distances, ratio
+from pipeline.losses._base import Facts, Taps
+from pipeline.losses._functional import distances, ratio
+from pipeline.losses._rows import BatchLoss
+from pipeline.losses._stages import Stages, paired, stage_taps
 
 
 def edges(x_BD: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Loss
-from pipeline.losses._tools import kl_divergence
+from pipeline.losses._functional import kl_divergence
 
 
 def kd_loss(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:

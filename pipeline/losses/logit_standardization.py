@@ -7,8 +7,8 @@ B batch, K classes.
 
 from torch import Tensor
 
-from pipeline.losses._base import Wrapping
-from pipeline.losses._vectors import ratio
+from pipeline.losses._functional import ratio
+from pipeline.losses._wrapping import Wrapping
 
 
 def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:

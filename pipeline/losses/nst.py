@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._levels import MapsLoss
-from pipeline.losses._tools import pool_to_smaller
-from pipeline.losses._vectors import unit
+from pipeline.losses._functional import pool_to_smaller, unit
+from pipeline.losses._stages import MapsLoss
 
 
 def nst_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:

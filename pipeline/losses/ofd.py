@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
+from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts
 from pipeline.losses._connectors import ConnectingPreActivations, convolution_norm, sum_halving
-from pipeline.losses._levels import channels
-from pipeline.losses._tools import pool_to_smaller
-from pipeline.taps import NormParameters
+from pipeline.losses._functional import pool_to_smaller
+from pipeline.losses._stages import channels
 
 RARE = 1e-3
 """Probability of a negative value below which a channel's margin is three standard deviations below zero."""

@@ -8,8 +8,9 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from pipeline.losses._base import StatScope, Wrapping, group_size
-from pipeline.parallel import standardize, standardize_both
+from pipeline.distributed.collectives import standardize, standardize_both
+from pipeline.losses._rows import StatScope, group_size
+from pipeline.losses._wrapping import Wrapping
 
 
 def perceive(logits_BK: Tensor, *, eps: float = 1e-5) -> Tensor:

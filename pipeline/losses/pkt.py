@@ -5,9 +5,10 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import BatchLoss, Taps
-from pipeline.losses._levels import Stage, stage_names, stage_taps
-from pipeline.losses._vectors import ratio
+from pipeline.losses._base import Taps
+from pipeline.losses._functional import ratio
+from pipeline.losses._rows import BatchLoss
+from pipeline.losses._stages import Stage, stage_names, stage_taps
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:

@@ -15,10 +15,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
+from pipeline.distributed.norms import Norm
 from pipeline.losses._base import Facts, Taps
 from pipeline.losses._connectors import Connecting, convolution_norm
-from pipeline.losses._levels import Stages, channels, paired, stage_taps
-from pipeline.losses._norms import Norm
+from pipeline.losses._stages import Stages, channels, paired, stage_taps
 
 PYRAMID = (4, 2, 1)
 """Sides of the pooled maps that are compared beside the whole one."""

@@ -9,9 +9,10 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import BatchLoss, Taps
-from pipeline.losses._levels import Stage, stage_names, stage_taps
-from pipeline.losses._vectors import distances, ratio, unit
+from pipeline.losses._base import Taps
+from pipeline.losses._functional import distances, ratio, unit
+from pipeline.losses._rows import BatchLoss
+from pipeline.losses._stages import Stage, stage_names, stage_taps
 
 
 def rkd_loss(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float, angle_weight: float) -> Tensor:

@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import BatchLoss, Taps
-from pipeline.losses._levels import Stage, stage_names, stage_taps
-from pipeline.losses._vectors import unit
+from pipeline.losses._base import Taps
+from pipeline.losses._functional import unit
+from pipeline.losses._rows import BatchLoss
+from pipeline.losses._stages import Stage, stage_names, stage_taps
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._levels import Stages, channels, paired, stage_taps
-from pipeline.losses._tools import pool_to_smaller
+from pipeline.losses._functional import pool_to_smaller
+from pipeline.losses._stages import Stages, channels, paired, stage_taps
 
 
 def vid_loss(mean_BCHW: Tensor, teacher_BCHW: Tensor, variance_C: Tensor) -> Tensor:

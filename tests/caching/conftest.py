@@ -16,7 +16,7 @@ from caching_on_ranks import BATCH, BLOCK, IMAGES, cache
 from one_core import one_core
 from safetensors.torch import save_file
 
-from pipeline.composition import composed
+from pipeline.config.compose import composed
 from pipeline.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]

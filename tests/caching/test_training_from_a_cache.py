@@ -17,11 +17,11 @@ from gloo_ranks import Ranks
 from one_core import one_core
 from safetensors.torch import load_file, save_file
 
-from pipeline.composition import RecipeError
-from pipeline.health.reading import check_teacher
-from pipeline.journal import trace
-from pipeline.recipe import load_recipe
-from pipeline.teacher import Teacher
+from pipeline.config.recipe import load_recipe
+from pipeline.diagnostics.inputs import check_teacher
+from pipeline.errors import RecipeError
+from pipeline.teachers.frozen import Teacher
+from pipeline.training.journal import trace
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., None]

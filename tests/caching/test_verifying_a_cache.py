@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.composition import RecipeError
-from pipeline.teacher_cache import seal
+from pipeline.errors import RecipeError
+from pipeline.teachers.cache import seal
 
 Command = Callable[..., None]
 VERIFY = ("--verify", "all.yaml", "teacher.cache=cache", "sample=24")

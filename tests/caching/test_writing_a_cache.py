@@ -21,12 +21,15 @@ from gloo_ranks import Ranks
 from one_core import one_core
 from safetensors.torch import load_file, save_file
 
-from pipeline import cache_teacher, linear_encoder, notice
-from pipeline.build_teacher import build_live_teacher
+from pipeline import cache_teacher
+from pipeline.builders.teacher import build_live_teacher
 from pipeline.caching import blocks
-from pipeline.composition import RecipeError
+from pipeline.caching import write as writing
+from pipeline.config.recipe import load_recipe
 from pipeline.data.loader import create_loader
-from pipeline.recipe import load_recipe
+from pipeline.distributed import signals
+from pipeline.errors import RecipeError
+from pipeline.features import pca
 from shards.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,13 +87,13 @@ def test_stopped_by_a_signal_it_exits_as_that_signal_would_and_goes_on(
         write(*args)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr(cache_teacher, "write_block", write_and_be_told)
+    monkeypatch.setattr(writing, "write_block", write_and_be_told)
     with pytest.raises(SystemExit) as end:
         run_cache(*words)
     assert end.value.code == 143
     assert len(blocks_written) == 1
-    monkeypatch.setattr(notice, "_given", False)
-    monkeypatch.setattr(cache_teacher, "write_block", write)
+    monkeypatch.setattr(signals, "_given", False)
+    monkeypatch.setattr(writing, "write_block", write)
     run_cache(*words)
     assert content(place / "cache") == content(written)
 
@@ -189,10 +192,10 @@ def test_maps_are_kept_as_principal_components_where_asked(place: Path, run_cach
     codes = np.load(place / "cache" / "view-00.stage3.npy")
     assert codes.shape == (IMAGES, 16, 4, 4)
     assert 0 < kind["encoded"]["unexplained"] < 1
-    encoder = linear_encoder.load(place / "cache" / "stage3.encoder.safetensors")
+    encoder = pca.load(place / "cache" / "stage3.encoder.safetensors")
     run_cache("ddkd.yaml", "teacher.cache=whole")
     maps = torch.from_numpy(np.load(place / "whole" / "view-00.stage3.npy")).float()
-    lost = linear_encoder.unexplained(encoder, [maps])
+    lost = pca.unexplained(encoder, [maps])
     decoded = encoder.decode(torch.from_numpy(codes))
     left = (maps - decoded).square().sum() / (maps - encoder.mean_C[:, None, None]).square().sum()
     assert left.item() == pytest.approx(lost, rel=1e-2)

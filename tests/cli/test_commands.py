@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 from commands import BIN, ROOT, TRAIN, run, run_on_two_ranks, start
 
-from pipeline.composition import composed
-from pipeline.journal import trace
+from pipeline.config.compose import composed
+from pipeline.training.journal import trace
 
 
 def test_the_main_job_makes_what_it_stands_on_and_ends_with_a_table(

@@ -9,7 +9,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
 
-from pipeline import augment
+from pipeline.data import augment
 
 quick = settings(derandomize=True, deadline=None, max_examples=25)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -13,9 +13,8 @@ from shard_factory import MEAN, STD, Sample, config_of, encode, open_loader, pho
 from torch import Tensor
 from torchvision.transforms import functional as reference
 
-from pipeline import augment
 from pipeline.batch import Batch, Progress
-from pipeline.data import dali
+from pipeline.data import augment, dali
 from pipeline.data.config import Config
 from pipeline.data.pace import Pace
 

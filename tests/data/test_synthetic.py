@@ -10,9 +10,9 @@ import torch
 from shard_factory import CPU, config_of, join, open_loader
 
 from pipeline.batch import Batch, Progress
+from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.data.loader import Config, pixels
-from pipeline.recipe import LoadedRecipe, load_recipe
-from pipeline.runs import find_run
+from pipeline.runs.identity import find_run
 from shards.manifest import read_manifest
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"

@@ -8,11 +8,12 @@ from loss_cases import PROGRESS, config_of, example
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distiller import Distiller
-from pipeline.losses._base import Facts, load_spec
+from pipeline.features.taps import FeatureTaps, tap_shapes
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.ab import ab_loss
 from pipeline.models import create_model
 from pipeline.models.stages import stages
-from pipeline.taps import FeatureTaps, tap_shapes
 
 
 def single(student: float, teacher: float, margin: float = 1.0) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_cases import config_of, example, inputs_of, oracle
 
-from pipeline.losses._base import load_spec
+from pipeline.losses._registry import load_spec
 from pipeline.losses.cat_kd import cat_loss
 
 

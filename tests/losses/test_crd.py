@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses import crd
-from pipeline.losses._base import Facts, load_spec
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.crd import CRD, EPS, Others, by_matrix, by_rows, contrast, renew, similarities
 
 quick = settings(max_examples=20, derandomize=True, deadline=None)

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distiller import Distiller
-from pipeline.losses._base import Facts, Taps, load_spec
-from pipeline.taps import FeatureTaps, tap_shapes
+from pipeline.features.taps import FeatureTaps, tap_shapes
+from pipeline.losses._base import Facts, Taps
+from pipeline.losses._registry import load_spec
 
 ROWS = 12
 STAGES = {"stage1": "1", "embedding": "4:in"}

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch import Outputs
-from pipeline.losses._base import Facts, Taps, load_spec
-from pipeline.losses._convolution import Convolution
-from pipeline.losses._denoiser import Denoiser
+from pipeline.diffusion.convolution import Convolution
+from pipeline.diffusion.denoiser import Denoiser
+from pipeline.losses._base import Facts, Taps
+from pipeline.losses._registry import load_spec
 
 both = pytest.mark.parametrize("name", ["diffkd", "ddkd"])
 
@@ -156,14 +157,15 @@ def test_maps_of_different_size_meet_at_the_smaller():
 
 
 @pytest.mark.parametrize(
-    ("off", "parts", "children"),
+    ("name", "off", "parts", "children"),
     [
-        (["feature"], {"logit_dkd", "diffusion_logit"}, {"logit_denoiser", "logit_distance"}),
-        (["logits", "logit_distance"], {"feature", "diffusion_feature", "autoencoder"}, {"feature_denoiser"}),
+        ("ddkd", ["feature"], {"logit_dkd", "diffusion_logit"}, {"logit_denoiser", "logit_distance"}),
+        ("diffkd", ["feature"], {"logit_kd", "diffusion_logit"}, {"logit_denoiser", "logit_distance"}),
+        ("diffkd", ["logits", "logit_distance"], {"feature", "diffusion_feature", "autoencoder"}, {"feature_denoiser"}),
     ],
 )
-def test_a_branch_that_is_not_there_is_off(off: list[str], parts: set[str], children: set[str]):
-    case = changed("ddkd", **dict.fromkeys(off))
+def test_a_branch_that_is_not_there_is_off(name: str, off: list[str], parts: set[str], children: set[str]):
+    case = changed(name, **dict.fromkeys(off))
     assert set(case.parts()) == parts
     assert case.loss.config.taps() == (Taps() if "feature" in off else Taps(frozenset({"last"}), frozenset({"last"})))
     assert {name for name, _ in case.loss.named_children()} == children
@@ -202,7 +204,7 @@ def test_training_draws_stay_below_t_max():
 @pytest.mark.parametrize("branch", ["feature", "logits"])
 def test_a_norm_over_a_single_value_is_refused_in_one_line(branch: str):
     off = {"feature": ["logits", "logit_distance"], "logits": ["feature"]}[branch]
-    one = changed("ddkd", **dict.fromkeys(off)).at([0])
+    one = changed("diffkd", **dict.fromkeys(off)).at([0])
     if branch == "logits":
         with pytest.raises(ValueError, match=r"at least 2 rows a rank are needed: raise batch$"):
             one.parts()
@@ -218,16 +220,18 @@ def test_ddkd_and_diffkd_share_all_but_the_logits_distance():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "change", "message"),
     [
-        ({"logit_distance": None}, "logits and logit_distance go together"),
-        ({"feature": None, "logits": None, "logit_distance": None}, "nothing is distilled"),
-        ({"diffusion_weight": -1.0}, "greater than or equal to 0"),
+        ("diffkd", {"logit_distance": None}, "logits and logit_distance go together"),
+        ("diffkd", {"feature": None, "logits": None, "logit_distance": None}, "nothing is distilled"),
+        ("diffkd", {"diffusion_weight": -1.0}, "greater than or equal to 0"),
+        ("ddkd", {"logit_distance": None}, "logit_distance is required: DDKD denoises and compares logits"),
+        ("ddkd", {"logits": None, "logit_distance": None}, "logits is required"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(change: dict[str, Any], message: str):
+def test_a_config_that_means_nothing_is_refused(name: str, change: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
-        changed("ddkd", **change)
+        changed(name, **change)
 
 
 def test_a_tap_that_is_no_map_is_refused_in_one_line():

@@ -7,7 +7,8 @@ from loss_cases import CLASSES, config_of
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, load_spec
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.dist import dist_loss, inter_class, intra_class, softened
 
 CONSTANTS = {"beta": 1.0, "gamma": 1.0, "temperature": 1.0}

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.losses._base import Facts, load_spec
-from pipeline.losses._tools import kl_divergence
+from pipeline.losses._base import Facts
+from pipeline.losses._functional import kl_divergence
+from pipeline.losses._registry import load_spec
 from pipeline.losses.dkd import dkd_loss, split_at_label
 from pipeline.losses.kd import kd_loss
 

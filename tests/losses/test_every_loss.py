@@ -26,8 +26,9 @@ from loss_cases import (
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.losses._base import Facts, Loss, Taps, load_spec
-from pipeline.parallel import BatchNorm
+from pipeline.distributed.norms import BatchNorm
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._registry import load_spec
 
 quick = settings(max_examples=15, derandomize=True, deadline=None)
 

@@ -9,7 +9,8 @@ import torch
 from loss_cases import Example, config_of, example, inputs_of, oracle
 from torch import nn
 
-from pipeline.losses._base import Facts, load_spec
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 
 
 def between(student: int, teacher: int, rows: int = 2) -> Example:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from loss_cases import PROGRESS, example
 from torch import Tensor
 
-from pipeline.losses._base import load_spec
+from pipeline.losses._registry import load_spec
 from pipeline.losses.dkd import dkd_loss
 from pipeline.losses.kd import kd_loss
 from pipeline.losses.logit_standardization import standardize

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.distiller import Distiller
-from pipeline.losses._base import Facts, load_spec
+from pipeline.features.taps import FeatureTaps, NormParameters, tap_shapes
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.ofd import margins, partial_l2
 from pipeline.models import create_model
 from pipeline.models.stages import stages
-from pipeline.taps import FeatureTaps, NormParameters, tap_shapes
-from pipeline.teacher import Teacher
+from pipeline.teachers.frozen import Teacher
 
 
 def margin(scale: float, shift: float) -> float:

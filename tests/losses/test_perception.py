@@ -8,7 +8,8 @@ from gloo_ranks import Ranks
 from loss_cases import CLASSES, PROGRESS, config_of, example
 from pydantic import ValidationError
 
-from pipeline.losses._base import Facts, load_spec
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.perception import perceive
 
 KL_ON_MATRICES = {"eps": 1e-5, "inner": {"kd": {"temperature": 2.0}}}

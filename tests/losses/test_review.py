@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from loss_cases import Example, config_of, example, inputs_of, oracle
 
 from pipeline.batch import Progress
-from pipeline.losses._base import Facts, load_spec
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.review import hcl_loss
 
 

@@ -7,14 +7,15 @@ from unittest import mock
 
 import pytest
 import torch
-from collectives import Call, Collectives, forward_and_backward
 from gloo_ranks import Ranks
 from loss_cases import CLASSES, PROGRESS, STUDENT_SHAPES, TEACHER_SHAPES, Example, config_of, example
+from sent_bytes import Call, Collectives, forward_and_backward
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses import _base
-from pipeline.losses._base import Facts, load_spec
+from pipeline.losses import _rows
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 
 ROWS = 12
 
@@ -127,7 +128,7 @@ def test_a_group_counts_by_its_rows(name: str):
 def gathered_widths(rank: int, world: int, name: str) -> list[int]:
     """Return how many numbers of a row each collective carried."""
     case = scoped(name, "global")
-    with mock.patch.object(_base, "gather_rows", wraps=_base.gather_rows) as gather:
+    with mock.patch.object(_rows, "gather_rows", wraps=_rows.gather_rows) as gather:
         case.total()
     return sorted(call.args[0].shape[1] for call in gather.call_args_list)
 

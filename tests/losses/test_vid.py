@@ -10,9 +10,9 @@ from loss_cases import Example, config_of, example
 from pydantic import ValidationError
 from torch import Tensor
 
-from pipeline.losses._base import load_spec
+from pipeline.losses._registry import load_spec
 from pipeline.losses.vid import vid_loss
-from pipeline.optimizers import Config, create_optimizer, set_learning_rate
+from pipeline.optim.optimizer import Config, create_optimizer, set_learning_rate
 
 
 def thetas(case: Example) -> list[Tensor]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.features.names import deep_stages, find_stage, tap_names
+from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model
 from pipeline.models.stages import stages
-from pipeline.stage_names import deep_stages, find_stage, tap_names
-from pipeline.taps import FeatureTaps, tap_shapes
 
 # name: (channels, side) of stem, stage 1, stage 2, … of a 32-pixel image, and the width of the embedding
 CIFAR = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.features.names import tap_names
+from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model, from_timm
 from pipeline.models.folding import fold_batchnorms
 from pipeline.models.stages import stages
 from pipeline.models.weights import load_weights
-from pipeline.stage_names import tap_names
-from pipeline.taps import FeatureTaps, tap_shapes
 
 
 @pytest.fixture

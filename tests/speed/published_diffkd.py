@@ -1,6 +1,6 @@
 """How quick the DDKD loss is beside the published DiffKD module: forward and backward, in one run, in turn.
 
-    PYTHONPATH=.:tests/losses python tests/speed/published_diffkd.py FOLDER [rows] [repeats]
+    PYTHONPATH=.:tests/support python tests/speed/published_diffkd.py FOLDER [rows] [repeats]
 
 FOLDER is the published package ``diffkd`` (lib/models/losses/diffkd of hunto/image_classification_sota). Both get the
 same weights, inputs and noise, the sizes of ResNet-50 → MobileNetV1, and DKD as the logits' distance.
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.benches.measure import Measured, measure
-from pipeline.losses._base import Facts, load_spec
-from pipeline.losses._denoiser import Denoiser, Draws
+from pipeline.benchmarks.measure import Measured, measure
+from pipeline.diffusion.denoiser import Denoiser, Draws
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.dkd import dkd_loss
 
 CPU = torch.device("cpu")

@@ -31,11 +31,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as v2
 
 from pipeline.batch import Progress
-from pipeline.build import build_loader
-from pipeline.composition import ROOT
+from pipeline.builders.student import build_loader
+from pipeline.config.arguments import own_words
+from pipeline.config.recipe import load_recipe
 from pipeline.data.config import Config
 from pipeline.data.requests import Plan
-from pipeline.recipe import load_recipe, own_words
+from pipeline.errors import ROOT
 from shards.read import SplitReader
 
 RECIPE = ROOT / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"

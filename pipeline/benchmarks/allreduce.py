@@ -1,0 +1,75 @@
+"""What it costs to add up a recipe's gradients over the ranks, with nothing else to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pipeline.benchmarks.measure import Measured, measure
+from pipeline.builders.meta import build_parts
+from pipeline.builders.meta import measure as built
+from pipeline.builders.student import student_named
+from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.diagnostics.network import bus_bandwidth
+from pipeline.distiller import Distiller
+from pipeline.distributed import collectives
+from pipeline.distributed.rendezvous import deepspeed_asked
+from pipeline.errors import RecipeError, about, shown
+from pipeline.training.accelerator import BUCKET_MIB
+
+MIB = 2**20
+
+
+def measure_allreduce(
+    loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
+) -> list[Measured]:
+    """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them.
+
+    Without the casts of compressed ones.
+    """
+    world = collectives.world_size()
+    if world == 1:
+        raise RecipeError(
+            "allreduce: one rank sends nothing; start several: torchrun --nproc_per_node N pipeline/bench.py …"
+        )
+    with about(shown(loaded.path)):
+        if deepspeed_asked():
+            raise RecipeError("allreduce is of DDP's buckets, which DeepSpeed does not send; start it without")
+        sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sendings(loaded.recipe)]
+
+    def add_up() -> None:
+        for bucket in sent:
+            collectives.add_over_ranks_(bucket)
+
+    found = measure("gradients", add_up, device=device, repeats=repeats, warmup=warmup, steps=steps)
+    total = sum(bucket.nbytes for bucket in sent)
+    speed = bus_bandwidth(total, found.median / steps, world)
+    return [found._replace(counts={"bytes": total, "buckets": len(sent), "bus bytes/s": round(speed)})]
+
+
+def sendings(recipe: Recipe) -> list[tuple[int, torch.dtype]]:
+    """Return how many numbers of which type each of DDP's buckets sends."""
+    facts = build_parts(recipe, built).facts
+    distiller = Distiller(student_named(recipe).build(facts.num_classes), recipe.losses, facts)
+    small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
+    compressed = set(small.parameters()) if small else set()
+    learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    return [
+        (sum(x.numel() for x in bucket), torch.bfloat16 if compressed.issuperset(bucket) else torch.float32)
+        for bucket in buckets(learning, BUCKET_MIB * MIB)
+    ]
+
+
+def buckets(gradients: Iterable[Tensor], largest: int) -> list[list[Tensor]]:
+    """Return DDP's buckets in the order in which it sends them, backward's.
+
+    A gradient is put into the last one, which is full once it has ``largest`` bytes.
+    """
+    filled: list[list[Tensor]] = [[]]
+    for gradient in gradients:
+        if sum(x.nbytes for x in filled[-1]) >= largest:
+            filled.append([])
+        filled[-1].append(gradient)
+    return filled[::-1]

@@ -1,0 +1,40 @@
+"""What a network is given and what it answers, drawn: for what is measured alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipeline.batch import Batch, Outputs
+from pipeline.config.recipe import Recipe
+from pipeline.distributed.rendezvous import world_size_asked
+
+
+def micro_batch(recipe: Recipe) -> int:
+    """Return the rows that a rank is given at once."""
+    return max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
+
+
+def draw_batch(recipe: Recipe, labels_by_id: np.ndarray, device: torch.device) -> Batch:
+    """Return a rank's micro-batch of noise, with ids and labels of the training set."""
+    rows, size = micro_batch(recipe), recipe.data.size
+    present = np.flatnonzero(labels_by_id >= 0)
+    ids_B = np.random.default_rng(recipe.seed).choice(present, rows, replace=rows > len(present))
+    layout = torch.channels_last if recipe.data.channels_last else torch.contiguous_format
+    images_BCHW = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=layout)
+    labels_B, ids_B = (torch.as_tensor(x, device=device) for x in (labels_by_id[ids_B], ids_B))
+    return Batch(images_BCHW, labels_B, ids_B, {})
+
+
+def draw_outputs(
+    shapes: dict[str, tuple[int, ...]],
+    rows: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.memory_format,
+) -> Outputs:
+    """Return what a network with taps of those shapes answers to that many images, its maps in that layout."""
+    found = {name: torch.rand(rows, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    found = {name: x.contiguous(memory_format=layout) if x.ndim == 4 else x for name, x in found.items()}
+    return Outputs(found.pop("logits"), found)

@@ -1,0 +1,91 @@
+"""What one command measured, kept as JSON: of which recipe, by which commit, on which machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+
+from pipeline.benchmarks.measure import Measured
+from pipeline.benchmarks.step import WHOLE
+from pipeline.config.recipe import LoadedRecipe, dump_recipe
+from pipeline.data.pace import processor
+from pipeline.distributed.rendezvous import world_size_asked
+from pipeline.errors import RecipeError, shown
+from pipeline.runs.files import write_json
+from pipeline.runs.versions import versions
+
+
+class Record(BaseModel):
+    """A finished benchmark."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    what: str
+    recipe: str
+    """Its file."""
+    resolved: dict[str, Any]
+    """What it says, with the words of the command."""
+    words: tuple[str, ...]
+    date: str
+    """ISO 8601, in UTC."""
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    """Of Python and the packages, with the commit and whether something was uncommitted."""
+    measured: tuple[Annotated[Measured, PlainSerializer(lambda measured: measured._asdict())], ...]
+
+    def shares(self) -> dict[str, float]:
+        """Return what each row is of the whole, by name; nothing where the rows are no parts of one."""
+        medians = {each.name: each.median for each in self.measured}
+        whole = medians.get(WHOLE) if self.what == "step" else sum(medians.values()) if self.what == "losses" else None
+        return {name: seconds / whole for name, seconds in medians.items()} if whole else {}
+
+
+def new_record(what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measured]) -> Record:
+    """Return the record of what has just been measured here."""
+    return Record(
+        what=what,
+        recipe=shown(loaded.path),
+        resolved=dump_recipe(loaded.recipe),
+        words=tuple(words),
+        date=datetime.now(UTC).isoformat(),
+        machine=machine(),
+        versions=versions(),
+        measured=tuple(measured),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Return what figures depend on besides the code: processor, cores, GPU, ranks."""
+    return {
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "ranks": world_size_asked(),
+    }
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Write the record into ``folder``, under a name of its own, and return its path."""
+    when = datetime.fromisoformat(record.date).strftime("%Y%m%d-%H%M%S-%f")
+    path = folder / f"{record.what}-{Path(record.recipe).stem}-{when}.json"
+    write_json(path, record.model_dump(mode="json"))
+    return path
+
+
+def read_record(path: Path, what: str) -> Record:
+    """Return a record of ``what``. Raises RecipeError for another, and for what is no record."""
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RecipeError(f"--compare: {path} cannot be read: {error.strerror}; name an earlier record") from None
+    except ValidationError:
+        raise RecipeError(f"--compare: {path} is no record of this command; name an earlier one") from None
+    if record.what != what:
+        raise RecipeError(f"--compare: {path} is a record of {record.what}, not of {what}; name one of {what}")
+    return record

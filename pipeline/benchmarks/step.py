@@ -1,0 +1,102 @@
+"""Where a step of real training goes: ``train`` itself for some steps, as its journal splits them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.benchmarks.measure import Measured
+from pipeline.config.recipe import Checkpoints, Journal, LoadedRecipe, Recipe, Stop
+from pipeline.distributed.rendezvous import is_main_asked, world_size_asked
+from pipeline.errors import RecipeError
+from pipeline.runs.dependencies import Unfinished
+from pipeline.runs.identity import find_run
+from pipeline.train import train
+from shards.manifest import read_manifest
+
+WHOLE = "step"
+"""The row whose parts the others are."""
+RATES = ("teraflops", "mfu")
+"""What the journal knows of the whole, where it does."""
+
+
+def measure_step(loaded: LoadedRecipe, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
+    """Return the time of the steps and that of their parts, a line of the journal a repeat; on the main rank.
+
+    Warm-up fills whole lines. Epochs may end meanwhile: lines that an evaluation cuts are passed over.
+    """
+    recipe = loaded.recipe
+    in_epoch = read_manifest(Path(recipe.data.path)).splits["train"].samples // recipe.batch
+    if steps > in_epoch:
+        raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
+    settled = -(-max(warmup, 1) // steps) * steps  # the first step has a line of its own, which is none of the repeats
+    whole = (step for step in count(settled + steps, steps) if not cut(step, steps, in_epoch))
+    ends = list(islice(whole, repeats))
+    folder = scratch(Path(recipe.folder or "."))
+    short = shortened(recipe, ends[-1], steps, in_epoch).model_copy(update={"folder": str(folder)})
+    with removed(folder), contextlib.redirect_stdout(io.StringIO()) as told:
+        train(find_run(LoadedRecipe(short, loaded.path)))
+        text = (folder / "journal.jsonl").read_text() if is_main_asked() else ""
+    # What else it printed is how to go on with this run, which is nobody's question.
+    for line in told.getvalue().splitlines():
+        if line.startswith("note: "):
+            print(line)
+    lines = [json.loads(line) for line in text.splitlines()]
+    timings = [line["timing"] for line in lines if "timing" in line and line["step"] in ends]
+    if is_main_asked() and len(timings) < repeats:
+        raise Unfinished("stopped before all was measured; nothing is written")
+    return split(timings, steps, recipe.batch)
+
+
+def cut(step: int, steps: int, in_epoch: int) -> bool:
+    """Whether an epoch ends, and is evaluated, within the ``steps`` up to ``step`` but before the last of them."""
+    return (step - 1) // in_epoch != (step - steps) // in_epoch
+
+
+def shortened(recipe: Recipe, total: int, steps: int, in_epoch: int) -> Recipe:
+    """Return the recipe of a run that ends after ``total`` steps and writes down the time of every ``steps``."""
+    changed: dict[str, Any] = {
+        "epochs": max(recipe.epochs, total // in_epoch + 1),  # its very last step would be written down, too
+        "stop": Stop(steps=total),
+        "journal": Journal(every_steps=steps, trackers=()),
+        "checkpoints": Checkpoints(every_epochs=0, poll_steps=recipe.checkpoints.poll_steps),
+    }
+    return recipe.model_copy(update=changed)
+
+
+def scratch(folder: Path) -> Path:
+    """Return a run folder below ``folder`` that is the same for all ranks of this command, and no other's."""
+    place = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return folder / f"step-{'-'.join(place) if world_size_asked() > 1 else os.getpid()}"
+
+
+@contextlib.contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    """Begin without the folder, which a killed command may have left, and leave none."""
+    if is_main_asked():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        if is_main_asked():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def split(timings: list[dict[str, Any]], steps: int, batch: int) -> list[Measured]:
+    """Return the whole and its parts in seconds of a repeat, from the milliseconds of a step."""
+    seconds = [{name: ms * steps / 1000 for name, ms in timing["milliseconds"].items()} for timing in timings]
+    if not seconds:
+        return []
+    rates = {name: median(each[name] for each in timings) for name in RATES if name in timings[0]}
+    whole = Measured(WHOLE, [sum(parts.values()) for parts in seconds], steps * batch, rates, steps)
+    # Parts are of as many images, or a record of another batch would compare them by steps and the whole by images.
+    of_parts = [Measured(name, [parts[name] for parts in seconds], steps * batch, steps=steps) for name in seconds[0]]
+    return [whole, *of_parts]

@@ -1,0 +1,188 @@
+"""What a recipe is made of, found without training, weights or data: all is built on torch's meta device.
+
+Parameters, multiply-accumulates of one image, taps with their shapes and the parts of the losses. Where the shards are
+there, their classes and samples count; else ``data.classes`` and ``data.samples``. What computes with numbers, such as
+a user's network that calls ``.item()``, is built and run on the CPU instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.builders.student import AUTOCAST, Named, student_named
+from pipeline.builders.teacher import teacher_named, teacher_places
+from pipeline.config.recipe import Recipe
+from pipeline.distiller import Distiller
+from pipeline.distributed import collectives
+from pipeline.errors import RecipeError, about
+from pipeline.features.taps import FeatureTaps, NormParameters
+from pipeline.losses._base import Facts
+from pipeline.teachers.cache import Cache
+from pipeline.teachers.cached import CachedTeacher
+from pipeline.training.flops import FlopCounter
+from shards.manifest import MANIFEST
+from shards.read import SplitReader
+
+
+class Network(NamedTuple):
+    """What a network is made of."""
+
+    name: str
+    parameters: int
+    macs: float
+    """Multiply-accumulates of one image forward."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of each tap that the losses read, and of the logits, without the batch."""
+
+
+Measured = tuple[Network, FeatureTaps]
+
+
+class Built(NamedTuple):
+    """The networks of a recipe, and what they and the shards tell its losses."""
+
+    student: Measured
+    teachers: list[Measured]
+    facts: Facts
+    note: str
+    """What was not there to be told."""
+
+
+def build_parts(recipe: Recipe, measure: Callable[[Named, int, int], Measured]) -> Built:
+    """Return the recipe's networks, each as ``measure`` builds it, and what they tell the losses."""
+    num_classes, labels_by_id, note = training_labels(recipe)
+    student = measure(student_named(recipe), num_classes, recipe.data.size)
+    named = [teacher_named(recipe, place) for place in teacher_places(recipe)]
+    teachers = [measure(network, num_classes, recipe.data.size) for network in named]
+    shapes, norms = _answers(recipe, teachers)
+    facts = Facts(
+        num_classes=num_classes,
+        student_shapes=student[0].shapes,
+        teacher_shapes=shapes,
+        id_count=len(labels_by_id),
+        labels_by_id=labels_by_id,
+        teacher_norms=norms,
+        autocast=AUTOCAST[recipe.precision],
+    )
+    return Built(student, teachers, facts, note)
+
+
+def _answers(recipe: Recipe, measured: list[Measured]) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
+    """Return the shapes of the teacher's answers, and the BatchNorms before its taps."""
+    config = recipe.teacher
+    if config is None:
+        return {}, {}
+    if not config.is_named:
+        assert config.cache is not None
+        with about("teacher.cache"):
+            cache = Cache(Path(config.cache))
+            teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
+        return teacher.shapes(recipe.data.size), teacher.norms
+    network, taps = measured[0]
+    return network.shapes, {} if config.average else _plain(taps.norms())
+
+
+class Answers(nn.Module):
+    """Stands for a network and answers tensors of its shapes: the losses need no more of it here."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, images_BCHW: Tensor) -> Outputs:
+        """Return features and logits as the network would."""
+        rows, device = len(images_BCHW), images_BCHW.device
+        found = {name: torch.rand(rows, *shape, device=device) for name, shape in self.shapes.items()}
+        return Outputs(found.pop("logits"), found)
+
+
+def training_labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
+    """Return the number of classes, the label of every training id, and what of this was made up."""
+    folder = Path(recipe.data.path)
+    if (folder / MANIFEST).is_file():
+        reader = SplitReader(folder, "train")
+        return reader.manifest.num_classes, reader.labels_by_id(), ""
+    classes, samples = recipe.data.classes, recipe.data.samples
+    if classes is None:
+        raise RecipeError(f"data.classes: {folder} holds no shards, and how many classes they have is not said")
+    counted = f"the {samples} that data.samples says" if samples else f"{2 * classes} made-up ones"
+    note = f"no shards at {folder}: what is kept of every sample is counted for {counted}"
+    return classes, np.arange(samples or 2 * classes) % classes, note
+
+
+@cache  # the rows of a table share their networks
+def measure(named: Named, num_classes: int, image_size: int) -> Measured:
+    """Return what the network is made of, and the network."""
+    try:
+        with torch.device("meta"):
+            return run_once(named, num_classes, image_size)
+    except Exception:  # it computes with numbers, which the meta device has none of; or what is wrong is so here, too
+        return run_once(named, num_classes, image_size)
+
+
+def run_once(named: Named, num_classes: int, image_size: int) -> Measured:
+    """Return what the network is made of, and the network, which is on torch's default device."""
+    taps = named.build(num_classes)
+    with FlopCounter() as counted:
+        shapes = named.probe(taps, image_size)
+    return Network(named.model, count_parameters(taps), counted.flops / 2, shapes), taps
+
+
+def _plain(norms: dict[str, NormParameters]) -> dict[str, NormParameters]:
+    """Return a BatchNorm's first scales and shifts: losses compute with them, and on the meta device are no numbers."""
+    with torch.device("cpu"):
+        return {k: NormParameters(torch.ones(n.weight_C.shape), torch.zeros(n.bias_C.shape)) for k, n in norms.items()}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def image_flops(recipe: Recipe) -> float | None:
+    """Return the operations (``flops.py``) that one image of a batch takes, or None where they cannot be counted.
+
+    Student and losses forward and backward, as autograd goes: where nothing asks for a gradient, as at the images, none
+    is counted. The teachers forward, if they are asked. No optimizer, and nothing that ranks do twice or that backward
+    computes again to save memory. One rank may ask, once all is built for training: what
+    a module keeps for all networks is then not kept on the meta device. What computes with numbers, such as a network
+    that calls ``.item()``, finds none there, and is None.
+    """
+    try:
+        with torch.device("meta"), collectives.alone():
+            parts = build_parts(recipe, run_once)
+            return _of_student(recipe, parts) + _of_teachers(recipe, parts)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        print(f"note: the journal will not say TFLOP/s: what this recipe computes cannot be counted ({reason})")
+        return None
+
+
+def _of_student(recipe: Recipe, parts: Built) -> float:
+    """Return the operations of a micro-batch's forward and backward, by image."""
+    rows, size = recipe.batch // recipe.accumulation, recipe.data.size
+    zeros_B = torch.zeros(rows, dtype=torch.int64)
+    batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {})
+    teacher = Answers(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
+    distiller = Distiller(parts.student[1], recipe.losses, parts.facts).to("meta")
+    with FlopCounter() as counted:
+        distiller(batch, teacher, Progress(steps_per_epoch=1))["total"].backward()
+    return counted.flops / rows
+
+
+def _of_teachers(recipe: Recipe, parts: Built) -> float:
+    """Return the operations of the networks that are asked, by image."""
+    config = recipe.teacher
+    if config is None or not config.is_asked:
+        return 0.0
+    if config.cache is not None and not Cache(Path(config.cache)).lacking(recipe.taps.teacher):
+        return 0.0
+    return sum(2 * network.macs for network, _ in parts.teachers)

@@ -1,0 +1,77 @@
+"""Asking a teacher about training images by their ids, at any view.
+
+B rows of an answer, N ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.batch import Outputs
+from pipeline.builders.teacher import build_live_teacher
+from pipeline.config.recipe import Recipe
+from pipeline.data.loader import Loader, create_loader
+from pipeline.features.pca import Encoder
+from pipeline.teachers.cache import LOGITS
+from pipeline.teachers.ensemble import TeacherEnsemble
+from pipeline.teachers.frozen import Teacher
+from shards.manifest import Manifest
+
+Part = tuple[NDArray[np.int64], int]
+"""Some ids, and the view at which their images are looked at."""
+
+
+class Source(NamedTuple):
+    """A teacher whose taps are kinds of answer, and the images to ask it about."""
+
+    teacher: Teacher | TeacherEnsemble
+    loader: Loader
+    row_by_id: NDArray[np.int64]
+    """Row of the sample table [N]; −1 where there is no sample of that id."""
+
+    def present(self, ids: range) -> NDArray[np.int64]:
+        """Return those of some ids that have a sample."""
+        numbers = np.arange(ids.start, ids.stop)
+        return numbers[self.row_by_id[numbers] >= 0]
+
+    def answers(self, parts: Iterable[Part]) -> Iterator[Outputs]:
+        """Yield the teacher's answers to each part, which holds no more ids than it answers at once."""
+        for batch in self.loader.looks((self.row_by_id[ids], view) for ids, view in parts):
+            yield self.teacher(batch)
+
+
+def open_source(recipe: Recipe, kinds: Iterable[str], manifest: Manifest, device: torch.device) -> Source:
+    """Return the recipe's network, with those kinds of answer as its taps, and its training images."""
+    assert recipe.teacher is not None
+    teacher = build_live_teacher(recipe, set(kinds) - {LOGITS}, manifest, device)
+    batch = min(recipe.teacher.batch or 1, manifest.splits["train"].samples)
+    loader = create_loader(
+        recipe.data, batch=batch, accumulation=1, seed=0, rank=0, world=1, device=device, splits=("train",)
+    )
+    ids = loader.plan.readers["train"].samples["id"]
+    row_by_id = np.full(loader.id_count, -1)
+    row_by_id[ids] = np.arange(len(ids))
+    return Source(teacher, loader, row_by_id)
+
+
+def stored(outputs: Outputs, kinds: Iterable[str], encoders: dict[str, Encoder]) -> dict[str, NDArray[np.float16]]:
+    """Return a teacher's answers by kind as they are stored, [B, …].
+
+    Raises ValueError where float16 does not hold them.
+    """
+    rows = {}
+    for kind in kinds:
+        answer = outputs.logits_BK if kind == LOGITS else outputs.features[kind]
+        answer = encoders[kind].encode(answer) if kind in encoders else answer
+        rows[kind] = answer.to(torch.float16).cpu().contiguous().numpy()
+        if not np.isfinite(rows[kind]).all():
+            largest = answer.abs().max().item()
+            raise ValueError(
+                f"the teacher answers {largest:.3g} at {kind}, and float16 ends at 65504; leave {kind} out"
+            )
+    return rows

@@ -1,0 +1,239 @@
+"""Composition: what a YAML file, its ``base:`` files, the command line and ``constants:`` say together.
+
+Later ones win, ``null`` deletes a key, and ``${name}`` stands for what ``constants:`` hold under that dotted name, so
+that a number that several places share stands once. An error is one line that names the file and the dotted key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import ROOT, RecipeError, shown
+
+COMMAND_LINE = "command line"
+
+Origins = dict[tuple[str, ...], str]
+"""Which file, or the command line, said the value at a key."""
+_SLOT = re.compile(r"\$\{(.*)\}")
+_UNDER = "${}"
+"""Key of the slot that the other keys of its mapping lie over."""
+
+
+def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:
+    """Return what a recipe file, a whole one or a part, says with its ``base:`` files, overrides and constants.
+
+    ``origins`` learns who said what. Raises RecipeError for what cannot be read or composed.
+    """
+    origins = {} if origins is None else origins
+    tree = _compose(path, origins, ())
+    for word in overrides:
+        _merge(tree, _override(word), COMMAND_LINE, origins)
+    constants = _Constants(tree.pop("constants", None) or {}, origins, shown(path))
+    # Nulls last: one may delete a key of a base, or of a constant.
+    filled = _without_nulls(constants.fill(tree, ()))
+    constants.check_command_line()
+    return filled
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file; a repeated key and bad syntax are a RecipeError."""
+    try:
+        return yaml.load(path.read_text(), _Yaml)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(f"{shown(path)}: line {line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{shown(path)}: not a YAML file: {error}") from None
+
+
+_Fast: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is
+
+
+class _Yaml(_Fast):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.2) and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def existing(path: Path) -> Path:
+    """Return a recipe file, absolute or from the current folder or the project's. Raises RecipeError."""
+    for candidate in (path, ROOT / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    raise RecipeError(f"{path}: no such recipe; recipes stand under {shown(ROOT / 'configs')}")
+
+
+def _compose(path: Path, origins: Origins, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path in above:
+        raise RecipeError(f"{shown(path)}: base: the file is its own base, by way of {shown(above[-1])}")
+    own = read_yaml(path)
+    if not isinstance(own, dict):
+        raise RecipeError(f"{shown(path)}: expected a mapping of keys, got {type(own).__name__}")
+    bases = own.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise RecipeError(f"{shown(path)}: base: expected a file or a list of files, got {bases!r}")
+    tree: dict[str, Any] = {}
+    for base in bases:
+        base_path = (path.parent / base).resolve()
+        if not base_path.is_file():
+            raise RecipeError(f"{shown(path)}: base: there is no file {base!r} beside it")
+        _merge(tree, _compose(base_path, origins, (*above, path)), None, origins)
+    _anchor_references(own, path)
+    _merge(tree, own, shown(path), origins)
+    return tree
+
+
+def _merge(
+    tree: dict[str, Any],
+    own: dict[str, Any],
+    origin: str | None,
+    origins: Origins,
+    at: tuple[str, ...] = (),
+) -> None:
+    """Lay ``own`` over ``tree``: mappings are merged, anything else replaces. ``origins`` learns who said what."""
+    for key, value in own.items():
+        here = (*at, str(key))
+        if origin is not None:
+            origins[here] = origin
+        if isinstance(value, dict):
+            below = tree.get(key)
+            if origin == COMMAND_LINE and below and not value:
+                raise RecipeError(
+                    f"{origin}: {key}: nothing laid over it changes nothing; {key}.NAME=null takes one away"
+                )
+            if isinstance(below, str) and _SLOT.fullmatch(below):
+                below = {_UNDER: below}  # a constant that is a mapping may be changed in part
+            tree[key] = below if isinstance(below, dict) else {}
+            _merge(tree[key], value, origin, origins, here)
+        else:
+            tree[key] = value
+
+
+def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree without the keys that a null deletes; only now, since a base may delete another base's."""
+    kept = ((key, value) for key, value in tree.items() if value is not None)
+    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in kept}
+
+
+class _Constants:
+    """What stands under ``constants:``, put where it is named."""
+
+    def __init__(self, constants: Any, origins: Origins, file: str) -> None:
+        if not isinstance(constants, dict):
+            raise RecipeError(f"{origins.get(('constants',), file)}: constants: expected a mapping, got {constants!r}")
+        self.constants = constants
+        self.origins = origins
+        self.file = file
+        self.used: set[tuple[str, ...]] = set()
+        self.open: list[tuple[str, ...]] = []
+        """The constants being filled: one that is among them again stands for itself."""
+
+    def fill(self, value: Any, at: tuple[str, ...]) -> Any:
+        """Return ``value``, which stands at that key, with every ``${name}`` in it replaced."""
+        if isinstance(value, dict):
+            filled: dict[str, Any] = {}
+            for key, below in value.items():
+                found = self.fill(below, at if key == _UNDER else (*at, str(key)))
+                if key == _UNDER and not isinstance(found, dict):
+                    raise RecipeError(f"{self.place(at)}: {below} is one value, {found!r}, and has no keys")
+                _merge(filled, found if key == _UNDER else {key: found}, None, {})
+            return filled
+        if isinstance(value, list):
+            return [self.fill(below, (*at, str(index))) for index, below in enumerate(value)]
+        return self.constant(value, at) if isinstance(value, str) and "${" in value else value
+
+    def constant(self, text: str, at: tuple[str, ...]) -> Any:
+        """Return what ``text``, a slot, stands for; who said that is who said the value here."""
+        slot = _SLOT.fullmatch(text)
+        if slot is None:
+            raise RecipeError(f"{self.place(at)}: {text!r}: a constant stands for a whole value")
+        name = tuple(slot[1].split("."))
+        found: Any = self.constants
+        for part in name:
+            if not isinstance(found, dict) or part not in found:
+                known = f"known are {', '.join(self.constants)}" if self.constants else "there are none"
+                raise RecipeError(f"{self.place(at)}: there is no constant {slot[1]!r}; {known}")
+            found = found[part]
+        if name in self.open:
+            raise RecipeError(f"{self.place(at)}: the constant {slot[1]!r} stands for itself")
+        self.used.add(name)
+        for key, origin in list(self.origins.items()):
+            if key[: len(name) + 1] == ("constants", *name):
+                below = (*at, *key[len(name) + 1 :])
+                self.origins[below] = origin if below == at else self.origins.get(below, origin)
+        self.open.append(name)
+        filled = self.fill(deepcopy(found), at)
+        self.open.pop()
+        return filled
+
+    def place(self, at: tuple[str, ...]) -> str:
+        """Return file and key as a message names them."""
+        return f"{self.origins.get(at, self.file)}: {'.'.join(at)}"
+
+    def check_command_line(self) -> None:
+        """Raise RecipeError for a constant that the command line gives and nothing takes."""
+        for key, origin in self.origins.items():
+            name = key[1:]
+            if key[:1] != ("constants",) or origin != COMMAND_LINE or not name:
+                continue
+            if not any(name[: len(used)] == used[: len(name)] for used in self.used):
+                known = sorted(".".join(used) for used in self.used)
+                near = difflib.get_close_matches(".".join(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"used are {', '.join(known) or 'none'}"
+                raise RecipeError(f"{COMMAND_LINE}: constants.{'.'.join(name)}: nothing uses this constant; {hint}")
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, _, text = word.partition("=")
+    try:
+        value = yaml.load(text, _Yaml)
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: {key}: {text!r} is not YAML") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def networks(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the sections that describe a network: the student's, the teacher's and those of its members."""
+    teacher = tree.get("teacher")
+    members = teacher.get("members") if isinstance(teacher, dict) else None
+    for section in (tree.get("student"), teacher, *(members if isinstance(members, list) else ())):
+        if isinstance(section, dict):
+            yield section
+
+
+def references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any], Any]]:
+    """Yield every place, as container and key, that names another recipe."""
+    for network in networks(tree):
+        for section in (network, network.get("start")):
+            if isinstance(section, dict) and isinstance(section.get("recipe"), str):
+                yield section, "recipe"
+    if isinstance(tree.get("compare"), list):
+        yield from ((tree["compare"], index) for index in range(len(tree["compare"])))
+
+
+def _anchor_references(own: dict[str, Any], path: Path) -> None:
+    """Make what a file says of other recipes relative to that file hold wherever the file is used as a base."""
+    for container, key in references(own):
+        beside = path.parent / str(container[key])
+        if beside.is_file():
+            container[key] = shown(beside.resolve())

@@ -1,0 +1,47 @@
+"""Say where a recipe's shards lie and where its run goes, a line each, without loading anything that takes time.
+
+    python pipeline/config/paths.py RECIPE [key=value …]
+
+For scripts that have to know before training begins.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from collections.abc import Sequence
+
+from pipeline.config.compose import composed, existing
+from pipeline.errors import ROOT, RecipeError
+
+
+def main(words: Sequence[str]) -> None:
+    """Print ``data.path`` and the run folder."""
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) != 1:
+        raise RecipeError("command line: name one recipe; overrides are written key=value")
+    path = existing(Path(recipes[0]))
+    tree = composed(path, [word for word in words if "=" in word])
+    if not tree.get("data", {}).get("path"):
+        raise RecipeError(f"{recipes[0]}: data.path: this key is required")
+    print(tree["data"]["path"])
+    print(tree.get("folder") or default_folder(path, tree.get("seed", 0)))
+
+
+def default_folder(path: Path, seed: int) -> Path:
+    """Return where the run of the recipe at ``path`` lies that names no folder, below the current one."""
+    configs = ROOT / "configs"
+    name = path.relative_to(configs) if path.is_relative_to(configs) else Path(path.name)
+    return Path("runs") / name.with_suffix("") / f"seed-{seed}"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,175 @@
+"""Recipes: YAML files under ``configs/`` that name everything a run is made of.
+
+``load_recipe(path, overrides)`` maps what a file, its bases, the command line's ``key=value`` words and the constants
+say together (``compose.py``) onto the typed ``Recipe``, strictly. An error is one line: file, dotted key, given,
+expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from pipeline.config.compose import Origins, composed, existing, networks, references
+from pipeline.config.messages import validation_message
+from pipeline.data.config import Config as Data
+from pipeline.errors import RecipeError, shown
+from pipeline.losses._base import Taps
+from pipeline.losses._registry import Losses
+from pipeline.optim.ema import Config as Averaging
+from pipeline.optim.optimizer import Config as Optimizer
+from pipeline.optim.schedule import Schedule
+from pipeline.teachers.config import Config as TeacherConfig
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Start(Section):
+    """Where a student begins: a weights file, or the student of another recipe's run."""
+
+    weights: str | None = None
+    recipe: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Start:
+        if (self.weights is None) == (self.recipe is None):
+            raise ValueError("give either weights (a file) or recipe (a run's student)")
+        return self
+
+
+class Student(Section):
+    """The network that is trained."""
+
+    model: str
+    """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
+    stages: dict[str, str] | None = None
+    """Module path by canonical stage name, for a network whose stages the project does not know."""
+    start: Start | None = None
+    compile: bool = False
+    """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
+
+
+class Stop(Section):
+    """Where this command ends early, resumably; not part of what the run is."""
+
+    epoch: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    minutes: float | None = Field(default=None, gt=0)
+
+
+class Checkpoints(Section):
+    """When the run is saved (0 is never), and how much is kept."""
+
+    every_steps: NonNegativeInt = 0
+    every_epochs: NonNegativeInt = 1
+    keep: PositiveInt = 2
+    poll_steps: PositiveInt = 50
+    """How often the ranks agree on whether one of them was told to stop."""
+
+
+class Journal(Section):
+    """What is written down while training."""
+
+    every_steps: PositiveInt = 50
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of Accelerate."""
+
+
+class Recipe(Section):
+    """Everything a run is made of."""
+
+    student: Student
+    teacher: TeacherConfig | None = None
+    losses: Losses
+    data: Data
+    epochs: PositiveInt
+    batch: PositiveInt
+    """Global batch: over all ranks and micro-batches."""
+    accumulation: PositiveInt = 1
+    """Micro-batches per global batch. Batch statistics are those of a micro-batch over all ranks."""
+    seed: int = Field(default=0, ge=0)
+    """Keys initialisation, order and random draws; ``data.seed`` keys crops and flips."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient."""
+    compress: Literal["auxiliary", "all"] | None = None
+    """Gradients that go from rank to rank in bfloat16: those of the losses' own modules, or the student's, too."""
+    ema: Averaging | None = None
+    compare: tuple[str, ...] = ()
+    """Recipes whose results stand in the closing table; a run that is not there is made first."""
+    checkpoints: Checkpoints = Checkpoints()
+    journal: Journal = Journal()
+    stop: Stop = Stop()
+    folder: str | None = None
+    """The run folder; default ``runs/<path of the recipe under configs/>/seed-<seed>``."""
+
+    @model_validator(mode="after")
+    def _losses_have_their_teacher(self) -> Recipe:
+        needy = [name for name, spec in self.losses.items() if spec.loss.needs_teacher]
+        if needy and self.teacher is None:
+            sources = "teacher: {model: …, weights: …} or teacher: {recipe: …}"
+            raise ValueError(f"the loss {needy[0]!r} needs a teacher; add {sources}")
+        return self
+
+    @property
+    def taps(self) -> Taps:
+        """Every tap the recipe's losses read."""
+        taps = Taps()
+        for spec in self.losses.values():
+            taps = taps.union(spec.config.taps())
+        return taps
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, and the file it came from."""
+
+    recipe: Recipe
+    path: Path
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Return the recipe at ``path`` with its ``base:`` files below it and ``key=value`` overrides above it.
+
+    Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
+    """
+    path = existing(Path(path))
+    origins: Origins = {}
+    tree = composed(path, overrides, origins)
+    _unpack_models(tree)
+    _resolve_references(tree, path)
+    try:
+        return LoadedRecipe(Recipe.model_validate(tree), path)
+    except ValidationError as error:
+        raise RecipeError(validation_message(error, Recipe, tree, origins, shown(path))) from None
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as plain data that ``load_recipe`` reads back."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _unpack_models(tree: dict[str, Any]) -> None:
+    """Turn ``model: {path: package.module:factory, stages: {…}}`` into the keys ``model`` and ``stages``."""
+    for section in networks(tree):
+        own = section.get("model")
+        if isinstance(own, dict) and own.keys() <= {"path", "stages"}:
+            section |= {"model": own.get("path"), "stages": own.get("stages", section.get("stages"))}
+
+
+def _resolve_references(tree: dict[str, Any], path: Path) -> None:
+    for container, key in references(tree):
+        try:
+            container[key] = shown(existing(Path(str(container[key]))))
+        except RecipeError as error:
+            raise RecipeError(f"{shown(path)}: another recipe is named that is not there: {error}") from None

@@ -1,0 +1,211 @@
+"""What a run reads: images decoded right, shards whole and quick, a teacher that is there, a batch that divides."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.models
+from PIL import Image
+
+from pipeline.builders.student import training_splits
+from pipeline.builders.teacher import teacher_places, views_read
+from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.data.config import Config
+from pipeline.data.pace import Pace
+from pipeline.diagnostics.result import Finding, fail, ok, skip
+from pipeline.distributed import collectives
+from pipeline.models.weights import FILES
+from pipeline.runs.identity import dependencies, find_run, load_dependency
+from pipeline.teachers.cache import LOGITS, Cache
+from shards.manifest import MANIFEST, Shard, read_manifest
+from shards.read import SplitReader
+
+SIDE = 64
+LARGEST_DIFFERENCE = 8.0
+"""Of a pixel, in 0 … 255: decoders of JPEG round alike, and blend colours at edges in ways of their own."""
+SECONDS = 3.0
+CHUNK = 4 * 2**20
+
+
+def check_decoding(place: torch.device) -> Finding:
+    """Decode a JPEG with DALI where training would, and compare it with Pillow's."""
+    try:
+        from pipeline.data.dali import Inputs, create_pipeline
+    except ModuleNotFoundError as error:
+        return fail(f"DALI is not there ({error})", "install the project's dependencies: launchers/uv sync")
+    encoded, expected = _jpeg()
+    zero, side = np.zeros((1, 2), np.int32), np.full((1, 2), SIDE)
+    inputs = Inputs([encoded], zero, side.astype(np.int32), side.astype(np.float32), zero, np.zeros(1, np.int32))
+    config = Config(path="", size=SIDE, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+    pipeline = create_pipeline(lambda: inputs, config, 1, Pace(threads=1, prefetch=1), place)
+    (images,) = pipeline.run()
+    found = torch.from_dlpack(images.as_cpu().as_tensor()).numpy()[0]
+    return decoded_alike(found, expected, f"DALI on {place.type}")
+
+
+def decoded_alike(found: np.ndarray, expected: np.ndarray, who: str) -> Finding:
+    """Judge the pixels of a decoder against Pillow's, in 0 … 255."""
+    difference = float(np.abs(found - expected).max())
+    told = f"{who} differs from Pillow by {difference:.1f} of 255"
+    if difference > LARGEST_DIFFERENCE:
+        return fail(told, "install DALI for this driver's CUDA, or set data.loader: memory")
+    return ok(told, badness=difference)
+
+
+def _jpeg() -> tuple[np.ndarray, np.ndarray]:
+    """Return a JPEG of a smooth image, encoded and as Pillow decodes it."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    pixels = 255 * np.stack([x, y, 0.5 + 0.5 * np.sin(6 * x * y)], axis=-1)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=95)
+    decoded = np.asarray(Image.open(file).convert("RGB")).astype(np.float32)
+    return np.frombuffer(file.getvalue(), np.uint8), decoded
+
+
+def check_shards(loaded: LoadedRecipe) -> Finding:
+    """Read the manifest and the sample tables, and compare the sizes of all shards."""
+    folder = Path(loaded.recipe.data.path)
+    if not (folder / MANIFEST).is_file() and loaded.recipe.data.prepare:
+        return _made_first(f"{folder} holds none", shlex.join(["python", *loaded.recipe.data.prepare, str(folder)]))
+    manifest = read_manifest(folder)
+    splits = [SplitReader(folder, name) for name in training_splits(manifest)]
+    for split in splits:
+        split.check_sizes()
+    images = " and ".join(f"{len(split.samples):,} of {split.split.name}" for split in splits)
+    return ok(f"{images}, {manifest.num_classes:,} classes, in {sum(len(s.split.shards) for s in splits):,} shards")
+
+
+def check_checksums(recipe: Recipe, count: int = 3, seconds: float = SECONDS) -> Finding:
+    """Compare the sha256 of a few shards, others on each rank, for about that many seconds."""
+    folder = Path(recipe.data.path)
+    if not (folder / MANIFEST).is_file():
+        return skip("no shards")
+    shards = [shard for split in read_manifest(folder).splits.values() for shard in split.shards]
+    deadline, checked = time.monotonic() + seconds, 0
+    for shard in random.Random(collectives.rank()).sample(shards, min(count, len(shards))):
+        sha256 = _sha256(folder / shard.url, deadline)
+        if sha256 is None:
+            break
+        if sha256 != shard.sha256:
+            advice = f"copy it again; python shards/verify.py {folder} tells all that is wrong"
+            return fail(f"{folder / shard.url} has another sha256 than the manifest says", advice)
+        checked += 1
+    if not checked:
+        return skip(f"no shard was read within {seconds:g} s")
+    return ok(f"right for {checked} of {len(shards):,} shards", badness=-checked)
+
+
+def _sha256(path: Path, deadline: float) -> str | None:
+    """Return a file's sha256, None if it takes too long."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            if time.monotonic() > deadline:
+                return None
+    return digest.hexdigest()
+
+
+def check_reading(recipe: Recipe, seconds: float = SECONDS) -> Finding:
+    """Measure how fast this rank reads one shard, past the page cache where the file system lets it."""
+    folder = Path(recipe.data.path)
+    if not (folder / MANIFEST).is_file():
+        return skip("no shards")
+    shard = random.Random(-1 - collectives.rank()).choice(read_manifest(folder).splits["train"].shards)
+    speed = _speed(folder / shard.url, seconds)
+    return ok(f"{speed / 1e6:,.0f} MB/s of one shard, {speed / _image_bytes(shard):,.0f} images/s", badness=-speed)
+
+
+def _image_bytes(shard: Shard) -> float:
+    return shard.filesize / max(shard.nsamples, 1)
+
+
+def _speed(path: Path, seconds: float) -> float:
+    """Return the bytes per second of reading a file from its beginning, for that long at most."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began, read = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds and (chunk := file.read(CHUNK)):
+            read += len(chunk)
+    return read / (time.perf_counter() - began)
+
+
+def check_teacher(loaded: LoadedRecipe) -> Finding:
+    """Look for the weights, the cache and the finished runs that the recipe names."""
+    recipe = loaded.recipe
+    asked = recipe.teacher is not None and recipe.teacher.is_asked
+    named = [(network.model or "", network.weights) for network in teacher_places(recipe).values() if asked]
+    named += [(recipe.student.model, recipe.student.start.weights)] if recipe.student.start else []
+    weights = [_find_weights(model, source) for model, source in named if source]
+    if not (Path(recipe.data.path) / MANIFEST).is_file() and dependencies(recipe):
+        return skip("no shards, without which no other run is known")
+    runs = [_find_finished(recipe, path) for path in dependencies(recipe)]
+    caches = [_find_cache(recipe, recipe.teacher.cache)] if recipe.teacher and recipe.teacher.cache else []
+    found = [*weights, *caches, *runs]
+    if not found:
+        return skip("the recipe names no weights and no other run")
+    return next((each for status in ("FAIL", "skip") for each in found if each.status == status), _all(found))
+
+
+def _all(found: list[Finding]) -> Finding:
+    return ok(", ".join(each.value for each in found))
+
+
+def _find_weights(model: str, source: str) -> Finding:
+    if source.endswith(FILES):
+        if Path(source).is_file():
+            return ok(source)
+        return fail(f"there is no file {source}", "correct the recipe's weights, or copy the file there")
+    try:
+        url = torchvision.models.get_model_weights(model)[source].url
+    except (ValueError, KeyError):
+        return skip(f"{source} of {model} are fetched when the run begins")
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return ok(str(kept)) if kept.is_file() else skip(f"{source} of {model}: the run downloads {url} to {kept}")
+
+
+def _find_cache(recipe: Recipe, folder: str) -> Finding:
+    advice = "write it: python pipeline/cache_teacher.py with this recipe"
+    try:
+        cache = Cache(Path(folder))
+        lacking = set(cache.lacking(recipe.taps.teacher).values())
+        held = {LOGITS, *cache.kinds(recipe.taps.teacher).values()} - lacking
+        cache.whole(held, views_read(recipe, cache))
+    except (OSError, ValueError) as error:
+        return fail(str(error), advice)
+    if lacking and not (recipe.teacher and recipe.teacher.is_asked):
+        return fail(f"{folder} has no {', '.join(sorted(lacking))}, which a loss reads", advice)
+    return ok(f"{folder}: {', '.join(sorted(held))} of {cache.header.views} views")
+
+
+def _find_finished(recipe: Recipe, path: str) -> Finding:
+    run = find_run(load_dependency(recipe, path))
+    return ok(str(run.folder)) if run.result else _made_first(f"{run.folder} holds no finished run", run.command)
+
+
+def _made_first(missing: str, command: str) -> Finding:
+    """Judge what one process makes before it trains, and several ranks must find there."""
+    if collectives.world_size() == 1:
+        return skip(f"{missing}; one process makes it first, several ranks need it there: {command}")
+    return fail(missing, f"one process must make it first: {command}")
+
+
+def check_batch(recipe: Recipe) -> Finding:
+    """Divide the global batch among ranks and micro-batches."""
+    world = collectives.world_size()
+    shares = world * recipe.accumulation
+    if recipe.batch % shares:
+        nearest = -(-recipe.batch // shares) * shares
+        told = f"{recipe.batch} does not divide by {world} ranks × accumulation: {recipe.accumulation}"
+        return fail(told, f"give batch={nearest}, or other ranks")
+    return ok(
+        f"{recipe.batch} = ranks: {world} × accumulation: {recipe.accumulation} × images: {recipe.batch // shares}"
+    )

@@ -1,0 +1,73 @@
+"""The equations and networks that denoise a student's tensor; to be read beside the paper.
+
+Equation numbers are those of DDKD (Wang and Zhu, 计算机系统应用 33(9), 2024); the networks are DiffKD's (Huang et al.,
+NeurIPS 2023, arXiv:2305.15712), the sampler is DDIM's (Song et al., 2020, arXiv:2010.02502) with η = 0.
+
+B batch, C channels, H W space, T time steps of the schedule. The equations take tensors of any shape [B, …].
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.diffusion.config import Mixing
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Φ(y, t_B): the noise in y."""
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return y_t = √ᾱ·y₀ + √(1 − ᾱ)·ε for one ᾱ, or one a row (eq. 4)."""
+    alpha_bar = _per_row(alpha_bar, clean)
+    return alpha_bar.sqrt().to(clean.dtype) * clean + (1 - alpha_bar).sqrt().to(clean.dtype) * noise
+
+
+def denoise_step(noisy: Tensor, noise: Tensor, alpha_bar: float, following: float) -> Tensor:
+    """Return y at the level ``following`` from y at ``alpha_bar`` and the noise in it, drawing none (eq. 6, σ = 0).
+
+    y' = √ᾱ'·y₀ + √(1 − ᾱ')·ε with y₀ = (y − √(1 − ᾱ)·ε)/√ᾱ, its two tensors multiplied out.
+    """
+    keep = math.sqrt(following / alpha_bar)
+    return torch.add(keep * noisy, noise, alpha=math.sqrt(1 - following) - keep * math.sqrt(1 - alpha_bar))
+
+
+def diffusion_loss(predict: Predict, clean: Tensor, noise: Tensor, t_B: Tensor, alpha_bars_T: Tensor) -> Tensor:
+    """Return ‖ε − Φ(y_t, t)‖², averaged over all elements (eq. 5)."""
+    return F.mse_loss(predict(add_noise(clean, noise, alpha_bars_T[t_B]), t_B), noise)
+
+
+def denoise(
+    predict: Callable[[Tensor, int], Tensor], start: Tensor, time_steps: Sequence[int], alpha_bars: Sequence[float]
+) -> Tensor:
+    """Return y₀ from the noisy ``start`` by deterministic DDIM steps through ``time_steps`` and out of all noise.
+
+    ``alpha_bars`` holds ᾱ by time step, on the host.
+    """
+    y = start
+    levels = [float(alpha_bars[t]) for t in time_steps]
+    for t, alpha_bar, following in zip(time_steps, levels, [*levels[1:], 1.0], strict=True):
+        y = denoise_step(y, predict(y, t), alpha_bar, following)
+    return y
+
+
+def reconstruction_loss(rebuilt: Tensor, teacher: Tensor) -> Tensor:
+    """Return ‖F̃ − F‖² of the autoencoder, averaged over all elements (eq. 7)."""
+    return F.mse_loss(rebuilt, teacher)
+
+
+def match_noise(feature: Tensor, noise: Tensor, gamma_B: Tensor, mixing: Mixing) -> Tensor:
+    """Return Z_T = γ·Z + (1 − γ)·ε, where the sampler starts (eq. 9).
+
+    ``sqrt`` takes the roots of both weights, which would keep a unit variance; the papers' linear ones do not.
+    """
+    gamma = _per_row(gamma_B, feature)
+    if mixing == "sqrt":
+        return gamma.sqrt() * feature + (1 - gamma).sqrt() * noise
+    return gamma * feature + (1 - gamma) * noise
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

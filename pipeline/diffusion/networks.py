@@ -1,0 +1,88 @@
+"""The denoiser's networks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pipeline.diffusion.convolution import Convolution
+from pipeline.distributed.norms import Norm
+
+
+class Bottleneck(nn.Module):
+    """x + block(x): 1×1 to fewer channels, 3×3, 1×1 back; no ReLU after the sum."""
+
+    def __init__(self, channels: int, reduction: int, norm: Norm) -> None:
+        super().__init__()
+        inner = max(channels // reduction, 1)
+        self.block = nn.Sequential(
+            *(Convolution(channels, inner), norm(inner), nn.ReLU()),
+            *(Convolution(inner, inner, 3), norm(inner), nn.ReLU()),
+            *(Convolution(inner, channels), norm(channels)),
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return x + block(x)."""
+        return x_BCHW + self.block(x_BCHW)
+
+
+class Autoencoder(nn.ModuleDict):
+    """Linear autoencoder, a convolution to the latent's width and one back.
+
+    The encoder's norm brings the latent to unit variance, which makes noise of unit variance commensurate with it.
+    """
+
+    def __init__(self, channels: int, latent: int, norm: Norm) -> None:
+        encoder = nn.Sequential(Convolution(channels, latent), norm(latent))
+        super().__init__({"encoder": encoder, "decoder": Convolution(latent, channels)})
+
+
+class NoisePredictor(nn.Module):
+    """Φ(y, t). The time step enters as one learned number a channel, added to y.
+
+    Where all rows have the same one, as in every step of the sampler, that is a constant a channel, and the norm after
+    each convolution takes a constant away: there Φ does not depend on t, and does not read it.
+    """
+
+    def __init__(self, network: nn.Module, channels: int, time_rows: int) -> None:
+        super().__init__()
+        self.time_embedding = nn.Embedding(time_rows, channels)
+        self.network = network
+
+    def forward(self, y_BCHW: Tensor, t_B: Tensor | None = None) -> Tensor:
+        """Return the predicted noise, shaped as ``y``; no ``t_B`` is one time step for all rows, whichever."""
+        embedded = y_BCHW if t_B is None else y_BCHW + self.time_embedding(t_B)[:, :, None, None]
+        return self.network(embedded)
+
+
+class NoiseAdapter(nn.Module):
+    """Weighs a student's tensor against noise: two numbers a sample, whose softmax is (γ, 1 − γ)."""
+
+    def __init__(self, network: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.network = network
+        self.linear = nn.Linear(channels, 2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the two numbers before the softmax [B, 2]."""
+        return self.linear(self.network(x_BCHW).mean((2, 3)))
+
+
+def map_predictor(channels: int, reduction: int, norm: Norm) -> nn.Sequential:
+    """Return Φ's network for maps: two bottlenecks, a convolution, a norm."""
+    bottlenecks = (Bottleneck(channels, reduction, norm), Bottleneck(channels, reduction, norm))
+    return nn.Sequential(*bottlenecks, Convolution(channels, channels), norm(channels))
+
+
+def logit_predictor(channels: int, expansion: int, norm: Norm) -> nn.Sequential:
+    """Return Φ's network for logits [B, K, 1, 1]: two expanding blocks, the second without a norm at its end."""
+    return nn.Sequential(*_expanding(channels, expansion, norm), norm(channels), *_expanding(channels, expansion, norm))
+
+
+def logit_adapter(channels: int, expansion: int, norm: Norm) -> nn.Sequential:
+    """Return the adapter's network for logits [B, K, 1, 1]: one expanding block."""
+    return nn.Sequential(*_expanding(channels, expansion, norm), norm(channels))
+
+
+def _expanding(channels: int, expansion: int, norm: Norm) -> list[nn.Module]:
+    wide = channels * expansion
+    return [Convolution(channels, wide), norm(wide), nn.ReLU(), Convolution(wide, channels)]

@@ -1,0 +1,27 @@
+"""Errors that a user can cause: one line that says where, the file or the key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message is one line."""
+
+
+@contextmanager
+def about(place: str) -> Iterator[None]:
+    """Say in front of what a user got wrong inside where it was said: a file or a key."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def shown(path: Path) -> str:
+    """Return the path as a message shows it: relative to the project where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,107 @@
+"""Losses by name: which there are, and what a recipe says of one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, create_model
+
+from pipeline.losses._base import Facts, Loss
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss as a recipe names it: which class, with which config."""
+
+    name: str
+    loss: type[Loss]
+    config: Loss.Config
+
+    def build(self, facts: Facts) -> Loss:
+        """Return the loss."""
+        return self.loss(self.config, facts)
+
+    @property
+    def scopes(self) -> frozenset[str]:
+        """The scopes of this loss and of those it wraps."""
+        inner = [value for _, value in self.config if isinstance(value, LossSpec)]
+        return frozenset({self.loss.scope}).union(*(spec.scopes for spec in inner))
+
+
+def known_losses() -> list[str]:
+    """Return the names of the losses: every file of this folder without an underscore is one."""
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def find_loss(name: str) -> type[Loss]:
+    """Return the loss of that name: a file of this folder, or a user's own as ``package.module:Class``.
+
+    Raises ValueError where there is none.
+    """
+    if ":" in name:
+        path, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(path), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"no loss at {name!r}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Loss)):
+            raise ValueError(f"{name!r} is not a pipeline.losses.Loss")
+        return found
+    if name not in known_losses():
+        near = get_close_matches(name, known_losses(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known_losses())}"
+        raise ValueError(f"there is no loss {name!r}; {hint}")
+    (loss,) = _losses_of(f"{__package__}.{name}")
+    return loss
+
+
+def _losses_of(module_name: str) -> list[type[Loss]]:
+    """Return the losses a module defines (not those it imports): one in a loss file, none in a file of formulas."""
+    module = importlib.import_module(module_name)
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name]
+    return [value for value in own if issubclass(value, Loss)]
+
+
+def load_spec(name: str, config: Any) -> LossSpec:
+    """Return the spec of one ``name: {…}`` entry; a config error keeps its key's path."""
+    loss = find_loss(name)
+    # A one-field model, so that the loss's name stands in the path of an error below it.
+    entry = create_model("entry", entry=(loss.Config, ...))
+    entry.model_fields["entry"].validation_alias = name
+    entry.model_rebuild(force=True)
+    return LossSpec(name, loss, entry.model_validate({name: {} if config is None else config}).entry)  # type: ignore[attr-defined]
+
+
+def _load_inner(value: Any) -> LossSpec:
+    if isinstance(value, LossSpec):
+        return value
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError("expected exactly one loss, such as {kd: {temperature: 4.0}}")
+    ((name, config),) = value.items()
+    return load_spec(name, config)
+
+
+def _load_losses(value: Any) -> dict[str, LossSpec]:
+    if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError("expected losses by name, such as {ce: {}, kd: {temperature: 4.0}}")
+    return {name: config if isinstance(config, LossSpec) else load_spec(name, config) for name, config in value.items()}
+
+
+def _dump(spec: LossSpec) -> dict[str, Any]:
+    return {spec.name: spec.config.model_dump(mode="json", by_alias=True)}
+
+
+InnerLoss = Annotated[LossSpec, BeforeValidator(_load_inner), PlainSerializer(_dump)]
+"""A field of a loss's config that holds another loss: ``inner: {dkd: {…}}``."""
+Losses = Annotated[
+    dict[str, LossSpec],
+    BeforeValidator(_load_losses),
+    PlainSerializer(lambda specs: {name: value for spec in specs.values() for name, value in _dump(spec).items()}),
+]
+"""The recipe's ``losses``."""

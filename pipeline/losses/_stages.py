@@ -1,0 +1,89 @@
+"""Which stages of student and teacher a loss compares, as a recipe says it.
+
+``last`` is each network's deepest stage, ``stage2`` the second of both, ``{student: stage2, teacher: stage3}`` two that
+bear different numbers. ``all`` is every stage, paired from the deep end: of three against four the teacher's first has
+no partner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from pipeline.batch import Outputs
+from pipeline.features.names import numbered
+from pipeline.losses._base import Facts, Loss, Taps
+
+
+class StagePair(BaseModel):
+    """A stage of the student and one of the teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    student: str
+    teacher: str
+
+
+Stage = str | StagePair
+Stages = Literal["all"] | Annotated[tuple[Stage, ...], Field(min_length=1)]
+
+
+def stage_names(stage: Stage, kind: str = "") -> tuple[str, str]:
+    """Return the tap of the student and that of the teacher; ``kind`` is "" or ``.preact``."""
+    student, teacher = (stage, stage) if isinstance(stage, str) else (stage.student, stage.teacher)
+    return student + kind, teacher + kind
+
+
+def stage_taps(stages: Stages | Stage, kind: str = "") -> Taps:
+    """Return what a loss with these stages reads."""
+    several = stages if isinstance(stages, tuple) else (stages,)
+    pairs = [stage_names(stage, kind) for stage in several]
+    return Taps(frozenset(student for student, _ in pairs), frozenset(teacher for _, teacher in pairs))
+
+
+def paired(stages: Stages, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
+    """Return the (student, teacher) taps that belong together, the shallowest first.
+
+    Raises ValueError where ``all`` finds no stage.
+    """
+    if stages != "all":
+        return [stage_names(stage, kind) for stage in stages]
+    students, teachers = (numbered(shapes, kind) for shapes in (facts.student_shapes, facts.teacher_shapes))
+    levels = min(len(students), len(teachers))
+    if levels == 0:
+        raise ValueError("stages: all: a network has no known stages; name them by stages: {stage1: <module path>}")
+    return list(zip(students[-levels:], teachers[-levels:], strict=True))
+
+
+def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
+    """Return the number of channels of a map. Raises ValueError where the tap is none."""
+    if len(shapes[tap]) != 3:
+        raise ValueError(f"the tap {tap!r} is shaped {list(shapes[tap])}, and a map [C, H, W] is needed")
+    return shapes[tap][0]
+
+
+class MapsLoss(Loss):
+    """A loss of the maps of several stages. Raises ValueError where a tap is no map."""
+
+    class Config(Loss.Config):
+        """``{stages: all}``."""
+
+        stages: Stages = "all"
+
+        def taps(self) -> Taps:
+            """Return the stages."""
+            return stage_taps(self.stages)
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.levels = paired(config.stages, facts)
+        for student, teacher in self.levels:
+            channels(facts.student_shapes, student)
+            channels(facts.teacher_shapes, teacher)
+
+    def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the maps of student and teacher, level by level."""
+        return [student.features[name] for name, _ in self.levels], [teacher.features[name] for _, name in self.levels]

@@ -1,0 +1,39 @@
+"""Losses that change the logits and hand them to another loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._registry import InnerLoss
+from pipeline.precision import autocast
+
+
+class Wrapping(Loss):
+    """Another loss, ``inner``, of logits that were changed first; weight and ramp multiply the inner loss's own."""
+
+    class Config(Loss.Config):
+        """``{inner: {dkd: {…}}}``."""
+
+        inner: InnerLoss
+
+        def taps(self) -> Taps:
+            """Return the inner loss's taps."""
+            return self.inner.config.taps()
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.inner = config.inner.build(facts)
+
+    def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits that the inner loss sees, of student and teacher."""
+        raise NotImplementedError
+
+    def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return the inner loss's parts on the changed logits, × weight × ramp."""
+        with autocast(student.logits_BK, None):
+            student, teacher = self.tapped(student, teacher)
+            student_BK, teacher_BK = self.changed(student.logits_BK, teacher.logits_BK.detach())
+            seen = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
+            return self.scaled(self.inner.parts(*seen, batch, progress), progress)

@@ -1,0 +1,80 @@
+"""A non-finite update never reaches the weights, and ends the run with the loss part and the step that caused it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline.distributed import collectives
+
+if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+GRADIENT = "the gradient"
+SMALLEST_SCALE = 2.0**-20
+"""A GradScaler's scale that no overflow of scaled gradients explains."""
+
+
+class NonFiniteError(ValueError):
+    """A loss part or a gradient stopped being finite; the message names it and the step."""
+
+
+class FiniteGuard:
+    """Watches loss parts and gradients on the device, without a wait of the host.
+
+    ``first_step_P`` is sticky: the first step at which each part was not finite. The host reads it, agreed over all
+    ranks, where it waits anyway (when it logs and before it saves). P loss parts; the last entry is the gradient.
+    """
+
+    NEVER = 2**62
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.names: list[str] = []
+        self.scaler: torch.amp.GradScaler | None = None
+        self.first_step_P = torch.empty(0, dtype=torch.int64, device=device)
+
+    def watch(self, losses: dict[str, Tensor], step: int) -> None:
+        """Note which of the named ``losses`` of ``step`` (counted from 1) are not finite."""
+        if not self.names:
+            self.names = [*losses, GRADIENT]
+            self.first_step_P = torch.full((len(self.names),), self.NEVER, dtype=torch.int64, device=self.device)
+        finite = torch.isfinite(torch.stack([value.detach().float() for value in losses.values()]))
+        self._note(self.first_step_P[:-1], finite, step)
+
+    def arm(self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int) -> None:
+        """Make the fused ``optimizer`` leave weights and momentum alone in ``step`` if its gradients are not finite.
+
+        The gradients have been averaged over the ranks, and a non-finite total makes them non-finite (``poisoned``), so
+        every rank decides alike. Under a GradScaler it is the scaler that skips, and an overflow of scaled gradients is
+        no error. DeepSpeed, which has stepped by now, has skipped by the same norm, and does not read the flag.
+        """
+        if optimizer.scaler is not None:
+            self.scaler = optimizer.scaler
+            return
+        finite = torch.isfinite(gradient_norm.detach()).reshape(1)
+        self._note(self.first_step_P[-1:], finite, step)
+        optimizer.optimizer.found_inf = (~finite[0]).float()  # type: ignore[attr-defined]
+
+    def _note(self, first_step: Tensor, finite: Tensor, step: int) -> None:
+        torch.minimum(first_step, torch.where(finite, self.NEVER, step), out=first_step)
+
+    def check(self) -> None:
+        """Raise NonFiniteError if anything so far, on any rank, was not finite. Every rank calls it at one step."""
+        first_steps = collectives.all_reduce_min(self.first_step_P).tolist()
+        step = min(first_steps, default=self.NEVER)
+        if step < self.NEVER:
+            # Parts come before the total and the gradient in the dict, so the first of the earliest step is the cause.
+            name = self.names[first_steps.index(step)]
+            raise NonFiniteError(
+                f"{name} is not finite at step {step}, which touched no weight; lower schedule.rate, or precision: fp32"
+            )
+        if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
+
+
+def poisoned(total: Tensor) -> Tensor:
+    """Return ``total`` with a gradient of NaN where it is not finite itself, so that averaging tells every rank."""
+    return total * torch.where(torch.isfinite(total), 1.0, torch.nan).detach()

@@ -1,0 +1,35 @@
+"""The versions, the commit and the machine of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+from pipeline.errors import ROOT
+
+
+def versions() -> dict[str, Any]:
+    """Return what a reader needs to know to repeat the run: versions, commit, machine."""
+    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
+    installed = {name: importlib.metadata.version(name) for name in names if _installed(name)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), **installed, "device": device, **_commit()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _commit() -> dict[str, Any]:
+    def git(*words: str) -> str | None:
+        answer = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain"))}

@@ -1,0 +1,99 @@
+"""What every entry point does before its own work: one-line errors, all cores, the promised Accelerator."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+)
+
+from pipeline.config.recipe import Recipe
+from pipeline.distributed import rendezvous
+from pipeline.distributed.rendezvous import deepspeed_asked, world_size_asked
+from pipeline.errors import RecipeError
+from pipeline.training import zero
+
+BUCKET_MIB = 8
+"""Of gradients that DDP sends together. What backward overlaps with is all buckets but the last: the 16 MB of 4 million
+parameters would be one of torch's 25 MB, sent when all is computed, and are two or three of these. The 160 MB of 40
+million are 20, each still long enough for a network to be busy with its bytes, not its latency."""
+
+
+def use_all_cores() -> None:
+    """Give one process on a CPU every core it may use: Accelerate's launcher sets OMP_NUM_THREADS to 1."""
+    if world_size_asked() == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerator:
+    """Return the Accelerator of a recipe, with its trackers if there is a run ``folder``.
+
+    Raises RecipeError where the machine cannot do what is asked, or where the ranks do not see one another.
+    """
+    cpu = rendezvous.on_cpu()
+    if cpu and recipe.precision == "fp16":
+        raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    if folder:
+        _check_trackers(recipe.journal.trackers)
+    plugin = zero.create_plugin(recipe) if deepspeed_asked() else None
+    rendezvous.meet()
+    accelerator = Accelerator(
+        # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
+        cpu=cpu and plugin is None,
+        deepspeed_plugin=plugin,
+        mixed_precision="no" if plugin or recipe.precision == "fp32" else recipe.precision,
+        # The loader gives whole global batches, so accumulation never has to end early at a loader's end.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.accumulation, sync_with_dataloader=False
+        ),
+        step_scheduler_with_optimizer=False,
+        log_with=(list(recipe.journal.trackers) or None) if folder else None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)) if folder else None,
+        kwargs_handlers=[
+            _ddp_options(),
+            # Accelerate chooses the backend, but for DeepSpeed on a CPU: without the name each rank would be alone.
+            InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),
+        ],
+    )
+    if accelerator.num_processes != world_size_asked():
+        raise RecipeError(
+            f"the launcher started {world_size_asked()} ranks and each sees {accelerator.num_processes}; "
+            "start them with torchrun --nproc_per_node N pipeline/train.py, or with each its own LOCAL_RANK"
+        )
+    return accelerator
+
+
+def _ddp_options() -> DistributedDataParallelKwargs:
+    # Accelerate has no field yet for the name that torch would rather have.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        # A parameter may do without a gradient, as a head does where only features are compared. Of the ways to say so
+        # this one alone keeps its buckets: others make them anew after a command's first steps, and three ranks' sum in
+        # other buckets has other last bits, so that no resumed run would be the same.
+        find_unused_parameters=True,
+        bucket_cap_mb=BUCKET_MIB,
+    )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError for a tracker that Accelerate would leave out without a word."""
+    known, installed = list(map(str, LoggerType)), list(map(str, [LoggerType.ALL, *get_available_trackers()]))
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"journal.trackers: there is no tracker {name!r}; known are {', '.join(known)}")
+        if name not in installed:
+            raise RecipeError(f"journal.trackers: {name} is not installed; install it, or leave it out of the list")

@@ -1,0 +1,88 @@
+"""Exact accuracy over any number of ranks, of a student and of its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.batch import Batch
+from pipeline.config.recipe import Recipe
+from pipeline.data.loader import Loader
+from pipeline.distributed import collectives
+from pipeline.errors import RecipeError
+from pipeline.features.taps import FeatureTaps, evaluating
+from pipeline.teachers.cached import AnyTeacher, CachedTeacher
+from pipeline.training import zero
+
+
+class Accuracy(NamedTuple):
+    """Exact accuracies over the validation split, in percent."""
+
+    top1: float
+    top5: float
+    samples: int
+
+
+def count_correct(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Return int64 [3]: right at first, right among the first five, rows. A padded row (label −1) counts nowhere."""
+    real_B1 = (labels_B >= 0)[:, None]
+    hits_B5 = (logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]) & real_B1
+    return torch.stack([hits_B5[:, 0].sum(), hits_B5.sum(), real_B1.sum()])
+
+
+@torch.no_grad()
+def accuracy(answer: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Accuracy:
+    """Return the accuracy of ``answer``, which gives logits [B, K], over all ranks' ``batches``."""
+    counts_3 = sum_over_ranks(count_correct(answer(batch), batch.labels_B) for batch in batches)
+    top1, top5, samples = counts_3.tolist()
+    return Accuracy(100 * top1 / samples, 100 * top5 / samples, samples)
+
+
+def sum_over_ranks(counts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of integer ``counts`` of one shape, over all of them and all ranks; the host waits once."""
+    return collectives.all_reduce_sum(torch.stack(list(counts)).sum(0))
+
+
+def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accelerator) -> Accuracy:
+    """Return the accuracy of ``student`` in eval mode under the recipe's autocast.
+
+    BatchNorm statistics are the ranks' mean; the student's mode and its own statistics are afterwards what they were.
+    """
+    with evaluating(student), collectives.averaged_buffers(student), zero.autocast(accelerator):
+        return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
+
+
+def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
+    """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
+
+    A cached one, which knows no validation image, was measured before its answers were written.
+    """
+    expected = recipe.teacher.expect_top1 if recipe.teacher else None
+    if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
+        return
+    if not loader.validates:
+        raise RecipeError(f"teacher.expect_top1: {recipe.data.path} has no validation images to measure it with")
+    measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
+    if measured < expected:
+        raise RecipeError(
+            f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {expected}; "
+            "are its weights, mean, std and classes the right ones?"
+        )
+
+
+@torch.no_grad()
+def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
+    """Return on how many of the validation images, in percent, student and teacher give the same class."""
+
+    def count(batch: Batch) -> Tensor:
+        same_B = student(batch.images_BCHW).logits_BK.argmax(1) == teacher(batch).logits_BK.argmax(1)
+        real_B = batch.labels_B >= 0
+        return torch.stack([(same_B & real_B).sum(), real_B.sum()])
+
+    with evaluating(student), accelerator.autocast():
+        same, samples = sum_over_ranks(map(count, batches)).tolist()
+    return 100 * same / samples

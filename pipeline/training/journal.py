@@ -1,0 +1,192 @@
+"""What a run writes down: JSON lines, trackers and a progress bar.
+
+A line of ``journal.jsonl`` holds one step's own values; what depends on the machine stands under ``timing``. The loss
+trace of a run is every line without ``timing``, and is the same however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.batch import Progress
+from pipeline.config.recipe import Recipe
+from pipeline.distributed import collectives
+from pipeline.distributed.rendezvous import deepspeed_asked
+from pipeline.training.flops import peak_flops
+from pipeline.training.timer import Split
+
+Item = TypeVar("Item")
+
+
+class Journal:
+    """Keeps the loss parts of a step on the device and writes every ``every_steps``-th; the host waits only then."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        device: torch.device,
+        track: Callable[[dict[str, float], int], None],
+        flops: float | None = None,
+    ) -> None:
+        self.path = folder / "journal.jsonl"
+        self.every_steps = recipe.journal.every_steps
+        self.batch = recipe.batch
+        self.total_steps = total_steps
+        self.track = track
+        self.main = collectives.is_main()
+        self.flops = flops
+        """Operations that an image takes, if that is known."""
+        peak = peak_flops(device, recipe.precision)
+        self.peak = peak and collectives.world_size() * peak
+        """What all ranks could compute in a second, if they are alike."""
+        self.micro_batches: list[Tensor] = []
+        """The loss parts [P] of each micro-batch of the step under way, on the device."""
+        self.bar: tqdm[Any] | None = None
+        self.split = Split(device, by_ddp=collectives.world_size() > 1 and not deepspeed_asked())
+        self.images = self.seconds = 0.0
+        """Images trained on by this process and the time that took, evaluations left out."""
+
+    @contextmanager
+    def writing(self, progress: Progress, length: int) -> Iterator[None]:
+        """Open the journal, cut at ``length`` bytes, where the resumed checkpoint left it, and start the clock."""
+        self._restart_clock(progress.step)
+        if not self.main:
+            yield
+            return
+        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
+        with self.path.open("a") as self.file, bar as self.bar:
+            kept = min(length, self.file.tell())
+            if kept < length:
+                print(f"note: {self.path} has lost lines since the checkpoint; it goes on without them")
+            self.file.truncate(kept)
+            self.file.seek(kept)
+            yield
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far, all of them on disk."""
+        if not self.main:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
+        """Yield what ``stream`` yields, and count the time it was waited for as ``data``."""
+        for item in stream:
+            self.split.mark("data")
+            yield item
+            self.split.mark("rest")
+
+    def observe(self, losses: dict[str, Tensor]) -> None:
+        """Keep the loss parts of a micro-batch for its step."""
+        self.names = [*losses, "gradient_norm"]
+        self.micro_batches.append(torch.stack([value.detach() for value in losses.values()]))
+
+    def due(self, progress: Progress) -> bool:
+        """Whether the step that ended at ``progress`` is written down."""
+        return progress.step % self.every_steps == 0 or progress.step == 1 or progress.step == self.total_steps
+
+    def record(self, progress: Progress, rate: float, gradient_norm: Tensor) -> None:
+        """Close a step, and write it down if it is due; then every rank takes part."""
+        micro_batches, self.micro_batches = self.micro_batches, []
+        if not self.due(progress):
+            return
+        means_P = torch.cat([torch.stack(micro_batches).mean(0), gradient_norm.reshape(1)])
+        values = dict(zip(self.names, collectives.all_reduce_mean(means_P).tolist(), strict=True))
+        timing = self._count(progress.step)
+        # A rank that waits for its images is waited for by the others: theirs would show as communication.
+        waits = torch.tensor(timing["data_wait"], dtype=torch.float64, device=gradient_norm.device)
+        timing["data_wait"] = collectives.all_reduce_max(waits).item()
+        place = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
+        self._write({**place, "rate": rate, **values, "timing": timing}, progress.step)
+        if self.bar is not None:
+            speed, wait = timing["images_per_second"], timing["data_wait"]
+            told = f"loss {values['total']:.3f} top1 {values['top1']:.1f} {speed:.0f} img/s wait {wait:.0%}"
+            self.bar.set_postfix_str(told, refresh=False)
+            self.bar.update(progress.step - self.bar.n)
+
+    @contextmanager
+    def pause(self, progress: Progress) -> Iterator[None]:
+        """Leave what happens inside out of the training rates."""
+        self._count(progress.step)
+        yield
+        self._restart_clock(progress.step)
+
+    def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
+        """Write down an evaluation."""
+        self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
+        if self.main:
+            tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
+
+    def _write(self, line: dict[str, Any], step: int) -> None:
+        if not self.main:
+            return
+        # JSON has no infinity: the gradient of a step that a GradScaler skips.
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        timing = line.get("timing", {})
+        by_name = {f"timing/milliseconds/{name}": value for name, value in timing.get("milliseconds", {}).items()}
+        flat = {**line, **{f"timing/{name}": value for name, value in timing.items()}, **by_name}
+        self.track({name: value for name, value in flat.items() if isinstance(value, float)}, step)
+
+    def _restart_clock(self, step: int) -> None:
+        self.since, self.since_step = time.perf_counter(), step
+        self.split.begin()
+
+    def _count(self, step: int) -> dict[str, Any]:
+        """Count the time since the clock was started as training, start it again, and return this rank's rates of it.
+
+        ``milliseconds`` are those of a step, by what took them; with a GPU as it saw them.
+        """
+        self.split.mark("rest")
+        by_name, steps = self.split.read(), step - self.since_step
+        by_name["rest"] = by_name.pop("rest")  # the last, though the clock was started within it
+        seconds, images = time.perf_counter() - self.since, steps * self.batch
+        self._restart_clock(step)
+        self.images += images
+        self.seconds += seconds
+        return {
+            "images_per_second": round(images / seconds, 1),
+            "data_wait": round(by_name.get("data", 0.0) / seconds, 4),
+            **self._utilization(images / seconds),
+            "milliseconds": {name: round(1000 * value / max(steps, 1), 3) for name, value in by_name.items()},
+        }
+
+    def _utilization(self, images_per_second: float) -> dict[str, float]:
+        """Return the ranks' ``teraflops`` a second at that rate, and ``mfu``, their share of what the GPUs could do.
+
+        Both count what the model takes, not what a GPU computes for it. What is not known is left out.
+        """
+        if self.flops is None:
+            return {}
+        reached = images_per_second * self.flops
+        teraflops = {"teraflops": float(f"{reached / 1e12:.4g}")}
+        return teraflops | ({"mfu": round(reached / self.peak, 4)} if self.peak else {})
+
+    @property
+    def images_per_second(self) -> float:
+        """Training rate of this process's share of the run."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def trace(path: Path) -> list[dict[str, Any]]:
+    """Return a run's loss trace: the journal's lines without ``timing``."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]

@@ -1,0 +1,71 @@
+"""A finished run's ``result.json`` and the table that closes a command."""
+
+from __future__ import annotations
+
+from pipeline.runs.files import RESULT, write_json
+from pipeline.runs.identity import Run, find_run, load_dependency
+from pipeline.training.checkpoint import Best
+from pipeline.training.evaluation import Accuracy
+
+
+def write_result(
+    run: Run,
+    parameters: int,
+    last: Accuracy | None,
+    best: Best,
+    averaged: Accuracy | None,
+    images_per_second: float,
+) -> None:
+    """Write what the finished run measured: accuracies in percent, parameters, training images per second."""
+    result = {
+        "identity": run.digest,
+        "model": run.recipe.student.model,
+        "parameters": parameters,
+        "top1": last.top1 if last else None,
+        "top5": last.top5 if last else None,
+        "best_top1": best.top1 if last else None,
+        "best_epoch": best.epoch,
+        "ema_top1": averaged.top1 if averaged else None,
+        "epochs": run.recipe.epochs,
+        "images_per_second": round(images_per_second, 1),
+    }
+    write_json(run.folder / RESULT, result)
+
+
+def print_table(run: Run) -> None:
+    """Print the run beside the runs it stands on: teacher, the student's first stage, compared students, itself."""
+    recipe, start = run.recipe, run.recipe.student.start
+    others = [("teacher", path) for path in recipe.teacher.recipes] if recipe.teacher else []
+    others += [("start", start.recipe)] if start and start.recipe else []
+    others += [("student", path) for path in recipe.compare]
+    runs = [(role, find_run(load_dependency(recipe, path))) for role, path in others]
+    rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher or start else "network", run)]]
+    print(aligned([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
+
+
+def _row(role: str, run: Run) -> list[str]:
+    result, losses = run.result, " + ".join(run.recipe.losses)
+    if result is None:  # a finished run needs what it stood on no more
+        return [role, losses, run.recipe.student.model, "", "gone", "", "", str(run.folder)]
+    return [
+        role,
+        losses,
+        result["model"],
+        f"{result['parameters']:,}",
+        percent(result["top1"]),
+        percent(result["best_top1"]),
+        f"{result['images_per_second']:,.0f}",
+        str(run.folder),
+    ]
+
+
+def percent(value: float | None) -> str:
+    """Return an accuracy as tables show it; a run on shards without validation images measured none."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Return the rows as lines, the first above a rule, with columns as wide as their widest cell."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -1,0 +1,39 @@
+"""When a command ends before its run is over, and what it leaves for the scheduler that ended it."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.batch import Progress
+from pipeline.config.recipe import Stop
+from pipeline.distributed import collectives, signals
+
+SIGNAL = "a signal to stop"
+
+
+class Stopping:
+    """Whether to end this command before the run is over: ``stop:``, or a signal that a scheduler sent to any rank."""
+
+    def __init__(self, stop: Stop, poll_steps: int) -> None:
+        self.stop = stop
+        self.poll_steps = poll_steps
+        self.began = time.monotonic()
+        signals.listen()
+
+    def due(self, progress: Progress, *, beginning: bool = False) -> str | None:
+        """Return why to stop at this step, the same on every rank; None to go on.
+
+        The ranks ask one another every ``poll_steps``, and at the ``beginning``, which took long enough for a signal.
+        """
+        if self.stop.epoch is not None and progress.fraction >= self.stop.epoch:
+            return f"stop.epoch={self.stop.epoch}"
+        if self.stop.steps is not None and progress.step >= self.stop.steps:
+            return f"stop.steps={self.stop.steps}"
+        if not (beginning or progress.step % self.poll_steps == 0 or collectives.world_size() == 1):
+            return None
+        if collectives.any_rank(signals.given()):
+            return SIGNAL
+        minutes = self.stop.minutes
+        if minutes is not None and collectives.any_rank(time.monotonic() - self.began >= 60 * minutes):
+            return f"stop.minutes={minutes}"
+        return None

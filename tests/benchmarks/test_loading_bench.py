@@ -1,0 +1,120 @@
+"""The parts of the loader are measured apart, and the best settings are found and remembered."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from shard_factory import CPU, config_of, join, open_loader
+
+from pipeline.batch import Progress
+from pipeline.benchmarks import tune
+from pipeline.benchmarks.loader import measure_loading
+from pipeline.benchmarks.measure import Measured
+from pipeline.builders.student import build_loader
+from pipeline.config.recipe import LoadedRecipe, load_recipe
+from pipeline.data.native import native_images
+from pipeline.data.pace import Pace, cores, kept_path
+from pipeline.errors import RecipeError
+
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"
+PAD = ("data.crop=pad", "data.resize=null")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def loaded(folder: Path, *words: str) -> LoadedRecipe:
+    return load_recipe(RECIPE, [f"data.path={folder}", "data.size=16", "batch=4", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "native"),
+    [((), True), (PAD, True), ((*PAD, "data.loader=memory"), False), (("data.loader=synthetic",), False)],
+)
+def test_reading_decoding_and_the_whole_are_measured_apart_over_any_number_of_epochs(
+    small_shards: Path, words: tuple[str, ...], native: bool, capsys: pytest.CaptureFixture[str]
+):
+    parts = measure_loading(loaded(small_shards, *words), CPU, repeats=2, warmup=1, steps=13)
+    assert [part.name for part in parts] == ["read", "decode", "loader", *(["native reader"] if native else [])]
+    for part in parts:
+        assert part.images == 13 * 4
+        assert len(part.seconds) == 2
+        assert min(part.seconds) > 0
+    assert capsys.readouterr().out.startswith("page cache while reading was measured")
+
+
+@pytest.mark.parametrize("keys", [{"crop": "pad", "pad": 0}, {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}])
+def test_the_native_reader_does_the_same_work(small_shards: Path, keys: dict):
+    """Where nothing is left to chance, its images are ours; only their order is not."""
+    loader = open_loader(config_of(small_shards, flip=0.0, **keys), batch=10)
+    ours = join(loader.stream(Progress(4), 3)).images_BCHW
+    with closing(native_images(loader.plan, loader.pace, CPU)) as batches:
+        theirs = torch.cat(list(islice(batches, 5))).permute(0, 3, 1, 2)
+    nearest = (theirs[:, None] - ours).abs().flatten(2).amax(2).min(1)
+    assert nearest.values.max() == 0
+    assert len(theirs.flatten(1).unique(dim=0)) > 30
+
+
+def test_the_best_is_remembered_and_the_next_loader_takes_it(
+    photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(tune, "SECONDS", 0.001)
+    recipe = loaded(photo_shards)
+    measured = tune.tune(recipe, CPU)
+    *rates, conclusion = capsys.readouterr().out.splitlines()
+    assert [each.name for each in measured] == [line.partition("  ")[0] for line in rates]
+    assert measured[-3].name == "prefetch 1"
+    assert str(kept_path()) in conclusion
+    pace = build_loader(recipe.recipe, CPU, ("train",)).pace
+    assert f"data.threads={pace.threads} data.prefetch={pace.prefetch} for" in conclusion
+    kept_path().write_text(kept_path().read_text().replace(f'"prefetch": {pace.prefetch}', '"prefetch": 7'))
+    assert build_loader(recipe.recipe, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=7)
+    own = loaded(photo_shards, "data.prefetch=5").recipe
+    assert build_loader(own, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=5)
+
+
+def test_what_cannot_be_remembered_is_told(
+    photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    best = loaded(photo_shards).recipe.data.model_copy(update={"threads": 3, "prefetch": 4, "hw_decoder_load": 0.9})
+    tune._conclude(loaded(photo_shards).recipe.data, best, CPU)
+    note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "passed over" not in line)
+    assert note.startswith("note: /dev/null/distillation-pipeline/loader.json cannot be written")
+    assert note.endswith("give data.threads=3 data.prefetch=4")
+    assert by_hand.startswith("data.hw_decoder_load=0.9 is best, and yours to give")
+
+
+def test_the_share_of_the_jpeg_engine_is_never_remembered():
+    assert set(Pace.model_fields) == {"threads", "prefetch"}
+
+
+def test_the_share_is_tried_on_a_gpu_alone_and_never_under_a_cache_which_is_of_one_share(photo_shards: Path):
+    recipe, gpu = loaded(photo_shards).recipe, torch.device("cuda", 0)
+    assert "hw_decoder_load" not in tune._sweeps(recipe, CPU)
+    assert 0.0 in tune._sweeps(recipe, gpu)["hw_decoder_load"]
+    cached = loaded(photo_shards, "teacher={model: cifar_resnet20, weights: w.pt, cache: answers}").recipe
+    assert tune._sweeps(cached, gpu).keys() == tune._sweeps(recipe, CPU).keys()
+
+
+def test_the_least_of_the_best_is_taken():
+    def at(rate: float) -> Measured:
+        return Measured("", [1 / rate], 1)
+
+    assert tune._least_of_the_best({1: at(50), 2: at(99), 4: at(100)}) == 2
+    assert tune._least_of_the_best({1: at(50), 2: at(97), 4: at(100)}) == 4
+
+
+def test_there_is_nothing_to_tune_where_nothing_is_decoded_as_it_goes(small_shards: Path):
+    with pytest.raises(RecipeError, match=r"data\.loader: memory"):
+        tune.tune(loaded(small_shards, *PAD, "data.loader=memory"), CPU)
+
+
+def test_thread_counts_end_at_the_ranks_cores():
+    assert tune._thread_counts()[-1] == cores()

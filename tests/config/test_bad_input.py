@@ -1,0 +1,255 @@
+"""Each ends before any work with one line that names the file and the key and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+from pipeline.cli import entry
+from pipeline.config.arguments import own_words
+from pipeline.errors import RecipeError
+from pipeline.models import create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+Train = Callable[..., None]
+
+
+def refused(train: Train, *words: str) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        train(*words)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_missing_folder_of_shards(run_train: Train):
+    message = refused(run_train, "ce.yaml", "data.path=nowhere")
+    assert "ce.yaml: data.path: there are no shards in 'nowhere'" in message
+    assert "the script that the head of the data set's recipe names" in message
+
+
+def test_a_shard_that_is_shorter_than_the_manifest_says(run_train: Train, shards: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    tar = next(copy.glob("train-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert str(tar) in refused(run_train, "ce.yaml", f"data.path={copy}")
+
+
+def test_a_batch_that_the_accumulation_does_not_divide(run_train: Train):
+    assert "ce.yaml: batch: 12 does not divide by" in refused(run_train, "ce.yaml", "accumulation=5")
+
+
+def test_a_folder_that_holds_another_recipes_run(run_train: Train):
+    run_train("ce.yaml", "stop.steps=1")
+    message = refused(run_train, "ce.yaml", "seed=1", "batch=6")
+    assert "runs/ce: holds the run of another recipe (other batch, seed)" in message
+
+
+def test_a_folder_that_holds_the_run_of_a_student_alone(run_train: Train):
+    run_train("teacher.yaml")
+    run_train("ce.yaml", "stop.steps=1", "folder=runs/mixed")
+    message = refused(run_train, "ddkd.yaml", "compare=null", "folder=runs/mixed")
+    assert "runs/mixed: holds the run of another recipe" in message
+
+
+def test_recipes_that_stand_on_one_another(run_train: Train, recipes: Path):
+    (recipes / "a.yaml").write_text("base: ce.yaml\ncompare: [b.yaml]\nfolder: runs/a\n")
+    (recipes / "b.yaml").write_text("base: ce.yaml\ncompare: [a.yaml]\nfolder: runs/b\n")
+    assert "the recipe stands on itself, by way of" in refused(run_train, "a.yaml")
+
+
+def test_keys_that_are_no_part_of_the_run_may_change(run_train: Train):
+    run_train("ce.yaml", "stop.steps=1")
+    run_train("ce.yaml", "stop.steps=2", "journal.every_steps=2", "data.threads=1", "checkpoints.keep=5")
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "reason"),
+    [("cifar_resnet8", 20, "another architecture than cifar_resnet20"), ("cifar_resnet20", 100, "100 classes")],
+)
+def test_teacher_weights_that_do_not_fit(run_train: Train, tmp_path: Path, model: str, classes: int, reason: str):
+    file = tmp_path / "weights.pt"
+    torch.save(create_model(model, classes).state_dict(), file)
+    teacher = f"teacher={{recipe: null, model: cifar_resnet20, weights: {file}}}"
+    message = refused(run_train, "ddkd.yaml", "compare=null", teacher)
+    assert f"ddkd.yaml: teacher.weights: {file}" in message
+    assert reason in message
+
+
+def test_shards_whose_classes_are_not_the_teachers(run_train: Train, shards: Path, tmp_path: Path):
+    run_train("teacher.yaml")
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["classes"] = manifest["classes"][::-1]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "are not those that runs/teacher was trained on" in refused(
+        run_train, "ddkd.yaml", "compare=null", f"data.path={copy}"
+    )
+
+
+def test_half_precision_without_a_gpu(run_train: Train):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "precision: fp16 needs a GPU" in refused(run_train, "ce.yaml", "precision=fp16")
+
+
+def test_a_tracker_that_is_unknown_or_not_installed(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+    message = refused(run_train, "ce.yaml", "journal.trackers=[tensorbord]")
+    assert "journal.trackers: there is no tracker 'tensorbord'; known are" in message
+    monkeypatch.setattr("pipeline.training.accelerator.get_available_trackers", lambda: ["tensorboard"])
+    message = refused(run_train, "ce.yaml", "journal.trackers=[tensorboard, wandb]")
+    assert "journal.trackers: wandb is not installed; install it, or leave it out" in message
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_is_not_there_must_be_made_by_one_process_first(
+    run_train: Train, shards: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(run_train, "ddkd.yaml", *([f"data.path={shards}/"] if elsewhere else []))
+    told = message.partition("one process must make first: python pipeline/train.py ")[2]
+    assert "teacher.yaml" in told
+    assert (f'data.path="{shards}/"' in told) == elsewhere
+
+
+def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+    run_train("ce.yaml", "stop.steps=1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("pipeline.distributed.rendezvous.meet", lambda: None)
+    monkeypatch.setattr(
+        "pipeline.training.accelerator.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})
+    )
+    assert "the launcher started 2 ranks and each sees 1" in refused(run_train, "ce.yaml")
+
+
+@pytest.mark.parametrize("entry", ["train.py", "evaluate.py"])
+def test_help_tells_the_commands(entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [entry, "--help"])
+    runpy.run_path(str(ROOT / "pipeline" / entry), run_name="__main__")
+    assert f"pipeline/{entry} RECIPE" in capsys.readouterr().out
+
+
+def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), "ce.yaml", "batsh=3"]
+    done = subprocess.run(
+        command,
+        cwd=recipes,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: command line: batsh: unknown key; did you mean 'batch'?"
+    assert done.stdout == ""
+
+
+DAMAGED = {
+    "checkpoints/step-2/distiller.safetensors": "move it away, and the run goes on from step-1",
+    "checkpoints/step-2/optimizer.pt": "move it away, and the run goes on from step-1",
+    "checkpoints/step-2/state.json": "move it away, and the run goes on from step-1",
+    "identity.json": "give folder=ANOTHER",
+    "versions.json": "give folder=ANOTHER",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_of_the_run_that_is_cut_short(run_train: Train, recipes: Path, name: str):
+    run_train("ce.yaml", "checkpoints.every_steps=1", "stop.steps=2")
+    file = recipes / "runs" / "ce" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = refused(run_train, "ce.yaml")
+    assert f"{file.parent.relative_to(recipes)}" in message
+    assert DAMAGED[name] in message
+    if "step-2" in name:
+        shutil.rmtree(file.parent)
+        run_train("ce.yaml", "stop.steps=2")  # what the message says is so
+
+
+def test_a_result_that_is_cut_short(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "epochs=1")
+    result = recipes / "runs" / "ce" / "result.json"
+    whole = json.loads(result.read_text())
+    result.write_text("{")
+    assert "runs/ce/result.json: cannot be read" in refused(run_train, "ce.yaml", "epochs=1")
+    result.unlink()
+    run_train("ce.yaml", "epochs=1")
+    assert json.loads(result.read_text())["top1"] == whole["top1"]
+
+
+def test_best_weights_that_are_cut_short(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "stop.epoch=1")
+    best = recipes / "runs" / "ce" / "student_best.safetensors"
+    best.write_bytes(best.read_bytes()[:100])
+    assert "runs/ce/student_best.safetensors: cannot be read" in refused(run_train, "ce.yaml")
+
+
+def test_a_journal_that_lost_its_lines_goes_on_without_them(
+    run_train: Train, recipes: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_train("ce.yaml", "stop.steps=2")
+    journal = recipes / "runs" / "ce" / "journal.jsonl"
+    journal.unlink()
+    run_train("ce.yaml", "stop.steps=3")
+    assert "has lost lines" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in journal.read_text().splitlines()] == [3]
+
+
+def test_a_file_where_the_run_folder_would_be(run_train: Train, recipes: Path):
+    (recipes / "taken").write_text("")
+    message = refused(run_train, "ce.yaml", "folder=taken/run")
+    assert message.startswith("folder: taken/run cannot be written")
+    assert message.endswith("taken is no folder); give folder=ANOTHER")
+
+
+def test_a_misspelt_word_of_the_commands_own():
+    with pytest.raises(RecipeError, match="command line: repeat: unknown key; did you mean 'repeats'"):
+        own_words(["repeat=2"], ("repeats", "steps"))
+    others = ["batch=2", "losses.kd.weight=1", "data.views=3"]
+    assert own_words(others, ("repeats", "views")) == ({}, others)
+
+
+def test_an_empty_mapping_that_would_change_nothing(run_train: Train):
+    assert "losses.NAME=null takes one away" in refused(run_train, "ce.yaml", "losses={}")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …"), "lower batch"),
+        (InductorError(InvalidCxxCompiler(), None), "leave the recipe's compile out"),
+    ],
+    ids=["memory", "compiler"],
+)
+def test_what_torch_finds_lacking_in_the_machine(error: Exception, told: str, capsys: pytest.CaptureFixture[str]):
+    def lacking(words: Sequence[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        entry(lacking)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith("error: ")
+    assert told in message
+
+
+def test_a_defect_of_the_code_shows_where_it_is():
+    def defective(words: Sequence[str]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        entry(defective)

@@ -1,0 +1,99 @@
+"""A scheduler's signal, whenever it comes: nothing is lost or hangs, and the run folder says that it wants to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.batch import Progress
+from pipeline.config import paths
+from pipeline.config.recipe import Stop, load_recipe
+from pipeline.distributed import signals
+from pipeline.errors import ROOT, RecipeError
+from pipeline.runs.identity import run_folder
+from pipeline.training.stopping import SIGNAL, Stopping
+
+Train = Callable[..., None]
+TRAIN = [sys.executable, str(ROOT / "pipeline" / "train.py")]
+
+
+def listens(process: subprocess.Popen[str]) -> bool:
+    """Whether a process has a handler of its own for SIGUSR1."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+    return False
+
+
+def start(folder: Path, recipe: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*TRAIN, recipe], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_signal_during_the_imports_and_every_one_that_follows_lets_the_command_end_in_peace(recipes: Path):
+    with start(recipes, "ce.yaml") as process:
+        while not listens(process):
+            time.sleep(0.002)
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+        assert process.stdout is not None
+        assert process.stdout.read() == "stopped after step 0 (a signal to stop); the same command continues\n"
+    assert process.returncode == 0
+    assert (recipes / "runs" / "ce" / "preempted").exists()
+
+
+def test_a_signal_while_a_teacher_is_made_ends_both_and_the_run_wants_to_go_on(recipes: Path):
+    with start(recipes, "ddkd.yaml") as process:
+        assert process.stdout is not None
+        assert "teacher.yaml" in process.stdout.readline()
+        process.send_signal(signal.SIGUSR1)  # the teacher's process is hardly there
+        told = process.stdout.read()
+    assert process.returncode == 0
+    assert told.endswith("was stopped before its end; the same command continues\n")
+    assert (recipes / "runs" / "ddkd" / "preempted").exists()
+    assert not list(recipes.rglob("result.json"))
+
+
+def test_the_word_of_a_preemption_is_gone_when_the_run_goes_on(recipes: Path, run_train: Train):
+    folder = recipes / "runs" / "ce"
+    folder.mkdir(parents=True)
+    (folder / "preempted").touch()
+    run_train("ce.yaml", "stop.steps=1")
+    assert not (folder / "preempted").exists()
+
+
+def test_ranks_ask_at_the_beginning_and_every_poll_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(signals, "listen", lambda: None)
+    monkeypatch.setattr(signals, "_given", True)
+    monkeypatch.setattr("pipeline.distributed.collectives.world_size", lambda: 2)
+    monkeypatch.setattr("pipeline.distributed.collectives.any_rank", lambda flag: flag)
+    stopping = Stopping(Stop(), poll_steps=10)
+    assert stopping.due(Progress(100, 7), beginning=True) == SIGNAL
+    assert [step for step in range(1, 31) if stopping.due(Progress(100, step))] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["configs/demo.yaml"],
+        ["configs/imagenet/r50_mbv1/ddkd.yaml", "seed=3", "data.path=/data/imagenet"],
+        ["configs/demo.yaml", "folder=runs/own"],
+    ],
+)
+def test_places_are_those_that_training_uses(words: list[str], capsys: pytest.CaptureFixture[str]):
+    paths.main(words)
+    loaded = load_recipe(words[0], words[1:])
+    assert capsys.readouterr().out.splitlines() == [loaded.recipe.data.path, str(run_folder(loaded))]
+
+
+def test_places_of_no_recipe_are_an_error():
+    with pytest.raises(RecipeError, match="name one recipe"):
+        paths.main(["seed=1"])
