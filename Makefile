@@ -1,5 +1,5 @@
 # A list of commands; .ci/run is made of them.
-.PHONY: install lint types test everything quick demo format
+.PHONY: install lint types test everything quick timings long demo format
 
 install:
 	launchers/uv sync --quiet --compile-bytecode
@@ -13,13 +13,21 @@ types:
 	launchers/uv run pyright
 
 test:
-	launchers/uv run pytest
+	launchers/uv run pytest -n 2
 
 everything: install lint types
-	launchers/uv run pytest --endurance
+	launchers/uv run pytest -n 2 --endurance
 
 quick:
-	launchers/uv run pytest -q tests/losses tests/data tests/models
+	launchers/uv run pytest -q -n 2 tests/losses tests/diffusion tests/data tests/models
+
+# The thirty slowest tests, alone on the machine.
+timings:
+	launchers/uv run pytest -q --durations=30
+
+# What CI leaves out.
+long:
+	launchers/uv run pytest --long -m long
 
 demo:
 	launchers/uv run accelerate launch pipeline/train.py

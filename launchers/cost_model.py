@@ -35,7 +35,7 @@ NODES = (1, 2, 4, 8, 16, 32, 64)
 GPUS = 8
 """Of a node."""
 BUCKET = 8 * 2**20
-"""Bytes of gradients that DDP sends at once (bucket_cap_mb in pipeline/launch.py)."""
+"""Bytes of gradients that DDP sends at once (bucket_cap_mb in pipeline/training/accelerator.py)."""
 TRAIN_IMAGES = 1_281_167
 
 PUBLISHED_IMAGES = 2_470

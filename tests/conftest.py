@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--endurance", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--long", action="store_true", help="run the tests that CI leaves out, too")
     parser.addoption("--record", metavar="WHY", help="store what test_counts.py counts, and in BENCHMARKS.md why")
     parser.addoption(
         "--published",
@@ -29,11 +31,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each of N workers an N-th of the tests in their order, since files share fixtures; whoever is done helps."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this machine or this command does not offer; the reasons stand at the end of the report."""
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "endurance": None if config.getoption("--endurance") else "takes minutes; give --endurance",
+        "long": None if config.getoption("--long") else "longer than CI; give --long",
         "shared": None if SHARED.is_dir() else "needs the real data sets beside the checkout",
     }
     for item in items:

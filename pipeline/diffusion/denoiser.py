@@ -1,6 +1,6 @@
 """What stands between a pair of taps and their distance in DiffKD and DDKD: networks, random draws and precision.
 
-B batch, C channels of the latent, H W space, T time steps. Eq. numbers as in ``diffusion.py``.
+B batch, C channels of the latent, H W space, T time steps. Eq. numbers as in ``equations.py``.
 """
 
 from __future__ import annotations

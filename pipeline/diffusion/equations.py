@@ -1,7 +1,7 @@
-"""The equations and networks that denoise a student's tensor; to be read beside the paper.
+"""The equations that denoise a student's tensor; to be read beside the paper.
 
-Equation numbers are those of DDKD (Wang and Zhu, 计算机系统应用 33(9), 2024); the networks are DiffKD's (Huang et al.,
-NeurIPS 2023, arXiv:2305.15712), the sampler is DDIM's (Song et al., 2020, arXiv:2010.02502) with η = 0.
+Equation numbers are those of DDKD (Wang and Zhu, 计算机系统应用 33(9), 2024); the sampler is DDIM's (Song et al., 2020,
+arXiv:2010.02502) with η = 0.
 
 B batch, C channels, H W space, T time steps of the schedule. The equations take tensors of any shape [B, …].
 """

@@ -1,4 +1,7 @@
-"""The denoiser's networks."""
+"""The denoiser's networks, DiffKD's: Huang et al., NeurIPS 2023, arXiv:2305.15712, as published.
+
+B batch, C channels, H W space, K classes.
+"""
 
 from __future__ import annotations
 

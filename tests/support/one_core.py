@@ -12,8 +12,14 @@ from contextlib import contextmanager
 def one_core() -> Iterator[None]:
     """Give this thread, and the processes it starts, one of its cores: as many threads a command will use."""
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {random.choice(list(cores))})
+    os.sched_setaffinity(0, {_own_core(sorted(cores))})
     try:
         yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def _own_core(cores: list[int]) -> int:
+    """Return any core; for one of several workers that run tests side by side, its own."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    return random.choice(cores) if worker is None else cores[int(worker.removeprefix("gw")) % len(cores)]
