@@ -256,7 +256,8 @@ def bytes_table(found: list[Method]) -> str:
 def statistics(method: Method) -> int:
     """Return the bytes of the student's floating-point buffers, averaged in float64."""
     with torch.device("meta"):
-        student = student_named(method.recipe).build(method.report.student.shapes["logits"][0])
+        config = method.recipe.student
+        student = student_named(config, method.recipe.taps.student).build(method.report.student.shapes["logits"][0])
     return 8 * sum(buffer.numel() for buffer in student.buffers() if buffer.is_floating_point())
 
 

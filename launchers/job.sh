@@ -4,7 +4,7 @@
 #   launchers/job.sh train RECIPE [key=value …]          one task a GPU; requeued when it was preempted
 #   launchers/job.sh table [RECIPE …] [key=value …]      the same for one recipe of an array; by default ImageNet's, all of them
 #   launchers/job.sh run SCRIPT [argument …]             a resumable Python script in one task; requeued when it was stopped
-#   launchers/job.sh ranks SCRIPT RECIPE [key=value …]   the same for one that reads a recipe's shards, one task a GPU, whose ranks meet
+#   launchers/job.sh cache RECIPE [key=value …]          the recipe's teacher, cached; one task a GPU; requeued when it was stopped
 #
 # From the environment of sbatch, all optional:
 #   DRY_RUN=1                   print what would run
@@ -29,7 +29,7 @@ say() { printf '%s\n' "job $job: $*" >&2; }
 show() { printf '$ %s\n' "${*@Q}"; }
 
 misused() {
-    say "error: expected train RECIPE, table, run SCRIPT or ranks SCRIPT, got '$*'"
+    say "error: expected train RECIPE, table, cache RECIPE or run SCRIPT, got '$*'"
     exit 2
 }
 
@@ -135,24 +135,29 @@ requeue() {
     scontrol requeue "$job"
 }
 
-train() {
-    local places shards folder
-    places=$("$PYTHON" pipeline/config/paths.py "$@")
-    { read -r shards && read -r folder; } <<< "$places"
-    rendezvous "$folder"
-    stage "$shards"
+# Run tasks that write into folder $1 and leave the file preempted there when a signal ended them and all that they did is saved.
+resumable() {
+    local folder=$1
     [ -n "$DRY_RUN" ] || rm -f "$folder/preempted"
     if [ -n "$told" ]; then # before anything began, so nothing is lost
         mkdir -p "$folder"
         touch "$folder/preempted"
-        requeue
-        exit 0
+    else
+        step launchers/node.sh "${@:2}"
     fi
-    step launchers/node.sh pipeline/train.py "$@" "folder=$folder"
     if [ -e "$folder/preempted" ]; then
         requeue
         exit 0
     fi
+}
+
+train() {
+    local paths shards folder
+    paths=$("$PYTHON" pipeline/config/paths.py "$@")
+    { read -r shards && read -r folder; } <<< "$paths"
+    rendezvous "$folder"
+    stage "$shards"
+    resumable "$folder" pipeline/train.py "$@" "folder=$folder"
 }
 
 table() {
@@ -181,17 +186,18 @@ run() {
     fi
 }
 
-ranks() {
-    local places
-    places=$("$PYTHON" pipeline/config/paths.py "${@:2}")
-    rendezvous "$1"
-    stage "${places%%$'\n'*}"
-    run "$@"
+cache() {
+    local paths shards folder
+    paths=$("$PYTHON" pipeline/config/paths.py "$@")
+    { read -r shards && read -r _ && read -r folder; } <<< "$paths"
+    rendezvous "$folder"
+    stage "$shards"
+    resumable "$folder" pipeline/cache_teacher.py "$@"
 }
 
 case ${1:-} in
-    train | table) ;;
-    run | ranks) [ $# -gt 1 ] || misused "$@" ;;
+    train | table | cache) ;;
+    run) [ $# -gt 1 ] || misused "$@" ;;
     *) misused "$@" ;;
 esac
 # srun does not take over from sbatch how many cores a task has (Slurm 22.05 on).

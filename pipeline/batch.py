@@ -64,3 +64,8 @@ class Progress:
     def after(self, batch: int) -> Progress:
         """Return the progress after one more global batch of ``batch`` samples."""
         return replace(self, step=self.step + 1, samples_seen=self.samples_seen + batch)
+
+
+def rows_per_rank(batch: int, world_size: int, accumulation: int) -> int:
+    """Return the rows that a rank computes at once of a global ``batch``: its share of a micro-batch, at least one."""
+    return max(batch // (world_size * accumulation), 1)

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
@@ -41,18 +41,13 @@ from pipeline.cli import entry
 from pipeline.config.arguments import own_words, split_words, typed_words
 from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.distributed import collectives
-from pipeline.distributed.rendezvous import is_main_asked
+from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import RecipeError
 from pipeline.runs.dependencies import prepare_shards, stand
+from pipeline.runs.identity import resolve
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 
-ALONE: dict[str, Callable[..., list[Measured]]] = {
-    "loader": measure_loading,
-    "teacher": measure_teacher,
-    "losses": measure_losses,
-    "allreduce": measure_allreduce,
-}
-WHAT = (*ALONE, "step")
+WHAT = ("loader", "teacher", "losses", "allreduce", "step")
 TUNING = "tuning"
 """What a record of ``loader --tune`` is of: other rows than those of ``loader``."""
 
@@ -80,14 +75,14 @@ def main(words: Sequence[str]) -> None:
     if tunes and (stray := own.keys() - {"out"}):
         raise RecipeError(f"command line: --tune chooses {', '.join(sorted(stray))} itself; leave them out")
     asked = typed_words(own, Asked)
-    loaded = load_recipe(*split_words(rest))
+    loaded, launch = load_recipe(*split_words(rest)), read_launch()
     asked.out.mkdir(parents=True, exist_ok=True)
-    use_all_cores()
-    measured = measure(what, loaded, asked, tunes=tunes)
+    use_all_cores(launch)
+    measured = measure(what, loaded, asked, launch, tunes=tunes)
     collectives.stop()
-    if not (measured and is_main_asked()):
+    if not (measured and launch.is_main):
         return
-    record = new_record(kind, loaded, words, measured)
+    record = new_record(kind, loaded, words, measured, launch.world_size)
     path = write_record(record, asked.out)
     print(table(record))
     if old:
@@ -117,17 +112,23 @@ def compared(words: list[str]) -> tuple[Path | None, list[str]]:
     return Path(words[place + 1]), [*words[:place], *words[place + 2 :]]
 
 
-def measure(what: str, loaded: LoadedRecipe, asked: Asked, *, tunes: bool) -> list[Measured]:
+def measure(what: str, loaded: LoadedRecipe, asked: Asked, launch: Launch, *, tunes: bool) -> list[Measured]:
     """Make what the measurement stands on, where it is not there, and measure."""
     loaded, how = bare(loaded, asked.out), asked.model_dump(include={"repeats", "warmup", "steps"})
+    if what in ("losses", "allreduce"):
+        device = create_accelerator(loaded.recipe, launch).device
+        return (measure_losses if what == "losses" else measure_allreduce)(loaded, launch, device, **how)
     if what == "loader":
-        prepare_shards(loaded)
-    elif what in ("teacher", "step"):
-        loaded = dataclasses.replace(loaded, recipe=stand(loaded).recipe)
+        prepare_shards(loaded, launch)
+        run = resolve(loaded, launch)
+    else:
+        run = stand(loaded, launch)
     if what == "step":  # training makes its own Accelerator
-        return measure_step(loaded, **how)
-    device = create_accelerator(loaded.recipe).device
-    return tune(loaded, device) if tunes else ALONE[what](loaded, device, **how)
+        return measure_step(dataclasses.replace(loaded, recipe=run.recipe), run.manifest, launch, **how)
+    device = create_accelerator(run.recipe, launch).device
+    if tunes:
+        return tune(run, device)
+    return (measure_loading if what == "loader" else measure_teacher)(run, device, **how)
 
 
 def bare(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
@@ -136,7 +137,7 @@ def bare(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
     teacher = recipe.teacher.model_copy(update={"expect_top1": None}) if recipe.teacher else None
     student = recipe.student.model_copy(update={"start": None})
     changed = {"teacher": teacher, "student": student, "compare": (), "folder": str(out)}
-    return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed))
+    return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed), start=None, compare=())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.runs.dependencies import Unfinished
+from pipeline.errors import Unfinished
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:

@@ -30,8 +30,9 @@ from pipeline.cli import entry
 from pipeline.config.arguments import own_words
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import signals
-from pipeline.errors import ROOT, RecipeError, shown
-from pipeline.runs.dependencies import Unfinished, stand
+from pipeline.distributed.launcher import read_launch
+from pipeline.errors import ROOT, RecipeError, Unfinished, shown
+from pipeline.runs.dependencies import stand
 from pipeline.runs.identity import Run, run_folder
 from pipeline.training.result import percent
 
@@ -54,7 +55,8 @@ def main(words: Sequence[str]) -> None:
     folder, times = Counter(map(run_folder, loaded)).most_common(1)[0]
     if times > 1:
         raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
-    runs = [stand(one) for one in loaded]
+    launch = read_launch()
+    runs = [stand(one, launch) for one in loaded]
     failures = make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
     finished = [run for run in runs if run.result is not None]
     if finished:

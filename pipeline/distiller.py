@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec
 from pipeline.optim.guard import poisoned
 
+Timer = Callable[[str], AbstractContextManager[None]]
+"""``timer(name)`` is a context whose time counts as ``name``."""
+
 
 class Distiller(nn.Module):
     """Student + losses. All trainable work is inside ``forward``, as DDP and ZeRO need it; the teacher is outside."""
@@ -22,20 +26,23 @@ class Distiller(nn.Module):
         self.student = student
         # A module's name may not hold a dot; a user's loss is named package.module:Class.
         self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})
-        self.mark: Callable[[str], None] = lambda name: None
-        """Told what of ``forward`` has just run, for who measures it."""
 
-    def forward(self, batch: Batch, teacher: Outputs | None, progress: Progress) -> dict[str, Tensor]:
-        """Return the weighted parts as ``loss`` or ``loss/part``, ``total``, their sum, and ``top1`` in percent."""
-        student = self.student(batch.images_BCHW)
-        self.mark("student")
-        parts: dict[str, Tensor] = {}
-        for name, loss in self.losses.items():
-            named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
-            parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
-        correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
-        total = poisoned(torch.stack(list(parts.values())).sum())
-        self.mark("losses")
+    def forward(
+        self, batch: Batch, teacher: Outputs | None, progress: Progress, timer: Timer = nullcontext
+    ) -> dict[str, Tensor]:
+        """Return the weighted parts as ``loss`` or ``loss/part``, ``total``, their sum, and ``top1`` in percent.
+
+        ``timer`` measures ``student`` and ``losses``.
+        """
+        with timer("student"):
+            student = self.student(batch.images_BCHW)
+        with timer("losses"):
+            parts: dict[str, Tensor] = {}
+            for name, loss in self.losses.items():
+                named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
+                parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
+            correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
+            total = poisoned(torch.stack(list(parts.values())).sum())
         return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
 
     def commit(self) -> None:

@@ -25,7 +25,7 @@ from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.diagnostics import inputs, machine, network
 from pipeline.diagnostics.result import FAIL, Finding, examined, fail, line
 from pipeline.distributed import collectives
-from pipeline.distributed.rendezvous import is_main_asked
+from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.runs.identity import run_folder
 from shards.manifest import MANIFEST
 
@@ -34,18 +34,19 @@ Checks = dict[str, Callable[[], Finding]]
 
 def main(words: Sequence[str]) -> None:
     """Check the machine and, if the command line names one, the recipe."""
+    launch = read_launch()
     loaded = load_recipe(*split_words(words)) if words else None
-    good = examine({"world": network.check_world})
+    good = examine({"world": partial(network.check_world, launch)}, launch)
     hosts = collectives.gather_objects(platform.node())
-    good &= examine(machine_checks(hosts.count(platform.node()), loaded))
+    good &= examine(machine_checks(hosts.count(platform.node()), loaded), launch)
     if loaded:
-        good &= examine(recipe_checks(loaded))
+        good &= examine(recipe_checks(loaded, launch), launch)
     collectives.stop()
     if not good:
         sys.exit(1)
 
 
-def examine(checks: Checks) -> bool:
+def examine(checks: Checks, launch: Launch) -> bool:
     """Make the checks on every rank, print their lines, and return whether all are well."""
     good = True
     for name, check in checks.items():
@@ -53,7 +54,7 @@ def examine(checks: Checks) -> bool:
         hosts, findings = zip(*gathered(name, finding), strict=True)
         failed = any(each.status == FAIL for each in findings)
         # Ranks that never met have only themselves to say what is wrong.
-        if is_main_asked() or (failed and collectives.world_size() == 1):
+        if launch.is_main or (failed and collectives.world_size() == 1):
             print(line(name, findings, hosts), flush=True)
         good &= not failed
     return good
@@ -90,7 +91,7 @@ def machine_checks(local_ranks: int, loaded: LoadedRecipe | None) -> Checks:
     }
 
 
-def recipe_checks(loaded: LoadedRecipe) -> Checks:
+def recipe_checks(loaded: LoadedRecipe, launch: Launch) -> Checks:
     """Return what is checked of a recipe."""
     recipe = loaded.recipe
     shards = Path(recipe.data.path)
@@ -100,7 +101,7 @@ def recipe_checks(loaded: LoadedRecipe) -> Checks:
         "shards": partial(inputs.check_shards, loaded),
         "checksums": partial(inputs.check_checksums, recipe),
         "reading": partial(inputs.check_reading, recipe),
-        "teacher": partial(inputs.check_teacher, loaded),
+        "teacher": partial(inputs.check_teacher, loaded, launch),
         "batch": partial(inputs.check_batch, recipe),
     }
 

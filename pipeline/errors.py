@@ -13,6 +13,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one line."""
 
 
+class Unfinished(Exception):
+    """What was to be made was told to stop before its end; the same command continues it."""
+
+
 @contextmanager
 def about(place: str) -> Iterator[None]:
     """Say in front of what a user got wrong inside where it was said: a file or a key."""

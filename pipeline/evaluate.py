@@ -19,21 +19,23 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.builders.student import build_loader, build_student
+from pipeline.builders.student import build_loader, build_student, student_named, weights_layout
 from pipeline.builders.teacher import build_live_teacher
 from pipeline.cli import entry
 from pipeline.config.arguments import own_words, split_words, typed_words
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.recipe import load_recipe
 from pipeline.data.loader import Loader
+from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.files import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA
-from pipeline.runs.identity import find_run, run_folder
+from pipeline.runs.identity import Run, resolve, run_folder
 from pipeline.teachers.config import Config as Teacher
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.evaluation import accuracy, agreement, evaluate
+from shards.manifest import read_manifest
 
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 
@@ -50,27 +52,28 @@ class Asked(BaseModel):
 def main(words: Sequence[str]) -> None:
     """Evaluate what the command line names."""
     own, words = own_words(words, tuple(Asked.model_fields))
-    asked = typed_words(own, Asked)
+    asked, launch = typed_words(own, Asked), read_launch()
     target, overrides = split_words(words)
     folder = target if target.is_dir() else None
     loaded = load_recipe(folder / RECIPE if folder else target, overrides)
-    prepare_shards(loaded)
-    if asked.agreement:
-        _check_agreement(loaded.recipe.teacher)
+    prepare_shards(loaded, launch)
+    recipe = loaded.recipe
+    teacher = _asked_teacher(recipe.teacher) if asked.agreement else None
     weights = _weights_file(asked.weights, folder or run_folder(loaded))
-    use_all_cores()
-    accelerator = create_accelerator(loaded.recipe)
-    loader = build_loader(loaded.recipe, accelerator.device, ("val",))
-    student = build_student(loaded.recipe, loader.num_classes).to(accelerator.device)
-    load_weights(student.model, str(weights), loaded.recipe.student.model)
+    use_all_cores(launch)
+    accelerator = create_accelerator(recipe, launch)
+    loader = build_loader(recipe, read_manifest(Path(recipe.data.path)), accelerator.device, ("val",))
+    named, layout = student_named(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
+    student = build_student(named, loader.num_classes, recipe.seed, layout).to(accelerator.device)
+    load_weights(student.model, str(weights), recipe.student.model)
     result = evaluate(student, loader.validation(), accelerator)
     accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")
-    if asked.agreement:
-        _report_teacher(find_run(loaded).recipe, loader, student, accelerator)
+    if teacher is not None:
+        _report_teacher(resolve(loaded, launch), loader, student, accelerator)
 
 
-def _check_agreement(config: Teacher | None) -> None:
-    """Raise RecipeError where there is no teacher to ask."""
+def _asked_teacher(config: Teacher | None) -> Teacher:
+    """Return the teacher. Raises RecipeError where there is none to ask."""
     if config is None:
         raise RecipeError("agreement=yes: the recipe has no teacher")
     if config.average is not None:
@@ -79,10 +82,11 @@ def _check_agreement(config: Teacher | None) -> None:
         raise RecipeError("agreement=yes: combine: confidence knows the labels; its accuracy would say nothing")
     if not config.is_named:
         raise RecipeError("agreement=yes: a cache answers for no validation image; give teacher.model and its weights")
+    return config
 
 
-def _report_teacher(recipe: Recipe, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
-    teacher = build_live_teacher(recipe, (), loader.manifest, accelerator.device)
+def _report_teacher(run: Run, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
+    teacher = build_live_teacher(run, _asked_teacher(run.recipe.teacher), (), accelerator.device)
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")

@@ -85,7 +85,7 @@ def _parse(line: dict[str, Any]) -> Record:
 
 def describe(job: Manifest) -> dict[str, Any]:
     """Return what a job's bytes depend on, as JSON values: its manifest without the shards."""
-    return json.loads(json.dumps(asdict(replace(job, splits={}))))
+    return json.loads(json.dumps(replace(job, splits={}).values()))
 
 
 def refuse_other_job(folder: Path, found: dict[str, Any], job: Manifest) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,17 @@ class Manifest:
     """What else the bytes depend on: seed, shard size, the source's listing."""
     splits: dict[str, Split] = field(default_factory=dict)
     version: int = VERSION
+    sha256: str = field(default="", compare=False)
+    """Of the file that it was read from; it stands for the whole folder, and is not written."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes, those without an image included."""
         return len(self.classes)
+
+    def values(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return {key: value for key, value in asdict(self).items() if key != "sha256"}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -78,13 +84,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path} does not exist: prepare the shards (shards/prepare_*.py), or let an interrupted preparation finish"
         ) from None
     try:
-        return parse_manifest(json.loads(text))
+        return replace(parse_manifest(json.loads(content)), sha256=hashlib.sha256(content).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest of version {VERSION} ({error}): prepare the shards again") from None
 
@@ -113,14 +119,8 @@ def _parse_split(name: str, values: dict[str, Any]) -> Split:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``folder/manifest.json`` in one atomic step: a reader sees the old one or the whole new one."""
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+    text = json.dumps(manifest.values(), indent=1, sort_keys=True) + "\n"
     write_atomically(Path(folder) / MANIFEST, text.encode("ascii"))
-
-
-def manifest_sha256(folder: Path) -> str:
-    """Return the sha256 of ``folder/manifest.json`` as hexadecimal digits; it identifies the shards."""
-    read_manifest(folder)
-    return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

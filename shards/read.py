@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.manifest import read_manifest
+from shards.manifest import Manifest, read_manifest
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -37,12 +37,13 @@ class SplitReader:
     """One split of a folder of shards.
 
     ``samples`` [N] is the sample table in storage order (shard by shard, and by position within), read-only and
-    memory-mapped. Raises FileNotFoundError or ValueError, one line, where the folder is not whole.
+    memory-mapped. ``manifest`` is the folder's, where it was read already. Raises FileNotFoundError or
+    ValueError, one line, where the folder is not whole.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = manifest or read_manifest(self.folder)
         if split not in self.manifest.splits:
             raise ValueError(f"{self.folder} holds no split '{split}', only {', '.join(sorted(self.manifest.splits))}")
         self.split = self.manifest.splits[split]

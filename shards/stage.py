@@ -25,7 +25,7 @@ if not __package__:  # started as a script: Python put this folder, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.command import Parser, run_command
-from shards.manifest import MANIFEST, manifest_sha256, read_manifest, sync_path, write_atomically
+from shards.manifest import MANIFEST, read_manifest, sync_path, write_atomically
 from shards.read import samples_path
 from shards.write import index_path
 
@@ -66,7 +66,7 @@ def stage(source: Path, local: Path) -> Path:
 
 def copy_of(source: Path, local: Path) -> Path:
     """Return where the copy of the shards in ``source`` lies below ``local``, whether it is there or not."""
-    return local / f"shards-{manifest_sha256(source)[:16]}"
+    return local / f"shards-{read_manifest(source).sha256[:16]}"
 
 
 def is_whole(copy: Path) -> bool:

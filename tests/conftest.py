@@ -54,8 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _no_notice() -> Iterator[None]:
-    """Leave to a test no notice to stop that another was given; a command has a process of its own for that."""
+def _as_if_alone() -> Iterator[None]:
+    """Begin a test with the same draws whatever ran before, and leave no notice to stop that another was given."""
+    torch.manual_seed(0)
     yield
     signals._given = False
 

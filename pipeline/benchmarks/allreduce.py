@@ -11,11 +11,11 @@ from pipeline.benchmarks.measure import Measured, measure
 from pipeline.builders.meta import build_parts
 from pipeline.builders.meta import measure as built
 from pipeline.builders.student import student_named
-from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.config.recipe import LoadedRecipe
 from pipeline.diagnostics.network import bus_bandwidth
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
-from pipeline.distributed.rendezvous import deepspeed_asked
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, about, shown
 from pipeline.training.accelerator import BUCKET_MIB
 
@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 def measure_allreduce(
-    loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
+    loaded: LoadedRecipe, launch: Launch, device: torch.device, *, repeats: int, warmup: int, steps: int
 ) -> list[Measured]:
     """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them.
 
@@ -35,9 +35,9 @@ def measure_allreduce(
             "allreduce: one rank sends nothing; start several: torchrun --nproc_per_node N pipeline/bench.py …"
         )
     with about(shown(loaded.path)):
-        if deepspeed_asked():
+        if launch.use_deepspeed:
             raise RecipeError("allreduce is of DDP's buckets, which DeepSpeed does not send; start it without")
-        sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sendings(loaded.recipe)]
+        sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sendings(loaded)]
 
     def add_up() -> None:
         for bucket in sent:
@@ -49,10 +49,12 @@ def measure_allreduce(
     return [found._replace(counts={"bytes": total, "buckets": len(sent), "bus bytes/s": round(speed)})]
 
 
-def sendings(recipe: Recipe) -> list[tuple[int, torch.dtype]]:
+def sendings(loaded: LoadedRecipe) -> list[tuple[int, torch.dtype]]:
     """Return how many numbers of which type each of DDP's buckets sends."""
-    facts = build_parts(recipe, built).facts
-    distiller = Distiller(student_named(recipe).build(facts.num_classes), recipe.losses, facts)
+    recipe = loaded.recipe
+    facts = build_parts(recipe, [named.recipe for named in loaded.teachers], built).facts
+    student = student_named(recipe.student, recipe.taps.student).build(facts.num_classes)
+    distiller = Distiller(student, recipe.losses, facts)
     small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
     compressed = set(small.parameters()) if small else set()
     learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.batch import Batch, Outputs
+from pipeline.batch import Batch, Outputs, rows_per_rank
 from pipeline.config.recipe import Recipe
-from pipeline.distributed.rendezvous import world_size_asked
+from pipeline.distributed import collectives
 
 
 def micro_batch(recipe: Recipe) -> int:
     """Return the rows that a rank is given at once."""
-    return max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
+    return rows_per_rank(recipe.batch, collectives.world_size(), recipe.accumulation)
 
 
 def draw_batch(recipe: Recipe, labels_by_id: np.ndarray, device: torch.device) -> Batch:

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,13 @@ from pipeline.batch import Progress
 from pipeline.benchmarks.measure import Measured, measure
 from pipeline.builders.student import build_loader
 from pipeline.builders.teacher import build_teacher, views_read
-from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.data.pace import Pace
 from pipeline.data.requests import Plan, Request
 from pipeline.distributed import collectives
-from pipeline.runs.identity import find_run
+from pipeline.runs.identity import Run
 from pipeline.teachers.cached import CachedTeacher
-from shards.manifest import read_manifest
 
 EPOCHS = 2**31
 """More than anything is measured for: a small set comes round again and again, as in training."""
@@ -34,25 +32,22 @@ Items = Generator[Any, None, None]
 """Micro-batches, or what becomes one, without an end."""
 
 
-def measure_loading(
-    loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
-) -> list[Measured]:
+def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
     """Measure the parts of the loader apart, and the whole: ``steps`` micro-batches a repeat, after ``warmup`` others.
 
     ``read`` is order, geometry, encoded images in memory and rows of a teacher's cache; ``decode`` is pixels from what
     was read before; ``loader`` is both at once; ``native reader`` is DALI's, where the recipe decodes with DALI.
     Nothing is dropped from the page cache: what a set that fits into memory shows is its later epochs.
     """
-    recipe = find_run(loaded).recipe
     # A decoder has one stream at a time, so the one that is fed by hand is another loader's.
-    loader, other = (open_training(recipe, device) for _ in range(2))
+    loader, other = (open_training(run, run.recipe, device) for _ in range(2))
     read = Reading(loader.plan)
     parts: dict[str, Items] = {
         "read": read.requests(),
         "decode": other.images["train"](cycle(_kept(loader.plan, steps))),
         "loader": stream(loader),
     }
-    if recipe.data.loader == "dali":
+    if run.recipe.data.loader == "dali":
         from pipeline.data.native import native_images  # loads DALI
 
         parts["native reader"] = native_images(loader.plan, loader.pace, device)
@@ -122,16 +117,17 @@ class Reading:
         return f"page cache while reading was measured, its warm-up included: {told}"
 
 
-def open_training(recipe: Recipe, device: torch.device) -> Loader:
-    """Return the loader of the training images, with the rows of the teacher's cache if the recipe has one."""
-    teacher = None
-    if recipe.teacher and recipe.teacher.cache:
-        teacher = build_teacher(recipe, read_manifest(Path(recipe.data.path)), device)
-        assert isinstance(teacher, CachedTeacher)
+def open_training(run: Run, recipe: Recipe, device: torch.device) -> Loader:
+    """Return the loader of the training images, with the rows of the teacher's cache if the recipe has one.
+
+    ``recipe`` is the run's, or one that differs from it in how it loads.
+    """
+    teacher = build_teacher(run, device) if recipe.teacher and recipe.teacher.cache else None
+    if isinstance(teacher, CachedTeacher):
         # No more than the recipe's epochs come to, whatever the epochs here.
         views = views_read(recipe, teacher.cache)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"views": views})})
-    return build_loader(recipe, device, ("train",), teacher)
+    return build_loader(recipe, run.manifest, device, ("train",), teacher)
 
 
 def stream(loader: Loader) -> Items:

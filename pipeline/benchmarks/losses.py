@@ -19,9 +19,10 @@ from pipeline.benchmarks.inputs import draw_batch, draw_outputs
 from pipeline.benchmarks.measure import Mark, Measured, measure_parts
 from pipeline.builders.meta import build_parts
 from pipeline.builders.meta import measure as built
-from pipeline.builders.student import layout
+from pipeline.builders.student import weights_layout
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.distiller import Distiller
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import about, shown
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
@@ -34,18 +35,19 @@ PEAK, KEPT = "peak bytes", "kept bytes"
 
 
 def measure_losses(
-    loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
+    loaded: LoadedRecipe, launch: Launch, device: torch.device, *, repeats: int, warmup: int, steps: int
 ) -> list[Measured]:
     """Return two rows for each loss, forward and backward; the first says its memory and its parameters."""
     recipe = loaded.recipe
     torch.manual_seed(recipe.seed)
     found: list[Measured] = []
     with about(shown(loaded.path)):
-        facts = build_parts(recipe, built).facts
-        given = draw_given(recipe, facts, device)
+        facts = build_parts(recipe, [named.recipe for named in loaded.teachers], built).facts
+        layout = weights_layout(recipe, launch)
+        given = draw_given(recipe, facts, layout, device)
         images = len(given.batch.labels_B)
         for name, spec in recipe.losses.items():
-            alone = Alone(build(spec, recipe, facts, device), given, facts.autocast)
+            alone = Alone(build(spec, facts, layout, device), given, facts.autocast)
             parts = measure_parts(alone.step, device=device, repeats=repeats, warmup=warmup, steps=steps, images=images)
             forward, backward = (part._replace(name=f"{name} {part.name}") for part in parts)
             found += [forward._replace(counts=alone.counts()), backward]
@@ -70,13 +72,13 @@ def tensors(outputs: Outputs) -> list[Tensor]:
     return [outputs.logits_BK, *outputs.features.values()]
 
 
-def draw_given(recipe: Recipe, facts: Facts, device: torch.device) -> Given:
+def draw_given(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> Given:
     """Draw what a rank's micro-batch would be, and what the networks would answer to it."""
     assert facts.labels_by_id is not None
     batch = draw_batch(recipe, facts.labels_by_id, device)
     draw = partial(draw_outputs, rows=len(batch.labels_B), device=device)
     precision = facts.autocast or torch.float32
-    student = draw(facts.student_shapes, dtype=precision, layout=layout(recipe))
+    student = draw(facts.student_shapes, dtype=precision, layout=layout)
     for x in tensors(student):
         x.requires_grad_()
     if recipe.teacher is None:
@@ -88,10 +90,10 @@ def draw_given(recipe: Recipe, facts: Facts, device: torch.device) -> Given:
     return Given(student, draw(facts.teacher_shapes, dtype=precision, layout=torch.channels_last), batch)
 
 
-def build(spec: LossSpec, recipe: Recipe, facts: Facts, device: torch.device) -> Distiller:
+def build(spec: LossSpec, facts: Facts, layout: torch.memory_format, device: torch.device) -> Distiller:
     """Return a Distiller of that one loss, on the device, without a student."""
     distiller = Distiller(cast(FeatureTaps, nn.Identity()), {spec.name: spec}, facts).to(device)
-    return distiller.to(memory_format=layout(recipe))  # type: ignore[call-overload]
+    return distiller.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 class Alone:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.training.timer import Split
+from pipeline.training.timer import StepTimer
 
 Mark = Callable[[str], None]
 """Says that what has run since the last call was of that name."""
@@ -79,7 +79,7 @@ def measure_parts(
     """
     for _ in range(warmup):
         function(lambda name: None)
-    split = Split(device)
+    split = StepTimer(device)
     split.read()
     by_name: dict[str, list[float]] = {}
     for _ in range(repeats):

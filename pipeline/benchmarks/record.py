@@ -15,7 +15,6 @@ from pipeline.benchmarks.measure import Measured
 from pipeline.benchmarks.step import WHOLE
 from pipeline.config.recipe import LoadedRecipe, dump_recipe
 from pipeline.data.pace import processor
-from pipeline.distributed.rendezvous import world_size_asked
 from pipeline.errors import RecipeError, shown
 from pipeline.runs.files import write_json
 from pipeline.runs.versions import versions
@@ -46,7 +45,9 @@ class Record(BaseModel):
         return {name: seconds / whole for name, seconds in medians.items()} if whole else {}
 
 
-def new_record(what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measured]) -> Record:
+def new_record(
+    what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measured], ranks: int
+) -> Record:
     """Return the record of what has just been measured here."""
     return Record(
         what=what,
@@ -54,19 +55,19 @@ def new_record(what: str, loaded: LoadedRecipe, words: Sequence[str], measured: 
         resolved=dump_recipe(loaded.recipe),
         words=tuple(words),
         date=datetime.now(UTC).isoformat(),
-        machine=machine(),
+        machine=machine(ranks),
         versions=versions(),
         measured=tuple(measured),
     )
 
 
-def machine() -> dict[str, Any]:
+def machine(ranks: int) -> dict[str, Any]:
     """Return what figures depend on besides the code: processor, cores, GPU, ranks."""
     return {
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "ranks": world_size_asked(),
+        "ranks": ranks,
     }
 
 

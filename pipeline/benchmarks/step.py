@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
@@ -15,12 +16,11 @@ from typing import Any
 
 from pipeline.benchmarks.measure import Measured
 from pipeline.config.recipe import Checkpoints, Journal, LoadedRecipe, Recipe, Stop
-from pipeline.distributed.rendezvous import is_main_asked, world_size_asked
-from pipeline.errors import RecipeError
-from pipeline.runs.dependencies import Unfinished
-from pipeline.runs.identity import find_run
+from pipeline.distributed.launcher import Launch
+from pipeline.errors import RecipeError, Unfinished
+from pipeline.runs.identity import resolve
 from pipeline.train import train
-from shards.manifest import read_manifest
+from shards.manifest import Manifest
 
 WHOLE = "step"
 """The row whose parts the others are."""
@@ -28,30 +28,32 @@ RATES = ("teraflops", "mfu")
 """What the journal knows of the whole, where it does."""
 
 
-def measure_step(loaded: LoadedRecipe, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
+def measure_step(
+    loaded: LoadedRecipe, manifest: Manifest, launch: Launch, *, repeats: int, warmup: int, steps: int
+) -> list[Measured]:
     """Return the time of the steps and that of their parts, a line of the journal a repeat; on the main rank.
 
     Warm-up fills whole lines. Epochs may end meanwhile: lines that an evaluation cuts are passed over.
     """
     recipe = loaded.recipe
-    in_epoch = read_manifest(Path(recipe.data.path)).splits["train"].samples // recipe.batch
+    in_epoch = manifest.splits["train"].samples // recipe.batch
     if steps > in_epoch:
         raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
     settled = -(-max(warmup, 1) // steps) * steps  # the first step has a line of its own, which is none of the repeats
     whole = (step for step in count(settled + steps, steps) if not cut(step, steps, in_epoch))
     ends = list(islice(whole, repeats))
-    folder = scratch(Path(recipe.folder or "."))
+    folder = scratch(Path(recipe.folder or "."), launch)
     short = shortened(recipe, ends[-1], steps, in_epoch).model_copy(update={"folder": str(folder)})
-    with removed(folder), contextlib.redirect_stdout(io.StringIO()) as told:
-        train(find_run(LoadedRecipe(short, loaded.path)))
-        text = (folder / "journal.jsonl").read_text() if is_main_asked() else ""
+    with removed(folder, launch), contextlib.redirect_stdout(io.StringIO()) as told:
+        train(resolve(replace(loaded, recipe=short), launch), launch)
+        text = (folder / "journal.jsonl").read_text() if launch.is_main else ""
     # What else it printed is how to go on with this run, which is nobody's question.
     for line in told.getvalue().splitlines():
         if line.startswith("note: "):
             print(line)
     lines = [json.loads(line) for line in text.splitlines()]
     timings = [line["timing"] for line in lines if "timing" in line and line["step"] in ends]
-    if is_main_asked() and len(timings) < repeats:
+    if launch.is_main and len(timings) < repeats:
         raise Unfinished("stopped before all was measured; nothing is written")
     return split(timings, steps, recipe.batch)
 
@@ -72,21 +74,21 @@ def shortened(recipe: Recipe, total: int, steps: int, in_epoch: int) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def scratch(folder: Path) -> Path:
+def scratch(folder: Path, launch: Launch) -> Path:
     """Return a run folder below ``folder`` that is the same for all ranks of this command, and no other's."""
     place = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    return folder / f"step-{'-'.join(place) if world_size_asked() > 1 else os.getpid()}"
+    return folder / f"step-{'-'.join(place) if launch.world_size > 1 else os.getpid()}"
 
 
 @contextlib.contextmanager
-def removed(folder: Path) -> Iterator[None]:
+def removed(folder: Path, launch: Launch) -> Iterator[None]:
     """Begin without the folder, which a killed command may have left, and leave none."""
-    if is_main_asked():
+    if launch.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         yield
     finally:
-        if is_main_asked():
+        if launch.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 

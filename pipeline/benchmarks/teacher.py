@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from pipeline.benchmarks.inputs import draw_batch
 from pipeline.benchmarks.measure import Measured, measure
 from pipeline.builders.meta import training_labels
 from pipeline.builders.teacher import build_teacher
-from pipeline.config.recipe import LoadedRecipe
 from pipeline.errors import RecipeError, about, shown
-from shards.manifest import read_manifest
+from pipeline.runs.identity import Run
 
 
-def measure_teacher(
-    loaded: LoadedRecipe, device: torch.device, *, repeats: int, warmup: int, steps: int
-) -> list[Measured]:
+def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
     """Return how long the teacher takes for a rank's micro-batch of drawn images, in its own precision and chunks."""
-    recipe = loaded.recipe
-    with about(shown(loaded.path)):
-        if recipe.teacher is None:
-            raise RecipeError("teacher: there is none to measure")
-        if recipe.teacher.cache is not None:
+    recipe = run.recipe
+    with about(shown(run.path)):
+        if recipe.teacher and recipe.teacher.cache is not None:
             raise RecipeError(
                 "teacher.cache: the answers are read; give teacher.cache=null for the network, or measure the step"
             )
-        teacher = build_teacher(recipe, read_manifest(Path(recipe.data.path)), device)
-        assert teacher is not None
-        _, labels_by_id, _ = training_labels(recipe)
+        teacher = build_teacher(run, device)
+        if teacher is None:
+            raise RecipeError("teacher: there is none to measure")
+        _, labels_by_id, _ = training_labels(recipe.data, run.manifest)
         batch = draw_batch(recipe, labels_by_id, device)
     images = len(batch.labels_B)
     return [

@@ -8,20 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.benchmarks.loader import items_ahead, measure_in_turn, open_training, stream
 from pipeline.benchmarks.measure import Measured
-from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config
 from pipeline.data.pace import Pace, cores, kept_path, remember, work
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError
-from pipeline.runs.identity import find_run
-from shards.manifest import read_manifest
+from pipeline.runs.identity import Run
+from shards.manifest import Manifest
 
 SECONDS = 1.0
 """Of a repeat, about."""
@@ -32,23 +31,23 @@ AS_GOOD = 0.98
 """Of the best rate: threads, buffers and pixels unlike a CPU's are not spent on less than the noise."""
 
 
-def tune(loaded: LoadedRecipe, device: torch.device) -> list[Measured]:
+def tune(run: Run, device: torch.device) -> list[Measured]:
     """Measure ``Loader.stream`` at a few values of one setting after the other, keep the best, and remember it.
 
     Start it on as many ranks a machine as train there: they share its cores. Raises RecipeError where nothing is
     decoded as training goes.
     """
-    recipe = find_run(loaded).recipe
+    recipe = run.recipe
     if recipe.data.loader != "dali":
         raise RecipeError(f"data.loader: {recipe.data.loader} decodes nothing as it goes: there is nothing to tune")
     best, measured = recipe.data.model_copy(update={"threads": cores(), "prefetch": 2}), []
     for key, values in _sweeps(recipe, device).items():
-        tried = _sweep(recipe, [best.model_copy(update={key: value}) for value in values], key, device)
+        tried = _sweep(run, [best.model_copy(update={key: value}) for value in values], key, device)
         chosen = _least_of_the_best(dict(zip(values, tried, strict=True)))
         best = best.model_copy(update={key: collectives.gather_objects(chosen)[0]})
         measured += tried
     if collectives.is_main():
-        _conclude(recipe.data, best, device)
+        _conclude(recipe.data, best, run.manifest, device)
     return measured
 
 
@@ -65,9 +64,10 @@ def _thread_counts() -> list[int]:
     return sorted({math.ceil(cores() * quarters / 4) for quarters in (1, 2, 3, 4)})
 
 
-def _sweep(recipe: Recipe, configs: list[Config], key: str, device: torch.device) -> list[Measured]:
+def _sweep(run: Run, configs: list[Config], key: str, device: torch.device) -> list[Measured]:
     """Return what was measured with each of some configurations, which differ in ``key``."""
-    loaders = [open_training(recipe.model_copy(update={"data": config}), device) for config in configs]
+    tried = [run.recipe.model_copy(update={"data": config}) for config in configs]
+    loaders = [open_training(run, recipe, device) for recipe in tried]
     full = max(items_ahead(loader.pace) for loader in loaders)
     turns = partial(measure_in_turn, device=device, warmup=full, ahead=full)
     pilot = turns({key: stream(loaders[-1])}, repeats=1, steps=2, images=0)
@@ -89,9 +89,8 @@ def _least_of_the_best(tried: dict[Any, Measured]) -> Any:
     return min(value for value, each in tried.items() if each.images_per_second >= AS_GOOD * best)
 
 
-def _conclude(given: Config, best: Config, device: torch.device) -> None:
+def _conclude(given: Config, best: Config, manifest: Manifest, device: torch.device) -> None:
     """Remember the pace and say so; the share of the JPEG engine is only told."""
-    manifest = read_manifest(Path(given.path))
     pace = Pace(threads=best.threads or 1, prefetch=best.prefetch or 1)
     told = f"data.threads={pace.threads} data.prefetch={pace.prefetch}"
     try:

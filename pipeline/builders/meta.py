@@ -7,7 +7,7 @@ a user's network that calls ``.item()``, is built and run on the CPU instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.builders.student import AUTOCAST, Named, student_named
-from pipeline.builders.teacher import teacher_named, teacher_places
+from pipeline.builders.teacher import teachers_named
 from pipeline.config.recipe import Recipe
+from pipeline.data.config import Config as DataConfig
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, about
@@ -27,8 +28,9 @@ from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.losses._base import Facts
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.cached import CachedTeacher
+from pipeline.teachers.config import Config
 from pipeline.training.flops import FlopCounter
-from shards.manifest import MANIFEST
+from shards.manifest import MANIFEST, Manifest
 from shards.read import SplitReader
 
 
@@ -56,13 +58,21 @@ class Built(NamedTuple):
     """What was not there to be told."""
 
 
-def build_parts(recipe: Recipe, measure: Callable[[Named, int, int], Measured]) -> Built:
-    """Return the recipe's networks, each as ``measure`` builds it, and what they tell the losses."""
-    num_classes, labels_by_id, note = training_labels(recipe)
-    student = measure(student_named(recipe), num_classes, recipe.data.size)
-    named = [teacher_named(recipe, place) for place in teacher_places(recipe)]
+def build_parts(
+    recipe: Recipe,
+    sources: Sequence[Recipe],
+    measure: Callable[[Named, int, int], Measured],
+    manifest: Manifest | None = None,
+) -> Built:
+    """Return the recipe's networks, each as ``measure`` builds it, and what they tell the losses.
+
+    ``sources`` are the recipes of ``teacher.recipes``; ``manifest`` is the shards', where it was read already.
+    """
+    num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
+    student = measure(student_named(recipe.student, recipe.taps.student), num_classes, recipe.data.size)
+    named = teachers_named(recipe, sources)
     teachers = [measure(network, num_classes, recipe.data.size) for network in named]
-    shapes, norms = _answers(recipe, teachers)
+    shapes, norms = _answers(recipe.teacher, recipe, teachers)
     facts = Facts(
         num_classes=num_classes,
         student_shapes=student[0].shapes,
@@ -75,13 +85,13 @@ def build_parts(recipe: Recipe, measure: Callable[[Named, int, int], Measured]) 
     return Built(student, teachers, facts, note)
 
 
-def _answers(recipe: Recipe, measured: list[Measured]) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
+def _answers(
+    config: Config | None, recipe: Recipe, measured: list[Measured]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
     """Return the shapes of the teacher's answers, and the BatchNorms before its taps."""
-    config = recipe.teacher
     if config is None:
         return {}, {}
-    if not config.is_named:
-        assert config.cache is not None
+    if config.cache is not None and not config.is_named:
         with about("teacher.cache"):
             cache = Cache(Path(config.cache))
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
@@ -104,13 +114,13 @@ class Answers(nn.Module):
         return Outputs(found.pop("logits"), found)
 
 
-def training_labels(recipe: Recipe) -> tuple[int, np.ndarray, str]:
+def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tuple[int, np.ndarray, str]:
     """Return the number of classes, the label of every training id, and what of this was made up."""
-    folder = Path(recipe.data.path)
-    if (folder / MANIFEST).is_file():
-        reader = SplitReader(folder, "train")
+    folder = Path(config.path)
+    if manifest or (folder / MANIFEST).is_file():
+        reader = SplitReader(folder, "train", manifest)
         return reader.manifest.num_classes, reader.labels_by_id(), ""
-    classes, samples = recipe.data.classes, recipe.data.samples
+    classes, samples = config.classes, config.samples
     if classes is None:
         raise RecipeError(f"data.classes: {folder} holds no shards, and how many classes they have is not said")
     counted = f"the {samples} that data.samples says" if samples else f"{2 * classes} made-up ones"
@@ -147,7 +157,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_flops(recipe: Recipe) -> float | None:
+def image_flops(recipe: Recipe, sources: Sequence[Recipe] = (), manifest: Manifest | None = None) -> float | None:
     """Return the operations (``flops.py``) that one image of a batch takes, or None where they cannot be counted.
 
     Student and losses forward and backward, as autograd goes: where nothing asks for a gradient, as at the images, none
@@ -158,7 +168,7 @@ def image_flops(recipe: Recipe) -> float | None:
     """
     try:
         with torch.device("meta"), collectives.alone():
-            parts = build_parts(recipe, run_once)
+            parts = build_parts(recipe, sources, run_once, manifest)
             return _of_student(recipe, parts) + _of_teachers(recipe, parts)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -71,7 +71,7 @@ def check(loaded: LoadedRecipe) -> Report:
     Raises RecipeError for what training would refuse of networks, taps and losses.
     """
     recipe = loaded.recipe
-    built = build_parts(recipe, measure)
+    built = build_parts(recipe, [named.recipe for named in loaded.teachers], measure)
     losses = _tried(recipe, built.facts)
     cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
     return Report(loaded.path, built.student[0], [network for network, _ in built.teachers], cache, *losses, built.note)

@@ -3,67 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.builders.student import AUTOCAST, Named, finished
+from pipeline.builders.student import AUTOCAST, Named, finished, student_named
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import pixels
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, about
 from pipeline.models.weights import is_file, load_weights, weights_sha256
 from pipeline.runs.files import STUDENT
-from pipeline.runs.identity import differences, find_run, load_dependency
+from pipeline.runs.identity import Run, differences
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
-from pipeline.teachers.config import Network
+from pipeline.teachers.config import Config, Network
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Normalization, Teacher
-from shards.manifest import Manifest, manifest_sha256
+from shards.manifest import Manifest
 
 
-def build_teacher(recipe: Recipe, manifest: Manifest, device: torch.device) -> AnyTeacher | None:
+def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
     """Return the teacher, or None for a recipe without one.
 
     Raises RecipeError where its weights do not fit the network or the shards' classes, or a cache does not fit either.
     """
-    config = recipe.teacher
+    recipe, config = run.recipe, run.recipe.teacher
     if config is None:
         return None
     if config.cache is not None:
         with about("teacher.cache"):
-            return _cached(recipe, Cache(Path(config.cache)), manifest, device)
+            return _cached(run, config, Cache(Path(config.cache)), device)
     if config.average is not None:
-        taps = teacher_named(recipe, "teacher").build(manifest.num_classes)
+        named = student_named(recipe.student, recipe.taps.teacher)._replace(place="teacher")
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
+        taps = named.build(run.manifest.num_classes)
         return EMATeacher(taps, config.average, batch=config.batch or 1, device=device, autocast=autocast)
-    return build_live_teacher(recipe, recipe.taps.teacher, manifest, device)
+    return build_live_teacher(run, config, recipe.taps.teacher, device)
 
 
 def build_live_teacher(
-    recipe: Recipe, taps: Iterable[str], manifest: Manifest, device: torch.device
+    run: Run, config: Config, taps: Iterable[str], device: torch.device
 ) -> Teacher | TeacherEnsemble:
     """Return the frozen network, or networks, with those taps, whether there is a cache of their answers or not."""
-    config = recipe.teacher
-    assert config is not None
-    first, *others = teacher_places(recipe)
-    teachers = [_frozen(recipe, first, frozenset(taps), manifest, device)]
-    teachers += [_frozen(recipe, place, frozenset(), manifest, device) for place in others]
-    if config.members is None:
+    first, *others = frozen_networks(run, config)
+    teachers = [_build(run, config, first, frozenset(taps), device)]
+    teachers += [_build(run, config, network, frozenset(), device) for network in others]
+    if config.combine is None or config.temperature is None:
         return teachers[0]
-    assert config.combine is not None
-    assert config.temperature is not None
     return TeacherEnsemble(teachers, combine=config.combine, temperature=config.temperature)
 
 
-def teacher_places(recipe: Recipe) -> dict[str, Network]:
+def teacher_places(config: Config | None) -> dict[str, Network]:
     """Return what the recipe says of each of the teacher's networks, by the key where it says it."""
-    config = recipe.teacher
     if config is None or not config.is_named:
         return {}
     if config.members is None:
@@ -71,72 +67,81 @@ def teacher_places(recipe: Recipe) -> dict[str, Network]:
     return {f"teacher.members.{index}": member for index, member in enumerate(config.members)}
 
 
-def teacher_named(recipe: Recipe, place: str) -> Named:
-    """Return one of the teacher's networks as the recipe, or the one that it stands on, names it.
+def teachers_named(recipe: Recipe, sources: Sequence[Recipe]) -> list[Named]:
+    """Return the teacher's networks as the recipe, or those of ``sources`` that it stands on, name them.
 
-    The first of ``teacher_places`` has the taps that the losses read. A moving average is the student's network.
+    The first has the taps that the losses read. A moving average is the student's network. ``sources`` are the recipes
+    of ``teacher.recipes``, in that order.
     """
-    places = teacher_places(recipe)
-    network = source = places[place]
-    if network.recipe is not None:
-        source = load_dependency(recipe, network.recipe).recipe.student
-    elif network.model is None:
-        source = recipe.student
-    assert source.model is not None
-    own = network.stages or source.stages or {}
-    wanted = recipe.taps.teacher if place == next(iter(places)) else frozenset[str]()
-    return Named(place, source.model, frozenset(own.items()), wanted)
+    following, found = iter(sources), []
+    for place, network in teacher_places(recipe.teacher).items():
+        source = next(following).student if network.recipe is not None else network
+        model = source.model or recipe.student.model
+        own = network.stages or (source if source.model else recipe.student).stages or {}
+        wanted = frozenset[str]() if found else recipe.taps.teacher
+        found.append(Named(place, model, frozenset(own.items()), wanted))
+    return found
 
 
-def _frozen(recipe: Recipe, place: str, taps: frozenset[str], manifest: Manifest, device: torch.device) -> Teacher:
-    """Return the network of ``teacher_places`` with its weights and those taps, frozen."""
-    assert recipe.teacher is not None
-    network = teacher_places(recipe)[place]
-    if network.recipe is not None:
-        finished(recipe, network.recipe)
-    named = teacher_named(recipe, place)._replace(taps=taps)
-    built = named.build(manifest.num_classes)
-    named.probe(built, recipe.data.size)  # folding would run it on the same images, and not say what it cannot take
-    with about(f"{place}.weights"):
-        load_weights(built.model, _weights(recipe, network), named.model)
+class FrozenNetwork(NamedTuple):
+    """One of a teacher's networks: what a recipe says of it, and where its weights are."""
+
+    named: Named
+    config: Network
+    run: Run | None
+    """The one whose student it is."""
+    weights: str
+    """A file or a published name; those of a run are its last unless the recipe says."""
+    expected: Normalization
+    """What its images were normalised with when it was trained."""
+
+
+def frozen_networks(run: Run, config: Config) -> list[FrozenNetwork]:
+    """Return the teacher's networks; none where there is a cache alone."""
+    following, found = iter(run.teachers), []
+    named = teachers_named(run.recipe, [below.recipe for below in run.teachers])
+    for each, network in zip(named, teacher_places(config).values(), strict=True):
+        below = next(following) if network.recipe is not None else None
+        weights = network.weights or (str(below.folder / STUDENT) if below else "")
+        data = (below or run).recipe.data
+        expected = Normalization(network.mean or data.mean, network.std or data.std)
+        found.append(FrozenNetwork(each, network, below, weights, expected))
+    return found
+
+
+def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str], device: torch.device) -> Teacher:
+    """Return the network with its weights and those taps, frozen."""
+    data = run.recipe.data
+    if network.run is not None:
+        finished(network.run)
+    named = network.named._replace(taps=taps)
+    built = named.build(run.manifest.num_classes)
+    named.probe(built, data.size)  # folding would run it on the same images, and not say what it cannot take
+    with about(f"{named.place}.weights"):
+        load_weights(built.model, network.weights, named.model)
     teacher = Teacher(
         built,
-        batch=recipe.teacher.batch or 1,
-        image_size=recipe.data.size,
-        dtype=network.torch_dtype(device),
+        batch=config.batch or 1,
+        image_size=data.size,
+        dtype=network.config.torch_dtype(device),
         device=device,
-        given=Normalization(recipe.data.mean, recipe.data.std),
-        expected=_normalization(recipe, network),
-        fold=network.fold,
+        given=Normalization(data.mean, data.std),
+        expected=network.expected,
+        fold=network.config.fold,
     )
-    if network.compile:
+    if network.config.compile:
         teacher.taps.compile(dynamic=False)
     return teacher
-
-
-def _weights(recipe: Recipe, network: Network) -> str:
-    """Return a network's weights: a file or a published name; those of a recipe are its run's last unless it says."""
-    if network.weights is not None:
-        return network.weights
-    assert network.recipe is not None
-    return str(find_run(load_dependency(recipe, network.recipe)).folder / STUDENT)
-
-
-def _normalization(recipe: Recipe, network: Network) -> Normalization:
-    """Return what a network's images were normalised with when it was trained."""
-    source = recipe if network.recipe is None else load_dependency(recipe, network.recipe).recipe
-    return Normalization(network.mean or source.data.mean, network.std or source.data.std)
 
 
 # -- from a cache -----------------------------------------------------------------------------------------------------
 
 
-def _cached(recipe: Recipe, cache: Cache, manifest: Manifest, device: torch.device) -> CachedTeacher:
+def _cached(run: Run, config: Config, cache: Cache, device: torch.device) -> CachedTeacher:
     """Return the teacher that answers from the cache, and asks the network for what it lacks if the recipe says so."""
-    config = recipe.teacher
-    assert config is not None
-    refuse_others(cache, binding(recipe, manifest, device), config.accept)
-    _check_sizes(cache, manifest)
+    recipe = run.recipe
+    refuse_others(cache, binding(run, config, device), config.accept)
+    _check_sizes(cache, run.manifest)
     lacking = cache.lacking(recipe.taps.teacher)
     if lacking and config.fallback is None:
         tap, kind = next(iter(lacking.items()))
@@ -145,7 +150,7 @@ def _cached(recipe: Recipe, cache: Cache, manifest: Manifest, device: torch.devi
             f"{cache.folder} has no {kind}, which the loss {loss!r} reads as {tap!r}; let cache_teacher.py write "
             "it for this recipe, too, or ask the network: teacher.fallback=live"
         )
-    live = build_live_teacher(recipe, lacking, manifest, device) if lacking else None
+    live = build_live_teacher(run, config, lacking, device) if lacking else None
     taps = cache.kinds(recipe.taps.teacher)
     return CachedTeacher(cache, taps, views=views_read(recipe, cache), device=device, live=live)
 
@@ -155,41 +160,38 @@ def views_read(recipe: Recipe, cache: Cache) -> int:
     return min(recipe.data.views or cache.header.views, recipe.epochs)
 
 
-def binding(recipe: Recipe, manifest: Manifest, device: torch.device, *, published: bool = False) -> dict[str, Any]:
+def binding(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any]:
     """Return what a frozen teacher's answers follow from, besides id and view: networks, pixels and shards.
 
     None stands for what is not known: the network, where the recipe names a cache alone; the weights of a file that is
     gone, or ``published`` ones, unless they are to be looked at.
     """
-    config = recipe.teacher
-    assert config is not None
-    found = [_network_facts(recipe, place, device, published) for place in teacher_places(recipe)]
+    found = [_network_facts(network, device, published) for network in frozen_networks(run, config)]
     members = {"members": {str(index): facts for index, facts in enumerate(found)}}
     mixture = {"combine": config.combine, "temperature": config.temperature, **members}
     facts = {
         "teacher": (mixture if config.members else {"network": found[0]}) if found else None,
-        "data": pixels(recipe.data, manifest, device),
-        "shards": manifest_sha256(Path(recipe.data.path)),
+        "data": pixels(run.recipe.data, run.manifest, device),
+        "shards": run.manifest.sha256,
     }
     return json.loads(json.dumps(facts))
 
 
-def _network_facts(recipe: Recipe, place: str, device: torch.device, published: bool) -> dict[str, Any]:
-    network, named = teacher_places(recipe)[place], teacher_named(recipe, place)
-    weights, normalization = _weights(recipe, network), _normalization(recipe, network)
+def _network_facts(network: FrozenNetwork, device: torch.device, published: bool) -> dict[str, Any]:
+    (named, config, _, weights, expected) = network
     at_hand = Path(weights).is_file() if is_file(weights) else published
     if is_file(weights) and not at_hand and collectives.is_main():
-        print(f"note: {place}.weights: {weights} is not there; that the cache is of these weights is not checked")
+        print(f"note: {named.place}.weights: {weights} is not there; that the cache is of these weights is not checked")
     return {
-        **({"compile": True} if network.compile else {}),
+        **({"compile": True} if config.compile else {}),
         "model": named.model,
         "stages": dict(named.stages),
         "weights": weights_sha256(weights, named.model) if at_hand else None,
         "published": None if is_file(weights) else weights,
-        "dtype": str(network.torch_dtype(device)).removeprefix("torch."),
-        "fold": network.fold,
-        "mean": normalization.mean,
-        "std": normalization.std,
+        "dtype": str(config.torch_dtype(device)).removeprefix("torch."),
+        "fold": config.fold,
+        "mean": expected.mean,
+        "std": expected.std,
     }
 
 

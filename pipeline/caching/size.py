@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.builders.meta import measure, training_labels
-from pipeline.builders.teacher import teacher_named, teacher_places
+from pipeline.builders.teacher import teachers_named
 from pipeline.caching.blocks import shown_bytes
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
@@ -33,14 +33,17 @@ class Choice(NamedTuple):
         return f"{self.name} {' × '.join(map(str, self.kind.stored))}"
 
 
-def choices(recipe: Recipe, kinds: Iterable[str], encode: Mapping[str, int]) -> tuple[list[Choice], list[str]]:
+def choices(
+    recipe: Recipe, sources: Sequence[Recipe], kinds: Iterable[str], encode: Mapping[str, int]
+) -> tuple[list[Choice], list[str]]:
     """Return what there is to keep, small before large, and the names of the network's stages.
 
-    Written are the logits, what the recipe's losses read, ``kinds`` and the stages of ``encode``. Raises RecipeError
-    for a stage that the network does not have, and for an encoding that cannot be.
+    ``sources`` are the recipes of ``teacher.recipes``. Written are the logits, what the recipe's losses read, ``kinds``
+    and the stages of ``encode``. Raises RecipeError for a stage that the network does not have, and for an encoding
+    that cannot be.
     """
-    num_classes = training_labels(recipe)[0]
-    named = teacher_named(recipe, next(iter(teacher_places(recipe))))
+    num_classes = training_labels(recipe.data)[0]
+    named = teachers_named(recipe, sources)[0]
     stages = list(measure(named._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
     ranks = _ranks(stages, encode)
     wanted = {LOGITS, *resolved(stages, [*recipe.taps.teacher, *kinds]).values(), *ranks}
@@ -78,7 +81,7 @@ def _choices_of(name: str, shape: tuple[int, ...], wanted: bool, rank: int | Non
 
 def table(recipe: Recipe, found: list[Choice], views: int) -> str:
     """Return what the kinds of answer take on disk, for that many views."""
-    _, labels_by_id, note = training_labels(recipe)
+    _, labels_by_id, note = training_labels(recipe.data)
     images = len(labels_by_id)
     lines = [f"  {'':<28}{'bytes an image':>16}{'a view':>12}{f'{views} views':>12}"]
     for choice in found:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from pipeline.batch import Outputs
 from pipeline.builders.teacher import build_live_teacher
-from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader, create_loader
 from pipeline.features.pca import Encoder
+from pipeline.runs.identity import Run
 from pipeline.teachers.cache import LOGITS
+from pipeline.teachers.config import Config
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
-from shards.manifest import Manifest
 
 Part = tuple[NDArray[np.int64], int]
 """Some ids, and the view at which their images are looked at."""
@@ -45,13 +45,19 @@ class Source(NamedTuple):
             yield self.teacher(batch)
 
 
-def open_source(recipe: Recipe, kinds: Iterable[str], manifest: Manifest, device: torch.device) -> Source:
-    """Return the recipe's network, with those kinds of answer as its taps, and its training images."""
-    assert recipe.teacher is not None
-    teacher = build_live_teacher(recipe, set(kinds) - {LOGITS}, manifest, device)
-    batch = min(recipe.teacher.batch or 1, manifest.splits["train"].samples)
+def open_source(run: Run, config: Config, kinds: Iterable[str], device: torch.device) -> Source:
+    """Return the teacher's network, with those kinds of answer as its taps, and the run's training images."""
+    teacher = build_live_teacher(run, config, set(kinds) - {LOGITS}, device)
     loader = create_loader(
-        recipe.data, batch=batch, accumulation=1, seed=0, rank=0, world=1, device=device, splits=("train",)
+        run.recipe.data,
+        batch=min(config.batch or 1, run.manifest.splits["train"].samples),
+        accumulation=1,
+        seed=0,
+        rank=0,
+        world=1,
+        device=device,
+        splits=("train",),
+        manifest=run.manifest,
     )
     ids = loader.plan.readers["train"].samples["id"]
     row_by_id = np.full(loader.id_count, -1)

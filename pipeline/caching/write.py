@@ -24,11 +24,11 @@ from pipeline.caching.blocks import (
     write_block,
 )
 from pipeline.caching.source import Part, Source, stored
-from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives, signals
 from pipeline.errors import RecipeError
 from pipeline.features import pca
 from pipeline.features.pca import Encoder
+from pipeline.runs.files import PREEMPTED
 from pipeline.runs.folder import lock_folder
 from pipeline.teachers.cache import (
     DTYPE,
@@ -66,17 +66,17 @@ class Asked(BaseModel):
 
 
 def new_header(
-    recipe: Recipe, asked: Asked, kinds: dict[str, Kind], stages: list[str], source: Source, facts: dict[str, Any]
+    views: int, batch: int, block: int, kinds: dict[str, Kind], stages: list[str], source: Source, facts: dict[str, Any]
 ) -> Header:
-    """Return the header of a folder in which there is nothing yet; encoders are still to be fitted."""
-    assert recipe.teacher is not None
-    assert recipe.data.views is not None
-    batch = recipe.teacher.batch or 1
+    """Return the header of a folder in which there is nothing yet; encoders are still to be fitted.
+
+    ``batch`` is how many images the teacher is asked about at a time, ``block`` about how many are written together.
+    """
     return Header(
-        views=recipe.data.views,
+        views=views,
         id_count=source.loader.id_count,
         batch=batch,
-        block=batch * max(asked.block // batch, 1),
+        block=batch * max(block // batch, 1),
         stages=tuple(stages),
         kinds={name: kind.model_copy(update={"norm": _norm(source, name)}) for name, kind in kinds.items()},
         binding=Binding.model_validate(facts),
@@ -91,6 +91,7 @@ def _norm(source: Source, kind: str) -> Norm | None:
 def begin(folder: Path, new: Header, source: Source) -> list[Block]:
     """Make the folder ready and return what is to be written; nothing is touched in one that this cannot go on in."""
     lock_folder(folder)
+    (folder / PREEMPTED).unlink(missing_ok=True)
     there = open_cache(folder)
     header = extended(there, new) if there else new
     blocks = missing_blocks(Cache(folder, header))

@@ -1,4 +1,4 @@
-"""Say where a recipe's shards lie and where its run goes, a line each, without loading anything that takes time.
+"""Say where a recipe's shards, its run and its teacher's cache lie, a line each, loading nothing that takes time.
 
     python pipeline/config/paths.py RECIPE [key=value …]
 
@@ -20,7 +20,7 @@ from pipeline.errors import ROOT, RecipeError
 
 
 def main(words: Sequence[str]) -> None:
-    """Print ``data.path`` and the run folder."""
+    """Print ``data.path``, the run folder and ``teacher.cache``, which is the run folder where there is none."""
     recipes = [word for word in words if "=" not in word]
     if len(recipes) != 1:
         raise RecipeError("command line: name one recipe; overrides are written key=value")
@@ -29,7 +29,9 @@ def main(words: Sequence[str]) -> None:
     if not tree.get("data", {}).get("path"):
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")
     print(tree["data"]["path"])
-    print(tree.get("folder") or default_folder(path, tree.get("seed", 0)))
+    folder = tree.get("folder") or default_folder(path, tree.get("seed", 0))
+    print(folder)
+    print((tree.get("teacher") or {}).get("cache") or folder)
 
 
 def default_folder(path: Path, seed: int) -> Path:

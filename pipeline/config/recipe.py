@@ -7,6 +7,7 @@ expected.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,24 +133,68 @@ class Recipe(Section):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, and the file it came from."""
+    """A recipe, the file it came from, and the recipes that it names."""
 
     recipe: Recipe
     path: Path
+    teachers: tuple[LoadedRecipe, ...] = ()
+    """Those of ``recipe.teacher.recipes``, in that order."""
+    start: LoadedRecipe | None = None
+    """That of ``student.start.recipe``."""
+    compare: tuple[LoadedRecipe, ...] = ()
+
+
+Loaded = dict[tuple[Path, tuple[str, ...]], LoadedRecipe]
+"""What one command has loaded, by file and overrides."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Return the recipe at ``path`` with its ``base:`` files below it and ``key=value`` overrides above it.
 
-    Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
+    The recipes that it names come with it, each loaded once: on the same shards, wherever this command says that they
+    lie, and a student's own first stage with the student's seed; teachers and compared runs keep theirs. Raises
+    RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type, a value out of range or a circle.
     """
-    path = existing(Path(path))
+    return _load(existing(Path(path)), tuple(overrides), {}, ())
+
+
+def _load(path: Path, overrides: tuple[str, ...], loaded: Loaded, above: tuple[Path, ...]) -> LoadedRecipe:
+    """Return the recipe, from ``loaded`` if it is there; ``above`` are the files that led to it."""
+    if path in above:
+        raise RecipeError(f"{shown(path)}: the recipe stands on itself, by way of {shown(above[-1])}")
+    if (path, overrides) in loaded:
+        return loaded[path, overrides]
+    recipe = _load_one(path, overrides)
+
+    def named(other: str) -> LoadedRecipe:
+        return _load(existing(Path(other)), tuple(passed_on(recipe, other)), loaded, (*above, path))
+
+    start = recipe.student.start
+    found = loaded[path, overrides] = LoadedRecipe(
+        recipe,
+        path,
+        teachers=tuple(map(named, recipe.teacher.recipes if recipe.teacher else ())),
+        start=named(start.recipe) if start and start.recipe else None,
+        compare=tuple(map(named, recipe.compare)),
+    )
+    return found
+
+
+def passed_on(recipe: Recipe, path: str) -> list[str]:
+    """Return the overrides with which ``recipe`` stands on the one at ``path``; where the shards lie comes first."""
+    others = (*(recipe.teacher.recipes if recipe.teacher else ()), *recipe.compare)
+    start = recipe.student.start
+    own = start is not None and start.recipe == path and path not in others
+    return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if own else [])]
+
+
+def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
     origins: Origins = {}
     tree = composed(path, overrides, origins)
     _unpack_models(tree)
     _resolve_references(tree, path)
     try:
-        return LoadedRecipe(Recipe.model_validate(tree), path)
+        return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(validation_message(error, Recipe, tree, origins, shown(path))) from None
 

@@ -113,18 +113,20 @@ def create_loader(
     device: torch.device,
     columns: Columns | None = None,
     splits: tuple[str, ...] = ("train", "val"),
+    manifest: Manifest | None = None,
 ) -> Loader:
     """Open the shards and return the loader of ``rank``; ``batch`` is the global batch.
 
-    ``columns(view)`` is called on the reading thread; its arrays' rows travel to the device as ``Batch.extra``.
-    Raises FileNotFoundError or ValueError, one line, where the shards are not whole or do not fit the recipe.
+    ``manifest`` is the shards', where it was read already. ``columns(view)`` is called on the reading
+    thread; its arrays' rows travel to the device as ``Batch.extra``. Raises FileNotFoundError or
+    ValueError, one line, where the shards are not whole or do not fit the recipe.
     """
     if "train" in splits and batch % (world * accumulation):
         raise ValueError(
             f"batch: {batch} does not divide by {world} ranks × accumulation: {accumulation}; "
             f"make it a multiple of {world * accumulation}"
         )
-    readers = {split: _open(config, split) for split in splits}
+    readers = {split: _open(config, split, manifest) for split in splits}
     if "train" in readers and len(readers["train"].samples) < batch:
         raise ValueError(
             f"data.path: {config.path} has {len(readers['train'].samples)} training samples, less than one global "
@@ -150,14 +152,14 @@ def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> 
     return memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(config, device)
 
 
-def _open(config: Config, split: str) -> SplitReader:
+def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
     folder = Path(config.path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data.path: no folder {folder}; prepare the shards (shards/prepare_*.py) or name theirs (data.path=FOLDER)"
         )
     try:
-        reader = SplitReader(folder, split)
+        reader = SplitReader(folder, split, manifest)
         if config.loader != "synthetic":
             reader.check_sizes()
     except (FileNotFoundError, ValueError) as error:

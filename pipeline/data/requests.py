@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.batch import Progress
+from pipeline.batch import Progress, rows_per_rank
 from pipeline.data import augment
 from pipeline.data.config import Config
 from shards.read import SplitReader
@@ -108,7 +108,7 @@ class Plan:
     @property
     def micro_batch(self) -> int:
         """Rows of a training request."""
-        return max(self.batch // (self.world * self.accumulation), 1)
+        return rows_per_rank(self.batch, self.world, self.accumulation)
 
     @property
     def validation_batch(self) -> int:

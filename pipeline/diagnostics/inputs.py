@@ -22,9 +22,11 @@ from pipeline.data.config import Config
 from pipeline.data.pace import Pace
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives
+from pipeline.distributed.launcher import Launch
 from pipeline.models.weights import FILES
-from pipeline.runs.identity import dependencies, find_run, load_dependency
+from pipeline.runs.identity import Run, resolve
 from pipeline.teachers.cache import LOGITS, Cache
+from pipeline.teachers.config import Config as TeacherConfig
 from shards.manifest import MANIFEST, Shard, read_manifest
 from shards.read import SplitReader
 
@@ -138,21 +140,27 @@ def _speed(path: Path, seconds: float) -> float:
     return read / (time.perf_counter() - began)
 
 
-def check_teacher(loaded: LoadedRecipe) -> Finding:
+def check_teacher(loaded: LoadedRecipe, launch: Launch) -> Finding:
     """Look for the weights, the cache and the finished runs that the recipe names."""
-    recipe = loaded.recipe
-    asked = recipe.teacher is not None and recipe.teacher.is_asked
-    named = [(network.model or "", network.weights) for network in teacher_places(recipe).values() if asked]
+    recipe, config = loaded.recipe, loaded.recipe.teacher
+    networks = teacher_places(config).values() if config and config.is_asked else ()
+    named = [(network.model or "", network.weights) for network in networks]
     named += [(recipe.student.model, recipe.student.start.weights)] if recipe.student.start else []
     weights = [_find_weights(model, source) for model, source in named if source]
-    if not (Path(recipe.data.path) / MANIFEST).is_file() and dependencies(recipe):
+    if not (Path(recipe.data.path) / MANIFEST).is_file() and (loaded.teachers or loaded.start or loaded.compare):
         return skip("no shards, without which no other run is known")
-    runs = [_find_finished(recipe, path) for path in dependencies(recipe)]
-    caches = [_find_cache(recipe, recipe.teacher.cache)] if recipe.teacher and recipe.teacher.cache else []
-    found = [*weights, *caches, *runs]
+    caches = [_find_cache(recipe, config, config.cache)] if config and config.cache else []
+    found = [*weights, *caches, *_find_runs(loaded, launch)]
     if not found:
         return skip("the recipe names no weights and no other run")
     return next((each for status in ("FAIL", "skip") for each in found if each.status == status), _all(found))
+
+
+def _find_runs(loaded: LoadedRecipe, launch: Launch) -> list[Finding]:
+    """Return a finding for each run that must be finished before this one."""
+    if not (loaded.teachers or loaded.start or loaded.compare):
+        return []
+    return [_find_finished(run) for run in resolve(loaded, launch).needed.values()]
 
 
 def _all(found: list[Finding]) -> Finding:
@@ -172,7 +180,7 @@ def _find_weights(model: str, source: str) -> Finding:
     return ok(str(kept)) if kept.is_file() else skip(f"{source} of {model}: the run downloads {url} to {kept}")
 
 
-def _find_cache(recipe: Recipe, folder: str) -> Finding:
+def _find_cache(recipe: Recipe, config: TeacherConfig, folder: str) -> Finding:
     advice = "write it: python pipeline/cache_teacher.py with this recipe"
     try:
         cache = Cache(Path(folder))
@@ -181,13 +189,12 @@ def _find_cache(recipe: Recipe, folder: str) -> Finding:
         cache.whole(held, views_read(recipe, cache))
     except (OSError, ValueError) as error:
         return fail(str(error), advice)
-    if lacking and not (recipe.teacher and recipe.teacher.is_asked):
+    if lacking and not config.is_asked:
         return fail(f"{folder} has no {', '.join(sorted(lacking))}, which a loss reads", advice)
     return ok(f"{folder}: {', '.join(sorted(held))} of {cache.header.views} views")
 
 
-def _find_finished(recipe: Recipe, path: str) -> Finding:
-    run = find_run(load_dependency(recipe, path))
+def _find_finished(run: Run) -> Finding:
     return ok(str(run.folder)) if run.result else _made_first(f"{run.folder} holds no finished run", run.command)
 
 

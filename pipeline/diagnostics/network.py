@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ import torch
 from pipeline.diagnostics.machine import device, software
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives, rendezvous
+from pipeline.distributed.launcher import Launch
 
 MIB = 2**20
 LONGEST_WAIT = timedelta(minutes=1)
@@ -22,15 +22,14 @@ LARGEST_CLOCK_DIFFERENCE = 2.0
 ALONE = "one rank has none to wait for"
 
 
-def check_world() -> Finding:
+def check_world(launch: Launch) -> Finding:
     """Join the ranks that the launcher started, and name every host."""
     # Of NCCL alone an abort of the process would be all there is to see of ranks that lose one another.
-    rendezvous.meet(LONGEST_WAIT, gpus="cpu:gloo,cuda:nccl")
+    rendezvous.meet(launch, LONGEST_WAIT, gpus="cpu:gloo,cuda:nccl")
     place = device()
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    world = collectives.world_size()
+    asked, world = launch.world_size, collectives.world_size()
     hosts = Counter(collectives.gather_objects(platform.node()))
     told = f"{world} {'ranks' if world > 1 else 'rank'}: {', '.join(f'{host} × {n}' for host, n in hosts.items())}"
     if world != asked:

@@ -149,16 +149,16 @@ def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def start(backend: str, store: Store, rank: int, world: int, timeout: timedelta) -> None:
+def start(backend: str, store: Store, rank: int, world: int, timeout: timedelta, local_gpu: int | None = None) -> None:
     """Join the ranks in a process group whose collectives wait for ``timeout``. Raises RuntimeError.
 
-    With NCCL each rank is at the GPU of its ``LOCAL_RANK``.
+    With NCCL each rank has a GPU, by its number on the host.
     """
     gpu = None
     if "nccl" in backend:
         # torch 2.15 has another NCCL by default, with which backward waits for each bucket of gradients as it is sent.
         os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")
-        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # joins at once, so that what is wrong is said here
+        gpu = torch.device("cuda", local_gpu or 0)  # joins at once, so that what is wrong is said here
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=gpu)
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.distributed import collectives
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError
 
 SECONDS = "PIPELINE_RENDEZVOUS_SECONDS"
@@ -72,33 +73,8 @@ def _untold(tasks: int, launcher: str) -> str:
     )
 
 
-def is_set(variable: str) -> bool:
-    """Whether a variable of the environment says yes, as Accelerate reads its own."""
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
-
-
-def on_cpu() -> bool:
-    """Whether this process computes on the CPU, by choice or for want of a GPU."""
-    return not torch.cuda.is_available() or is_set("ACCELERATE_USE_CPU")
-
-
-def world_size_asked() -> int:
-    """Return the number of ranks that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_asked() -> bool:
-    """Whether the launcher started this process as the first rank."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def deepspeed_asked() -> bool:
-    """Whether the launcher chose DeepSpeed."""
-    return is_set("ACCELERATE_USE_DEEPSPEED")
-
-
 class Asked(NamedTuple):
-    """What the launcher told this process of the ranks."""
+    """Where the ranks meet, and who comes."""
 
     rank: int
     world: int
@@ -111,27 +87,29 @@ class Asked(NamedTuple):
         return f"rank {self.rank} of {self.world} on {platform.node()}"
 
 
-def meet(timeout: timedelta = COLLECTIVES, *, gpus: str = "nccl") -> None:
+def meet(launch: Launch, timeout: timedelta = COLLECTIVES, *, gpus: str = "nccl") -> None:
     """Wait until all ranks are there and join them in a process group, of ``gpus`` or, on CPUs, gloo.
 
     Raises RecipeError or ConnectionError, one line, if this process would be alone or not all ranks come in time. A
     single rank, and ranks that are joined already, need nothing.
     """
     refuse_lone_ranks()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or collectives.world_size() > 1:
+    if launch.world_size == 1 or collectives.world_size() > 1:
         return
-    asked = _asked()
+    asked = _asked(launch)
     deadline = time.monotonic() + asked.seconds
     store = _reach(asked, deadline)
     try:
         _await_all(asked, store, deadline)
     except RuntimeError:  # torch's word for a connection that broke
         raise ConnectionError(f"{asked}: rank 0, where the ranks meet, has ended; its own line says why") from None
-    if not on_cpu():
+    gpu = None
+    if not launch.on_cpu:
+        gpu = (launch.local_rank or 0) % torch.cuda.device_count()
         # Accelerate takes it for the number of a visible GPU; a task that is bound to one sees that as number 0.
-        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(gpu)
     try:
-        collectives.start("gloo" if on_cpu() else gpus, store, asked.rank, asked.world, timeout)
+        collectives.start("gloo" if gpu is None else gpus, store, asked.rank, asked.world, timeout, gpu)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
@@ -140,16 +118,12 @@ def meet(timeout: timedelta = COLLECTIVES, *, gpus: str = "nccl") -> None:
         ) from None
 
 
-def _asked() -> Asked:
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ[name].isdecimal():
-            raise RecipeError(f"{name} is {os.environ[name]!r}, not a number")
-        numbers[name] = int(os.environ[name])
-    rank, world, port = numbers.values()
-    if rank >= world:
-        raise RecipeError(f"RANK is {rank}, which is none of the {world} ranks of WORLD_SIZE")
-    return Asked(rank, world, os.environ["MASTER_ADDR"], port, float(os.environ.get(SECONDS, DEFAULT_SECONDS)))
+def _asked(launch: Launch) -> Asked:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdecimal():
+        raise RecipeError(f"MASTER_PORT is {port!r}, not a number")
+    seconds = float(os.environ.get(SECONDS, DEFAULT_SECONDS))
+    return Asked(launch.rank, launch.world_size, address, int(port), seconds)
 
 
 def _reach(asked: Asked, deadline: float) -> collectives.Store:

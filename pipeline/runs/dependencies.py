@@ -12,61 +12,49 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe
+from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe, passed_on
 from pipeline.distributed import signals
-from pipeline.distributed.rendezvous import refuse_lone_ranks, world_size_asked
-from pipeline.errors import ROOT, RecipeError, shown
+from pipeline.distributed.launcher import Launch
+from pipeline.distributed.rendezvous import refuse_lone_ranks
+from pipeline.errors import ROOT, RecipeError, Unfinished, shown
 from pipeline.runs.folder import check_folder
-from pipeline.runs.identity import Run, dependencies, find_run, load_dependency, named_recipes, overrides_for
+from pipeline.runs.identity import Run, resolve
 from shards.manifest import MANIFEST
 
 
-class Unfinished(Exception):
-    """A run that this one stands on was told to stop; the same command continues it."""
-
-
-def stand(loaded: LoadedRecipe) -> Run:
+def stand(loaded: LoadedRecipe, launch: Launch) -> Run:
     """Make the shards and the runs that ``loaded`` stands on, where they are not there, and return its run.
 
     What a finished run stood on is not asked for again. Under several ranks all must be there already: RecipeError
     names the command that makes it.
     """
-    refuse_circles(loaded)
-    return _stand(loaded)
+    prepare_shards(loaded, launch)
+    run = resolve(loaded, launch)
+    _stand(run, launch)
+    return run
 
 
-def _stand(loaded: LoadedRecipe) -> Run:
-    prepare_shards(loaded)
-    run = find_run(loaded)
+def _stand(run: Run, launch: Launch) -> None:
     if run.result is not None:
-        return run
-    for path in dependencies(loaded.recipe):
-        below = _stand(load_dependency(loaded.recipe, path))
+        return
+    for path, below in run.needed.items():
+        _stand(below, launch)
         if below.result is None:
-            _make(below, loaded.recipe, path)
-    return find_run(loaded)
+            _make(below, run.recipe, path, launch)
 
 
-def _make(run: Run, above: Recipe, path: str) -> None:
+def _make(run: Run, above: Recipe, path: str, launch: Launch) -> None:
     """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
     check_folder(run, "move it away")
-    place, *more = overrides_for(above, path)
+    place, *more = passed_on(above, path)
     elsewhere = load_recipe(path, more).recipe.data.path != above.data.path
     told = " ".join([run.command, *([shlex.quote(place)] if elsewhere else []), *more])
-    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told)
+    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told, launch)
     if run.result is None:
         raise Unfinished(f"{told} was stopped before its end; the same command continues")
 
 
-def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
-    """Raise RecipeError if a recipe stands on itself: its identity would have no end."""
-    if loaded.path in above:
-        raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
-    for path in named_recipes(loaded.recipe):
-        refuse_circles(load_dependency(loaded.recipe, path), (*above, loaded.path))
-
-
-def prepare_shards(loaded: LoadedRecipe) -> None:
+def prepare_shards(loaded: LoadedRecipe, launch: Launch) -> None:
     """Run ``data.prepare`` if ``data.path`` has no manifest."""
     data = loaded.recipe.data
     if (Path(data.path) / MANIFEST).is_file():
@@ -77,12 +65,12 @@ def prepare_shards(loaded: LoadedRecipe) -> None:
             "make them with the script that the head of the data set's recipe names, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
-    _execute([sys.executable, str(ROOT / script), *arguments], shlex.join(["python", script, *arguments]))
+    _execute([sys.executable, str(ROOT / script), *arguments], shlex.join(["python", script, *arguments]), launch)
 
 
-def _execute(command: list[str], told: str) -> None:
+def _execute(command: list[str], told: str, launch: Launch) -> None:
     """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Unfinished."""
-    if world_size_asked() > 1:
+    if launch.world_size > 1:
         raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
     refuse_lone_ranks()
     print(f"$ {told}", flush=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch import rows_per_rank
 from pipeline.config.compose import read_yaml
 from pipeline.config.paths import default_folder
-from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe, load_recipe
-from pipeline.distributed.rendezvous import world_size_asked
+from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import about, shown
 from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, RESULT, read_json
 from pipeline.teachers.cache import Cache, open_cache
-from shards.manifest import manifest_sha256, read_manifest
+from shards.manifest import Manifest, read_manifest
 
 # What a command may change without making another run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
@@ -28,13 +30,20 @@ _OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint")
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe, its folder and its identity."""
+    """A recipe with its shards, its folder and its identity, and the runs that it names; all of it read once."""
 
     recipe: Recipe
     path: Path
     """The recipe file."""
     folder: Path
+    manifest: Manifest
+    """Of its shards."""
     identity: dict[str, Any]
+    teachers: tuple[Run, ...] = ()
+    """Those of ``recipe.teacher.recipes``, in that order."""
+    start: Run | None = None
+    """That of ``student.start.recipe``."""
+    compare: tuple[Run, ...] = ()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -55,6 +64,15 @@ class Run:
         """The command that makes this run."""
         return f"python pipeline/train.py {shlex.quote(shown(self.path))}"
 
+    @property
+    def needed(self) -> dict[str, Run]:
+        """The runs that must be finished before it, by the path it names them by: all but a cached teacher's."""
+        teacher, start = self.recipe.teacher, self.recipe.student.start
+        live = teacher is not None and teacher.is_asked
+        named = dict(zip(teacher.recipes, self.teachers, strict=True)) if teacher and live else {}
+        named |= {start.recipe: self.start} if start and start.recipe and self.start else {}
+        return named | dict(zip(self.recipe.compare, self.compare, strict=True))
+
 
 def run_folder(loaded: LoadedRecipe) -> Path:
     """Return ``folder:``, or ``runs/<path under configs/>/seed-<n>`` below the current folder."""
@@ -63,15 +81,32 @@ def run_folder(loaded: LoadedRecipe) -> Path:
     return default_folder(loaded.path, loaded.recipe.seed)
 
 
-def find_run(loaded: LoadedRecipe) -> Run:
-    """Return the run of a recipe whose shards are there."""
-    recipe, folder = loaded.recipe, run_folder(loaded)
+def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
+    """Return the run of a recipe whose shards are there, and with it those that it names."""
     with about(shown(loaded.path)):
-        recipe = _resolved(recipe, folder)
-        return Run(recipe, loaded.path, folder, identity(recipe, folder))
+        manifest = read_manifest(Path(loaded.recipe.data.path))
+    return _resolve(loaded, manifest, launch, {})
 
 
-def _resolved(recipe: Recipe, folder: Path) -> Recipe:
+def _resolve(loaded: LoadedRecipe, manifest: Manifest, launch: Launch, known: dict[int, Run]) -> Run:
+    """Return the run; ``known`` are those of this command by their LoadedRecipe, all on the same shards."""
+    if id(loaded) in known:
+        return known[id(loaded)]
+
+    def named(other: LoadedRecipe) -> Run:
+        return _resolve(other, manifest, launch, known)
+
+    folder = run_folder(loaded)
+    teachers, start = tuple(map(named, loaded.teachers)), loaded.start and named(loaded.start)
+    with about(shown(loaded.path)):
+        recipe = _completed(loaded.recipe, folder, launch)
+        own = identity(recipe, folder, manifest, [run.digest for run in teachers], start and start.digest)
+    compare = tuple(map(named, loaded.compare))
+    run = known[id(loaded)] = Run(recipe, loaded.path, folder, manifest, own, teachers, start, compare)
+    return run
+
+
+def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
     """Return the recipe with what it leaves to the run: the teacher's chunk, and the views of a cache.
 
     A run that has begun keeps its own, so that other ranks ask alike, and a cache may grow; else the chunk is a rank's
@@ -83,7 +118,7 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
     begun = (read_yaml(folder / RECIPE) or {}) if (folder / RECIPE).is_file() else {}
     if teacher.batch is None:
         batch = (begun.get("teacher") or {}).get("batch")
-        own = max(recipe.batch // (world_size_asked() * recipe.accumulation), 1)
+        own = rows_per_rank(recipe.batch, launch.world_size, recipe.accumulation)
         teacher = teacher.model_copy(update={"batch": batch or own})
     if teacher.cache is not None and data.views is None:
         views = (begun.get("data") or {}).get("views") or _cache(teacher.cache).header.views
@@ -105,20 +140,26 @@ def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
     return _cache(cache).digest(recipe.taps.teacher)
 
 
-def identity(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """Return what makes ``run`` this run: the resolved recipe, shards by sha256, a teacher's run or cache by digest."""
+def identity(
+    recipe: Recipe, run: Path, manifest: Manifest, teachers: Sequence[str], start: str | None
+) -> dict[str, Any]:
+    """Return what makes ``run`` this run: the resolved recipe, shards by sha256, a teacher's run or cache by digest.
+
+    ``teachers`` and ``start`` are the digests of the runs that the recipe names.
+    """
     tree = dump_recipe(recipe)
     for key in _NOT_IDENTITY:
         del tree[key]
     for key in _NOT_IDENTITY_DATA:
         del tree["data"][key]
-    folder = Path(recipe.data.path)
-    tree["data"]["manifest"] = manifest_sha256(folder)
-    tree["data"]["classes"] = hashlib.sha256(json.dumps(read_manifest(folder).classes).encode()).hexdigest()
+    tree["data"]["manifest"] = manifest.sha256
+    tree["data"]["classes"] = hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
     teacher = tree["teacher"] or {}
-    for section in (teacher, *(teacher.get("members") or ()), tree["student"]["start"]):
-        if section and section["recipe"]:
-            section["recipe"] = find_run(load_dependency(recipe, section["recipe"])).digest
+    networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
+    for section, digest in zip(networks, teachers, strict=True):
+        section["recipe"] = digest
+    if tree["student"]["start"] and start:
+        tree["student"]["start"]["recipe"] = start
     if teacher.get("cache"):
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
     for key in _NOT_IDENTITY_TEACHER:
@@ -139,32 +180,3 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
         keys = sorted(a.keys() | b.keys())
         return [key for name in keys for key in differences(a.get(name), b.get(name), f"{at}.{name}" if at else name)]
     return [] if a == b else [at]
-
-
-def dependencies(recipe: Recipe) -> list[str]:
-    """Return the recipes whose runs ``recipe`` needs, each once: of those it names all but a cached teacher's."""
-    cached = recipe.teacher.recipes if recipe.teacher and not recipe.teacher.is_asked else []
-    return [path for path in named_recipes(recipe) if path not in cached or path in recipe.compare]
-
-
-def named_recipes(recipe: Recipe) -> list[str]:
-    """Return the recipes that ``recipe`` names, each once."""
-    teacher = recipe.teacher.recipes if recipe.teacher else []
-    start = [recipe.student.start.recipe] if recipe.student.start and recipe.student.start.recipe else []
-    return list(dict.fromkeys([*teacher, *start, *recipe.compare]))
-
-
-def load_dependency(recipe: Recipe, path: str) -> LoadedRecipe:
-    """Return a recipe that ``recipe`` stands on, on the same shards, wherever this command says that they lie.
-
-    A student's own first stage has the student's seed; teachers and compared runs keep theirs.
-    """
-    return load_recipe(path, overrides_for(recipe, path))
-
-
-def overrides_for(recipe: Recipe, path: str) -> list[str]:
-    """Return the overrides with which ``recipe`` stands on the one at ``path``; where the shards lie comes first."""
-    others = (*(recipe.teacher.recipes if recipe.teacher else ()), *recipe.compare)
-    start = recipe.student.start
-    own = start is not None and start.recipe == path and path not in others
-    return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if own else [])]

@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import rendezvous
-from pipeline.distributed.rendezvous import deepspeed_asked, world_size_asked
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError
 from pipeline.training import zero
 
@@ -31,24 +31,24 @@ parameters would be one of torch's 25 MB, sent when all is computed, and are two
 million are 20, each still long enough for a network to be busy with its bytes, not its latency."""
 
 
-def use_all_cores() -> None:
+def use_all_cores(launch: Launch) -> None:
     """Give one process on a CPU every core it may use: Accelerate's launcher sets OMP_NUM_THREADS to 1."""
-    if world_size_asked() == 1:
+    if launch.world_size == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
-def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerator:
+def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = None) -> Accelerator:
     """Return the Accelerator of a recipe, with its trackers if there is a run ``folder``.
 
     Raises RecipeError where the machine cannot do what is asked, or where the ranks do not see one another.
     """
-    cpu = rendezvous.on_cpu()
+    cpu = launch.on_cpu
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
     if folder:
         _check_trackers(recipe.journal.trackers)
-    plugin = zero.create_plugin(recipe) if deepspeed_asked() else None
-    rendezvous.meet()
+    plugin = zero.create_plugin(recipe, launch) if launch.use_deepspeed else None
+    rendezvous.meet(launch)
     accelerator = Accelerator(
         # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
         cpu=cpu and plugin is None,
@@ -67,9 +67,9 @@ def create_accelerator(recipe: Recipe, folder: Path | None = None) -> Accelerato
             InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),
         ],
     )
-    if accelerator.num_processes != world_size_asked():
+    if accelerator.num_processes != launch.world_size:
         raise RecipeError(
-            f"the launcher started {world_size_asked()} ranks and each sees {accelerator.num_processes}; "
+            f"the launcher started {launch.world_size} ranks and each sees {accelerator.num_processes}; "
             "start them with torchrun --nproc_per_node N pipeline/train.py, or with each its own LOCAL_RANK"
         )
     return accelerator

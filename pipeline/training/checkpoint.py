@@ -48,7 +48,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class State:
+class CheckpointState:
     """Where a run is: what a checkpoint holds besides tensors. The best accuracy stands in the best weights' file."""
 
     progress: Progress
@@ -82,7 +82,7 @@ class Checkpoints:
             return True
         return bool(every_epochs) and progress.epoch_ended and progress.epoch % every_epochs == 0
 
-    def save(self, state: State) -> None:
+    def save(self, state: CheckpointState) -> None:
         """Write a checkpoint; every rank calls it at the same step."""
         final = self.folder / f"step-{state.progress.step}"
         temporary = self.folder / f".tmp-{final.name}"
@@ -121,7 +121,7 @@ class Checkpoints:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
 
-    def _complete(self, folder: Path, state: State) -> None:
+    def _complete(self, folder: Path, state: CheckpointState) -> None:
         """Add what the ranks have in common, and bring all of it to the disk."""
         for name, average in self.averages.items():
             save_file(_storable(average.state_dict()), folder / f"{name}.safetensors")
@@ -130,7 +130,7 @@ class Checkpoints:
         for path in [*folder.rglob("*"), folder]:
             sync_path(path)
 
-    def load(self, steps_per_epoch: int) -> State:
+    def load(self, steps_per_epoch: int) -> CheckpointState:
         """Restore the newest checkpoint and return its state; a fresh state if there is none.
 
         Raises RecipeError for a checkpoint of another format and, under ZeRO, of another number of ranks.
@@ -140,7 +140,7 @@ class Checkpoints:
                 shutil.rmtree(left)
         steps = self._steps()
         if not steps:
-            return State(Progress(steps_per_epoch))
+            return CheckpointState(Progress(steps_per_epoch))
         *earlier, folder = steps
         goes_on = f"goes on from {earlier[-1].name}" if earlier else "begins anew"
         with readable(folder, f"move it away, and the run {goes_on}"):
@@ -150,7 +150,7 @@ class Checkpoints:
             self._load_buffers(folder, saved["world_size"])
             for name, average in self.averages.items():
                 average.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            return State(Progress(**saved["progress"]), saved["journal_bytes"])
+            return CheckpointState(Progress(**saved["progress"]), saved["journal_bytes"])
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:
         if saved["format"] != self.format:

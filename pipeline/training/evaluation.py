@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps, evaluating
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
+from pipeline.teachers.config import Config
 from pipeline.training import zero
 
 
@@ -56,16 +56,17 @@ def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accele
         return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
 
 
-def check_teacher(recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
+def check_teacher(config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
     """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
 
     A cached one, which knows no validation image, was measured before its answers were written.
     """
-    expected = recipe.teacher.expect_top1 if recipe.teacher else None
+    expected = config.expect_top1 if config else None
     if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
         return
     if not loader.validates:
-        raise RecipeError(f"teacher.expect_top1: {recipe.data.path} has no validation images to measure it with")
+        folder = loader.plan.config.path
+        raise RecipeError(f"teacher.expect_top1: {folder} has no validation images to measure it with")
     measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
     if measured < expected:
         raise RecipeError(

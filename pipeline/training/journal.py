@@ -22,9 +22,8 @@ from tqdm import tqdm
 from pipeline.batch import Progress
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
-from pipeline.distributed.rendezvous import deepspeed_asked
 from pipeline.training.flops import peak_flops
-from pipeline.training.timer import Split
+from pipeline.training.timer import StepTimer
 
 Item = TypeVar("Item")
 
@@ -38,6 +37,7 @@ class Journal:
         recipe: Recipe,
         *,
         total_steps: int,
+        timer: StepTimer,
         device: torch.device,
         track: Callable[[dict[str, float], int], None],
         flops: float | None = None,
@@ -56,7 +56,7 @@ class Journal:
         self.micro_batches: list[Tensor] = []
         """The loss parts [P] of each micro-batch of the step under way, on the device."""
         self.bar: tqdm[Any] | None = None
-        self.split = Split(device, by_ddp=collectives.world_size() > 1 and not deepspeed_asked())
+        self.timer = timer
         self.images = self.seconds = 0.0
         """Images trained on by this process and the time that took, evaluations left out."""
 
@@ -87,9 +87,9 @@ class Journal:
     def waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
         """Yield what ``stream`` yields, and count the time it was waited for as ``data``."""
         for item in stream:
-            self.split.mark("data")
+            self.timer.mark("data")
             yield item
-            self.split.mark("rest")
+            self.timer.mark("rest")
 
     def observe(self, losses: dict[str, Tensor]) -> None:
         """Keep the loss parts of a micro-batch for its step."""
@@ -148,15 +148,15 @@ class Journal:
 
     def _restart_clock(self, step: int) -> None:
         self.since, self.since_step = time.perf_counter(), step
-        self.split.begin()
+        self.timer.begin()
 
     def _count(self, step: int) -> dict[str, Any]:
         """Count the time since the clock was started as training, start it again, and return this rank's rates of it.
 
         ``milliseconds`` are those of a step, by what took them; with a GPU as it saw them.
         """
-        self.split.mark("rest")
-        by_name, steps = self.split.read(), step - self.since_step
+        self.timer.mark("rest")
+        by_name, steps = self.timer.read(), step - self.since_step
         by_name["rest"] = by_name.pop("rest")  # the last, though the clock was started within it
         seconds, images = time.perf_counter() - self.since, steps * self.batch
         self._restart_clock(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.runs.files import RESULT, write_json
-from pipeline.runs.identity import Run, find_run, load_dependency
+from pipeline.runs.identity import Run
 from pipeline.training.checkpoint import Best
 from pipeline.training.evaluation import Accuracy
 
@@ -34,12 +34,11 @@ def write_result(
 
 def print_table(run: Run) -> None:
     """Print the run beside the runs it stands on: teacher, the student's first stage, compared students, itself."""
-    recipe, start = run.recipe, run.recipe.student.start
-    others = [("teacher", path) for path in recipe.teacher.recipes] if recipe.teacher else []
-    others += [("start", start.recipe)] if start and start.recipe else []
-    others += [("student", path) for path in recipe.compare]
-    runs = [(role, find_run(load_dependency(recipe, path))) for role, path in others]
-    rows = [_row(role, one) for role, one in [*runs, ("student" if recipe.teacher or start else "network", run)]]
+    others = [("teacher", below) for below in run.teachers]
+    others += [("start", run.start)] if run.start else []
+    others += [("student", below) for below in run.compare]
+    own = "student" if run.recipe.teacher or run.recipe.student.start else "network"
+    rows = [_row(role, one) for role, one in [*others, (own, run)]]
     print(aligned([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
 
 

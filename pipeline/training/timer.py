@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 
-class Split:
+class StepTimer:
     """The time between marks, added up by the name of the mark that ends it.
 
     On a GPU a mark is an event in torch's stream: what is measured is the device's time, its waiting for the host
@@ -30,6 +30,12 @@ class Split:
     def begin(self) -> None:
         """Start the clock anew; what was not read is forgotten."""
         self._marks = [("", self._now())]
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Mark what runs inside the context as ``name``."""
+        yield
+        self.mark(name)
 
     def mark(self, name: str) -> None:
         """Say that what has run since the last mark was ``name``."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,8 +22,9 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
+from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe, dump_recipe
-from pipeline.distributed.rendezvous import is_set, world_size_asked
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import ROOT, RecipeError, shown
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -33,31 +33,31 @@ TAG = "zero"
 """The folder, within a checkpoint, of what DeepSpeed writes."""
 
 
-def create_plugin(recipe: Recipe) -> DeepSpeedPlugin:
+def create_plugin(recipe: Recipe, launch: Launch) -> DeepSpeedPlugin:
     """Return Accelerate's plugin for DeepSpeed with the ``settings``; RecipeError where it cannot run."""
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"DeepSpeed was asked for and {missing[0]} is not installed; install the extra: deepspeed")
-    if "LOCAL_RANK" not in os.environ:
+    if launch.local_rank is None:
         raise RecipeError("DeepSpeed was asked for without ranks; start them with torchrun or accelerate launch")
-    if is_set("ACCELERATE_USE_CPU"):
+    if launch.use_cpu:
         raise RecipeError("ACCELERATE_USE_CPU turns DeepSpeed off without a word; unset it, it needs no GPU")
-    plugin = DeepSpeedPlugin(hf_ds_config=settings(recipe))
+    plugin = DeepSpeedPlugin(hf_ds_config=settings(recipe, launch))
     _keep_gloo()
     return plugin
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
     """Return the launcher's file of DeepSpeed settings, completed by what stands in the recipe.
 
     Raises RecipeError where the two disagree, or where ZeRO cannot do what the recipe asks for.
     """
-    path, given = _read()
+    path, given = _read(launch.deepspeed_file)
     stage = given.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise RecipeError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; DDP needs no DeepSpeed")
     _refuse(recipe, stage)
-    own = _of_recipe(recipe)
+    own = _of_recipe(recipe, launch)
     for key in sorted(given.keys() & own.keys()):
         if given[key] not in ("auto", own[key]):
             raise RecipeError(f"{path}: {key}: {given[key]} here and {own[key]} by the recipe; leave it to the recipe")
@@ -109,9 +109,8 @@ def _engine(accelerator: Accelerator) -> Any:
     return accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
 
 
-def _read() -> tuple[str, dict[str, Any]]:
+def _read(name: str | None) -> tuple[str, dict[str, Any]]:
     """Return the name of the launcher's file and what it says."""
-    name = os.environ.get(FILE)
     if not name:
         raise RecipeError(f"{FILE}: DeepSpeed was asked for without settings; give launchers/deepspeed/zero2.json")
     path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
@@ -148,11 +147,11 @@ def _compiled(tree: dict[str, Any], above: str = "") -> str | None:
     return None
 
 
-def _of_recipe(recipe: Recipe) -> dict[str, Any]:
+def _of_recipe(recipe: Recipe, launch: Launch) -> dict[str, Any]:
     """Return DeepSpeed's settings of batch, accumulation, clipping and precision."""
     return {
         "train_batch_size": recipe.batch,
-        "train_micro_batch_size_per_gpu": recipe.batch // (world_size_asked() * recipe.accumulation),
+        "train_micro_batch_size_per_gpu": rows_per_rank(recipe.batch, launch.world_size, recipe.accumulation),
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.clip or 0.0,
         # Not bf16.enabled, which casts the weights: BatchNorm takes no bf16 weights beside float32 statistics. Where no

@@ -32,6 +32,7 @@ from pipeline.benchmarks.record import Record, read_record
 from pipeline.benchmarks.step import cut
 from pipeline.cli import entry
 from pipeline.config.recipe import dump_recipe, load_recipe
+from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError
 from pipeline.losses._base import Facts, Loss
 from pipeline.models import create_model
@@ -208,7 +209,7 @@ def test_a_known_loss_takes_the_bytes_and_the_time_that_it_must(tmp_path: Path):
     data = {"path": "nowhere", "classes": 5, "size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
     (tmp_path / "known.yaml").write_text(yaml.safe_dump({**recipe, "data": data, "schedule": {"rate": 0.1}}))
     loaded = load_recipe(tmp_path / "known.yaml")
-    forward, backward = measure_losses(loaded, CPU, repeats=2, warmup=0, steps=1)
+    forward, backward = measure_losses(loaded, Launch(), CPU, repeats=2, warmup=0, steps=1)
     # The logits and the weights, which the linear layer keeps, are there anyway.
     assert forward.counts == {"kept bytes": 6 * 5 * 4, "parameters": 3 * 5}
     assert backward.counts == {}
@@ -243,7 +244,7 @@ def test_two_ranks_add_up_all_gradients_and_the_first_writes(ranks: Ranks, place
     record = read_record(path, "allreduce")
     (gradients,) = record.measured
     assert record.machine["ranks"] == 2
-    numbers = sum(size for size, _ in sendings(load_recipe(place / "dkd.yaml", NO_SHARDS).recipe))
+    numbers = sum(size for size, _ in sendings(load_recipe(place / "dkd.yaml", NO_SHARDS)))
     assert gradients.counts["bytes"] == 4 * numbers
     # 2(W − 1)/W is 1 on two ranks.
     assert gradients.counts["bus bytes/s"] == pytest.approx(2 * 4 * numbers / gradients.median, rel=1e-6)
@@ -252,7 +253,7 @@ def test_two_ranks_add_up_all_gradients_and_the_first_writes(ranks: Ranks, place
 def test_gradients_that_are_compressed_have_half_the_bytes(place: Path):
     def dtypes(*words: str) -> set[torch.dtype]:
         loaded = load_recipe(place / "dkd.yaml", (*NO_SHARDS, *words))
-        return {dtype for _, dtype in sendings(loaded.recipe)}
+        return {dtype for _, dtype in sendings(loaded)}
 
     assert dtypes() == {torch.float32}
     assert dtypes("compress=all") == {torch.bfloat16}

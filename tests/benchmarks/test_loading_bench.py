@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resolved import run_of
 from shard_factory import CPU, config_of, join, open_loader
 
 from pipeline.batch import Progress
@@ -19,6 +20,8 @@ from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.data.native import native_images
 from pipeline.data.pace import Pace, cores, kept_path
 from pipeline.errors import RecipeError
+from pipeline.runs.identity import Run
+from shards.manifest import read_manifest
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"
 PAD = ("data.crop=pad", "data.resize=null")
@@ -27,6 +30,10 @@ PAD = ("data.crop=pad", "data.resize=null")
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(folder: Path, *words: str) -> Run:
+    return run_of(RECIPE, [f"data.path={folder}", "data.size=16", "batch=4", *words])
 
 
 def loaded(folder: Path, *words: str) -> LoadedRecipe:
@@ -40,7 +47,7 @@ def loaded(folder: Path, *words: str) -> LoadedRecipe:
 def test_reading_decoding_and_the_whole_are_measured_apart_over_any_number_of_epochs(
     small_shards: Path, words: tuple[str, ...], native: bool, capsys: pytest.CaptureFixture[str]
 ):
-    parts = measure_loading(loaded(small_shards, *words), CPU, repeats=2, warmup=1, steps=13)
+    parts = measure_loading(run(small_shards, *words), CPU, repeats=2, warmup=1, steps=13)
     assert [part.name for part in parts] == ["read", "decode", "loader", *(["native reader"] if native else [])]
     for part in parts:
         assert part.images == 13 * 4
@@ -65,18 +72,18 @@ def test_the_best_is_remembered_and_the_next_loader_takes_it(
     photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(tune, "SECONDS", 0.001)
-    recipe = loaded(photo_shards)
-    measured = tune.tune(recipe, CPU)
+    found = run(photo_shards)
+    measured = tune.tune(found, CPU)
     *rates, conclusion = capsys.readouterr().out.splitlines()
     assert [each.name for each in measured] == [line.partition("  ")[0] for line in rates]
     assert measured[-3].name == "prefetch 1"
     assert str(kept_path()) in conclusion
-    pace = build_loader(recipe.recipe, CPU, ("train",)).pace
+    pace = build_loader(found.recipe, found.manifest, CPU, ("train",)).pace
     assert f"data.threads={pace.threads} data.prefetch={pace.prefetch} for" in conclusion
     kept_path().write_text(kept_path().read_text().replace(f'"prefetch": {pace.prefetch}', '"prefetch": 7'))
-    assert build_loader(recipe.recipe, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=7)
+    assert build_loader(found.recipe, found.manifest, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=7)
     own = loaded(photo_shards, "data.prefetch=5").recipe
-    assert build_loader(own, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=5)
+    assert build_loader(own, found.manifest, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=5)
 
 
 def test_what_cannot_be_remembered_is_told(
@@ -84,7 +91,7 @@ def test_what_cannot_be_remembered_is_told(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     best = loaded(photo_shards).recipe.data.model_copy(update={"threads": 3, "prefetch": 4, "hw_decoder_load": 0.9})
-    tune._conclude(loaded(photo_shards).recipe.data, best, CPU)
+    tune._conclude(loaded(photo_shards).recipe.data, best, read_manifest(photo_shards), CPU)
     note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "passed over" not in line)
     assert note.startswith("note: /dev/null/distillation-pipeline/loader.json cannot be written")
     assert note.endswith("give data.threads=3 data.prefetch=4")
@@ -113,7 +120,7 @@ def test_the_least_of_the_best_is_taken():
 
 def test_there_is_nothing_to_tune_where_nothing_is_decoded_as_it_goes(small_shards: Path):
     with pytest.raises(RecipeError, match=r"data\.loader: memory"):
-        tune.tune(loaded(small_shards, *PAD, "data.loader=memory"), CPU)
+        tune.tune(run(small_shards, *PAD, "data.loader=memory"), CPU)
 
 
 def test_thread_counts_end_at_the_ranks_cores():

@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 import torch
 import yaml
+from resolved import run_of
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
@@ -20,7 +21,6 @@ from pipeline.config.recipe import load_recipe
 from pipeline.data.loader import Loader
 from pipeline.errors import ROOT, RecipeError
 from pipeline.losses._base import Loss
-from pipeline.runs.identity import find_run
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = [path for path in CONFIGS if f"pipeline/train.py {path.relative_to(ROOT)}" in path.read_text()]
@@ -163,9 +163,9 @@ def test_a_network_that_cannot_take_the_images_is_refused_in_one_line(
 
 def test_training_refuses_it_in_the_same_words(recipes: Path):
     loader = cast(Loader, SimpleNamespace(num_classes=20))
-    recipe = load_recipe(recipes / "ce.yaml", ("student.model=alexnet", "data.size=32")).recipe
+    run = run_of(recipes / "ce.yaml", ("student.model=alexnet", "data.size=32"))
     with pytest.raises(RecipeError, match=r"^student.model: AlexNet cannot take images of 32 pixels: "):
-        build_distiller(recipe, loader, None, torch.device("cpu"))
+        build_distiller(run, loader, None, torch.device("cpu"), torch.contiguous_format)
 
 
 class Wary(Loss):
@@ -215,5 +215,5 @@ def test_banks_are_counted_as_on_the_shards_where_the_recipe_says_how_many_sampl
 
 
 def test_how_many_samples_a_recipe_says_does_not_make_it_another_run(recipes: Path):
-    plain, said = (find_run(load_recipe(recipes / "ce.yaml", words)) for words in ((), ("data.samples=7",)))
+    plain, said = (run_of(recipes / "ce.yaml", words) for words in ((), ("data.samples=7",)))
     assert said.identity == plain.identity

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from resolved import run_of
 
 from pipeline import compare
 from pipeline.cli import entry
-from pipeline.config.recipe import load_recipe
 from pipeline.distributed import signals
 from pipeline.errors import RecipeError
-from pipeline.runs.identity import find_run
 from pipeline.training.journal import trace
 
 Train = Callable[..., None]
@@ -174,7 +173,7 @@ def test_a_signal_stops_what_is_under_way_and_the_same_command_goes_on(
 
 def test_a_signal_that_comes_before_a_run_can_hear_it_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signals, "_given", True)
-    run = find_run(load_recipe("ce.yaml"))
+    run = run_of("ce.yaml")
     cores = sorted(os.sched_getaffinity(0))
     assert compare.train(run, [], cores, quiet=True) is None
     assert run.result is None

@@ -21,6 +21,7 @@ from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.diagnostics import inputs, machine, network
 from pipeline.diagnostics.result import Finding, examined, fail, line, ok, skip
 from pipeline.distributed import collectives, rendezvous
+from pipeline.distributed.launcher import Launch, read_launch
 
 CHECKS = {
     *("world", "versions", "same versions", "clocks", "GPU", "precision", "cores", "memory", "/dev/shm"),
@@ -174,8 +175,8 @@ def test_a_world_that_is_not_the_launchers(monkeypatch: pytest.MonkeyPatch, caps
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "FAIL  world           WORLD_SIZE is 2, but not set: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
     assert {text[:5] for text in told[1:]} == {"ok   ", "skip "}
-    monkeypatch.setattr(rendezvous, "meet", lambda _, gpus: None)
-    failing(network.check_world(), "1 rank: ", "the launcher started 2")
+    monkeypatch.setattr(rendezvous, "meet", lambda launch, _, gpus: None)
+    failing(network.check_world(read_launch()), "1 rank: ", "the launcher started 2")
 
 
 def test_software_that_differs(monkeypatch: pytest.MonkeyPatch):
@@ -259,12 +260,16 @@ def test_reading_is_measured(load: Callable[..., LoadedRecipe]):
 
 def test_a_missing_teacher(load: Callable[..., LoadedRecipe], monkeypatch: pytest.MonkeyPatch):
     own = "teacher={recipe: null, model: cifar_resnet20, weights: gone.pt}"
-    failing(inputs.check_teacher(load("ddkd.yaml", own, "compare=null")), "there is no file gone.pt", "copy the file")
+    failing(
+        inputs.check_teacher(load("ddkd.yaml", own, "compare=null"), Launch()),
+        "there is no file gone.pt",
+        "copy the file",
+    )
     by_recipe = load("ddkd.yaml", "compare=null")
-    assert inputs.check_teacher(by_recipe).status == "skip"
+    assert inputs.check_teacher(by_recipe, Launch()).status == "skip"
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     told = "one process must make it first: python pipeline/train.py"
-    failing(inputs.check_teacher(by_recipe), "runs/teacher holds no finished run", told)
+    failing(inputs.check_teacher(by_recipe, Launch()), "runs/teacher holds no finished run", told)
 
 
 def test_published_weights_that_are_not_fetched_yet(
@@ -272,12 +277,12 @@ def test_published_weights_that_are_not_fetched_yet(
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     loaded = load("ddkd.yaml", "teacher={recipe: null, model: resnet18, weights: IMAGENET1K_V1}", "compare=null")
-    found = inputs.check_teacher(loaded)
+    found = inputs.check_teacher(loaded, Launch())
     assert found.status == "skip"
     kept = Path(found.value.rpartition(" to ")[2])
     kept.parent.mkdir()
     kept.touch()
-    assert inputs.check_teacher(loaded) == ok(str(kept))
+    assert inputs.check_teacher(loaded, Launch()) == ok(str(kept))
 
 
 def test_a_batch_that_does_not_divide(load: Callable[..., LoadedRecipe], monkeypatch: pytest.MonkeyPatch):

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.batch import Progress
-from pipeline.config import paths
-from pipeline.config.recipe import Stop, load_recipe
+from pipeline.config.recipe import Stop
 from pipeline.distributed import signals
-from pipeline.errors import ROOT, RecipeError
-from pipeline.runs.identity import run_folder
+from pipeline.errors import ROOT
 from pipeline.training.stopping import SIGNAL, Stopping
 
 Train = Callable[..., None]
@@ -78,22 +76,3 @@ def test_ranks_ask_at_the_beginning_and_every_poll_steps(monkeypatch: pytest.Mon
     stopping = Stopping(Stop(), poll_steps=10)
     assert stopping.due(Progress(100, 7), beginning=True) == SIGNAL
     assert [step for step in range(1, 31) if stopping.due(Progress(100, step))] == [10, 20, 30]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["configs/demo.yaml"],
-        ["configs/imagenet/r50_mbv1/ddkd.yaml", "seed=3", "data.path=/data/imagenet"],
-        ["configs/demo.yaml", "folder=runs/own"],
-    ],
-)
-def test_places_are_those_that_training_uses(words: list[str], capsys: pytest.CaptureFixture[str]):
-    paths.main(words)
-    loaded = load_recipe(words[0], words[1:])
-    assert capsys.readouterr().out.splitlines() == [loaded.recipe.data.path, str(run_folder(loaded))]
-
-
-def test_places_of_no_recipe_are_an_error():
-    with pytest.raises(RecipeError, match="name one recipe"):
-        paths.main(["seed=1"])

@@ -171,20 +171,19 @@ def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environm
     assert call == (
         f"srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/cache_teacher.py {RECIPE} views=10"
     )
-    start = "start 1 of pipeline/cache_teacher.py on 2 nodes, 2 ranks, which meet at 127.0.0.1:24321"
+    start = "start 1 of runs/imagenet/r50_mbv1/ddkd/seed-0 on 2 nodes, 2 ranks, which meet at 127.0.0.1:24321"
     assert done.stderr == f"job 4321: {start}\n"
 
 
 def test_a_cache_whose_writing_was_stopped_is_requeued_and_one_that_failed_is_not(
-    job: Job, environment: dict[str, str]
+    job: Job, environment: dict[str, str], folder: Path
 ):
     for status in (1, 2, 137):
         assert job("slurm/cache_teacher.sh", RECIPE, "views=10", STEP=f"exit {status}").returncode == status
     assert not [call for call in calls(environment) if "requeue" in call]
-    for status in (138, 143):
-        done = job("slurm/cache_teacher.sh", RECIPE, STEP=f"exit {status}", SLURM_JOB_ID=str(status))
-        assert "stopped by a signal; requeued" in done.stderr
-        assert calls(environment)[-1] == f"scontrol requeue {status}"
+    done = job("slurm/cache_teacher.sh", RECIPE, f"teacher.cache={folder}", STEP=f"touch {folder}/preempted")
+    assert "stopped by a signal; requeued" in done.stderr
+    assert calls(environment)[-1] == "scontrol requeue 4321"
 
 
 @pytest.mark.parametrize(("script", "words"), [("ddkd_r50_mbv1", []), ("cache_teacher", [RECIPE, "views=10"])])
@@ -249,7 +248,7 @@ def test_an_unknown_word_for_the_job_is_one_line(job: Job):
     done = job("launchers/job.sh", "trian", "configs/demo.yaml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert (
-        "error: expected train RECIPE, table, run SCRIPT or ranks SCRIPT, got 'trian configs/demo.yaml" in done.stderr
+        "error: expected train RECIPE, table, cache RECIPE or run SCRIPT, got 'trian configs/demo.yaml" in done.stderr
     )
 
 

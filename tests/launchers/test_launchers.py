@@ -22,6 +22,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from commands import BIN, ROOT, TRAIN, environment, run
 
 from pipeline.distributed import collectives, rendezvous
+from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 
 Launch = Callable[..., None]
@@ -76,7 +77,7 @@ def told(world_size: int, rank: int, port: int, seconds: float = 0.5) -> dict[st
 
 def refused() -> str:
     with pytest.raises((RecipeError, ConnectionError)) as caught:
-        rendezvous.meet()
+        rendezvous.meet(read_launch())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -127,7 +128,7 @@ def test_accelerates_launcher_that_starts_one_process_of_two(launched: Launch, t
 
 def test_accelerates_launcher_of_one_process_is_no_mistake(launched: Launch):
     launched(**by_accelerate("--cpu", "--num_processes", "1"))
-    rendezvous.meet()
+    rendezvous.meet(read_launch())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_tasks_that_are_not_told_of_one_another(launched: Launch, variable: str,
     assert f"start them with: {command} bash -c 'export RANK=$" in message
     assert "WORLD_SIZE=$" in message
     launched(WORLD_SIZE=1)
-    rendezvous.meet()
+    rendezvous.meet(read_launch())
 
 
 def test_torchruns_that_do_not_see_one_another(launched: Launch, port: int):
@@ -240,14 +241,14 @@ def test_a_task_is_at_its_own_gpu_and_one_that_sees_a_single_one_at_that(
     monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 8])))
     monkeypatch.setattr(torch.distributed, "init_process_group", join := mock.Mock())
     monkeypatch.setenv("TORCH_DIST_USE_NCCL2", "as the user says")
-    rendezvous.meet()
+    rendezvous.meet(read_launch())
     assert join.call_args.args == ("nccl",)
     assert join.call_args.kwargs["device_id"] == torch.device("cuda", gpu)
     assert (os.environ["LOCAL_RANK"], os.environ["TORCH_DIST_USE_NCCL2"]) == (str(gpu), "as the user says")
     monkeypatch.delenv("TORCH_DIST_USE_NCCL2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 8])))
-    rendezvous.meet()
+    rendezvous.meet(read_launch())
     assert (join.call_args.args, join.call_args.kwargs["device_id"]) == (("gloo",), None)
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from resolved import run_of
 from safetensors.torch import load_file
 
-from pipeline.builders.student import build_student, load_start
+from pipeline.builders.student import build_student, load_start, student_named
 from pipeline.builders.teacher import build_teacher
 from pipeline.config.recipe import load_recipe
+from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 from pipeline.runs.dependencies import stand
-from pipeline.runs.identity import find_run
-from shards.manifest import read_manifest
 
 Train = Callable[..., None]
 KD = {"ce": {}, "kd": {"temperature": 4.0}}
@@ -85,33 +85,35 @@ def test_a_students_first_stage_has_its_seed(run_train: Train, two_stages: Path,
     rows = [line.split() for line in told.splitlines()[-2:]]
     assert [(row[0], row[-1]) for row in rows] == [("start", "runs/first/seed-3"), ("student", "runs/second/seed-3")]
 
-    loaded = load_recipe("second.yaml", ["seed=3"])
-    first = find_run(load_recipe("first.yaml", ["seed=3"]))
-    assert find_run(loaded).identity["student"]["start"]["recipe"] == first.digest
-    student = build_student(loaded.recipe, 20)
-    load_start(loaded.recipe, student)
+    second = run_of("second.yaml", ["seed=3"])
+    first = run_of("first.yaml", ["seed=3"])
+    assert second.identity["student"]["start"]["recipe"] == first.digest
+    config = second.recipe.student
+    student = build_student(student_named(config, frozenset()), 20, seed=3)
+    assert config.start is not None
+    load_start(config.start, second.start, student, config.model)
     weights = load_file(start / "student.safetensors")["fc.weight"]
     torch.testing.assert_close(student.model.get_parameter("fc.weight").detach(), weights)
 
 
 def test_a_teacher_keeps_its_own_seed(chain: Path):
-    identity = find_run(load_recipe("assistant.yaml", ["seed=3"])).identity
-    assert identity["teacher"]["recipe"] == find_run(load_recipe("teacher.yaml")).digest
+    identity = run_of("assistant.yaml", ["seed=3"]).identity
+    assert identity["teacher"]["recipe"] == run_of("teacher.yaml").digest
 
 
 def test_a_first_stage_that_is_also_the_teacher_is_one_run_with_its_own_seed(two_stages: Path):
     own = {"base": "second.yaml", "teacher": {"recipe": "first.yaml"}, "losses": KD}
     (two_stages / "both.yaml").write_text(yaml.safe_dump(own))
-    identity = find_run(load_recipe("both.yaml", ["seed=3"])).identity
-    first = find_run(load_recipe("first.yaml")).digest
+    identity = run_of("both.yaml", ["seed=3"]).identity
+    first = run_of("first.yaml").digest
     assert (identity["teacher"]["recipe"], identity["student"]["start"]["recipe"]) == (first, first)
 
 
 def test_the_end_of_a_chain_is_part_of_what_every_run_below_it_is(chain: Path):
-    before = [find_run(load_recipe(f"{name}.yaml")).digest for name in ("student", "assistant", "ce")]
+    before = [run_of(f"{name}.yaml").digest for name in ("student", "assistant", "ce")]
     other = yaml.safe_load((chain / "teacher.yaml").read_text()) | {"seed": 3}
     (chain / "teacher.yaml").write_text(yaml.safe_dump(other))
-    after = [find_run(load_recipe(f"{name}.yaml")).digest for name in ("student", "assistant", "ce")]
+    after = [run_of(f"{name}.yaml").digest for name in ("student", "assistant", "ce")]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
 
 
@@ -119,14 +121,14 @@ def test_a_circle_further_down_is_refused_before_anything_is_made(chain: Path):
     other = yaml.safe_load((chain / "teacher.yaml").read_text()) | {"teacher": {"recipe": "assistant.yaml"}}
     (chain / "teacher.yaml").write_text(yaml.safe_dump({**other, "losses": KD}))
     with pytest.raises(RecipeError, match=r"assistant.yaml: the recipe stands on itself, by way of .*teacher.yaml"):
-        stand(load_recipe("student.yaml"))
+        stand(load_recipe("student.yaml"), read_launch())
     assert not (chain / "runs").exists()
 
 
 def test_under_several_ranks_the_far_end_is_told_first(chain: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match=r"one process must make first: python pipeline/train.py .*teacher.yaml"):
-        stand(load_recipe("student.yaml"))
+        stand(load_recipe("student.yaml"), read_launch())
 
 
 def test_a_network_learns_from_itself_trained_first(run_train: Train, chain: Path):
@@ -134,10 +136,7 @@ def test_a_network_learns_from_itself_trained_first(run_train: Train, chain: Pat
     (chain / "again.yaml").write_text(yaml.safe_dump(own))
     run_train("ce.yaml")
     run_train("again.yaml")
-    loaded = load_recipe("again.yaml")
-    teacher = build_teacher(
-        loaded.recipe.model_copy(), read_manifest(Path(loaded.recipe.data.path)), torch.device("cpu")
-    )
+    teacher = build_teacher(run_of("again.yaml"), torch.device("cpu"))
     assert teacher is not None
     first, second = (load_file(chain / "runs" / name / "student.safetensors") for name in ("ce", "again"))
     torch.testing.assert_close(teacher.taps.model.get_parameter("fc.weight").detach(), first["fc.weight"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shards import stage
-from shards.manifest import MANIFEST, manifest_sha256
+from shards.manifest import MANIFEST, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "shards" / "stage.py")]
@@ -40,7 +40,7 @@ def test_a_copy_has_every_byte_and_the_identity_of_its_source(
     copy = Path(capsys.readouterr().out.strip())
     assert copy.parent == tmp_path / "local"
     assert contents(copy) == contents(source)
-    assert manifest_sha256(copy) == manifest_sha256(source)
+    assert read_manifest(copy).sha256 == read_manifest(source).sha256
 
 
 def test_processes_of_one_node_copy_once_and_all_print_the_copy(source: Path, tmp_path: Path):

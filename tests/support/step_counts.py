@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from training_on_ranks import train as run_train
 
 from pipeline import train
+from pipeline.builders import session
 from pipeline.training.flops import FlopCounter
 
 EARLY, LATE = 3, 8
@@ -86,7 +87,7 @@ class Enough(Exception):
 def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts, int]:
     """Train so for ``LATE`` steps, as the process of that rank; return that step's counts and the earlier ``alive``."""
     watch, flops, alive = Watch(), FlopCounter(), {}
-    seed_draws, prepare = train.seed_draws, train.allocate_momentum
+    seed_draws, prepare = train.seed_draws, session.allocate_momentum
 
     def next_step(seed: int, step: int) -> None:
         """Stand where a step has ended and the next has not begun."""
@@ -108,8 +109,8 @@ def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(train, "seed_draws", next_step))
-        stack.enter_context(mock.patch.object(train, "allocate_momentum", prepared))
-        stack.enter_context(mock.patch.object(train, "image_flops", return_value=None))
+        stack.enter_context(mock.patch.object(session, "allocate_momentum", prepared))
+        stack.enter_context(mock.patch.object(session, "image_flops", return_value=None))
         stack.enter_context(suppress(Enough))
         run_train(rank, world, folder, words)
     sent, kept = sum(call.bytes for call in watch.calls), sum(watch.kept.values())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,14 +69,17 @@ def recipes(tmp_path: Path, shards: Path) -> Path:
     return tmp_path
 
 
-def counted_once(recipe: Recipe, known: dict[str, float | None] = {}) -> float | None:  # noqa: B006
+_COUNTED: dict[str, float | None] = {}
+
+
+def counted_once(recipe: Recipe, *sources: Any) -> float | None:
     """Return ``image_flops``, which takes longer than some steps of these networks, kept for the runs that follow."""
     keys = ("student", "teacher", "losses", "data", "batch", "accumulation")
     tree = dump_recipe(recipe)
     key = json.dumps([tree[name] for name in keys])
-    if key not in known:
-        known[key] = image_flops(recipe)
-    return known[key]
+    if key not in _COUNTED:
+        _COUNTED[key] = image_flops(recipe, *sources)
+    return _COUNTED[key]
 
 
 @pytest.fixture
@@ -99,7 +103,7 @@ def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         return 0
 
     monkeypatch.setattr("pipeline.runs.dependencies._status", status)
-    monkeypatch.setattr(train, "image_flops", counted_once)
+    monkeypatch.setattr("pipeline.builders.session.image_flops", counted_once)
     with one_core():
         yield run
     for number, handler in handlers.items():

@@ -16,6 +16,7 @@ from training_on_ranks import launched
 
 from pipeline import train
 from pipeline.batch import Batch, Outputs
+from pipeline.builders import session
 from pipeline.distiller import Distiller
 from pipeline.losses import Loss
 from pipeline.training import zero
@@ -54,13 +55,13 @@ def _command(rank: int, world: int, folder: Path, settings: str | None) -> Any:
 def _kept() -> Any:
     """Keep the Distillers that are built."""
     distillers: list[Distiller] = []
-    build = train.build_distiller
+    build = session.build_distiller
 
     def kept(*args: Any) -> Distiller:
         distillers.append(build(*args))
         return distillers[-1]
 
-    with mock.patch.object(train, "build_distiller", kept):
+    with mock.patch.object(session, "build_distiller", kept):
         yield distillers
 
 

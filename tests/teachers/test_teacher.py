@@ -10,19 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from resolved import run_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.builders.teacher import build_teacher
-from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
 from pipeline.models.stages import stages
 from pipeline.teachers.config import Config
 from pipeline.teachers.frozen import Normalization, Teacher
-from shards.manifest import read_manifest
 
 CPU = torch.device("cpu")
 TAPS = ("last", "stage1.preact", "embedding")
@@ -219,14 +218,13 @@ def test_a_teacher_has_exactly_one_source(keys: dict[str, str]):
 
 def test_a_runs_network_may_be_given_other_weights(run_train: Callable[..., None], recipes: Path):
     words = ("teacher.weights=best.safetensors", "teacher.fold=false", "data.mean=[0.1, 0.2, 0.3]")
-    manifest = read_manifest(Path(load_recipe("teacher.yaml").recipe.data.path))
     with pytest.raises(RecipeError, match=r"holds no finished run of .*teacher\.yaml; make it: "):
-        build_teacher(load_recipe("ddkd.yaml", words).recipe, manifest, CPU)
+        build_teacher(run_of("ddkd.yaml", words), CPU)
     run_train("teacher.yaml")
     last = load_file("runs/teacher/student.safetensors")
     best = {key: value + 1 if value.is_floating_point() else value for key, value in last.items()}
     save_file(best, "best.safetensors")
-    teacher = build_teacher(load_recipe("ddkd.yaml", words).recipe, manifest, CPU)
+    teacher = build_teacher(run_of("ddkd.yaml", words), CPU)
     assert isinstance(teacher, Teacher)
     assert all(torch.equal(value, best[key]) for key, value in teacher.taps.model.state_dict().items())
     assert teacher.renormalization is not None  # to what the run's images were normalised with

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from gloo_ranks import Ranks
+from resolved import run_of
 from sent_bytes import Collectives
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training_on_ranks import train
 
-from pipeline.config.recipe import load_recipe
 from pipeline.distributed import collectives
-from pipeline.runs.identity import find_run
 from pipeline.training.journal import trace
 
 WIDE, LAYERS = 300, 4
@@ -90,7 +89,7 @@ def test_a_compressed_mean_is_near_and_half_as_long_and_the_rest_is_what_it_was(
 
 
 def test_a_run_whose_gradients_are_compressed_is_another_one(recipes: Path, ranks: Ranks):
-    plain, compressed = (find_run(load_recipe(recipes / "ce.yaml", words)) for words in ((), ("compress=all",)))
+    plain, compressed = (run_of(recipes / "ce.yaml", words) for words in ((), ("compress=all",)))
     assert "compress" not in plain.identity  # as before there was such a key
     assert compressed.identity["compress"] == "all"
     words = ["ce.yaml", "stop.steps=3"]

@@ -21,6 +21,7 @@ from training_rank import Training, trained
 
 from pipeline.config.compose import composed
 from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 from pipeline.training import zero
 from pipeline.training.journal import trace
@@ -278,7 +279,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
 
 def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, settings):
     settings(stage=1, train_batch_size="auto", gradient_clipping=0.5, steps_per_print=10)
-    found = zero.settings(recipe("accumulation=3", "clip=0.5", "precision=bf16"))
+    found = zero.settings(recipe("accumulation=3", "clip=0.5", "precision=bf16"), read_launch())
     batches = [
         found[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     ]
@@ -313,7 +314,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
 def test_what_disagrees_or_is_not_done_is_refused_in_one_line(recipe, settings, given, words, told):
     settings(**given)
     with pytest.raises(RecipeError) as raised:
-        zero.settings(recipe(*words))
+        zero.settings(recipe(*words), read_launch())
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -321,14 +322,14 @@ def test_what_disagrees_or_is_not_done_is_refused_in_one_line(recipe, settings, 
 def test_a_file_that_is_not_there_and_one_that_is_no_json_are_named(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv(zero.FILE, raising=False)
     with pytest.raises(RecipeError, match=f"{zero.FILE}: DeepSpeed was asked for without settings"):
-        zero.settings(recipe())
+        zero.settings(recipe(), read_launch())
     monkeypatch.setenv(zero.FILE, "absent.json")
     with pytest.raises(RecipeError, match=f"{zero.FILE}: there is no file absent.json"):
-        zero.settings(recipe())
+        zero.settings(recipe(), read_launch())
     (tmp_path / "own.json").write_text("{stage: 2}")
     monkeypatch.setenv(zero.FILE, str(tmp_path / "own.json"))
     with pytest.raises(RecipeError, match=r"own\.json: not JSON: "):
-        zero.settings(recipe())
+        zero.settings(recipe(), read_launch())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -336,7 +337,7 @@ def test_the_settings_that_are_shipped_are_found_from_anywhere(recipe, tmp_path,
     monkeypatch.chdir(tmp_path)
     shipped = yaml.safe_load((ROOT / "launchers" / "accelerate" / f"zero{stage}.yaml").read_text())
     monkeypatch.setenv(zero.FILE, shipped["deepspeed_config"]["deepspeed_config_file"])
-    assert zero.settings(recipe())["zero_optimization"]["stage"] == stage
+    assert zero.settings(recipe(), read_launch())["zero_optimization"]["stage"] == stage
 
 
 @needs_deepspeed
@@ -344,8 +345,8 @@ def test_deepspeed_without_ranks_or_turned_off_is_refused_in_one_line(recipe, se
     settings()
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(RecipeError, match="without ranks; start them with torchrun"):
-        zero.create_plugin(recipe())
+        zero.create_plugin(recipe(), read_launch())
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(RecipeError, match="ACCELERATE_USE_CPU turns DeepSpeed off"):
-        zero.create_plugin(recipe())
+        zero.create_plugin(recipe(), read_launch())

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,6 +26,7 @@ from pipeline.errors import ROOT
 from pipeline.models import create_model
 from pipeline.training.flops import FlopCounter, peak_of
 from pipeline.training.journal import Journal
+from pipeline.training.timer import StepTimer
 
 IMAGENET = ROOT / "configs" / "imagenet" / "r50_mbv1"
 RESNET50, MOBILENET = 4.089e9, 0.5687e9
@@ -35,6 +37,11 @@ STEM = 32 * 27 * 112 * 112
 
 def recipe_of(path: Path, *words: str) -> Recipe:
     return load_recipe(path, words).recipe
+
+
+def flops_of(path: Path, *words: str) -> float | None:
+    loaded = load_recipe(path, words)
+    return image_flops(loaded.recipe, [named.recipe for named in loaded.teachers])
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
@@ -93,21 +100,21 @@ def test_torchs_own_counter_agrees_where_no_convolution_has_groups():
     ],
 )
 def test_an_image_costs_the_student_three_times_and_a_teacher_that_is_asked_once(name: str, macs: float):
-    assert image_flops(recipe_of(IMAGENET / f"{name}.yaml")) == pytest.approx(2 * macs, rel=1e-3)
+    assert flops_of(IMAGENET / f"{name}.yaml") == pytest.approx(2 * macs, rel=1e-3)
 
 
 def test_a_denoisers_backward_is_counted_as_it_is():
     report = check(load_recipe(IMAGENET / "ddkd.yaml"))
-    found = image_flops(recipe_of(IMAGENET / "ddkd.yaml"))
+    found = flops_of(IMAGENET / "ddkd.yaml")
     assert found is not None
     # The teacher's map, which enters the autoencoder and (encoded) a noise predictor, is a constant, and so are noises.
     assert 0.97 * report.training_macs < found / 2 < report.training_macs - STEM
 
 
 def test_what_backward_computes_again_to_save_memory_is_not_counted(recipes: Path):
-    plain, checkpointed = (recipe_of(recipes / "ddkd.yaml", *words) for words in ((), (CHECKPOINT,)))
-    assert checkpointed != plain
-    assert image_flops(checkpointed) == image_flops(plain) is not None
+    plain, checkpointed = (flops_of(recipes / "ddkd.yaml", *words) for words in ((), (CHECKPOINT,)))
+    assert recipe_of(recipes / "ddkd.yaml", CHECKPOINT) != recipe_of(recipes / "ddkd.yaml")
+    assert checkpointed == plain is not None
 
 
 def test_a_cache_that_lacks_nothing_leaves_the_network_unasked(recipes: Path, monkeypatch: pytest.MonkeyPatch):
@@ -122,36 +129,36 @@ def test_a_cache_that_lacks_nothing_leaves_the_network_unasked(recipes: Path, mo
 
     monkeypatch.chdir(recipes)
     monkeypatch.setattr(counting, "Cache", Kept)
-    kd = recipe_of(Path("ddkd.yaml"), "losses.ddkd=null", "losses.kd={temperature: 4.0}")
-    cached = kd.model_copy(update={"teacher": kd.teacher.model_copy(update={"cache": "answers", "fallback": "live"})})
-    live, alone = image_flops(kd), image_flops(recipe_of(Path("ce.yaml")))
+    words = ("ddkd.yaml", "losses.ddkd=null", "losses.kd={temperature: 4.0}")
+    cached = (*words, "teacher.cache=answers", "teacher.fallback=live")
+    live, alone = flops_of(*words), flops_of(Path("ce.yaml"))
     Kept.lacks = {}
-    assert image_flops(cached) == alone
+    assert flops_of(*cached) == alone
     Kept.lacks = {"last": "map"}
-    assert image_flops(cached) == live > alone
+    assert flops_of(*cached) == live > alone
 
 
 def test_relations_cost_by_the_rows_that_are_compared_and_a_student_does_not(recipes: Path):
     (recipes / "sp.yaml").write_text(yaml.safe_dump({"base": "ddkd.yaml", "losses": {"ddkd": None, "sp": {}}}))
-    sp = [image_flops(recipe_of(recipes / "sp.yaml", *words)) for words in ((), ("batch=24",), ("accumulation=2",))]
-    ce = [image_flops(recipe_of(recipes / "ce.yaml", *words)) for words in ((), ("batch=24",), ("accumulation=2",))]
+    sp = [flops_of(recipes / "sp.yaml", *words) for words in ((), ("batch=24",), ("accumulation=2",))]
+    ce = [flops_of(recipes / "ce.yaml", *words) for words in ((), ("batch=24",), ("accumulation=2",))]
     assert ce[0] == ce[1] == ce[2]
     assert sp[2] < sp[0] < sp[1]
 
 
 def rank_counts(rank: int, world: int, path: Path) -> float | None:
-    return image_flops(recipe_of(path)) if rank == 0 else collectives.world_size()
+    return flops_of(path) if rank == 0 else collectives.world_size()
 
 
 def test_one_of_several_ranks_counts_without_the_others(ranks: Callable[..., list[float]], recipes: Path):
     words = {"base": "ddkd.yaml", "losses": {"ddkd": None, "perception": {"inner": {"kd": {"temperature": 4.0}}}}}
     (recipes / "perception.yaml").write_text(yaml.safe_dump(words))
-    assert ranks(rank_counts, recipes / "perception.yaml") == [image_flops(recipe_of(recipes / "perception.yaml")), 2]
+    assert ranks(rank_counts, recipes / "perception.yaml") == [flops_of(recipes / "perception.yaml"), 2]
 
 
 def test_the_journal_holds_the_count_against_the_clock(run_train: Callable[..., None], recipes: Path):
     run_train("ce.yaml", "epochs=1")
-    flops = image_flops(recipe_of(recipes / "ce.yaml"))
+    flops = flops_of(recipes / "ce.yaml")
     assert flops is not None
     lines = [json.loads(line) for line in (recipes / "runs/ce/journal.jsonl").read_text().splitlines()]
     timings = [line["timing"] for line in lines if "timing" in line]
@@ -201,7 +208,9 @@ def test_mfu_is_the_share_of_all_gpus(run_train: Callable[..., None], recipes: P
 def peak_of_all(rank: int, world: int, folder: Path, recipe: Path) -> float | None:
     with mock.patch("pipeline.training.journal.peak_flops", return_value=1e12):
         device = torch.device("cpu")
-        return Journal(folder, recipe_of(recipe), total_steps=1, device=device, track=lambda values, step: None).peak
+        timer = StepTimer(device)
+        track: Any = lambda values, step: None  # noqa: E731
+        return Journal(folder, recipe_of(recipe), total_steps=1, timer=timer, device=device, track=track).peak
 
 
 def test_several_ranks_could_do_as_many_times_as_much(ranks: Ranks, recipes: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from training_on_ranks import train
 
 from pipeline.distiller import Distiller
 from pipeline.training.journal import trace
-from pipeline.training.timer import Split
+from pipeline.training.timer import StepTimer
 
 Train = Callable[..., None]
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def test_time_is_added_up_by_the_name_of_the_mark_that_ends_it(monkeypatch: pytest.MonkeyPatch):
     moments = iter([0.0, 1.0, 3.0, 3.5, 10.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
-    split = Split(CPU)
+    split = StepTimer(CPU)
     for name in ("data", "teacher", "data"):
         split.mark(name)
     assert split.read() == {"data": 1.5, "teacher": 2.0}
@@ -75,7 +75,7 @@ def timed_backwards(rank: int, world: int) -> list[dict[str, float]]:
 
     model = DistributedDataParallel(nn.Linear(3, 3), find_unused_parameters=True, gradient_as_bucket_view=True)
     model.register_comm_hook(None, slow)
-    split, found = Split(CPU, by_ddp=True), []
+    split, found = StepTimer(CPU, by_ddp=True), []
     for _ in range(3):
         total = model(torch.ones(2, 3)).square().sum()
         split.begin()
@@ -94,7 +94,7 @@ def test_what_backward_waits_for_other_ranks_is_communication(ranks: Ranks):
 
 def train_unmarked(rank: int, world: int, folder: Path, words: list[str]) -> None:
     """Train as where there is no DDP to wait for."""
-    with mock.patch("pipeline.training.journal.Split", lambda device, **_: Split(device)):
+    with mock.patch("pipeline.builders.session.StepTimer", lambda device, **_: StepTimer(device)):
         train(rank, world, folder, words)
 
 
@@ -125,7 +125,7 @@ def test_neither_reading_ahead_nor_writing_down_changes_a_number(run_train: Trai
 def test_on_a_gpu_it_is_the_devices_time_and_events_are_used_again():
     device = torch.device("cuda")
     a = torch.randn(4096, 4096, device=device)
-    split = Split(device)
+    split = StepTimer(device)
     for _ in range(3):
         split.mark("data")
         for _ in range(20):

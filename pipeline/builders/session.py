@@ -1,0 +1,173 @@
+"""A run, built and restored: everything that the training loop needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline.batch import Batch, Progress
+from pipeline.builders.meta import image_flops
+from pipeline.builders.student import build_distiller, build_loader, training_splits, weights_layout
+from pipeline.builders.teacher import build_teacher
+from pipeline.config.recipe import Recipe
+from pipeline.data.loader import Loader
+from pipeline.distiller import Distiller
+from pipeline.distributed import collectives
+from pipeline.distributed.launcher import Launch
+from pipeline.errors import about, shown
+from pipeline.features.taps import FeatureTaps
+from pipeline.optim.ema import EMA
+from pipeline.optim.guard import FiniteGuard
+from pipeline.optim.optimizer import allocate_momentum, create_optimizer
+from pipeline.runs.files import STUDENT_BEST
+from pipeline.runs.folder import open_folder
+from pipeline.runs.identity import Run
+from pipeline.teachers.average import EMATeacher
+from pipeline.teachers.cached import AnyTeacher
+from pipeline.training.accelerator import create_accelerator
+from pipeline.training.checkpoint import Best, Checkpoints, exported_best
+from pipeline.training.evaluation import Accuracy, check_teacher, evaluate
+from pipeline.training.journal import Journal
+from pipeline.training.stopping import Stopping
+from pipeline.training.timer import StepTimer
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command trains with."""
+
+    run: Run
+    accelerator: Accelerator
+    loader: Loader
+    teacher: AnyTeacher | None
+    distiller: nn.Module
+    """As it is trained: wrapped by DDP or DeepSpeed."""
+    plain: Distiller
+    """The same without its wrapping."""
+    parameters: int
+    """Of the student."""
+    optimizer: Any
+    averages: dict[str, EMA | EMATeacher]
+    """Of the student's weights, by their names in a checkpoint."""
+    checkpoints: Checkpoints
+    journal: Journal
+    guard: FiniteGuard
+    stopping: Stopping
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.run.recipe
+
+    @property
+    def student(self) -> FeatureTaps:
+        """The student, without its wrapping."""
+        return self.plain.student
+
+    @property
+    def timer(self) -> StepTimer:
+        """The clock of a step's parts."""
+        return self.journal.timer
+
+    def evaluate(self) -> Accuracy:
+        """Return the student's accuracy on the validation images."""
+        return evaluate(self.student, self.loader.validation(), self.accelerator)
+
+    def micro_batches(self, state: State) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from where the run is; the time they take counts as ``data``."""
+        batches = iter(()) if state.reason else self.loader.stream(state.progress, self.recipe.epochs)
+        return self.journal.waiting(batches)
+
+
+@dataclass
+class State:
+    """Where the run is."""
+
+    progress: Progress
+    journal_bytes: int
+    """Length of the journal at the checkpoint that was restored."""
+    best: Best
+    last: Accuracy | None = None
+    """The last evaluation of this command."""
+    reason: str | None = None
+    """Why this command ends before the run does."""
+
+
+def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
+    """Build what the run is made of, open its folder and restore its newest checkpoint; every rank calls it."""
+    recipe = run.recipe
+    accelerator = create_accelerator(recipe, launch, run.folder)
+    loader, teacher, plain = _build(run, launch, accelerator)
+    parameters = sum(parameter.numel() for parameter in plain.student.parameters())  # ZeRO-3 will leave none here
+    averages = _averages(recipe, plain.student, teacher)
+    if accelerator.is_main_process:
+        open_folder(run)
+    accelerator.wait_for_everyone()
+
+    distiller, optimizer = accelerator.prepare(plain, create_optimizer(recipe.optimizer, plain))
+    if recipe.compress:
+        compressed = plain.losses if recipe.compress == "auxiliary" else plain
+        collectives.compress_gradients(distiller, compressed.parameters())
+    allocate_momentum(optimizer)
+    checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, plain, optimizer, averages)
+    saved = checkpoints.load(loader.steps_per_epoch)
+    session = Session(
+        run,
+        accelerator,
+        loader,
+        teacher,
+        distiller,
+        plain,
+        parameters,
+        optimizer,
+        averages,
+        checkpoints,
+        _journal(run, launch, accelerator, saved.progress),
+        FiniteGuard(accelerator.device),
+        Stopping(recipe.stop, recipe.checkpoints.poll_steps),
+    )
+    return session, State(saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST))
+
+
+def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, AnyTeacher | None, Distiller]:
+    """Return loader, teacher and Distiller. Raises RecipeError for what does not fit together."""
+    recipe, device = run.recipe, accelerator.device
+    with about(shown(run.path)):
+        teacher = build_teacher(run, device)
+        loader = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
+        distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
+        check_teacher(recipe.teacher, teacher, loader)
+    return loader, teacher, distiller
+
+
+def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) -> dict[str, EMA | EMATeacher]:
+    """Return the moving averages that follow the student."""
+    averages: dict[str, EMA | EMATeacher] = {"ema": EMA(recipe.ema, student.model)} if recipe.ema else {}
+    if isinstance(teacher, EMATeacher):
+        teacher.follow(student.model)
+        averages["teacher"] = teacher
+    return averages
+
+
+def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progress) -> Journal:
+    """Return the journal, with its trackers and the clock of the steps."""
+    # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
+    purge = {"purge_step": progress.step + 1} if progress.step else {}
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+    flops = None
+    if accelerator.is_main_process:
+        flops = image_flops(run.recipe, [below.recipe for below in run.teachers], run.manifest)
+    by_ddp = collectives.world_size() > 1 and not launch.use_deepspeed
+    return Journal(
+        run.folder,
+        run.recipe,
+        total_steps=run.recipe.epochs * progress.steps_per_epoch,
+        timer=StepTimer(accelerator.device, by_ddp=by_ddp),
+        device=accelerator.device,
+        track=accelerator.log,
+        flops=flops,
+    )

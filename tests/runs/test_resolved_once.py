@@ -1,0 +1,44 @@
+"""A run and those that it names are resolved once: nothing below reads a recipe or a manifest again."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import recipe
+from pipeline.runs import identity
+
+Train = Callable[..., None]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, counts: Counter[str], module: Any, name: str, title: str) -> None:
+    """Count the calls of a function of a module."""
+    function = getattr(module, name)
+
+    def call(*args: Any, **more: Any) -> Any:
+        counts[title] += 1
+        return function(*args, **more)
+
+    monkeypatch.setattr(module, name, call)
+
+
+def test_a_run_whose_teacher_and_baseline_are_finished_reads_three_recipes_and_one_manifest(
+    run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("ce.yaml", "teacher.yaml"):
+        run_train(name)
+    counts = Counter[str]()
+    counted(monkeypatch, counts, recipe, "_load_one", "load_recipe")
+    counted(monkeypatch, counts, identity, "identity", "identity")
+    ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("pipeline", "shards")]
+    for module in ours:
+        if hasattr(module, "read_manifest"):
+            counted(monkeypatch, counts, module, "read_manifest", "read_manifest")
+    run_train("ddkd.yaml", "epochs=1")
+    assert counts == {"load_recipe": 3, "identity": 3, "read_manifest": 1}
+    assert (recipes / "runs" / "ddkd" / "result.json").is_file()
