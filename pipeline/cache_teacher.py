@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from pipeline.batch import rows_per_rank
-from pipeline.builders.student import build_loader, training_splits
+from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import binding, refuse_others
 from pipeline.caching.blocks import (
     Block,

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.builders.student import build_loader, build_student, student_named, weights_layout
+from pipeline.builders.loader import build_loader
+from pipeline.builders.student import build_student, student_named, weights_layout
 from pipeline.builders.teacher import build_live_teacher
 from pipeline.cli import entry
 from pipeline.config.arguments import own_words, split_words, typed_words

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.batch import Outputs
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The autocast type of a recipe's ``precision``."""
+
 
 def run_under(dtype: torch.dtype | None, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
     """Return the network's answer under that autocast type, None for none, brought back to the dtype of ``x``."""

@@ -95,8 +95,8 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
     """Follow the step with all that learns from it, and write down, evaluate and save where that is due."""
     journal, checkpoints = session.journal, session.checkpoints
     progress = state.progress = state.progress.after(session.recipe.batch)
-    seed_draws(session.recipe.seed, progress.step)
-    session.plain.commit()
+    seed_draws(session.recipe.seed, progress.step)  # for the step that comes
+    session.unwrapped.commit()  # the losses' banks take in the global batch
     for average in session.averages.values():
         average.update()
     state.reason = session.stopping.due(progress) if progress.step < journal.total_steps else None
@@ -106,20 +106,22 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
     if saving or progress.epoch_ended or journal.due(progress):
         session.guard.check()
     journal.record(progress, rate, norm)
-    if progress.epoch_ended and session.loader.validates:
+    if progress.epoch_ended:
         validate(session, state)
     if saving:
         checkpoints.save(CheckpointState(progress, journal.length))
 
 
 def validate(session: Session, state: State) -> None:
-    """Evaluate the student, and keep its weights if they are the best so far."""
+    """Evaluate the student, if there are images for that, and keep its weights if they are the best so far."""
     with session.journal.pause(state.progress):
-        state.last = session.evaluate()
-    if state.last.top1 > state.best.top1:
-        state.best = Best(state.last.top1, state.progress.epoch)
+        last = state.last = session.evaluate()
+    if last is None:
+        return
+    if last.top1 > state.best.top1:
+        state.best = Best(last.top1, state.progress.epoch)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.evaluated(state.progress, {"top1": state.last.top1, "top5": state.last.top5})
+    session.journal.evaluated(state.progress, {"top1": last.top1, "top5": last.top5})
 
 
 def finish(session: Session, state: State) -> None:
@@ -130,12 +132,11 @@ def finish(session: Session, state: State) -> None:
         if state.reason == SIGNAL:
             mark_preempted(run.folder)
     if progress.step == session.journal.total_steps:
-        evaluate = session.evaluate if session.loader.validates else lambda: None
-        last = state.last or evaluate()  # there is none where the run was stopped before its result was written
+        last = state.last or session.evaluate()  # the first where a command ended between last step and result
         export(session.student, run.folder / STUDENT, accelerator)
         averaged, ema = None, session.averages.get("ema")
         if isinstance(ema, EMA):
-            averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, evaluate)
+            averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, session.evaluate)
         if accelerator.is_main_process:
             speed = session.journal.images_per_second
             write_result(run, session.parameters, last, state.best, averaged, speed)

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.batch import Progress
 from pipeline.benchmarks.measure import Measured, measure
-from pipeline.builders.student import build_loader
+from pipeline.builders.loader import build_loader
 from pipeline.builders.teacher import build_teacher, views_read
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader

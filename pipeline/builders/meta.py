@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.builders.student import AUTOCAST, Named, student_named
+from pipeline.builders.named import Named
+from pipeline.builders.student import student_named
 from pipeline.builders.teacher import teachers_named
 from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
@@ -26,6 +27,7 @@ from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, about
 from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.losses._base import Facts
+from pipeline.precision import AUTOCAST
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.cached import CachedTeacher
 from pipeline.teachers.config import Config

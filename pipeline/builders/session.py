@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline.batch import Batch, Progress
+from pipeline.builders.distiller import build_distiller
+from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.meta import image_flops
-from pipeline.builders.student import build_distiller, build_loader, training_splits, weights_layout
+from pipeline.builders.student import weights_layout
 from pipeline.builders.teacher import build_teacher
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
@@ -46,7 +48,7 @@ class Session:
     teacher: AnyTeacher | None
     distiller: nn.Module
     """As it is trained: wrapped by DDP or DeepSpeed."""
-    plain: Distiller
+    unwrapped: Distiller
     """The same without its wrapping."""
     parameters: int
     """Of the student."""
@@ -66,15 +68,17 @@ class Session:
     @property
     def student(self) -> FeatureTaps:
         """The student, without its wrapping."""
-        return self.plain.student
+        return self.unwrapped.student
 
     @property
     def timer(self) -> StepTimer:
         """The clock of a step's parts."""
         return self.journal.timer
 
-    def evaluate(self) -> Accuracy:
-        """Return the student's accuracy on the validation images."""
+    def evaluate(self) -> Accuracy | None:
+        """Return the student's accuracy on the validation images, None where there are none."""
+        if not self.loader.validates:
+            return None
         return evaluate(self.student, self.loader.validation(), self.accelerator)
 
     def micro_batches(self, state: State) -> Iterator[Batch]:
@@ -101,19 +105,19 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
     """Build what the run is made of, open its folder and restore its newest checkpoint; every rank calls it."""
     recipe = run.recipe
     accelerator = create_accelerator(recipe, launch, run.folder)
-    loader, teacher, plain = _build(run, launch, accelerator)
-    parameters = sum(parameter.numel() for parameter in plain.student.parameters())  # ZeRO-3 will leave none here
-    averages = _averages(recipe, plain.student, teacher)
+    loader, teacher, unwrapped = _build(run, launch, accelerator)
+    parameters = sum(parameter.numel() for parameter in unwrapped.student.parameters())  # ZeRO-3 will leave none here
+    averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)
     accelerator.wait_for_everyone()
 
-    distiller, optimizer = accelerator.prepare(plain, create_optimizer(recipe.optimizer, plain))
+    distiller, optimizer = accelerator.prepare(unwrapped, create_optimizer(recipe.optimizer, unwrapped))
     if recipe.compress:
-        compressed = plain.losses if recipe.compress == "auxiliary" else plain
+        compressed = unwrapped.losses if recipe.compress == "auxiliary" else unwrapped
         collectives.compress_gradients(distiller, compressed.parameters())
     allocate_momentum(optimizer)
-    checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, plain, optimizer, averages)
+    checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch)
     session = Session(
         run,
@@ -121,7 +125,7 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
         loader,
         teacher,
         distiller,
-        plain,
+        unwrapped,
         parameters,
         optimizer,
         averages,

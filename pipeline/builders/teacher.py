@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.builders.student import AUTOCAST, Named, finished, student_named
+from pipeline.builders.named import Named
+from pipeline.builders.student import student_named
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import pixels
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, about
 from pipeline.models.weights import is_file, load_weights, weights_sha256
+from pipeline.precision import AUTOCAST
+from pipeline.runs.dependencies import finished
 from pipeline.runs.files import STUDENT
 from pipeline.runs.identity import Run, differences
 from pipeline.teachers.average import EMATeacher

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline.data.config import Config
 from pipeline.data.pace import Pace
-from pipeline.data.requests import Request, cuda_index, place
+from pipeline.data.read_ahead import cuda_index
+from pipeline.data.requests import Request, place
 from shards.read import SplitReader
 
 RESIZE = "linear, antialiased"

@@ -17,7 +17,8 @@ from pipeline.batch import Batch, Progress
 from pipeline.data import augment, memory, synthetic
 from pipeline.data.config import Config
 from pipeline.data.pace import Pace, pace_of
-from pipeline.data.requests import Columns, Plan, Request, place, read_ahead
+from pipeline.data.read_ahead import read_ahead
+from pipeline.data.requests import Columns, Plan, Request, place
 from shards.manifest import Manifest
 from shards.read import SplitReader
 

@@ -8,12 +8,10 @@ Shape suffixes: B rows of a micro-batch. Boxes are (top, left, height, width) in
 from __future__ import annotations
 
 import mmap
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +26,6 @@ from shards.read import SplitReader
 Columns = Callable[[int], Mapping[str, NDArray]]
 """``columns(view)``: further arrays by name, with a row for every id; they may be memory-mapped."""
 
-T = TypeVar("T")
-
-CPU = torch.device("cpu")
 
 # A distant file system answers several reads in the time of one.
 _READS_AT_ONCE = 8
@@ -215,34 +210,6 @@ def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:
     # few the bytes are; a maximum of so few would not, and one of all of them is slow.
     for view in filter(len, views):
         view.take(np.arange(0, len(view) + _PAGE - 1, _PAGE), mode="clip")
-
-
-def read_ahead(items: Generator[T, None, None], depth: int, device: torch.device = CPU) -> Generator[T, None, None]:
-    """Yield ``items``, which a thread computes up to ``depth`` ahead; its exceptions are raised here.
-
-    Closing the generator ends the thread, after the item it is at, and closes ``items``. ``device`` is the one that the
-    thread makes pinned memory for.
-    """
-    end = object()
-    index = cuda_index(device)
-    # A new thread is at the first GPU, whichever its process is at, and would take memory there.
-    start = None if index is None else partial(torch.cuda.set_device, index)
-    worker = ThreadPoolExecutor(1, thread_name_prefix="read-ahead", initializer=start)
-    try:
-        ahead = deque(worker.submit(next, items, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(worker.submit(next, items, end))
-            yield item  # type: ignore[misc]  # the end is the one item that is no T
-    finally:
-        worker.shutdown(cancel_futures=True)
-        items.close()
-
-
-def cuda_index(device: torch.device) -> int | None:
-    """Return which GPU ``device`` is, by default this thread's; None where it is none."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def place(reader: SplitReader, row: int) -> str:

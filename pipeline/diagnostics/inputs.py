@@ -15,7 +15,7 @@ import torch
 import torchvision.models
 from PIL import Image
 
-from pipeline.builders.student import training_splits
+from pipeline.builders.loader import training_splits
 from pipeline.builders.teacher import teacher_places, views_read
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.data.config import Config

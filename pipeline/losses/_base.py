@@ -71,7 +71,7 @@ class Loss(nn.Module):
             return Taps()
 
     scope: ClassVar[Literal["sample", "statistics", "batch"]] = "sample"
-    """What it needs of other ranks: nothing; sums, through ``collectives``; or all rows, gathered by the Distiller."""
+    """What it needs of other ranks: nothing; sums, by ``collectives``; or all rows, which ``BatchLoss`` gathers."""
     needs_teacher: ClassVar[bool] = True
 
     def __init__(self, config: Config, facts: Facts) -> None:

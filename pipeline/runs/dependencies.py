@@ -86,3 +86,12 @@ def _status(command: list[str]) -> int:
     signals.listen()
     with subprocess.Popen(command) as process, signals.passed_on(process.terminate):
         return process.wait()
+
+
+def finished(run: Run | None) -> Run:
+    """Return the run. Raises RecipeError unless it is finished."""
+    if run is None:
+        raise RecipeError("a run that this one stands on is not known")
+    if run.result is None:
+        raise RecipeError(f"{run.folder} holds no finished run of {shown(run.path)}; make it: {run.command}")
+    return run

@@ -1,4 +1,4 @@
-"""What every entry point does before its own work: one-line errors, all cores, the promised Accelerator."""
+"""The promised Accelerator: a recipe's precision, accumulation, trackers and DDP, and every core for one process."""
 
 from __future__ import annotations
 

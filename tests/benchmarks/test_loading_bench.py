@@ -15,7 +15,7 @@ from pipeline.batch import Progress
 from pipeline.benchmarks import tune
 from pipeline.benchmarks.loader import measure_loading
 from pipeline.benchmarks.measure import Measured
-from pipeline.builders.student import build_loader
+from pipeline.builders.loader import build_loader
 from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.data.native import native_images
 from pipeline.data.pace import Pace, cores, kept_path

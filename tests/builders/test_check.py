@@ -14,7 +14,7 @@ from resolved import run_of
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.builders.student import build_distiller
+from pipeline.builders.distiller import build_distiller
 from pipeline.builders.summary import check
 from pipeline.config.compose import composed
 from pipeline.config.recipe import load_recipe

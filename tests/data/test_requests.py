@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from shard_factory import config_of
 
 from pipeline.batch import Progress
-from pipeline.data.requests import Plan, Request, _read_into_memory, read_ahead
+from pipeline.data.read_ahead import read_ahead
+from pipeline.data.requests import Plan, Request, _read_into_memory
 from shards.read import SplitReader
 
 quick = settings(

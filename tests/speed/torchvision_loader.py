@@ -31,7 +31,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as v2
 
 from pipeline.batch import Progress
-from pipeline.builders.student import build_loader
+from pipeline.builders.loader import build_loader
 from pipeline.config.arguments import own_words
 from pipeline.config.recipe import load_recipe
 from pipeline.data.config import Config

@@ -1,0 +1,37 @@
+"""From a run to its Distiller: the student with the losses, on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.builders.student import build_student, load_start, student_named
+from pipeline.data.loader import Loader
+from pipeline.distiller import Distiller
+from pipeline.losses._base import Facts
+from pipeline.precision import AUTOCAST
+from pipeline.runs.identity import Run
+from pipeline.teachers.cached import AnyTeacher
+
+
+def build_distiller(
+    run: Run, loader: Loader, teacher: AnyTeacher | None, device: torch.device, layout: torch.memory_format
+) -> Distiller:
+    """Return the student with the recipe's losses, on the device, its weights in that memory format."""
+    recipe, start = run.recipe, run.recipe.student.start
+    named = student_named(recipe.student, recipe.taps.student)
+    student = build_student(named, loader.num_classes, recipe.seed, layout)
+    if start is not None:
+        load_start(start, run.start, student, recipe.student.model)
+    facts = Facts(
+        num_classes=loader.num_classes,
+        student_shapes=named.probe(student, recipe.data.size),
+        teacher_shapes=teacher.shapes(recipe.data.size) if teacher else {},
+        id_count=loader.id_count,
+        labels_by_id=loader.labels_by_id,
+        teacher_norms=teacher.norms if teacher else {},
+        autocast=AUTOCAST[recipe.precision],
+    )
+    distiller = Distiller(student, recipe.losses, facts).to(device)
+    if recipe.student.compile:
+        student.compile(dynamic=False)  # in place: no key of the state dict changes, as a wrapper's would
+    return distiller.to(memory_format=layout)  # type: ignore[call-overload]

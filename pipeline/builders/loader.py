@@ -1,0 +1,38 @@
+"""From a recipe to this rank's loader."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.recipe import Recipe
+from pipeline.data.loader import Loader, create_loader
+from pipeline.distributed import collectives
+from pipeline.teachers.cached import AnyTeacher, CachedTeacher
+from shards.manifest import Manifest
+
+
+def build_loader(
+    recipe: Recipe,
+    manifest: Manifest,
+    device: torch.device,
+    splits: tuple[str, ...],
+    teacher: AnyTeacher | None = None,
+) -> Loader:
+    """Return this rank's loader of those splits, which reads ahead what a cached teacher answers with."""
+    return create_loader(
+        recipe.data,
+        batch=recipe.batch,
+        accumulation=recipe.accumulation,
+        seed=recipe.seed,
+        rank=collectives.rank(),
+        world=collectives.world_size(),
+        device=device,
+        columns=teacher.columns if isinstance(teacher, CachedTeacher) else None,
+        splits=splits,
+        manifest=manifest,
+    )
+
+
+def training_splits(manifest: Manifest) -> tuple[str, ...]:
+    """Return ``train`` and, where the shards have it, ``val``."""
+    return ("train", "val") if "val" in manifest.splits else ("train",)
