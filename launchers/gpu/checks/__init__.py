@@ -1,0 +1,55 @@
+"""One check a file: ``check(options, folder)`` returns ``passed``, ``title``, ``columns``, ``rows`` and ``notes``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Answer = dict[str, Any]
+
+
+def answer(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wrong: Sequence[str] = ()) -> Answer:
+    """Return what a check found; ``wrong`` says what it did not pass for."""
+    return {"passed": not wrong, "title": title, "columns": columns, "rows": rows, "notes": "; ".join(wrong)}
+
+
+def device() -> torch.device:
+    """Return where this process computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(folder: Path, *words: str) -> list[dict[str, Any]]:
+    """Train in this process as ``train.py`` does with those words and that run folder; return the journal's lines."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from pipeline import train
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a command begins with none
+    PartialState._reset_state()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*words, f"folder={folder}", "journal={every_steps: 1, trackers: []}", "compare=null"])
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def losses_of(lines: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the total loss of each step that was written down."""
+    return [line["total"] for line in lines if "total" in line]
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let torch take algorithms that repeat their bits; a GPU's libraries want CUBLAS_WORKSPACE_CONFIG for it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

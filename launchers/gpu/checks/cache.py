@@ -1,0 +1,37 @@
+"""A teacher's cache, written here, is whole, and training from it is training from the live teacher, to float16."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+from options import Options
+from stages import PAIR, cifar_words
+
+from checks import Answer, answer, losses_of, train
+from pipeline import cache_teacher
+
+LARGEST_DIFFERENCE = 1e-2
+
+
+def check(options: Options, folder: Path) -> Answer:
+    """Write two views, verify them, and compare a few steps."""
+    for name in ("cache", "live", "cached"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    batch = ["batch=16"] if options.rehearse else []
+    words = [f"{PAIR}/kd.yaml", *cifar_words(options, "kd"), *batch, "teacher.batch=16", "data.views=2"]
+    cached, printed = [*words, f"teacher.cache={folder / 'cache'}"], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for flags in ([], ["--verify"]):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState._reset_state()
+            cache_teacher.main([*flags, *cached])
+    steps = f"stop.steps={4 if options.rehearse else 20}"
+    live, ours = (losses_of(train(folder / name, *w, steps)) for name, w in (("live", words), ("cached", cached)))
+    difference = max(abs(a - b) / abs(a) for a, b in zip(live, ours, strict=True))
+    wrong = [] if difference <= LARGEST_DIFFERENCE else [f"cached differs from live by {difference:.1e}"]
+    rows = [["verified", printed.getvalue().splitlines()[-1]], ["largest difference of the loss", f"{difference:.1e}"]]
+    return answer("Teacher's cache", ["", ""], rows, wrong)

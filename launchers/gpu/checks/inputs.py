@@ -1,0 +1,86 @@
+"""What the other stages read, as far as it was not given: shards and weights, drawn."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from options import Options
+from PIL import Image
+
+from checks import Answer, answer
+from pipeline.models import create_model
+from shards.manifest import Manifest, Split, read_manifest, write_manifest
+from shards.write import ShardWriter, write_samples
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def check(options: Options, _: Path) -> Answer:
+    """Draw what is missing, and say what there is."""
+    options.inputs.mkdir(parents=True, exist_ok=True)
+    few = options.rehearse
+    if options.cifar is None:
+        draw(options.inputs / "cifar", 128 if few else 10_000, 32 if few else 2_000, 32)
+    draw(options.inputs / "demo", 100 if few else 5_000, 50 if few else 1_000, 64)
+    write_shards(options.inputs / "imagenet", 1000, 64 if few else 2_048, (64, 64))
+    if options.jpegs is None:
+        write_shards(options.inputs / "jpegs", 20, 32 if few else 256, (500, 375))
+    classes = {
+        "resnet56": ("cifar_resnet56", options.cifar_shards),
+        "resnet50": ("resnet50", options.inputs / "imagenet"),
+    }
+    classes["demo_teacher"] = ("cifar_resnet20", options.inputs / "demo")
+    for name, (model, shards) in classes.items():
+        if not (options.inputs / f"{name}.pt").is_file():
+            write_weights(options.inputs / f"{name}.pt", model, read_manifest(shards).num_classes)
+    rows = [["CIFAR-100", str(options.cifar or "drawn")], ["its teacher", str(options.weights or "drawn")]]
+    return answer("Inputs", ["", "from"], [*rows, ["JPEGs", str(options.jpegs or "drawn")]])
+
+
+def draw(folder: Path, train: int, val: int, size: int) -> None:
+    """Write a drawn classification task, if it is not there."""
+    words = [str(folder), "--train", str(train), "--val", str(val), "--size", str(size)]
+    subprocess.run([sys.executable, str(ROOT / "shards" / "prepare_demo.py"), *words], check=True)
+
+
+def write_weights(path: Path, model: str, classes: int) -> None:
+    """Write a network's first weights, with BatchNorm statistics that fit noise."""
+    torch.manual_seed(0)
+    network = create_model(model, classes)
+    network(torch.randn(16, 3, 64, 64))
+    torch.save(network.state_dict(), path)
+
+
+def write_shards(folder: Path, classes: int, samples: int, side: tuple[int, int]) -> None:
+    """Write a training and a validation split of as many JPEGs of noise, if they are not there."""
+    if (folder / "manifest.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    names = tuple(f"class{number}" for number in range(classes))
+    counts = {"train": samples, "val": max(samples // 8, 8)}
+    splits = {split: _write_split(folder, split, count, classes, side) for split, count in counts.items()}
+    write_manifest(folder, Manifest("half_hour", "jpg", names, splits=splits))
+
+
+def _write_split(folder: Path, split: str, count: int, classes: int, side: tuple[int, int]) -> Split:
+    rng = np.random.default_rng(count)
+    images = [_jpeg(rng, side) for _ in range(min(count, 8))]
+    with ShardWriter(folder / f"{split}-000000.tar", "jpg") as writer:
+        for number in range(count):
+            writer.add(number, number % classes, images[number % len(images)], *side)
+        shard, table = writer.close()
+    table, sha256 = write_samples(folder, split, [table])
+    return Split(split, count, count, (shard,), sha256, *side)
+
+
+def _jpeg(rng: np.random.Generator, side: tuple[int, int]) -> bytes:
+    """Return a smooth image, as photographs are, encoded."""
+    coarse = rng.integers(0, 255, (side[1] // 16 + 1, side[0] // 16 + 1, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,0 +1,83 @@
+"""Every method in every precision: it trains, its loss stays finite, and no step waits for the GPU."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from options import Options
+from stages import PAIR, ROOT, cifar_words
+
+from checks import Answer, answer, device, losses_of, train
+
+STEPS = 12
+
+
+def check(options: Options, folder: Path) -> Answer:
+    """Train a few steps of each, and return its milliseconds a step."""
+    on_gpu = device().type == "cuda"
+    precisions = ("fp32", "bf16", "fp16") if on_gpu else ("fp32",)
+    methods = ["ce", "kd", "ddkd"] if options.rehearse else _methods()
+    rows, wrong = [], []
+    for method in methods:
+        cells = []
+        for precision in precisions:
+            try:
+                cells.append(_milliseconds(options, folder / "run", method, precision, on_gpu))
+            except Exception as error:
+                wrong.append(f"{method} {precision}: {' '.join(str(error).split())[:160]}")
+                cells.append("failed")
+        rows.append([method, *cells])
+    batch = 16 if options.rehearse else 64
+    title = f"Milliseconds a step of every method, ResNet-56 → ResNet-20, B {batch}"
+    return answer(title, ["method", *precisions], rows, wrong)
+
+
+def _methods() -> list[str]:
+    """Return the rows of the pair that need no cache and no earlier run."""
+    names = [path.stem for path in sorted((ROOT / PAIR).glob("*.yaml"))]
+    return [name for name in names if name not in ("pair", "ab") and not name.endswith("_cached")]
+
+
+def _milliseconds(options: Options, run: Path, method: str, precision: str, strict: bool) -> str:
+    shutil.rmtree(run, ignore_errors=True)
+    batch = ["batch=16"] if options.rehearse else []
+    words = [f"{PAIR}/{method}.yaml", *cifar_words(options, method), f"precision={precision}", *batch]
+    with _no_waiting() if strict else mock.MagicMock():
+        lines = train(run, *words, f"stop.steps={4 if options.rehearse else STEPS}", "checkpoints.every_epochs=0")
+    if not all(map(math.isfinite, losses_of(lines))):
+        raise ValueError("the loss is not finite")
+    steps = [sum(line["timing"]["milliseconds"].values()) for line in lines if "timing" in line]
+    return f"{sorted(steps[2:])[len(steps[2:]) // 2]:.2f}"
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Let torch raise where a forward, backward or update has the host wait for the GPU, from the third step on."""
+    from pipeline import train as module
+
+    forward_backward, update, calls = module.forward_backward, module.update, 0
+
+    def strict(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error" if calls > 2 else "default")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return strict(forward_backward)(*args)
+
+    with mock.patch.object(module, "forward_backward", counted), mock.patch.object(module, "update", strict(update)):
+        yield

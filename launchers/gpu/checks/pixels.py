@@ -1,0 +1,53 @@
+"""A sample's pixels do not depend on its batch; and a GPU's are nearly a CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from options import Options
+
+from checks import Answer, answer, device
+from pipeline.data.config import Config
+from pipeline.data.loader import create_loader
+
+LARGEST_MEAN_DIFFERENCE = 0.5
+"""Of 255, of an image."""
+
+
+def check(options: Options, _: Path) -> Answer:
+    """Decode the same images in three orders and batch sizes, and on the CPU."""
+    config = Config(
+        path=str(options.jpeg_shards), size=64 if options.rehearse else 224, mean=(0, 0, 0), std=(1 / 255,) * 3
+    )
+    rng = np.random.default_rng(0)
+    first = _decode(config, device(), 8, None)
+    rows, wrong = [], []
+    for batch, order in ((8, rng), (3, rng), (16, None)):
+        other = _decode(config, device(), batch, order)
+        difference = (other - first).abs().max().item()
+        rows.append([f"batches of {batch}, {'shuffled' if order else 'in order'}", f"{difference:.3g}", ""])
+        if difference:
+            wrong.append(f"pixels follow from the batch: {difference:.3g} of 255")
+    if device().type == "cuda":
+        change = (_decode(config, torch.device("cpu"), 8, None) - first).abs()
+        mean = change.mean((1, 2, 3)).max().item()
+        rows.append(["the CPU's decoder", f"{change.max().item():.3g}", f"{mean:.3g}"])
+        if mean > LARGEST_MEAN_DIFFERENCE:
+            wrong.append(f"an image differs from the CPU's by {mean:.2f} of 255 in the mean")
+    return answer("Pixels, of 255", ["against batches of 8", "largest difference", "largest mean"], rows, wrong)
+
+
+def _decode(config: Config, device: torch.device, batch: int, rng: np.random.Generator | None) -> torch.Tensor:
+    """Return the training images of view 0 on the CPU, by their place in storage, decoded in that order."""
+    loader = create_loader(
+        config, batch=batch, accumulation=1, seed=0, rank=0, world=1, device=device, splits=("train",)
+    )
+    count = min(len(loader.plan.readers["train"].samples), 256)
+    rows = np.arange(count) if rng is None else rng.permutation(count)
+    parts = [rows[start : start + batch] for start in range(0, count, batch)]
+    images = torch.empty(count, 3, config.size, config.size)
+    for part, found in zip(parts, loader.looks((part, 0) for part in parts), strict=True):
+        images[part] = found.images_BCHW.float().cpu()
+    return images

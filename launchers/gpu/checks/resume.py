@@ -1,0 +1,35 @@
+"""A run that was stopped ends in the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from options import Options
+from stages import PAIR, cifar_words
+
+from checks import Answer, answer, deterministic, losses_of, train
+
+
+def check(options: Options, folder: Path) -> Answer:
+    """Train each method whole, and stopped in the middle and continued."""
+    rows, wrong = [], []
+    half, steps = options.steps // 2 + 1, options.steps
+    with deterministic():
+        for method in ("kd",) if options.rehearse else ("kd", "ddkd"):
+            batch = ["batch=16"] if options.rehearse else []
+            words = [f"{PAIR}/{method}.yaml", *cifar_words(options, method), *batch]
+            for name in ("whole", "stopped"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            whole = losses_of(train(folder / "whole", *words, f"stop.steps={steps}"))
+            train(folder / "stopped", *words, f"stop.steps={half}")
+            stopped = losses_of(train(folder / "stopped", *words, f"stop.steps={steps}"))
+            weights = [_saved(folder / name, steps) for name in ("whole", "stopped")]
+            same = whole == stopped and weights[0] == weights[1]
+            rows.append([method, f"{half} of {steps}", "equal" if same else "differ"])
+            wrong += [] if same else [f"{method}: a resumed run differs"]
+    return answer("Resumed against whole", ["method", "stopped after", "losses and weights"], rows, wrong)
+
+
+def _saved(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / f"step-{step}" / "distiller.safetensors").read_bytes()

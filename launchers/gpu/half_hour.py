@@ -1,0 +1,68 @@
+"""Half an hour on a new GPU: does the pipeline run there, is it right, how quick is it, and cells of the tables.
+
+    python launchers/gpu/half_hour.py 1                       does it run, is it right
+    python launchers/gpu/half_hour.py 2                       how quick it is
+    python launchers/gpu/half_hour.py 3                       cells of CIFAR-100's tables
+    python launchers/gpu/half_hour.py 1 2 3 --rehearse        all of it cut to a few steps, on any machine
+
+Own words: ``out=runs/half_hour``; ``minutes=8.5``, the longest that each of the three may take; ``cifar=FOLDER``,
+shards of CIFAR-100, and ``weights=FILE``, a ResNet-56 that knows them; ``jpegs=FOLDER``, shards of real photographs.
+What is not given is drawn: enough to see that it runs and how quick it is.
+
+A stage is a process of its own with a time limit, and cannot stop the next. Its result is on disk before the next
+begins; the same command goes on where it was stopped, and skips what has passed. ``out/summary.md`` says how each
+ended, ``out/benchmarks.md`` holds the tables for BENCHMARKS.md, ``out/cells.yaml`` the lines for
+``configs/tables.yaml``. Exit code 1 if a stage failed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from options import Options, read_options
+from report import write_reports
+from stages import Stage, stages_of
+from supervise import FAILED, Result, read_result, run_stage
+
+from pipeline.cli import entry
+
+LEAST = 20.0
+"""Seconds that must be left for a stage to begin."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the stages of the commands that are named, and write the reports."""
+    options = read_options(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for command in options.commands:
+        results += run_command(command, stages_of(command, options), options)
+    if any(result.status == FAILED for result in results):
+        sys.exit(1)
+
+
+def run_command(command: int, stages: Sequence[Stage], options: Options) -> list[Result]:
+    """Run the stages one after the other, those that have passed left out, within the command's minutes."""
+    deadline = time.monotonic() + 60 * options.minutes
+    results = []
+    for number, stage in enumerate(stages, 1):
+        folder = options.out / f"{command}{number:02d}-{stage.name}"
+        left = deadline - time.monotonic()
+        result = read_result(folder)
+        if result is None or not result.passed:
+            result = run_stage(stage, folder, min(stage.seconds, left)) if left >= LEAST else Result.out_of_time(stage)
+        print(result, flush=True)
+        results.append(result)
+        write_reports(options.out, options.cifar is not None)
+    return results
+
+
+if __name__ == "__main__":
+    entry(main)

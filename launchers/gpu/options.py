@@ -1,0 +1,85 @@
+"""What the command line of the half hour says, handed to every check as ``options.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+
+from pipeline.errors import RecipeError
+
+FILE = "options.json"
+
+
+class Options(BaseModel):
+    """The words, and how large everything is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    commands: Annotated[tuple[int, ...], Field(min_length=1)]
+    rehearse: bool = False
+    out: Path = Path("runs/half_hour")
+    minutes: PositiveFloat = 8.5
+    cifar: Path | None = None
+    weights: Path | None = None
+    jpegs: Path | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of a short run."""
+        return 4 if self.rehearse else 60
+
+    @property
+    def imagenet_batch(self) -> int:
+        """Images of ImageNet's size in a batch."""
+        return 4 if self.rehearse else 256
+
+    @property
+    def imagenet_size(self) -> int:
+        """Their side in pixels."""
+        return 64 if self.rehearse else 224
+
+    @property
+    def inputs(self) -> Path:
+        """Where what was drawn lies."""
+        return self.out / "inputs"
+
+    @property
+    def cifar_shards(self) -> Path:
+        """Shards of images of 32 pixels."""
+        return self.cifar or self.inputs / "cifar"
+
+    @property
+    def jpeg_shards(self) -> Path:
+        """Shards of JPEGs of many sizes."""
+        return self.jpegs or self.inputs / "jpegs"
+
+
+def read_options(words: Sequence[str]) -> Options:
+    """Return the options of a command line, and write them for the checks. Raises RecipeError."""
+    commands = [int(word) for word in words if word in ("1", "2", "3")]
+    given: dict[str, Any] = {
+        key: yaml.safe_load(text) for key, _, text in (w.partition("=") for w in words if "=" in w)
+    }
+    stray = [word for word in words if "=" not in word and word not in ("1", "2", "3", "--rehearse")]
+    if stray or not commands:
+        raise RecipeError(f"command line: name the commands to run, 1, 2 or 3{f', not {stray[0]}' if stray else ''}")
+    try:
+        options = Options(commands=tuple(commands), rehearse="--rehearse" in words, **given)
+    except (ValidationError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": [""], "msg": str(error)}
+        raise RecipeError(f"command line: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    paths = {key: path.resolve() for key in ("out", "cifar", "weights", "jpegs") if (path := getattr(options, key))}
+    options = options.model_copy(update=paths)  # stages run in folders of their own
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / FILE).write_text(options.model_dump_json())
+    return options
+
+
+def load_options(out: Path) -> Options:
+    """Return the options that ``read_options`` wrote."""
+    return Options.model_validate(json.loads((out / FILE).read_text()))

@@ -1,0 +1,120 @@
+"""What the half hour leaves to read: how each stage ended, tables for BENCHMARKS.md, cells for the tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from supervise import Result, read_result
+
+from pipeline.benchmarks.record import Record
+from shards.manifest import write_atomically
+
+
+def write_reports(out: Path, is_cifar: bool) -> None:
+    """Write ``summary.md``, ``benchmarks.md`` and ``cells.yaml`` anew, from what lies below ``out``."""
+    folders = sorted(path for path in out.glob("[123][0-9][0-9]-*") if path.is_dir())
+    results = [result for result in map(read_result, folders) if result is not None]
+    _write(out / "summary.md", summary(results))
+    _write(out / "benchmarks.md", benchmarks(out / "records", results))
+    _write(out / "cells.yaml", cells(out, is_cifar))
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
+
+
+def summary(results: Iterable[Result]) -> str:
+    """Return a line for each stage, and what went wrong under it."""
+    rows = [[r.name, r.status, f"{r.seconds:.0f}", r.reason.replace("|", "/")] for r in results]
+    return "# Half an hour on this machine\n\n" + table(["stage", "", "seconds", "why"], rows)
+
+
+def benchmarks(records: Path, results: Iterable[Result]) -> str:
+    """Return the tables of the checks and of the benchmarks' records."""
+    parts = [
+        f"## {r.answer['title']}\n\n{table(r.answer['columns'], r.answer['rows'])}"
+        for r in results
+        if r.answer.get("columns")
+    ]
+    kept = [Record.model_validate_json(path.read_bytes()) for path in sorted(records.glob("*.json"))]
+    steps = [record for record in kept if record.what == "step"]
+    if steps:
+        parts.append(f"## A step\n\n{_where(steps[0])}\n\n{steps_table(steps)}")
+    others = [record for record in kept if record.what != "step"]
+    parts += [f"## {each.what} of `{each.recipe}`\n\n{record_table(each)}" for each in others]
+    return "\n".join(parts)
+
+
+def _where(record: Record) -> str:
+    machine, versions = record.machine, record.versions
+    changed = ", uncommitted changes" if versions.get("uncommitted_changes") else ""
+    what = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
+    repeats = len(record.measured[0].seconds)
+    return f"{what}, commit {str(versions.get('commit'))[:7]}{changed}; medians and ranges of {repeats} repeats."
+
+
+def steps_table(records: list[Record]) -> str:
+    """Return a row for each record of a step: time, images, ratio to the first of its size, shares of its parts."""
+    first: dict[tuple[int, int], float] = {}
+    parts = list(dict.fromkeys(each.name for record in records for each in record.measured[1:]))
+    rows = []
+    for record in records:
+        whole, batch = record.measured[0], record.resolved["batch"]
+        key = (batch, record.resolved["data"]["size"])
+        middle, least, most = whole.milliseconds
+        first.setdefault(key, middle)
+        shares = record.shares()
+        own = [f"{shares[name]:.0%}" if name in shares else "" for name in parts]
+        ratio = f"{middle / first[key]:.2f}"
+        rows.append(
+            [
+                _title(record),
+                batch,
+                f"{middle:.2f} ({least:.2f}–{most:.2f})",
+                f"{whole.images_per_second:,.0f}",
+                ratio,
+                *own,
+            ]
+        )
+    return table(["recipe", "B", "ms a step", "images/s", "÷ the first of its size", *parts], rows)
+
+
+def _title(record: Record) -> str:
+    compiled = [word.partition("=")[0] for word in record.words if ".compile=true" in word]
+    return " ".join([f"`{record.recipe}`", record.resolved["precision"], *compiled])
+
+
+def record_table(record: Record) -> str:
+    """Return a row for everything that was measured."""
+    counted = list(dict.fromkeys(name for each in record.measured for name in each.counts))
+    rows = []
+    for each in record.measured:
+        middle, least, most = each.milliseconds
+        rate = f"{each.images_per_second:,.0f}" if each.images else ""
+        counts = [f"{each.counts[name]:,}" if name in each.counts else "" for name in counted]
+        rows.append([each.name, f"{middle:.3f} ({least:.3f}–{most:.3f})", rate, *counts])
+    return table(["", "ms", "images/s", *counted], rows)
+
+
+def cells(out: Path, is_cifar: bool) -> str:
+    """Return the lines of ``measured:`` in configs/tables.yaml, of finished runs; for drawn data as comments."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in sorted(out.glob("runs/cifar100/*/*/seed-*/result.json")):
+        result = json.loads(path.read_text())
+        found.setdefault("/".join(("cifar100", *path.parts[-4:-2])), []).append((result["top1"], result["best_top1"]))
+    lines = ["# Last epoch (best epoch), means over seeds."]
+    lines += [] if is_cifar else ["# Of drawn images: these are no cells of CIFAR-100's tables."]
+    for name, tops in found.items():
+        last, best = (sum(column) / len(tops) for column in zip(*tops, strict=True))
+        lines.append(f"{'' if is_cifar else '# '}{name}: {last:.2f} ({best:.2f}), {len(tops)} seeds")
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """Return a Markdown table."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *map(list, rows)]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)

@@ -1,0 +1,131 @@
+"""The stages of the three commands: what each runs, and how long it may take."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from options import Options
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR, IMAGENET = "configs/cifar100/resnet56_resnet20", "configs/imagenet/r50_mbv1"
+METHODS = ("ce", "kd", "dkd", "perception", "ddkd")
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and its limit; ``{folder}`` in a word is where its result lies."""
+
+    name: str
+    seconds: float
+    words: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where it runs; None is the current folder."""
+
+    @property
+    def shown(self) -> str:
+        """The command as a reader would type it."""
+        return shlex.join(["python", *self.words[1:]]) if self.words[0] == sys.executable else shlex.join(self.words)
+
+
+def stages_of(command: int, options: Options) -> list[Stage]:
+    """Return the stages of a command, in their order."""
+    return {1: _right, 2: _quick, 3: _cells}[command](options)
+
+
+def _check(name: str, seconds: float, options: Options, **environment: str) -> Stage:
+    script = str(ROOT / "launchers" / "gpu" / "check.py")
+    return Stage(name, seconds, (sys.executable, script, name, str(options.out), "{folder}"), environment)
+
+
+def _pipeline(name: str, seconds: float, script: str, *words: str) -> Stage:
+    return Stage(name, seconds, (sys.executable, str(ROOT / "pipeline" / script), *words))
+
+
+def _right(options: Options) -> list[Stage]:
+    """Does it run, is it right."""
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests"))
+    return [
+        _check("inputs", 120, options),
+        _check("machine", 30, options),
+        _pipeline("doctor", 60, "doctor.py"),
+        Stage("gpu-tests", 150, (sys.executable, *tests)),
+        _pipeline(
+            "demo", 120, "train.py", f"stop.steps={options.steps}", f"folder={options.out}/demo", *_demo(options)
+        ),
+        _check("methods", 150, options),
+        _check("memory", 60, options),
+        _check("teacher", 60, options),
+        _check("losses", 60, options),
+        _check("pixels", 60, options),
+        _check("resume", 90, options, **DETERMINISTIC),
+        _check("cache", 60, options),
+    ]
+
+
+def _demo(options: Options) -> list[str]:
+    """Return what makes the demo a single run: its teacher and its baseline would take minutes."""
+    weights = options.inputs / "demo_teacher.pt"
+    return [
+        "compare=null",
+        f"data.path={options.inputs / 'demo'}",
+        f"teacher={{recipe: null, model: cifar_resnet20, weights: {weights}}}",
+    ]
+
+
+def cifar_words(options: Options, method: str) -> list[str]:
+    """Return the overrides with which a row of the CIFAR pair runs here."""
+    words = [f"data.path={options.cifar_shards}"]
+    if method != "ce":
+        weights = options.weights or options.inputs / "resnet56.pt"
+        words += [f"teacher={{recipe: null, model: cifar_resnet56, weights: {weights}}}"]
+    return words
+
+
+def imagenet_words(options: Options, method: str) -> list[str]:
+    """Return the overrides with which a row of ImageNet's pair runs here, on noise."""
+    words = [f"data.path={options.inputs / 'imagenet'}", "data.loader=synthetic"]
+    words += [f"data.size={options.imagenet_size}", f"batch={options.imagenet_batch}"]
+    if method != "ce":
+        words += [f"teacher.weights={options.inputs / 'resnet50.pt'}", "teacher.expect_top1=null"]
+    return words
+
+
+def _quick(options: Options) -> list[Stage]:
+    """How quick it is."""
+    records = f"out={options.out}/records"
+    how = ["repeats=2", "steps=2", "warmup=1"] if options.rehearse else ["repeats=7", "steps=20", "warmup=5"]
+    small = ("ce", "kd") if options.rehearse else METHODS
+
+    def bench(name: str, seconds: float, what: str, recipe: str, *words: str) -> Stage:
+        return _pipeline(name, seconds, "bench.py", what, f"{recipe}.yaml", *words, records, *how)
+
+    stages = [bench(f"cifar-{m}", 40, "step", f"{PAIR}/{m}", *cifar_words(options, m)) for m in small]
+    stages += [bench(f"imagenet-{m}", 60, "step", f"{IMAGENET}/{m}", *imagenet_words(options, m)) for m in small]
+    for key in ("student.compile", "teacher.compile", "losses.ddkd.diffusion.compile"):
+        name = f"ddkd-{key.split('.')[-2]}-compiled"
+        words = [*imagenet_words(options, "ddkd"), f"{key}=true"]
+        stages += [] if options.rehearse else [bench(name, 120, "step", f"{IMAGENET}/ddkd", *words)]
+    losses = "kd" if options.rehearse else "ddkd"
+    stages += [bench(f"losses-{losses}", 60, "losses", f"{IMAGENET}/{losses}", *imagenet_words(options, losses))]
+    loader = [f"data.path={options.jpeg_shards}", f"batch={8 if options.rehearse else 128}", "data.resize=null"]
+    return [*stages, bench("loader", 60, "loader", f"{IMAGENET}/ce", *loader)]
+
+
+def _cells(options: Options) -> list[Stage]:
+    """Cells of CIFAR-100's tables: three methods, as many seeds as there is time for."""
+    methods = ("kd",) if options.rehearse else ("kd", "dkd", "perception")
+    recipes = [str(ROOT / PAIR / f"{method}.yaml") for method in methods]
+    words = [*cifar_words(options, "kd"), "checkpoints.every_epochs=60", "journal={every_steps: 781, trackers: []}"]
+    words += (
+        ["epochs=1", "batch=16"]
+        if options.rehearse
+        else [f"stop.minutes={options.minutes - 0.5}", "data.validation_batch=2000"]
+    )
+    seeds, jobs = ("0", "1") if options.rehearse else ("0,1,2", "6")
+    stage = _pipeline("cells", 60 * options.minutes, "compare.py", *recipes, f"seeds={seeds}", f"jobs={jobs}", *words)
+    return [replace(stage, folder=options.out)]

@@ -1,0 +1,109 @@
+"""A stage as a process with a time limit, and its result as a file that is on disk before the next stage begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages import Stage
+
+from shards.manifest import write_atomically
+
+PASSED, FAILED, LATE = "passed", "FAILED", "no time"
+RESULT, ANSWER, LOG = "result.json", "answer.json", "log.txt"
+MERCY = 10.0
+"""Seconds that a stage has to end by itself once its time is over."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a stage ended."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+    command: str = ""
+    answer: dict[str, Any] = field(default_factory=dict)
+    """What a check found: ``passed``, ``title``, ``columns``, ``rows``, ``notes``."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it need not run again."""
+        return self.status == PASSED
+
+    def __str__(self) -> str:
+        return f"{self.status:<8}{self.seconds:6.1f} s  {self.name:<22}{self.reason}".rstrip()
+
+    @classmethod
+    def out_of_time(cls, stage: Stage) -> Result:
+        """Return that the command's minutes were over before the stage could begin."""
+        return cls(stage.name, LATE, reason="the same command goes on here", command=stage.shown)
+
+
+def run_stage(stage: Stage, folder: Path, seconds: float) -> Result:
+    """Run the stage for at most that long, and write down how it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ANSWER).unlink(missing_ok=True)
+    began = time.monotonic()
+    with (folder / LOG).open("wb") as log:
+        words = [word.replace("{folder}", str(folder)) for word in stage.words]
+        environment = {**os.environ, **stage.environment}
+        process = subprocess.Popen(
+            words,
+            cwd=stage.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+    answer = json.loads((folder / ANSWER).read_text()) if (folder / ANSWER).is_file() else {}
+    spent = round(time.monotonic() - began, 1)
+    reason = _reason(status, seconds, answer, folder / LOG)
+    result = Result(stage.name, FAILED if reason else PASSED, spent, reason, stage.shown, answer)
+    write_atomically(folder / RESULT, (json.dumps(asdict(result), indent=1) + "\n").encode())
+    return result
+
+
+def read_result(folder: Path) -> Result | None:
+    """Return how a stage ended; None if it did not."""
+    path = folder / RESULT
+    return Result(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the stage with all that it has started; a run in it saves meanwhile."""
+    for number, patience in ((signal.SIGTERM, MERCY), (signal.SIGKILL, MERCY)):
+        if process.poll() is not None and number == signal.SIGTERM:
+            return
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _reason(status: int | None, seconds: float, answer: dict[str, Any], log: Path) -> str:
+    """Return what went wrong; nothing if all is well."""
+    if status is None:
+        return f"not over after {seconds:.0f} s"
+    if status:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"exit code {status}: {lines[-1][:200] if lines else 'it said nothing'}"
+    return "" if answer.get("passed", True) else str(answer.get("notes", "see its table"))

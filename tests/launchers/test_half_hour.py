@@ -1,0 +1,147 @@
+"""``launchers/gpu/half_hour.py``: stages that fail, hang or are stopped, and what is left to read afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from pipeline.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = ROOT / "launchers" / "gpu"
+SCRIPT = GPU / "half_hour.py"
+MODULES = ("half_hour", "options", "report", "stages", "supervise", "checks")
+
+
+@pytest.fixture
+def half_hour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script as a module, in a folder of its own."""
+    monkeypatch.syspath_prepend(str(GPU))
+    monkeypatch.chdir(tmp_path)
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import half_hour
+
+    return half_hour
+
+
+Staged = Callable[..., None]
+
+
+@pytest.fixture
+def staged(half_hour: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Staged:
+    """``staged(name="Python code", …)`` are the stages of command 1, of at most three seconds each."""
+    from stages import Stage
+
+    def define(**codes: str) -> None:
+        stages = [Stage(name, 3.0, (sys.executable, "-c", code, "{folder}")) for name, code in codes.items()]
+        monkeypatch.setattr(half_hour, "stages_of", lambda command, options: stages)
+
+    return define
+
+
+def ended(half_hour: ModuleType, *words: str) -> int:
+    try:
+        half_hour.main(["1", *words])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def statuses(out: Path = Path("runs/half_hour")) -> dict[str, str]:
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
+    return {result["name"]: result["status"] for result in results}
+
+
+ANSWER = (
+    "import json, pathlib, sys; pathlib.Path(sys.argv[1], 'answer.json').write_text(json.dumps("
+    "{'passed': %s, 'title': 'Pixels', 'columns': ['a', 'b'], 'rows': [['x', 1]], 'notes': 'they differ'}))"
+)
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(half_hour: ModuleType, staged: Staged):
+    hangs = "import subprocess, time; subprocess.Popen(['sleep', '77777']); time.sleep(60)"
+    staged(good="print('fine')", broken="raise SystemExit('it broke')", hanging=hangs, last="print('still here')")
+    assert ended(half_hour) == 1
+    assert statuses() == {"good": "passed", "broken": "FAILED", "hanging": "FAILED", "last": "passed"}
+    summary = Path("runs/half_hour/summary.md").read_text()
+    assert "exit code 1: it broke" in summary
+    assert "not over after 3 s" in summary
+    assert "77777" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_what_has_passed_is_not_run_again_and_what_has_not_is(half_hour: ModuleType, staged: Staged):
+    once = "import pathlib; pathlib.Path('ran').open('a').write('x')"
+    staged(first=once, second="import pathlib; raise SystemExit(not pathlib.Path('mended').exists())")
+    assert ended(half_hour) == 1
+    Path("mended").touch()
+    assert ended(half_hour) == 0
+    assert Path("ran").read_text() == "x"
+    assert statuses() == {"first": "passed", "second": "passed"}
+
+
+def test_a_check_that_finds_something_wrong_fails_with_its_table(half_hour: ModuleType, staged: Staged):
+    staged(right=ANSWER % True, wrong=ANSWER % False)
+    assert ended(half_hour) == 1
+    assert statuses() == {"right": "passed", "wrong": "FAILED"}
+    assert "| wrong | FAILED |" in Path("runs/half_hour/summary.md").read_text()
+    assert "they differ" in Path("runs/half_hour/summary.md").read_text()
+    assert (
+        Path("runs/half_hour/benchmarks.md").read_text().count("## Pixels\n\n| a | b |\n| --- | --- |\n| x | 1 |") == 2
+    )
+
+
+def test_no_stage_begins_when_the_minutes_are_over(half_hour: ModuleType, staged: Staged):
+    staged(first="print('too late')")
+    assert ended(half_hour, "minutes=0.1") == 0
+    assert statuses() == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "name the commands to run, 1, 2 or 3"),
+        (["4"], "not 4"),
+        (["1", "minuts=3"], "minuts: Extra inputs are not permitted"),
+        (["1", "minutes=-1"], "minutes: Input should be greater than 0"),
+    ],
+)
+def test_words_that_mean_nothing_are_one_line(half_hour: ModuleType, words: list[str], told: str):
+    with pytest.raises(RecipeError) as caught:
+        half_hour.main(words)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_finished_cells_are_lines_of_the_tables(half_hour: ModuleType):
+    from report import cells
+
+    for seed, (last, best) in enumerate([(70.0, 70.5), (71.0, 71.25)]):
+        folder = Path(f"out/runs/cifar100/resnet56_resnet20/kd/seed-{seed}")
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"top1": last, "best_top1": best}))
+    assert yaml.safe_load(cells(Path("out"), True)) == {"cifar100/resnet56_resnet20/kd": "70.50 (70.88), 2 seeds"}
+    assert yaml.safe_load(cells(Path("out"), False)) is None  # drawn images are no CIFAR-100
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(900)
+def test_all_of_it_is_rehearsed_on_this_machine(tmp_path: Path):
+    began = time.monotonic()
+    command = [sys.executable, str(SCRIPT), "1", "2", "3", "--rehearse", f"out={tmp_path}/out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(f"rehearsed in {time.monotonic() - began:.0f} s")
+    assert set(statuses(tmp_path / "out").values()) == {"passed"}
+    tables = (tmp_path / "out" / "benchmarks.md").read_text()
+    for title in ("## Machine", "## Milliseconds a step of every method", "## Losses against float64", "## A step"):
+        assert title in tables
+    assert "# cifar100/resnet56_resnet20/kd: " in (tmp_path / "out" / "cells.yaml").read_text()
