@@ -1,5 +1,5 @@
 # A list of commands; .ci/run is made of them.
-.PHONY: install lint types test everything quick timings long demo format
+.PHONY: install lint types test everything quick timings long oldest demo format
 
 install:
 	launchers/uv sync --quiet --compile-bytecode
@@ -24,6 +24,10 @@ quick:
 # The thirty slowest tests, alone on the machine.
 timings:
 	launchers/uv run pytest -q --durations=30
+
+# What torch's own host code decides, with the oldest torch that pyproject.toml promises, in an environment of its own.
+oldest:
+	launchers/uv run --isolated --with "torch==2.11.*" --with "torchvision==0.26.*" pytest -q --endurance tests/nullgpu tests/diffusion
 
 # What CI leaves out.
 long:

@@ -1,0 +1,111 @@
+"""What torch does on the host of a GPU: seen with one that computes nothing, so that no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import null_gpu
+import pytest
+import torch
+from safetensors.torch import save_file
+from shard_factory import NUM_CLASSES, draw_samples, write_shards
+
+from pipeline.models import create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = ROOT / "configs" / "cifar100" / "resnet56_resnet20"
+UNDER = str(ROOT / "tests" / "support" / "under_null_gpu.py")
+METHODS = sorted(
+    path.stem for path in PAIR.glob("*.yaml") if path.stem not in ("pair", "ab") and not path.stem.endswith("_cached")
+)
+STORED = Path(__file__).with_name("launches.json")
+COUNTED = ("launches", "products", "copies", "fills", "convolutions")
+pytestmark = [
+    pytest.mark.endurance,
+    pytest.mark.skipif(bool(null_gpu.missing()), reason=str(null_gpu.missing())),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which Python has that GPU."""
+    return null_gpu.build(tmp_path_factory.mktemp("null"))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards of 32 pixels and a teacher's weights."""
+    folder = tmp_path_factory.mktemp("place")
+    splits = {"train": draw_samples(96, [32], "png", 0), "val": draw_samples(16, [32], "png", 1)}
+    write_shards(folder / "shards", splits, "png", per_shard=48)
+    torch.manual_seed(0)
+    save_file(create_model("cifar_resnet56", NUM_CLASSES).state_dict(), folder / "teacher.safetensors")
+    return folder
+
+
+def watched(environment: dict[str, str], place: Path, *cases: str, words: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Train so, and return what was seen by case."""
+    common = [
+        *("data.path=shards", "batch=8", "journal={every_steps: 100, trackers: []}"),
+        *("checkpoints={every_steps: 0, every_epochs: 0}", "schedule={kind: constant, milestones: null, rate: 0.01}"),
+        "teacher={recipe: null, model: cifar_resnet56, weights: teacher.safetensors}",
+        *words,
+    ]
+    shutil.rmtree(place / "runs", ignore_errors=True)
+    done = null_gpu.python(environment, UNDER, json.dumps(common), *cases, folder=place, seconds=560)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line.pop("case"): line for line in lines}
+
+
+@pytest.fixture(scope="session", params=["fp32", "bf16", "fp16"])
+def seen(request: pytest.FixtureRequest, environment: dict[str, str], place: Path) -> dict[str, Any]:
+    """What was seen of every method in a precision, by method."""
+    found = watched(environment, place, *(f"{method}:{request.param}" for method in METHODS))
+    return {"precision": request.param, **{case.partition(":")[0]: counts for case, counts in found.items()}}
+
+
+def test_every_method_trains_and_no_step_waits_for_the_gpu(seen: dict[str, Any]):
+    assert {method: seen[method]["error"] for method in METHODS if "error" in seen[method]} == {}
+    assert {method: seen[method]["waits"] for method in METHODS} == dict.fromkeys(METHODS, 0)
+
+
+def test_nothing_is_copied_from_memory_that_is_not_pinned(seen: dict[str, Any]):
+    assert {method: seen[method]["pageable"] for method in METHODS} == dict.fromkeys(METHODS, 0)
+
+
+def test_a_step_launches_what_is_stored(seen: dict[str, Any], request: pytest.FixtureRequest):
+    """Other numbers are a decision, no error: ``pytest tests/nullgpu --endurance --record "why"`` stores them."""
+    table, version = json.loads(STORED.read_text()), ".".join(torch.__version__.split(".")[:2])
+    ours = {method: [seen[method].get(name) for name in COUNTED] for method in METHODS}
+    if why := request.config.getoption("--record"):
+        table.setdefault(version, {})[seen["precision"]] = ours
+        table.setdefault("reasons", []).append(f"{version} {seen['precision']}: {why}")
+        STORED.write_text(json.dumps(table).replace("], ", "],\n").replace("{", "{\n") + "\n")
+    if version not in table:
+        pytest.skip(f"no counts are stored for torch {version}")
+    assert ours == table[version][seen["precision"]]
+
+
+@pytest.mark.parametrize("loss", ["Item", "Mask", "FromHost"])
+def test_a_loss_that_waits_is_seen(environment: dict[str, str], place: Path, loss: str):
+    losses = f'losses={{"waiting_losses:{loss}": {{}}}}'
+    (found,) = watched(environment, place, "ce:fp32", words=(losses,)).values()
+    assert found["waits"] + found["pageable"] > 0
+
+
+def test_the_doctor_and_the_benchmark_of_losses_reach_their_end(environment: dict[str, str], place: Path):
+    doctor = null_gpu.python(environment, str(ROOT / "pipeline" / "doctor.py"), folder=place)
+    assert "GPU             NVIDIA H200, 139.0 of 140.0 GiB free" in doctor.stdout
+    # DALI, which brings a CUDA of its own, does not know this one.
+    assert [line.split()[1] for line in doctor.stdout.splitlines() if line.startswith("FAIL")] == ["decoding"]
+    words = ["losses", str(PAIR / "kd.yaml"), "data.path=shards", "batch=8", "repeats=2", "steps=2"]
+    teacher = "teacher={recipe: null, model: cifar_resnet56, weights: teacher.safetensors}"
+    bench = null_gpu.python(environment, str(ROOT / "pipeline" / "bench.py"), *words, teacher, folder=place)
+    assert bench.returncode == 0, bench.stderr
+    assert "gpu NVIDIA H200" in bench.stdout
+    assert "peak bytes" in bench.stdout

@@ -1,0 +1,102 @@
+"""The main job on the GPU that computes nothing, watched: to be run by ``null_gpu.python``.
+
+    under_null_gpu.py WORDS METHOD:PRECISION …       WORDS is a JSON list of overrides for every recipe
+
+Prints a line of JSON for each: what a step launches and copies, and how often the host waited for the device between
+two lines of the journal. Numbers mean nothing there, so what looks at them is left out: the guard's question, and the
+evaluation, by ending within an epoch. cuDNN is off; a convolution is a tensor of the right shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from training_on_ranks import launched
+
+from pipeline import train
+from pipeline.optim.guard import FiniteGuard
+
+PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20"
+STEPS, FIRST = 9, 3
+"""Steps of a run, and the first that is counted; the journal writes after the first and the last."""
+COUNTED = ("launches", "products", "copies", "fills", "waits", "pageable")
+convolutions: Counter[str] = Counter()
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, transposed, more, groups):
+    """Return a blank of the shape that the convolution has."""
+    convolutions["convolutions"] += 1
+    pairs = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True)
+    if transposed:
+        channels = weight.shape[1] * groups
+        sides = [(size - 1) * s - 2 * p + d * (k - 1) + m + 1 for size, k, s, p, d, m in pairs]
+    else:
+        channels = weight.shape[0]
+        sides = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d, _ in pairs]
+    blank = torch.empty((len(x), channels, *sides), dtype=x.dtype, device=x.device)
+    return blank.contiguous(memory_format=torch.channels_last)
+
+
+def convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation, transposed, more, groups, mask):
+    """Return blanks for the gradients that are asked for."""
+    convolutions["convolutions"] += sum(mask[:2])
+    bias = grad.new_empty(grad.shape[1]) if mask[2] else None
+    return torch.empty_like(x) if mask[0] else None, torch.empty_like(weight) if mask[1] else None, bias
+
+
+def main(words: list[str], cases: list[str]) -> None:
+    """Train with each method in each precision, and print what a step took."""
+    null = ctypes.CDLL("libnull.so")
+    null.null_count.restype = ctypes.c_long
+    torch.backends.cudnn.enabled = False
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("convolution", convolution, "CUDA")
+    library.impl("convolution_backward", convolution_backward, "CUDA")
+    for case in cases:
+        method, precision = case.split(":")
+        own = [str(PAIR / f"{method}.yaml"), *words, f"precision={precision}", f"folder=runs/{method}-{precision}"]
+        if method == "ce":
+            own = [word for word in own if not word.startswith("teacher")]
+        try:
+            found: dict[str, Any] = watched(null, [*own, f"stop.steps={STEPS}"])
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(json.dumps({"case": case, **found}), flush=True)
+
+
+def watched(null: Any, words: list[str]) -> dict[str, Any]:
+    """Train so, and return a step's counts and the waits of all steps but those that are written down."""
+    steps: list[dict[str, int]] = []
+    learning_rate = train.learning_rate
+
+    def counts() -> dict[str, int]:
+        return {name: null.null_count(name.encode()) for name in COUNTED} | dict(convolutions)
+
+    def at_a_step(*args: Any) -> float:
+        steps.append(counts())
+        return learning_rate(*args)
+
+    silent = mock.patch.object(FiniteGuard, "check", return_value=None)
+    counted = mock.patch.object(train, "learning_rate", at_a_step)
+    with launched(0, 1), silent, counted:
+        train.main(words)
+    taken = [{key: b[key] - a.get(key, 0) for key in b} for a, b in pairwise(steps)]
+    settled = taken[FIRST - 1 :]
+    return {
+        **settled[0],
+        "waits": sum(step["waits"] for step in settled),
+        "alike": all(s == settled[0] for s in settled),
+    }
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2:])
