@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        dear = dearest_fixture_of_files(items)
+        items.sort(key=lambda item: dear[item.path])
+
+
+def dearest_fixture_of_files(items: list[pytest.Item]) -> dict[Path, int]:
+    """Return a place in the order by file: those that share a fixture that takes many seconds go to one worker."""
+    found: dict[Path, int] = {}
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        place = 0 if "main_job" in names else 2 if names & {"ranks", "three_ranks", "several_ranks"} else 1
+        known = found.get(item.path, 1)
+        found[item.path] = place if known == 1 or place == 0 else known
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 //
 // Preloaded before torch's libraries, it takes their calls. Memory is the host's, kernels and products are counted by
 // name and left out, and a wait for the device returns at once and is counted. A stream that is being captured refuses
-// waits, as a real one does. What torch calls and is not here, build.py fills in: functions that return success.
+// waits, as a real one does. What torch calls and is not here, null_gpu.py fills in: functions that return success.
 //
 // null_count(name) returns a counter, null_reset() sets all to zero, null_kernels(path) writes launches by kernel.
 
