@@ -25,9 +25,11 @@ quick:
 timings:
 	launchers/uv run pytest -q --durations=30
 
-# What torch's own host code decides, with the oldest torch that pyproject.toml promises, in an environment of its own.
+# The same with the oldest torch that pyproject.toml promises, in an environment of its own.
+OLDEST := launchers/uv run --isolated --with "torch==2.11.*" --with "torchvision==0.26.*" pytest -q
 oldest:
-	launchers/uv run --isolated --with "torch==2.11.*" --with "torchvision==0.26.*" pytest -q --endurance tests/nullgpu tests/diffusion
+	$(OLDEST) --endurance tests/nullgpu
+	$(OLDEST) -n 2 tests/losses tests/diffusion tests/distributed tests/runs tests/training/test_train.py
 
 # What CI leaves out.
 long:
