@@ -246,7 +246,6 @@ CALL cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const v
 EXPORT const char *cudaGetErrorName(cudaError_t error) { return "null GPU"; }
 EXPORT const char *cudaGetErrorString(cudaError_t error) {
     if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
-    if (error == cudaErrorStreamCaptureInvalidated) return "operation failed due to a previous error during capture";
     return error ? "error of the null GPU" : "no error";
 }
 

@@ -22,7 +22,7 @@ METHODS = sorted(
     path.stem for path in PAIR.glob("*.yaml") if path.stem not in ("pair", "ab") and not path.stem.endswith("_cached")
 )
 STORED = Path(__file__).with_name("launches.json")
-COUNTED = ("launches", "products", "copies", "fills", "convolutions", "nodes")
+COUNTED = ("launches", "products", "copies", "fills", "convolutions")
 pytestmark = [
     pytest.mark.endurance,
     pytest.mark.skipif(bool(null_gpu.missing()), reason=str(null_gpu.missing())),
@@ -74,14 +74,6 @@ def test_every_method_trains_and_no_step_waits_for_the_gpu(seen: dict[str, Any])
     assert {method: seen[method]["waits"] for method in METHODS} == dict.fromkeys(METHODS, 0)
 
 
-def test_every_step_can_be_captured_and_a_replay_launches_only_its_seeds(seen: dict[str, Any]):
-    assert all(seen[method]["nodes"] > 200 for method in METHODS)
-    # A graph that draws is given its seed and offset by two launches of torch's.
-    assert {seen[method]["replay_launches"] for method in METHODS} == {0, 2}
-    assert {method: seen[method]["replay_allocations"] for method in METHODS} == dict.fromkeys(METHODS, 0)
-    assert {method: seen[method]["replay_waits"] for method in METHODS} == dict.fromkeys(METHODS, 0)
-
-
 def test_nothing_is_copied_from_memory_that_is_not_pinned(seen: dict[str, Any]):
     assert {method: seen[method]["pageable"] for method in METHODS} == dict.fromkeys(METHODS, 0)
 
@@ -100,11 +92,10 @@ def test_a_step_launches_what_is_stored(seen: dict[str, Any], request: pytest.Fi
 
 
 @pytest.mark.parametrize("loss", ["Item", "Mask", "FromHost"])
-def test_a_loss_that_waits_is_seen_and_cannot_be_captured(environment: dict[str, str], place: Path, loss: str):
+def test_a_loss_that_waits_is_seen(environment: dict[str, str], place: Path, loss: str):
     losses = f'losses={{"waiting_losses:{loss}": {{}}}}'
     (found,) = watched(environment, place, "ce:fp32", words=(losses,)).values()
     assert found["waits"] + found["pageable"] > 0
-    assert "captur" in found["error"]
 
 
 def test_the_doctor_and_the_benchmark_of_losses_reach_their_end(environment: dict[str, str], place: Path):

@@ -2,10 +2,9 @@
 
     under_null_gpu.py WORDS METHOD:PRECISION …       WORDS is a JSON list of overrides for every recipe
 
-Prints a line of JSON for each: what a step launches and copies, how often the host waited for the device between two
-lines of the journal, and how a step is captured and replayed as a CUDA graph. Numbers mean nothing there, so what looks
-at them is left out: the guard's question, and the evaluation, by ending within an epoch. cuDNN is off; a convolution is
-a tensor of the right shape.
+Prints a line of JSON for each: what a step launches and copies, and how often the host waited for the device between
+two lines of the journal. Numbers mean nothing there, so what looks at them is left out: the guard's question, and the
+evaluation, by ending within an epoch. cuDNN is off; a convolution is a tensor of the right shape.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import ctypes
 import json
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,13 +23,7 @@ from torch import Tensor
 from training_on_ranks import launched
 
 from pipeline import train
-from pipeline.batch import Batch
-from pipeline.builders.session import open_session
-from pipeline.config.recipe import load_recipe
-from pipeline.distributed.launcher import read_launch
 from pipeline.optim.guard import FiniteGuard
-from pipeline.runs.identity import resolve
-from pipeline.training.step import forward_backward, update
 
 PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20"
 STEPS, FIRST = 9, 3
@@ -74,12 +66,10 @@ def main(words: list[str], cases: list[str]) -> None:
         own = [str(PAIR / f"{method}.yaml"), *words, f"precision={precision}", f"folder=runs/{method}-{precision}"]
         if method == "ce":
             own = [word for word in own if not word.startswith("teacher")]
-        found: dict[str, Any] = {}
         try:
-            found |= watched(null, [*own, f"stop.steps={STEPS}"])
-            found |= captured(null, [*own, f"folder=runs/{method}-{precision}-captured"])
+            found: dict[str, Any] = watched(null, [*own, f"stop.steps={STEPS}"])
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         print(json.dumps({"case": case, **found}), flush=True)
 
 
@@ -106,51 +96,6 @@ def watched(null: Any, words: list[str]) -> dict[str, Any]:
         "waits": sum(step["waits"] for step in settled),
         "alike": all(s == settled[0] for s in settled),
     }
-
-
-class Silent:
-    """A timer that marks nothing: events that measure time are not captured."""
-
-    def __call__(self, name: str) -> AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return nullcontext()
-
-    def backward(self, total: Tensor) -> AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return nullcontext()
-
-
-def captured(null: Any, words: list[str]) -> dict[str, Any]:
-    """Capture a step whole, replay it, and return its nodes, and what a replay launches and allocates besides."""
-    with launched(0, 1):
-        launch = read_launch()
-        session, state = open_session(resolve(load_recipe(words[0], words[1:]), launch), launch)
-        session.distiller.train()
-        timer: Any = Silent()
-
-        def step(batch: Batch) -> Tensor:
-            with session.accelerator.accumulate(session.distiller):
-                progress, accelerator, distiller = state.progress, session.accelerator, session.distiller
-                losses = forward_backward(accelerator, distiller, session.teacher, batch, progress, timer)
-                session.guard.watch(losses, 1)
-                update(accelerator, distiller, session.optimizer, session.recipe.clip, session.guard, 1)
-            session.unwrapped.commit()
-            return torch.stack([value.detach() for value in losses.values()])
-
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        batches = list(islice(session.loader.stream(state.progress, 1), 4))
-        with torch.cuda.stream(stream):  # so that what is allocated once is there
-            for batch in batches[:3]:
-                step(batch)
-        with torch.cuda.graph(graph, stream=stream):
-            step(batches[3])
-        before = {name: null.null_count(name.encode()) for name in ("launches", "allocations", "waits")}
-        for _ in range(2):
-            graph.replay()
-        after = {name: null.null_count(name.encode()) for name in before}
-        session.accelerator.end_training()
-    replay = {f"replay_{name}": (after[name] - before[name]) // 2 for name in before}
-    return {"nodes": null.null_count(b"nodes"), **replay}
 
 
 if __name__ == "__main__":
