@@ -137,7 +137,7 @@ def bare(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
     teacher = recipe.teacher.model_copy(update={"expect_top1": None}) if recipe.teacher else None
     student = recipe.student.model_copy(update={"start": None})
     changed = {"teacher": teacher, "student": student, "compare": (), "folder": str(out)}
-    return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed), start=None, compare=())
+    return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ if __name__ == "__main__":
 
     signals.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
 
+import signal
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -55,6 +57,8 @@ from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.evaluation import check_teacher
 
 FLAGS = ("--dry-run", "--verify")
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a command that ended before its work was done: what is written stays, and the same command goes on."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -75,10 +79,9 @@ def main(words: Sequence[str]) -> None:
         live = without_cache(loaded, config, overrides, asked.views, there)
         try:
             run = stand(live, launch)
-        except Unfinished:
-            if signals.given():
-                mark_preempted(folder)
-            raise
+        except Unfinished as unfinished:
+            print(unfinished)
+            stopped(None if "--verify" in words else folder)
         use_all_cores(launch)
         if "--verify" in words:
             verify(run, network_of(run.recipe), folder, asked, config.accept, launch)
@@ -155,9 +158,16 @@ def write(run: Run, config: Config, folder: Path, asked: Asked, launch: Launch) 
     blocks = collectives.gather_objects(blocks)[0]
     is_whole = write_blocks(Cache(folder), source, blocks)
     accelerator.print(f"{folder}: {'whole' if is_whole else 'stopped; the same command goes on'}")
-    if not is_whole and accelerator.is_main_process:
-        mark_preempted(folder)
     accelerator.end_training()
+    if not is_whole:
+        stopped(folder if launch.is_main else None)
+
+
+def stopped(folder: Path | None) -> NoReturn:
+    """End the command before its work is done, for a scheduler with word in the ``folder`` if a signal ended it."""
+    if folder is not None and signals.given():
+        mark_preempted(folder)
+    sys.exit(STOPPED)
 
 
 # -- verifying --------------------------------------------------------------------------------------------------------

@@ -106,14 +106,14 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
     if saving or progress.epoch_ended or journal.due(progress):
         session.guard.check()
     journal.record(progress, rate, norm)
-    if progress.epoch_ended:
+    if progress.epoch_ended and session.loader.validates:
         validate(session, state)
     if saving:
         checkpoints.save(CheckpointState(progress, journal.length))
 
 
 def validate(session: Session, state: State) -> None:
-    """Evaluate the student, if there are images for that, and keep its weights if they are the best so far."""
+    """Evaluate the student, and keep its weights if they are the best so far."""
     with session.journal.pause(state.progress):
         last = state.last = session.evaluate()
     if last is None:

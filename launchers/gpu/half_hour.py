@@ -12,11 +12,12 @@ What is not given is drawn: enough to see that it runs and how quick it is.
 A stage is a process of its own with a time limit, and cannot stop the next. Its result is on disk before the next
 begins; the same command goes on where it was stopped, and skips what has passed. ``out/summary.md`` says how each
 ended, ``out/benchmarks.md`` holds the tables for BENCHMARKS.md, ``out/cells.yaml`` the lines for
-``configs/tables.yaml``. Exit code 1 if a stage failed.
+``configs/tables.yaml``. Exit code 1 if a stage failed or had no time.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 from options import Options, read_options
 from report import write_reports
 from stages import Stage, stages_of
-from supervise import FAILED, Result, read_result, run_stage
+from supervise import Result, read_result, run_stage, write_result
 
 from pipeline.cli import entry
 
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> None:
     results: list[Result] = []
     for command in options.commands:
         results += run_command(command, stages_of(command, options), options)
-    if any(result.status == FAILED for result in results):
+    if not all(result.passed for result in results):
         sys.exit(1)
 
 
@@ -56,8 +57,11 @@ def run_command(command: int, stages: Sequence[Stage], options: Options) -> list
         folder = options.out / f"{command}{number:02d}-{stage.name}"
         left = deadline - time.monotonic()
         result = read_result(folder)
-        if result is None or not result.passed:
-            result = run_stage(stage, folder, min(stage.seconds, left)) if left >= LEAST else Result.out_of_time(stage)
+        if result is None or not result.passed or stage.goes_on:
+            if left >= LEAST:
+                result = run_stage(stage, folder, min(stage.seconds, left))
+            else:
+                result = write_result(folder, Result.out_of_time(stage))
         print(result, flush=True)
         results.append(result)
         write_reports(options.out, options.cifar is not None)
@@ -65,4 +69,5 @@ def run_command(command: int, stages: Sequence[Stage], options: Options) -> list
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the stage under way
     entry(main)

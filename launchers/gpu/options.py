@@ -62,9 +62,7 @@ class Options(BaseModel):
 def read_options(words: Sequence[str]) -> Options:
     """Return the options of a command line, and write them for the checks. Raises RecipeError."""
     commands = [int(word) for word in words if word in ("1", "2", "3")]
-    given: dict[str, Any] = {
-        key: yaml.safe_load(text) for key, _, text in (w.partition("=") for w in words if "=" in w)
-    }
+    given = _values(words)
     stray = [word for word in words if "=" not in word and word not in ("1", "2", "3", "--rehearse")]
     if stray or not commands:
         raise RecipeError(f"command line: name the commands to run, 1, 2 or 3{f', not {stray[0]}' if stray else ''}")
@@ -76,8 +74,30 @@ def read_options(words: Sequence[str]) -> Options:
     paths = {key: path.resolve() for key in ("out", "cifar", "weights", "jpegs") if (path := getattr(options, key))}
     options = options.model_copy(update=paths)  # stages run in folders of their own
     options.out.mkdir(parents=True, exist_ok=True)
+    _check_same(options)
     (options.out / FILE).write_text(options.model_dump_json())
     return options
+
+
+def _values(words: Sequence[str]) -> dict[str, Any]:
+    try:
+        given = {key: yaml.safe_load(text) for key, _, text in (word.partition("=") for word in words if "=" in word)}
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: {' '.join(words)} is not YAML") from None
+    if stray := given.keys() & {"commands", "rehearse"}:
+        raise RecipeError(f"command line: {stray.pop()}: write 1 2 3 and --rehearse")
+    return given
+
+
+def _check_same(options: Options) -> None:
+    """Raise RecipeError if the folder holds what was found of other inputs, or of a rehearsal."""
+    if not (options.out / FILE).is_file():
+        return
+    there = load_options(options.out)
+    for key in ("rehearse", "cifar", "weights", "jpegs"):
+        if getattr(there, key) != getattr(options, key):
+            told = f"{key} was {getattr(there, key)} there and is {getattr(options, key)} here"
+            raise RecipeError(f"out: {options.out} holds other results ({told}); give out=ANOTHER, or delete it")
 
 
 def load_options(out: Path) -> Options:

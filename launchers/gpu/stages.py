@@ -25,6 +25,8 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
     """Where it runs; None is the current folder."""
+    goes_on: bool = False
+    """Whether it is run again though it ended well: what it makes may not be finished."""
 
     @property
     def shown(self) -> str:
@@ -124,8 +126,8 @@ def _cells(options: Options) -> list[Stage]:
     words += (
         ["epochs=1", "batch=16"]
         if options.rehearse
-        else [f"stop.minutes={options.minutes - 0.5}", "data.validation_batch=2000"]
+        else [f"stop.minutes={max(options.minutes - 1, 0.5)}", "data.validation_batch=2000"]
     )
-    seeds, jobs = ("0", "1") if options.rehearse else ("0,1,2", "6")
+    seeds, jobs = ("0", "1") if options.rehearse else ("0,1", "6")  # as many runs as jobs: all stop at once
     stage = _pipeline("cells", 60 * options.minutes, "compare.py", *recipes, f"seeds={seeds}", f"jobs={jobs}", *words)
-    return [replace(stage, folder=options.out)]
+    return [replace(stage, folder=options.out, goes_on=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -73,7 +74,12 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> Result:
     answer = json.loads((folder / ANSWER).read_text()) if (folder / ANSWER).is_file() else {}
     spent = round(time.monotonic() - began, 1)
     reason = _reason(status, seconds, answer, folder / LOG)
-    result = Result(stage.name, FAILED if reason else PASSED, spent, reason, stage.shown, answer)
+    return write_result(folder, Result(stage.name, FAILED if reason else PASSED, spent, reason, stage.shown, answer))
+
+
+def write_result(folder: Path, result: Result) -> Result:
+    """Write down how a stage ended, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RESULT, (json.dumps(asdict(result), indent=1) + "\n").encode())
     return result
 
@@ -85,18 +91,14 @@ def read_result(folder: Path) -> Result | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the stage with all that it has started; a run in it saves meanwhile."""
-    for number, patience in ((signal.SIGTERM, MERCY), (signal.SIGKILL, MERCY)):
-        if process.poll() is not None and number == signal.SIGTERM:
-            return
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        return
+    """End the stage with all that it has started; a run in it saves first."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(MERCY)
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _reason(status: int | None, seconds: float, answer: dict[str, Any], log: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,51 +133,51 @@ class Recipe(Section):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, the file it came from, and the recipes that it names."""
+    """A recipe, the file it came from, and the recipes that it names, which are loaded when they are asked for.
+
+    They are read once, on the same shards, wherever this command says that they lie; a student's own first stage has
+    the student's seed, teachers and compared runs keep theirs.
+    """
 
     recipe: Recipe
     path: Path
-    teachers: tuple[LoadedRecipe, ...] = ()
-    """Those of ``recipe.teacher.recipes``, in that order."""
-    start: LoadedRecipe | None = None
-    """That of ``student.start.recipe``."""
-    compare: tuple[LoadedRecipe, ...] = ()
+    loaded: Loaded = field(default_factory=dict, repr=False, compare=False)
+    """What this command has loaded."""
+
+    @property
+    def teachers(self) -> tuple[LoadedRecipe, ...]:
+        """Those of ``recipe.teacher.recipes``, in that order."""
+        return tuple(map(self._named, self.recipe.teacher.recipes if self.recipe.teacher else ()))
+
+    @property
+    def start(self) -> LoadedRecipe | None:
+        """That of ``student.start.recipe``."""
+        start = self.recipe.student.start
+        return self._named(start.recipe) if start and start.recipe else None
+
+    @property
+    def compare(self) -> tuple[LoadedRecipe, ...]:
+        """Those of ``recipe.compare``, in that order."""
+        return tuple(map(self._named, self.recipe.compare))
+
+    def _named(self, name: str) -> LoadedRecipe:
+        key = (existing(Path(name)), tuple(passed_on(self.recipe, name)))
+        if key not in self.loaded:
+            self.loaded[key] = LoadedRecipe(_load_one(*key), key[0], self.loaded)
+        return self.loaded[key]
 
 
 Loaded = dict[tuple[Path, tuple[str, ...]], LoadedRecipe]
-"""What one command has loaded, by file and overrides."""
+"""Recipes by file and overrides."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Return the recipe at ``path`` with its ``base:`` files below it and ``key=value`` overrides above it.
 
-    The recipes that it names come with it, each loaded once: on the same shards, wherever this command says that they
-    lie, and a student's own first stage with the student's seed; teachers and compared runs keep theirs. Raises
-    RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type, a value out of range or a circle.
+    Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
-    return _load(existing(Path(path)), tuple(overrides), {}, ())
-
-
-def _load(path: Path, overrides: tuple[str, ...], loaded: Loaded, above: tuple[Path, ...]) -> LoadedRecipe:
-    """Return the recipe, from ``loaded`` if it is there; ``above`` are the files that led to it."""
-    if path in above:
-        raise RecipeError(f"{shown(path)}: the recipe stands on itself, by way of {shown(above[-1])}")
-    if (path, overrides) in loaded:
-        return loaded[path, overrides]
-    recipe = _load_one(path, overrides)
-
-    def named(other: str) -> LoadedRecipe:
-        return _load(existing(Path(other)), tuple(passed_on(recipe, other)), loaded, (*above, path))
-
-    start = recipe.student.start
-    found = loaded[path, overrides] = LoadedRecipe(
-        recipe,
-        path,
-        teachers=tuple(map(named, recipe.teacher.recipes if recipe.teacher else ())),
-        start=named(start.recipe) if start and start.recipe else None,
-        compare=tuple(map(named, recipe.compare)),
-    )
-    return found
+    path = existing(Path(path))
+    return LoadedRecipe(_load_one(path, overrides), path)
 
 
 def passed_on(recipe: Recipe, path: str) -> list[str]:

@@ -146,21 +146,21 @@ def check_teacher(loaded: LoadedRecipe, launch: Launch) -> Finding:
     networks = teacher_places(config).values() if config and config.is_asked else ()
     named = [(network.model or "", network.weights) for network in networks]
     named += [(recipe.student.model, recipe.student.start.weights)] if recipe.student.start else []
-    weights = [_find_weights(model, source) for model, source in named if source]
-    if not (Path(recipe.data.path) / MANIFEST).is_file() and (loaded.teachers or loaded.start or loaded.compare):
-        return skip("no shards, without which no other run is known")
-    caches = [_find_cache(recipe, config, config.cache)] if config and config.cache else []
-    found = [*weights, *caches, *_find_runs(loaded, launch)]
+    found = [_find_weights(model, source) for model, source in named if source]
+    found += [_find_cache(recipe, config, config.cache)] if config and config.cache else []
+    if _needs_runs(recipe) and not any(each.status == "FAIL" for each in found):
+        if not (Path(recipe.data.path) / MANIFEST).is_file():
+            return skip("no shards, without which no other run is known")
+        found += [_find_finished(run) for run in resolve(loaded, launch).needed.values()]
     if not found:
         return skip("the recipe names no weights and no other run")
     return next((each for status in ("FAIL", "skip") for each in found if each.status == status), _all(found))
 
 
-def _find_runs(loaded: LoadedRecipe, launch: Launch) -> list[Finding]:
-    """Return a finding for each run that must be finished before this one."""
-    if not (loaded.teachers or loaded.start or loaded.compare):
-        return []
-    return [_find_finished(run) for run in resolve(loaded, launch).needed.values()]
+def _needs_runs(recipe: Recipe) -> bool:
+    """Whether other runs must be finished before this one: all that it names but a cached teacher's."""
+    teacher, start = recipe.teacher, recipe.student.start
+    return bool((teacher and teacher.is_asked and teacher.recipes) or (start and start.recipe) or recipe.compare)
 
 
 def _all(found: list[Finding]) -> Finding:

@@ -62,7 +62,7 @@ def find_loss(name: str) -> type[Loss]:
 
 
 def _losses_of(module_name: str) -> list[type[Loss]]:
-    """Return the losses a module defines (not those it imports): one in a loss file, none in a file of formulas."""
+    """Return the losses a module defines, not those it imports: one in each file."""
     module = importlib.import_module(module_name)
     own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name]
     return [value for value in own if issubclass(value, Loss)]

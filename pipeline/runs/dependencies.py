@@ -18,7 +18,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import refuse_lone_ranks
 from pipeline.errors import ROOT, RecipeError, Unfinished, shown
 from pipeline.runs.folder import check_folder
-from pipeline.runs.identity import Run, resolve
+from pipeline.runs.identity import Run, refuse_circle, resolve
 from shards.manifest import MANIFEST
 
 
@@ -28,10 +28,18 @@ def stand(loaded: LoadedRecipe, launch: Launch) -> Run:
     What a finished run stood on is not asked for again. Under several ranks all must be there already: RecipeError
     names the command that makes it.
     """
+    refuse_circles(loaded)
     prepare_shards(loaded, launch)
     run = resolve(loaded, launch)
     _stand(run, launch)
     return run
+
+
+def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
+    """Raise RecipeError if a recipe stands on itself, before anything is made."""
+    refuse_circle(loaded, above)
+    for named in (*loaded.teachers, *([loaded.start] if loaded.start else []), *loaded.compare):
+        refuse_circles(named, (*above, loaded.path))
 
 
 def _stand(run: Run, launch: Launch) -> None:

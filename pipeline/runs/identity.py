@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.config.compose import read_yaml
 from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import about, shown
+from pipeline.errors import RecipeError, about, shown
 from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, RESULT, read_json
 from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
@@ -43,7 +44,12 @@ class Run:
     """Those of ``recipe.teacher.recipes``, in that order."""
     start: Run | None = None
     """That of ``student.start.recipe``."""
-    compare: tuple[Run, ...] = ()
+    resolve_compare: Callable[[], tuple[Run, ...]] = field(default=tuple, repr=False, compare=False)
+
+    @cached_property
+    def compare(self) -> tuple[Run, ...]:
+        """Those of ``recipe.compare``, resolved when they are asked for: no identity depends on them."""
+        return self.resolve_compare()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -85,25 +91,38 @@ def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
     """Return the run of a recipe whose shards are there, and with it those that it names."""
     with about(shown(loaded.path)):
         manifest = read_manifest(Path(loaded.recipe.data.path))
-    return _resolve(loaded, manifest, launch, {})
+    return _resolve(loaded, manifest, launch, {}, ())
 
 
-def _resolve(loaded: LoadedRecipe, manifest: Manifest, launch: Launch, known: dict[int, Run]) -> Run:
-    """Return the run; ``known`` are those of this command by their LoadedRecipe, all on the same shards."""
+def _resolve(
+    loaded: LoadedRecipe, manifest: Manifest, launch: Launch, known: dict[int, Run], above: tuple[Path, ...]
+) -> Run:
+    """Return the run; ``known`` are those of this command by their LoadedRecipe, all on the same shards.
+
+    ``above`` are the files that led to it. Raises RecipeError if a run stands on itself: its identity has no end.
+    """
+    refuse_circle(loaded, above)
     if id(loaded) in known:
         return known[id(loaded)]
 
     def named(other: LoadedRecipe) -> Run:
-        return _resolve(other, manifest, launch, known)
+        return _resolve(other, manifest, launch, known, (*above, loaded.path))
 
     folder = run_folder(loaded)
     teachers, start = tuple(map(named, loaded.teachers)), loaded.start and named(loaded.start)
     with about(shown(loaded.path)):
         recipe = _completed(loaded.recipe, folder, launch)
         own = identity(recipe, folder, manifest, [run.digest for run in teachers], start and start.digest)
-    compare = tuple(map(named, loaded.compare))
-    run = known[id(loaded)] = Run(recipe, loaded.path, folder, manifest, own, teachers, start, compare)
+    run = known[id(loaded)] = Run(
+        recipe, loaded.path, folder, manifest, own, teachers, start, lambda: tuple(map(named, loaded.compare))
+    )
     return run
+
+
+def refuse_circle(loaded: LoadedRecipe, above: tuple[Path, ...]) -> None:
+    """Raise RecipeError if the recipe is one of those that led to it."""
+    if loaded.path in above:
+        raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
 
 
 def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:

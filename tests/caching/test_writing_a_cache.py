@@ -88,7 +88,9 @@ def test_stopped_by_a_signal_it_leaves_word_that_it_wants_to_go_on_and_goes_on(
         os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(writing, "write_block", write_and_be_told)
-    run_cache(*words)
+    with pytest.raises(SystemExit) as end:
+        run_cache(*words)
+    assert end.value.code == 143
     assert len(blocks_written) == 1
     assert (place / "cache" / "preempted").is_file()
     monkeypatch.setattr(signals, "_given", False)

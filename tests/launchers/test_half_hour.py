@@ -101,8 +101,9 @@ def test_a_check_that_finds_something_wrong_fails_with_its_table(half_hour: Modu
 
 def test_no_stage_begins_when_the_minutes_are_over(half_hour: ModuleType, staged: Staged):
     staged(first="print('too late')")
-    assert ended(half_hour, "minutes=0.1") == 0
-    assert statuses() == {}
+    assert ended(half_hour, "minutes=0.1") == 1
+    assert statuses() == {"first": "no time"}
+    assert "| first | no time |" in Path("runs/half_hour/summary.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,8 @@ def test_no_stage_begins_when_the_minutes_are_over(half_hour: ModuleType, staged
         (["4"], "not 4"),
         (["1", "minuts=3"], "minuts: Extra inputs are not permitted"),
         (["1", "minutes=-1"], "minutes: Input should be greater than 0"),
+        (["1", "minutes=["], "is not YAML"),
+        (["1", "rehearse=yes"], "rehearse: write 1 2 3 and --rehearse"),
     ],
 )
 def test_words_that_mean_nothing_are_one_line(half_hour: ModuleType, words: list[str], told: str):
@@ -119,6 +122,20 @@ def test_words_that_mean_nothing_are_one_line(half_hour: ModuleType, words: list
         half_hour.main(words)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rehearsal_is_no_result(half_hour: ModuleType, staged: Staged):
+    staged(first="print('fine')")
+    assert ended(half_hour, "--rehearse") == 0
+    with pytest.raises(RecipeError, match=r"holds other results \(rehearse was True there and is False here\)"):
+        ended(half_hour)
+
+
+def test_what_a_stage_started_ends_with_it_even_if_it_ignores_the_signal(half_hour: ModuleType, staged: Staged):
+    deaf = "trap '' TERM; sleep 88888"
+    staged(leaving=f"import subprocess; subprocess.Popen(['bash', '-c', {deaf!r}])")
+    assert ended(half_hour) == 0
+    assert "88888" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_finished_cells_are_lines_of_the_tables(half_hour: ModuleType):

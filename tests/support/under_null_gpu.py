@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -100,3 +101,5 @@ def watched(null: Any, words: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]), sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # threads of libraries that believe in their GPU may not end
