@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import recipe
+from pipeline.distributed.launcher import Launch
+from pipeline.errors import RecipeError
 from pipeline.runs import identity
 
 Train = Callable[..., None]
@@ -41,4 +44,25 @@ def test_a_run_whose_teacher_and_baseline_are_finished_reads_three_recipes_and_o
             counted(monkeypatch, counts, module, "read_manifest", "read_manifest")
     run_train("ddkd.yaml", "epochs=1")
     assert counts == {"load_recipe": 3, "identity": 3, "read_manifest": 1}
+    assert (recipes / "runs" / "ddkd" / "result.json").is_file()
+
+
+def test_what_does_not_need_a_named_recipe_does_not_read_it(run_train: Train, recipes: Path):
+    (recipes / "broken.yaml").write_text("base: ce.yaml\nnonsense: 1\n")
+    (recipes / "top.yaml").write_text("base: ce.yaml\ncompare: [broken.yaml]\nfolder: runs/top\n")
+    run_train("--check", "top.yaml")
+    with pytest.raises(RecipeError, match=r"broken\.yaml: nonsense: unknown key"):
+        run_train("top.yaml")
+
+
+def test_what_a_finished_teacher_was_compared_with_is_not_asked_for_again(run_train: Train, recipes: Path):
+    run_train("teacher.yaml")
+    text = (recipes / "teacher.yaml").read_text()
+    (recipes / "gone.yaml").write_text("base: ce.yaml\nteacher: {cache: nowhere}\nfolder: runs/gone\n")
+    (recipes / "teacher.yaml").write_text(text + "compare: [gone.yaml]\n")
+    folder = recipes / "runs" / "teacher"
+    known = identity.resolve(recipe.load_recipe("teacher.yaml"), Launch())
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "identity": known.digest}))
+    run_train("ddkd.yaml", "epochs=1", "compare=null")
     assert (recipes / "runs" / "ddkd" / "result.json").is_file()
