@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
+from pipeline.config.arguments import typed_words
 from pipeline.errors import RecipeError
 
 FILE = "options.json"
@@ -62,31 +62,20 @@ class Options(BaseModel):
 def read_options(words: Sequence[str]) -> Options:
     """Return the options of a command line, and write them for the checks. Raises RecipeError."""
     commands = [int(word) for word in words if word in ("1", "2", "3")]
-    given = _values(words)
+    given = {key: text for key, _, text in (word.partition("=") for word in words if "=" in word)}
+    if twice := given.keys() & {"commands", "rehearse"}:
+        raise RecipeError(f"command line: {twice.pop()}: write 1 2 3 and --rehearse")
     stray = [word for word in words if "=" not in word and word not in ("1", "2", "3", "--rehearse")]
     if stray or not commands:
         raise RecipeError(f"command line: name the commands to run, 1, 2 or 3{f', not {stray[0]}' if stray else ''}")
-    try:
-        options = Options(commands=tuple(commands), rehearse="--rehearse" in words, **given)
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": [""], "msg": str(error)}
-        raise RecipeError(f"command line: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    flags = {"commands": json.dumps(commands), "rehearse": json.dumps("--rehearse" in words)}
+    options = typed_words(given | flags, Options)
     paths = {key: path.resolve() for key in ("out", "cifar", "weights", "jpegs") if (path := getattr(options, key))}
     options = options.model_copy(update=paths)  # stages run in folders of their own
     options.out.mkdir(parents=True, exist_ok=True)
     _check_same(options)
     (options.out / FILE).write_text(options.model_dump_json())
     return options
-
-
-def _values(words: Sequence[str]) -> dict[str, Any]:
-    try:
-        given = {key: yaml.safe_load(text) for key, _, text in (word.partition("=") for word in words if "=" in word)}
-    except yaml.YAMLError:
-        raise RecipeError(f"command line: {' '.join(words)} is not YAML") from None
-    if stray := given.keys() & {"commands", "rehearse"}:
-        raise RecipeError(f"command line: {stray.pop()}: write 1 2 3 and --rehearse")
-    return given
 
 
 def _check_same(options: Options) -> None:

@@ -29,7 +29,7 @@ class Stage:
     """Whether it is run again though it ended well: what it makes may not be finished."""
 
     @property
-    def shown(self) -> str:
+    def command_line(self) -> str:
         """The command as a reader would type it."""
         return shlex.join(["python", *self.words[1:]]) if self.words[0] == sys.executable else shlex.join(self.words)
 
@@ -86,6 +86,11 @@ def cifar_words(options: Options, method: str) -> list[str]:
         weights = options.weights or options.inputs / "resnet56.pt"
         words += [f"teacher={{recipe: null, model: cifar_resnet56, weights: {weights}}}"]
     return words
+
+
+def short_run(options: Options, method: str) -> list[str]:
+    """Return the recipe of that row and its overrides, with a small batch in a rehearsal."""
+    return [f"{PAIR}/{method}.yaml", *cifar_words(options, method), *(["batch=16"] if options.rehearse else [])]
 
 
 def imagenet_words(options: Options, method: str) -> list[str]:

@@ -45,7 +45,7 @@ class Result:
     @classmethod
     def out_of_time(cls, stage: Stage) -> Result:
         """Return that the command's minutes were over before the stage could begin."""
-        return cls(stage.name, LATE, reason="the same command goes on here", command=stage.shown)
+        return cls(stage.name, LATE, reason="the same command goes on here", command=stage.command_line)
 
 
 def run_stage(stage: Stage, folder: Path, seconds: float) -> Result:
@@ -74,7 +74,9 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> Result:
     answer = json.loads((folder / ANSWER).read_text()) if (folder / ANSWER).is_file() else {}
     spent = round(time.monotonic() - began, 1)
     reason = _reason(status, seconds, answer, folder / LOG)
-    return write_result(folder, Result(stage.name, FAILED if reason else PASSED, spent, reason, stage.shown, answer))
+    return write_result(
+        folder, Result(stage.name, FAILED if reason else PASSED, spent, reason, stage.command_line, answer)
+    )
 
 
 def write_result(folder: Path, result: Result) -> Result:

@@ -27,15 +27,20 @@ def device() -> torch.device:
 
 def train(folder: Path, *words: str) -> list[dict[str, Any]]:
     """Train in this process as ``train.py`` does with those words and that run folder; return the journal's lines."""
-    from accelerate.state import AcceleratorState, PartialState
-
     from pipeline import train
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # a command begins with none
-    PartialState._reset_state()
+    forget_accelerator()
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([*words, f"folder={folder}", "journal={every_steps: 1, trackers: []}", "compare=null"])
     return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def forget_accelerator() -> None:
+    """Let the next command in this process begin as one in a process of its own: with no Accelerator."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
 
 
 def losses_of(lines: Sequence[dict[str, Any]]) -> list[float]:

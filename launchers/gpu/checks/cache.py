@@ -7,11 +7,10 @@ import io
 import shutil
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, PartialState
 from options import Options
-from stages import PAIR, cifar_words
+from stages import short_run
 
-from checks import Answer, answer, losses_of, train
+from checks import Answer, answer, forget_accelerator, losses_of, train
 from pipeline import cache_teacher
 
 LARGEST_DIFFERENCE = 1e-2
@@ -21,13 +20,11 @@ def check(options: Options, folder: Path) -> Answer:
     """Write two views, verify them, and compare a few steps."""
     for name in ("cache", "live", "cached"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    batch = ["batch=16"] if options.rehearse else []
-    words = [f"{PAIR}/kd.yaml", *cifar_words(options, "kd"), *batch, "teacher.batch=16", "data.views=2"]
+    words = [*short_run(options, "kd"), "teacher.batch=16", "data.views=2"]
     cached, printed = [*words, f"teacher.cache={folder / 'cache'}"], io.StringIO()
     with contextlib.redirect_stdout(printed):
         for flags in ([], ["--verify"]):
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState._reset_state()
+            forget_accelerator()
             cache_teacher.main([*flags, *cached])
     steps = f"stop.steps={4 if options.rehearse else 20}"
     live, ours = (losses_of(train(folder / name, *w, steps)) for name, w in (("live", words), ("cached", cached)))

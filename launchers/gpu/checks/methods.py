@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from options import Options
-from stages import PAIR, ROOT, cifar_words
+from stages import PAIR, ROOT, short_run
 
 from checks import Answer, answer, device, losses_of, train
 
@@ -47,8 +47,7 @@ def _methods() -> list[str]:
 
 def _milliseconds(options: Options, run: Path, method: str, precision: str, strict: bool) -> str:
     shutil.rmtree(run, ignore_errors=True)
-    batch = ["batch=16"] if options.rehearse else []
-    words = [f"{PAIR}/{method}.yaml", *cifar_words(options, method), f"precision={precision}", *batch]
+    words = [*short_run(options, method), f"precision={precision}"]
     with _no_waiting() if strict else mock.MagicMock():
         lines = train(run, *words, f"stop.steps={4 if options.rehearse else STEPS}", "checkpoints.every_epochs=0")
     if not all(map(math.isfinite, losses_of(lines))):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from options import Options
-from stages import PAIR, cifar_words
+from stages import short_run
 
 from checks import Answer, answer, deterministic, losses_of, train
 
@@ -17,8 +17,7 @@ def check(options: Options, folder: Path) -> Answer:
     half, steps = options.steps // 2 + 1, options.steps
     with deterministic():
         for method in ("kd",) if options.rehearse else ("kd", "ddkd"):
-            batch = ["batch=16"] if options.rehearse else []
-            words = [f"{PAIR}/{method}.yaml", *cifar_words(options, method), *batch]
+            words = short_run(options, method)
             for name in ("whole", "stopped"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             whole = losses_of(train(folder / "whole", *words, f"stop.steps={steps}"))
