@@ -43,7 +43,7 @@ from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import RecipeError
-from pipeline.runs.dependencies import prepare_shards, stand
+from pipeline.runs.dependencies import ensure_dependencies, prepare_shards
 from pipeline.runs.identity import resolve
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 
@@ -122,7 +122,7 @@ def measure(what: str, loaded: LoadedRecipe, asked: Asked, launch: Launch, *, tu
         prepare_shards(loaded, launch)
         run = resolve(loaded, launch)
     else:
-        run = stand(loaded, launch)
+        run = ensure_dependencies(loaded, launch)
     if what == "step":  # training makes its own Accelerator
         return measure_step(dataclasses.replace(loaded, recipe=run.recipe), run.manifest, launch, **how)
     device = create_accelerator(run.recipe, launch).device

@@ -31,10 +31,7 @@ import numpy as np
 from pipeline.batch import rows_per_rank
 from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import binding, refuse_others
-from pipeline.caching.blocks import (
-    Block,
-    damages,
-)
+from pipeline.caching.blocks import Block, damages
 from pipeline.caching.size import choices, table
 from pipeline.caching.source import open_source
 from pipeline.caching.verify import differences
@@ -44,14 +41,11 @@ from pipeline.config.arguments import own_words, split_words, typed_words
 from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe
 from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
-from pipeline.errors import RecipeError, Unfinished, about, shown
-from pipeline.runs.dependencies import stand
+from pipeline.errors import RecipeError, Unfinished, display_path, error_context
+from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
-from pipeline.teachers.cache import (
-    Cache,
-    open_cache,
-)
+from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.evaluation import check_teacher
@@ -67,7 +61,7 @@ def main(words: Sequence[str]) -> None:
     asked, launch = typed_words(own, Asked), read_launch()
     path, overrides = split_words(rest)
     loaded = load_recipe(path, overrides)
-    with about(shown(loaded.path)):
+    with error_context(display_path(loaded.path)):
         config = network_of(loaded.recipe)
         there = open_cache(Path(config.cache)) if config.cache else None
         asked = complete(asked, loaded.recipe, config, there)
@@ -78,7 +72,7 @@ def main(words: Sequence[str]) -> None:
         folder = cache_folder(config)
         live = without_cache(loaded, config, overrides, asked.views, there)
         try:
-            run = stand(live, launch)
+            run = ensure_dependencies(live, launch)
         except Unfinished as unfinished:
             print(unfinished)
             stopped(None if "--verify" in words else folder)

@@ -31,8 +31,8 @@ from pipeline.config.arguments import own_words
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import read_launch
-from pipeline.errors import ROOT, RecipeError, Unfinished, shown
-from pipeline.runs.dependencies import stand
+from pipeline.errors import ROOT, RecipeError, Unfinished, display_path
+from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
 from pipeline.training.result import percent
 
@@ -56,7 +56,7 @@ def main(words: Sequence[str]) -> None:
     if times > 1:
         raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
     launch = read_launch()
-    runs = [stand(one, launch) for one in loaded]
+    runs = [ensure_dependencies(one, launch) for one in loaded]
     failures = make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
     finished = [run for run in runs if run.result is not None]
     if finished:
@@ -125,7 +125,7 @@ def table(runs: Sequence[Run]) -> str:
         results = [run.result for run in runs if run.path == path]
         last, best = ([result[key] for result in results if result] for key in ("top1", "best_top1"))
         each = ", ".join(map(percent, last))
-        name = shown(path).removeprefix("configs/").removesuffix(".yaml")
+        name = display_path(path).removeprefix("configs/").removesuffix(".yaml")
         lines.append(f"| `{name}` | {spread(last)} | {spread(best)} | {each} |")
     return "\n".join(lines)
 

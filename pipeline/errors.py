@@ -18,7 +18,7 @@ class Unfinished(Exception):
 
 
 @contextmanager
-def about(place: str) -> Iterator[None]:
+def error_context(place: str) -> Iterator[None]:
     """Say in front of what a user got wrong inside where it was said: a file or a key."""
     try:
         yield
@@ -26,6 +26,6 @@ def about(place: str) -> Iterator[None]:
         raise RecipeError(f"{place}: {error}") from error
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return the path as a message shows it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

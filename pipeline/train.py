@@ -35,7 +35,7 @@ from pipeline.errors import Unfinished
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import set_learning_rate
 from pipeline.optim.schedule import learning_rate
-from pipeline.runs.dependencies import stand
+from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import check_folder, mark_preempted
 from pipeline.runs.identity import Run, run_folder
@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> None:
         return
     launch, loaded = read_launch(), load_recipe(*split_words(words))
     try:
-        run = stand(loaded, launch)
+        run = ensure_dependencies(loaded, launch)
     except Unfinished:
         if signals.given():
             mark_preempted(run_folder(loaded))

@@ -16,7 +16,7 @@ from pipeline.diagnostics.network import bus_bandwidth
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import RecipeError, about, shown
+from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.training.accelerator import BUCKET_MIB
 
 MIB = 2**20
@@ -34,7 +34,7 @@ def measure_allreduce(
         raise RecipeError(
             "allreduce: one rank sends nothing; start several: torchrun --nproc_per_node N pipeline/bench.py …"
         )
-    with about(shown(loaded.path)):
+    with error_context(display_path(loaded.path)):
         if launch.use_deepspeed:
             raise RecipeError("allreduce is of DDP's buckets, which DeepSpeed does not send; start it without")
         sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sendings(loaded)]

@@ -23,7 +23,7 @@ from pipeline.builders.student import weights_layout
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.distiller import Distiller
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import about, shown
+from pipeline.errors import display_path, error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import LossSpec
@@ -41,7 +41,7 @@ def measure_losses(
     recipe = loaded.recipe
     torch.manual_seed(recipe.seed)
     found: list[Measured] = []
-    with about(shown(loaded.path)):
+    with error_context(display_path(loaded.path)):
         facts = build_parts(recipe, [named.recipe for named in loaded.teachers], built).facts
         layout = weights_layout(recipe, launch)
         given = draw_given(recipe, facts, layout, device)

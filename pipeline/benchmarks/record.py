@@ -15,7 +15,7 @@ from pipeline.benchmarks.measure import Measured
 from pipeline.benchmarks.step import WHOLE
 from pipeline.config.recipe import LoadedRecipe, dump_recipe
 from pipeline.data.pace import processor
-from pipeline.errors import RecipeError, shown
+from pipeline.errors import RecipeError, display_path
 from pipeline.runs.files import write_json
 from pipeline.runs.versions import versions
 
@@ -51,7 +51,7 @@ def new_record(
     """Return the record of what has just been measured here."""
     return Record(
         what=what,
-        recipe=shown(loaded.path),
+        recipe=display_path(loaded.path),
         resolved=dump_recipe(loaded.recipe),
         words=tuple(words),
         date=datetime.now(UTC).isoformat(),

@@ -8,14 +8,14 @@ from pipeline.benchmarks.inputs import draw_batch
 from pipeline.benchmarks.measure import Measured, measure
 from pipeline.builders.meta import training_labels
 from pipeline.builders.teacher import build_teacher
-from pipeline.errors import RecipeError, about, shown
+from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.identity import Run
 
 
 def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
     """Return how long the teacher takes for a rank's micro-batch of drawn images, in its own precision and chunks."""
     recipe = run.recipe
-    with about(shown(run.path)):
+    with error_context(display_path(run.path)):
         if recipe.teacher and recipe.teacher.cache is not None:
             raise RecipeError(
                 "teacher.cache: the answers are read; give teacher.cache=null for the network, or measure the step"

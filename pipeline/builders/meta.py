@@ -24,7 +24,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError, about
+from pipeline.errors import RecipeError, error_context
 from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
@@ -94,7 +94,7 @@ def _answers(
     if config is None:
         return {}, {}
     if config.cache is not None and not config.is_named:
-        with about("teacher.cache"):
+        with error_context("teacher.cache"):
             cache = Cache(Path(config.cache))
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.errors import about
+from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model
 from pipeline.models.stages import stages
@@ -23,12 +23,12 @@ class Named(NamedTuple):
 
     def build(self, num_classes: int) -> FeatureTaps:
         """Return the network, freshly initialised."""
-        with about(f"{self.place}.model"):
+        with error_context(f"{self.place}.model"):
             model = create_model(self.model, num_classes)
-        with about(f"{self.place}.stages"):
+        with error_context(f"{self.place}.stages"):
             return FeatureTaps(model, stages(model) | dict(self.stages), self.taps)
 
     def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
         """Return ``tap_shapes`` of the network on images of that size."""
-        with about(f"{self.place}.model"):
+        with error_context(f"{self.place}.model"):
             return tap_shapes(network, image_size)

@@ -20,7 +20,7 @@ from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import about, shown
+from pipeline.errors import display_path, error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
@@ -140,7 +140,7 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
 def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, AnyTeacher | None, Distiller]:
     """Return loader, teacher and Distiller. Raises RecipeError for what does not fit together."""
     recipe, device = run.recipe, accelerator.device
-    with about(shown(run.path)):
+    with error_context(display_path(run.path)):
         teacher = build_teacher(run, device)
         loader = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))

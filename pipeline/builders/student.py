@@ -7,7 +7,7 @@ import torch
 from pipeline.builders.named import Named
 from pipeline.config.recipe import Recipe, Start, Student
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import about
+from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import finished
@@ -40,5 +40,5 @@ def weights_layout(recipe: Recipe, launch: Launch) -> torch.memory_format:
 def load_start(start: Start, run: Run | None, student: FeatureTaps, model: str) -> None:
     """Load the weights that the student starts from: a file, or the last ones of a finished ``run``."""
     weights = start.weights or str(finished(run).folder / STUDENT)
-    with about("student.start"):
+    with error_context("student.start"):
         load_weights(student.model, weights, model)

@@ -11,7 +11,7 @@ from pipeline.batch import Batch, Progress
 from pipeline.builders.meta import Answers, Network, build_parts, count_parameters, measure
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.distiller import Distiller
-from pipeline.errors import about, shown
+from pipeline.errors import display_path, error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
 from pipeline.training.flops import FlopCounter
@@ -49,7 +49,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         """Return the report as a user reads it."""
-        lines = [shown(self.path), *_described("student", self.student)]
+        lines = [display_path(self.path), *_described("student", self.student)]
         lines += [line for teacher in self.teachers for line in _described("teacher", teacher)]
         lines += [f"          answers from {self.cache}"] if self.cache else []
         own = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
@@ -93,7 +93,7 @@ def _run(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dict[str, 
     batch = Batch(images_BCHW, zeros_B, zeros_B, {})
     student = cast(FeatureTaps, Answers(facts.student_shapes))
     answers = Answers(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
-    with about("losses"), FlopCounter() as counted:
+    with error_context("losses"), FlopCounter() as counted:
         distiller = Distiller(student, recipe.losses, facts).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))
     parts = [name for name in losses if name not in ("total", "top1")]

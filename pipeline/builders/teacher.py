@@ -14,7 +14,7 @@ from pipeline.builders.student import student_named
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import pixels
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError, about
+from pipeline.errors import RecipeError, error_context
 from pipeline.models.weights import is_file, load_weights, weights_sha256
 from pipeline.precision import AUTOCAST
 from pipeline.runs.dependencies import finished
@@ -38,7 +38,7 @@ def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
     if config is None:
         return None
     if config.cache is not None:
-        with about("teacher.cache"):
+        with error_context("teacher.cache"):
             return _cached(run, config, Cache(Path(config.cache)), device)
     if config.average is not None:
         named = student_named(recipe.student, recipe.taps.teacher)._replace(place="teacher")
@@ -120,7 +120,7 @@ def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str
     named = network.named._replace(taps=taps)
     built = named.build(run.manifest.num_classes)
     named.probe(built, data.size)  # folding would run it on the same images, and not say what it cannot take
-    with about(f"{named.place}.weights"):
+    with error_context(f"{named.place}.weights"):
         load_weights(built.model, network.weights, named.model)
     teacher = Teacher(
         built,

@@ -15,14 +15,7 @@ from tqdm import tqdm
 
 from pipeline.batch import Outputs
 from pipeline.builders.teacher import refuse_others
-from pipeline.caching.blocks import (
-    Block,
-    check_room,
-    create_files,
-    missing_blocks,
-    shown_bytes,
-    write_block,
-)
+from pipeline.caching.blocks import Block, check_room, create_files, missing_blocks, shown_bytes, write_block
 from pipeline.caching.source import Part, Source, stored
 from pipeline.distributed import collectives, signals
 from pipeline.errors import RecipeError

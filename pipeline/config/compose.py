@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import ROOT, RecipeError, shown
+from pipeline.errors import ROOT, RecipeError, display_path
 
 COMMAND_LINE = "command line"
 
@@ -35,7 +35,7 @@ def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None 
     tree = _compose(path, origins, ())
     for word in overrides:
         _merge(tree, _override(word), COMMAND_LINE, origins)
-    constants = _Constants(tree.pop("constants", None) or {}, origins, shown(path))
+    constants = _Constants(tree.pop("constants", None) or {}, origins, display_path(path))
     # Nulls last: one may delete a key of a base, or of a constant.
     filled = _without_nulls(constants.fill(tree, ()))
     constants.check_command_line()
@@ -48,9 +48,9 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(), _Yaml)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{shown(path)}: line {line}: {error.problem}") from None
+        raise RecipeError(f"{display_path(path)}: line {line}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{shown(path)}: not a YAML file: {error}") from None
+        raise RecipeError(f"{display_path(path)}: not a YAML file: {error}") from None
 
 
 _Fast: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is
@@ -77,27 +77,27 @@ def existing(path: Path) -> Path:
     for candidate in (path, ROOT / path):
         if candidate.is_file():
             return candidate.resolve()
-    raise RecipeError(f"{path}: no such recipe; recipes stand under {shown(ROOT / 'configs')}")
+    raise RecipeError(f"{path}: no such recipe; recipes stand under {display_path(ROOT / 'configs')}")
 
 
 def _compose(path: Path, origins: Origins, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
-        raise RecipeError(f"{shown(path)}: base: the file is its own base, by way of {shown(above[-1])}")
+        raise RecipeError(f"{display_path(path)}: base: the file is its own base, by way of {display_path(above[-1])}")
     own = read_yaml(path)
     if not isinstance(own, dict):
-        raise RecipeError(f"{shown(path)}: expected a mapping of keys, got {type(own).__name__}")
+        raise RecipeError(f"{display_path(path)}: expected a mapping of keys, got {type(own).__name__}")
     bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise RecipeError(f"{shown(path)}: base: expected a file or a list of files, got {bases!r}")
+        raise RecipeError(f"{display_path(path)}: base: expected a file or a list of files, got {bases!r}")
     tree: dict[str, Any] = {}
     for base in bases:
         base_path = (path.parent / base).resolve()
         if not base_path.is_file():
-            raise RecipeError(f"{shown(path)}: base: there is no file {base!r} beside it")
+            raise RecipeError(f"{display_path(path)}: base: there is no file {base!r} beside it")
         _merge(tree, _compose(base_path, origins, (*above, path)), None, origins)
     _anchor_references(own, path)
-    _merge(tree, own, shown(path), origins)
+    _merge(tree, own, display_path(path), origins)
     return tree
 
 
@@ -236,4 +236,4 @@ def _anchor_references(own: dict[str, Any], path: Path) -> None:
     for container, key in references(own):
         beside = path.parent / str(container[key])
         if beside.is_file():
-            container[key] = shown(beside.resolve())
+            container[key] = display_path(beside.resolve())

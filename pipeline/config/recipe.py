@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from pipeline.config.compose import Origins, composed, existing, networks, references
 from pipeline.config.messages import validation_message
 from pipeline.data.config import Config as Data
-from pipeline.errors import RecipeError, shown
+from pipeline.errors import RecipeError, display_path
 from pipeline.losses._base import Taps
 from pipeline.losses._registry import Losses
 from pipeline.optim.ema import Config as Averaging
@@ -196,7 +196,7 @@ def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(validation_message(error, Recipe, tree, origins, shown(path))) from None
+        raise RecipeError(validation_message(error, Recipe, tree, origins, display_path(path))) from None
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -215,6 +215,6 @@ def _unpack_models(tree: dict[str, Any]) -> None:
 def _resolve_references(tree: dict[str, Any], path: Path) -> None:
     for container, key in references(tree):
         try:
-            container[key] = shown(existing(Path(str(container[key]))))
+            container[key] = display_path(existing(Path(str(container[key]))))
         except RecipeError as error:
-            raise RecipeError(f"{shown(path)}: another recipe is named that is not there: {error}") from None
+            raise RecipeError(f"{display_path(path)}: another recipe is named that is not there: {error}") from None

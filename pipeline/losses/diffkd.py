@@ -18,13 +18,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.diffusion.config import Diffusion
 from pipeline.diffusion.denoiser import Denoiser
-from pipeline.diffusion.networks import (
-    Autoencoder,
-    Bottleneck,
-    logit_adapter,
-    logit_predictor,
-    map_predictor,
-)
+from pipeline.diffusion.networks import Autoencoder, Bottleneck, logit_adapter, logit_predictor, map_predictor
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._functional import pool_to_smaller
 from pipeline.losses._registry import InnerLoss

@@ -1,8 +1,8 @@
 """The shards and runs that a recipe stands on, made where they are not there.
 
 A recipe may stand on other runs (``teacher: {recipe: …}``, ``student: {start: {recipe: …}}``, ``compare: […]``) and on
-shards (``data: {prepare: […]}``). ``stand`` makes what is not there, each in a process of its own, before this process
-has an Accelerator.
+shards (``data: {prepare: […]}``). ``ensure_dependencies`` makes what is not there, each in a process of its own, before
+this process has an Accelerator.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe, passed_on
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import refuse_lone_ranks
-from pipeline.errors import ROOT, RecipeError, Unfinished, shown
+from pipeline.errors import ROOT, RecipeError, Unfinished, display_path
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, refuse_circle, resolve
 from shards.manifest import MANIFEST
 
 
-def stand(loaded: LoadedRecipe, launch: Launch) -> Run:
+def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
     """Make the shards and the runs that ``loaded`` stands on, where they are not there, and return its run.
 
     What a finished run stood on is not asked for again. Under several ranks all must be there already: RecipeError
@@ -31,7 +31,7 @@ def stand(loaded: LoadedRecipe, launch: Launch) -> Run:
     refuse_circles(loaded)
     prepare_shards(loaded, launch)
     run = resolve(loaded, launch)
-    _stand(run, launch)
+    _ensure(run, launch)
     return run
 
 
@@ -42,11 +42,11 @@ def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
         refuse_circles(named, (*above, loaded.path))
 
 
-def _stand(run: Run, launch: Launch) -> None:
+def _ensure(run: Run, launch: Launch) -> None:
     if run.result is not None:
         return
     for path, below in run.needed.items():
-        _stand(below, launch)
+        _ensure(below, launch)
         if below.result is None:
             _make(below, run.recipe, path, launch)
 
@@ -69,7 +69,7 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch) -> None:
         return
     if not data.prepare:
         raise RecipeError(
-            f"{shown(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
+            f"{display_path(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
             "make them with the script that the head of the data set's recipe names, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
@@ -101,5 +101,5 @@ def finished(run: Run | None) -> Run:
     if run is None:
         raise RecipeError("a run that this one stands on is not known")
     if run.result is None:
-        raise RecipeError(f"{run.folder} holds no finished run of {shown(run.path)}; make it: {run.command}")
+        raise RecipeError(f"{run.folder} holds no finished run of {display_path(run.path)}; make it: {run.command}")
     return run

@@ -16,7 +16,7 @@ from pipeline.config.compose import read_yaml
 from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import RecipeError, about, shown
+from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, RESULT, read_json
 from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
@@ -68,7 +68,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that makes this run."""
-        return f"python pipeline/train.py {shlex.quote(shown(self.path))}"
+        return f"python pipeline/train.py {shlex.quote(display_path(self.path))}"
 
     @property
     def needed(self) -> dict[str, Run]:
@@ -89,7 +89,7 @@ def run_folder(loaded: LoadedRecipe) -> Path:
 
 def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
     """Return the run of a recipe whose shards are there, and with it those that it names."""
-    with about(shown(loaded.path)):
+    with error_context(display_path(loaded.path)):
         manifest = read_manifest(Path(loaded.recipe.data.path))
     return _resolve(loaded, manifest, launch, {}, ())
 
@@ -110,7 +110,7 @@ def _resolve(
 
     folder = run_folder(loaded)
     teachers, start = tuple(map(named, loaded.teachers)), loaded.start and named(loaded.start)
-    with about(shown(loaded.path)):
+    with error_context(display_path(loaded.path)):
         recipe = _completed(loaded.recipe, folder, launch)
         own = identity(recipe, folder, manifest, [run.digest for run in teachers], start and start.digest)
     run = known[id(loaded)] = Run(
@@ -122,7 +122,9 @@ def _resolve(
 def refuse_circle(loaded: LoadedRecipe, above: tuple[Path, ...]) -> None:
     """Raise RecipeError if the recipe is one of those that led to it."""
     if loaded.path in above:
-        raise RecipeError(f"{shown(loaded.path)}: the recipe stands on itself, by way of {shown(above[-1])}")
+        raise RecipeError(
+            f"{display_path(loaded.path)}: the recipe stands on itself, by way of {display_path(above[-1])}"
+        )
 
 
 def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
@@ -146,7 +148,7 @@ def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
 
 
 def _cache(folder: str) -> Cache:
-    with about("teacher.cache"):
+    with error_context("teacher.cache"):
         return Cache(Path(folder))
 
 

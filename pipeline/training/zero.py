@@ -25,7 +25,7 @@ from torch import nn
 from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import ROOT, RecipeError, shown
+from pipeline.errors import ROOT, RecipeError, display_path
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 DDP = "ddp"
@@ -117,9 +117,9 @@ def _read(name: str | None) -> tuple[str, dict[str, Any]]:
     if path is None:
         raise RecipeError(f"{FILE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own")
     try:
-        return shown(path), json.loads(path.read_text())
+        return display_path(path), json.loads(path.read_text())
     except ValueError as error:
-        raise RecipeError(f"{shown(path)}: not JSON: {error}") from None
+        raise RecipeError(f"{display_path(path)}: not JSON: {error}") from None
 
 
 def _refuse(recipe: Recipe, stage: int) -> None:

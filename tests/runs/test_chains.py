@@ -18,7 +18,7 @@ from pipeline.builders.teacher import build_teacher
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
-from pipeline.runs.dependencies import stand
+from pipeline.runs.dependencies import ensure_dependencies
 
 Train = Callable[..., None]
 KD = {"ce": {}, "kd": {"temperature": 4.0}}
@@ -121,14 +121,14 @@ def test_a_circle_further_down_is_refused_before_anything_is_made(chain: Path):
     other = yaml.safe_load((chain / "teacher.yaml").read_text()) | {"teacher": {"recipe": "assistant.yaml"}}
     (chain / "teacher.yaml").write_text(yaml.safe_dump({**other, "losses": KD}))
     with pytest.raises(RecipeError, match=r"assistant.yaml: the recipe stands on itself, by way of .*teacher.yaml"):
-        stand(load_recipe("student.yaml"), read_launch())
+        ensure_dependencies(load_recipe("student.yaml"), read_launch())
     assert not (chain / "runs").exists()
 
 
 def test_under_several_ranks_the_far_end_is_told_first(chain: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match=r"one process must make first: python pipeline/train.py .*teacher.yaml"):
-        stand(load_recipe("student.yaml"), read_launch())
+        ensure_dependencies(load_recipe("student.yaml"), read_launch())
 
 
 def test_a_network_learns_from_itself_trained_first(run_train: Train, chain: Path):
