@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, model_validator
 from torch import nn
@@ -67,6 +68,11 @@ def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give every parameter group the rate of this step."""
+    """Give every parameter group the rate of this step, in float32 on every device.
+
+    A GPU's fused step reads a rate that is a tensor, as a captured step needs it, in float32, and a number in float64:
+    they would be two runs.
+    """
+    rounded = np.float32(rate).item()
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rounded

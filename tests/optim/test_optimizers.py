@@ -40,7 +40,7 @@ def test_a_step_is_the_textbook_sgd(nesterov: bool):
     parameter = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     module = nn.ParameterList([parameter])
     optimizer = create_optimizer(Config(momentum=0.9, nesterov=nesterov, weight_decay=0.01), module)
-    weight, momentum = [1.0, -2.0], [0.0, 0.0]
+    weight, momentum, rate = [1.0, -2.0], [0.0, 0.0], torch.tensor(0.1).item()  # 0.1 in float32
     for gradient in ([0.5, 1.0], [-0.25, 2.0]):
         set_learning_rate(optimizer, 0.1)
         parameter.grad = torch.tensor(gradient, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_a_step_is_the_textbook_sgd(nesterov: bool):
         for i in range(2):
             slope = gradient[i] + 0.01 * weight[i]
             momentum[i] = 0.9 * momentum[i] + slope
-            weight[i] -= 0.1 * (slope + 0.9 * momentum[i] if nesterov else momentum[i])
+            weight[i] -= rate * (slope + 0.9 * momentum[i] if nesterov else momentum[i])
     assert parameter.tolist() == pytest.approx(weight, rel=1e-12)
 
 

@@ -1,7 +1,8 @@
 """What was written by earlier code is read by today's: a run that stopped, its checkpoint, and a teacher's cache.
 
-``kept`` holds a run of DDKD from a cache, with EMA and clipping, that stopped after 6 of 8 steps, and in ``end`` what
-the code that wrote it (commit 0dab1ed) made of the rest. A change of a format on purpose writes it anew, and says so.
+``kept`` holds a run of DDKD from a cache, with EMA and clipping, that commit 0dab1ed wrote and that stopped after 6 of
+8 steps. ``end`` holds how it ends: what that commit made of the rest, but for the last bits of the norm by which
+gradients are clipped, changed on purpose since. A change of a format, or of numbers, writes it anew, and says so.
 """
 
 from __future__ import annotations
