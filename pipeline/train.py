@@ -43,7 +43,7 @@ from pipeline.training.accelerator import use_all_cores
 from pipeline.training.checkpoint import Best, CheckpointState
 from pipeline.training.export import export, export_average
 from pipeline.training.result import print_table, write_result
-from pipeline.training.step import forward_backward, seed_draws, update
+from pipeline.training.step import seed_draws
 from pipeline.training.stopping import SIGNAL
 
 
@@ -70,35 +70,28 @@ def main(words: Sequence[str]) -> None:
 def train(run: Run, launch: Launch) -> None:
     """Train the run from where it is to its end, or to where ``stop`` or a signal ends this command."""
     session, state = open_session(run, launch)
-    accelerator, distiller, journal = session.accelerator, session.distiller, session.journal
-    distiller.train()
+    journal = session.journal
+    session.distiller.train()
     seed_draws(run.recipe.seed, state.progress.step)
     state.reason = session.stopping.due(state.progress, beginning=True)
     with journal.writing(state.progress, state.journal_bytes):
         for batch in session.micro_batches(state):
-            rate, step = learning_rate(run.recipe.schedule, state.progress, run.recipe.epochs), state.progress.step + 1
+            rate = learning_rate(run.recipe.schedule, state.progress, run.recipe.epochs)
             set_learning_rate(session.optimizer, rate)
-            with accelerator.accumulate(distiller):
-                losses = forward_backward(accelerator, distiller, session.teacher, batch, state.progress, session.timer)
-                session.guard.watch(losses, step)
-                journal.observe(losses)
-                norm = update(accelerator, distiller, session.optimizer, run.recipe.clip, session.guard, step)
-                session.timer.mark("optimizer")
-            if norm is not None:  # Progress counts whole global batches.
-                close_step(session, state, rate, norm)
+            done = session.step(batch, state.progress)
+            journal.observe(done)
+            if done.gradient_norm is not None:  # Progress counts whole global batches.
+                close_step(session, state, rate, done.gradient_norm)
             if state.reason:
                 break
     finish(session, state)
 
 
 def close_step(session: Session, state: State, rate: float, norm: Tensor) -> None:
-    """Follow the step with all that learns from it, and write down, evaluate and save where that is due."""
+    """Write down, evaluate and save where that is due after a step."""
     journal, checkpoints = session.journal, session.checkpoints
     progress = state.progress = state.progress.after(session.recipe.batch)
     seed_draws(session.recipe.seed, progress.step)  # for the step that comes
-    session.unwrapped.commit()  # the losses' banks take in the global batch
-    for average in session.averages.values():
-        average.update()
     state.reason = session.stopping.due(progress) if progress.step < journal.total_steps else None
     saving = bool(state.reason) or checkpoints.due(progress)
     # In this order: nothing that is not finite is written or saved; a step's line stands before its epoch's evaluation;

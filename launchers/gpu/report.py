@@ -83,8 +83,8 @@ def steps_table(records: list[Record]) -> str:
 
 
 def _title(record: Record) -> str:
-    compiled = [word.partition("=")[0] for word in record.words if ".compile=true" in word]
-    return " ".join([f"`{record.recipe}`", record.resolved["precision"], *compiled])
+    special = [word.partition("=")[0] for word in record.words if word.endswith((".compile=true", "graph=true"))]
+    return " ".join([f"`{record.recipe}`", record.resolved["precision"], *special])
 
 
 def record_table(record: Record) -> str:

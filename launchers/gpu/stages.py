@@ -60,6 +60,7 @@ def _right(options: Options) -> list[Stage]:
             "demo", 120, "train.py", f"stop.steps={options.steps}", f"folder={options.out}/demo", *_demo(options)
         ),
         _check("methods", 150, options),
+        _check("graph", 150, options, **DETERMINISTIC),
         _check("memory", 60, options),
         _check("teacher", 60, options),
         _check("losses", 60, options),
@@ -88,6 +89,12 @@ def cifar_words(options: Options, method: str) -> list[str]:
     return words
 
 
+def all_methods() -> list[str]:
+    """Return the rows of the CIFAR pair that need no cache and no earlier run."""
+    names = [path.stem for path in sorted((ROOT / PAIR).glob("*.yaml"))]
+    return [name for name in names if name not in ("pair", "ab") and not name.endswith("_cached")]
+
+
 def short_run(options: Options, method: str) -> list[str]:
     """Return the recipe of that row and its overrides, with a small batch in a rehearsal."""
     return [f"{PAIR}/{method}.yaml", *cifar_words(options, method), *(["batch=16"] if options.rehearse else [])]
@@ -111,8 +118,14 @@ def _quick(options: Options) -> list[Stage]:
     def bench(name: str, seconds: float, what: str, recipe: str, *words: str) -> Stage:
         return _pipeline(name, seconds, "bench.py", what, f"{recipe}.yaml", *words, records, *how)
 
-    stages = [bench(f"cifar-{m}", 40, "step", f"{PAIR}/{m}", *cifar_words(options, m)) for m in small]
-    stages += [bench(f"imagenet-{m}", 60, "step", f"{IMAGENET}/{m}", *imagenet_words(options, m)) for m in small]
+    def both_ways(name: str, seconds: float, recipe: str, *words: str) -> list[Stage]:
+        """Return the step operation by operation, whose parts are measured, and as a graph."""
+        graph = "graph=auto" if options.rehearse else "graph=true"
+        eager = bench(name, seconds, "step", recipe, *words, "graph=false")
+        return [eager, bench(f"{name}-graph", seconds, "step", recipe, *words, graph)]
+
+    stages = [s for m in small for s in both_ways(f"cifar-{m}", 40, f"{PAIR}/{m}", *cifar_words(options, m))]
+    stages += [s for m in small for s in both_ways(f"imagenet-{m}", 60, f"{IMAGENET}/{m}", *imagenet_words(options, m))]
     for key in ("student.compile", "teacher.compile", "losses.ddkd.diffusion.compile"):
         name = f"ddkd-{key.split('.')[-2]}-compiled"
         words = [*imagenet_words(options, "ddkd"), f"{key}=true"]

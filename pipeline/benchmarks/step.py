@@ -20,6 +20,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, Unfinished
 from pipeline.runs.identity import resolve
 from pipeline.train import train
+from pipeline.training.graph import EAGER_STEPS
 from shards.manifest import Manifest
 
 WHOLE = "step"
@@ -39,7 +40,8 @@ def measure_step(
     in_epoch = manifest.splits["train"].samples // recipe.batch
     if steps > in_epoch:
         raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
-    settled = -(-max(warmup, 1) // steps) * steps  # the first step has a line of its own, which is none of the repeats
+    # The first step has a line of its own, which is none of the repeats; and a graph is captured after a few.
+    settled = -(-max(warmup, EAGER_STEPS + 1) // steps) * steps
     whole = (step for step in count(settled + steps, steps) if not cut(step, steps, in_epoch))
     ends = list(islice(whole, repeats))
     folder = scratch(Path(recipe.folder or "."), launch)

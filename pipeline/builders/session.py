@@ -33,7 +33,9 @@ from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Best, Checkpoints, exported_best
 from pipeline.training.evaluation import Accuracy, check_teacher, evaluate
+from pipeline.training.graph import GraphedStep, graphed
 from pipeline.training.journal import Journal
+from pipeline.training.step import Step
 from pipeline.training.stopping import Stopping
 from pipeline.training.timer import StepTimer
 
@@ -45,11 +47,10 @@ class Session:
     run: Run
     accelerator: Accelerator
     loader: Loader
-    teacher: AnyTeacher | None
     distiller: nn.Module
     """As it is trained: wrapped by DDP or DeepSpeed."""
-    unwrapped: Distiller
-    """The same without its wrapping."""
+    student: FeatureTaps
+    """Without its wrapping."""
     parameters: int
     """Of the student."""
     optimizer: Any
@@ -58,17 +59,13 @@ class Session:
     checkpoints: Checkpoints
     journal: Journal
     guard: FiniteGuard
+    step: Step | GraphedStep
     stopping: Stopping
 
     @property
     def recipe(self) -> Recipe:
         """The run's recipe."""
         return self.run.recipe
-
-    @property
-    def student(self) -> FeatureTaps:
-        """The student, without its wrapping."""
-        return self.unwrapped.student
 
     @property
     def timer(self) -> StepTimer:
@@ -119,19 +116,21 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
     allocate_momentum(optimizer)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch)
+    journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
+    step = Step(accelerator, distiller, teacher, optimizer, averages.values(), recipe.clip, guard, journal.timer)
     session = Session(
         run,
         accelerator,
         loader,
-        teacher,
         distiller,
-        unwrapped,
+        unwrapped.student,
         parameters,
         optimizer,
         averages,
         checkpoints,
-        _journal(run, launch, accelerator, saved.progress),
-        FiniteGuard(accelerator.device),
+        journal,
+        guard,
+        graphed(step, recipe.graph, recipe.accumulation),
         Stopping(recipe.stop, recipe.checkpoints.poll_steps),
     )
     return session, State(saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST))

@@ -106,6 +106,8 @@ class Recipe(Section):
     compress: Literal["auxiliary", "all"] | None = None
     """Gradients that go from rank to rank in bfloat16: those of the losses' own modules, or the student's, too."""
     ema: Averaging | None = None
+    graph: Literal["auto"] | bool = "auto"
+    """Whether steps are replays of a CUDA graph, the same numbers. ``auto``: on one GPU, without accumulation."""
     compare: tuple[str, ...] = ()
     """Recipes whose results stand in the closing table; a run that is not there is made first."""
     checkpoints: Checkpoints = Checkpoints()

@@ -36,7 +36,7 @@ class FiniteGuard:
         self.scaler: torch.amp.GradScaler | None = None
         self.first_step_P = torch.empty(0, dtype=torch.int64, device=device)
 
-    def watch(self, losses: dict[str, Tensor], step: int) -> None:
+    def watch(self, losses: dict[str, Tensor], step: int | Tensor) -> None:
         """Note which of the named ``losses`` of ``step`` (counted from 1) are not finite."""
         if not self.names:
             self.names = [*losses, GRADIENT]
@@ -44,7 +44,7 @@ class FiniteGuard:
         finite = torch.isfinite(torch.stack([value.detach().float() for value in losses.values()]))
         self._note(self.first_step_P[:-1], finite, step)
 
-    def arm(self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int) -> None:
+    def arm(self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int | Tensor) -> None:
         """Make the fused ``optimizer`` leave weights and momentum alone in ``step`` if its gradients are not finite.
 
         The gradients have been averaged over the ranks, and a non-finite total makes them non-finite (``poisoned``), so
@@ -58,7 +58,7 @@ class FiniteGuard:
         self._note(self.first_step_P[-1:], finite, step)
         optimizer.optimizer.found_inf = (~finite[0]).float()  # type: ignore[attr-defined]
 
-    def _note(self, first_step: Tensor, finite: Tensor, step: int) -> None:
+    def _note(self, first_step: Tensor, finite: Tensor, step: int | Tensor) -> None:
         torch.minimum(first_step, torch.where(finite, self.NEVER, step), out=first_step)
 
     def check(self) -> None:

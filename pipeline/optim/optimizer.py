@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 
 class Config(BaseModel):
@@ -74,5 +74,23 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
     they would be two runs.
     """
     rounded = np.float32(rate).item()
+    kept = optimizer.param_groups[0]["lr"]
+    if isinstance(kept, Tensor):
+        kept.fill_(rounded)
+        return
     for group in optimizer.param_groups:
         group["lr"] = rounded
+
+
+def keep_learning_rate_on(device: torch.device, optimizer: Any) -> None:
+    """Keep the rate of all parameter groups in one tensor on the device, where a captured step reads it."""
+    rate = torch.zeros((), dtype=torch.float32, device=device)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return the optimizer's state for a checkpoint, its rate a number wherever it is kept."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}

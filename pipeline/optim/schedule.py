@@ -69,8 +69,37 @@ class Ramp(BaseModel):
         return self
 
 
+class WatchedProgress:
+    """Stands for a Progress and keeps what was asked of it: what a captured step was given as constants.
+
+    A ramp counts by its factor, which seldom changes; everything else by its value.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._read: dict[str, object] = {}
+        self._ramps: dict[Ramp | None, float] = {}
+
+    def __getattr__(self, name: str) -> object:
+        value = getattr(self._progress, name)
+        self._read[name] = value
+        return value
+
+    def ramp_factor(self, ramp: Ramp | None) -> float:
+        """Return the ramp's factor."""
+        return self._ramps.setdefault(ramp, ramp_factor(ramp, self._progress))
+
+    def changed(self, progress: Progress) -> list[str]:
+        """Return the names of what would be another answer at ``progress``."""
+        changed = [f"progress.{name}" for name, value in self._read.items() if getattr(progress, name) != value]
+        ramps = any(ramp_factor(ramp, progress) != factor for ramp, factor in self._ramps.items())
+        return changed + ["a ramp"] * ramps
+
+
 def ramp_factor(ramp: Ramp | None, progress: Progress) -> float:
     """Return the factor of a loss weight in the step that begins at ``progress``."""
+    if isinstance(progress, WatchedProgress):
+        return progress.ramp_factor(ramp)
     if ramp is None:
         return 1.0
     if progress.fraction < ramp.start or (ramp.until is not None and progress.fraction >= ramp.until):

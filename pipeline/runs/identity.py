@@ -22,7 +22,7 @@ from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
 
 # What a command may change without making another run.
-_NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints")
+_NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints", "graph")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
 # What makes another run only where it is asked for.

@@ -33,6 +33,7 @@ from pipeline.distributed import collectives
 from pipeline.errors import RecipeError
 from pipeline.losses._base import Loss
 from pipeline.optim.ema import EMA
+from pipeline.optim.optimizer import optimizer_state
 from pipeline.teachers.average import EMATeacher
 from pipeline.training import zero
 from pipeline.training.zero import DDP
@@ -108,7 +109,7 @@ class Checkpoints:
             zero.save(self.accelerator, folder)
         elif self.accelerator.is_main_process:
             save_file(_storable(self.distiller.state_dict()), folder / "distiller.safetensors")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save(optimizer_state(self.optimizer), folder / "optimizer.pt")
             if self.accelerator.scaler is not None:
                 torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
 

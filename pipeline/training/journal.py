@@ -23,6 +23,7 @@ from pipeline.batch import Progress
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
 from pipeline.training.flops import peak_flops
+from pipeline.training.step import Done
 from pipeline.training.timer import StepTimer
 
 Item = TypeVar("Item")
@@ -91,10 +92,10 @@ class Journal:
             yield item
             self.timer.mark("rest")
 
-    def observe(self, losses: dict[str, Tensor]) -> None:
+    def observe(self, done: Done) -> None:
         """Keep the loss parts of a micro-batch for its step."""
-        self.names = [*losses, "gradient_norm"]
-        self.micro_batches.append(torch.stack([value.detach() for value in losses.values()]))
+        self.names = [*done.names, "gradient_norm"]
+        self.micro_batches.append(done.parts_P)
 
     def due(self, progress: Progress) -> bool:
         """Whether the step that ended at ``progress`` is written down."""

@@ -1,13 +1,14 @@
 """A training step: forward and backward of a micro-batch, and the update that ends a global batch.
 
-Both ask the host nothing and return tensors only. What ZeRO does otherwise is hidden here.
+It asks the host nothing and returns tensors only, so that it can be captured as a CUDA graph (``graph.py``). What ZeRO
+does otherwise is hidden here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,43 +16,90 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Progress
+from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
+from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
+from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.timer import StepTimer
 
 
-def forward_backward(
-    accelerator: Accelerator,
-    distiller: nn.Module,
-    teacher: AnyTeacher | None,
-    batch: Batch,
-    progress: Progress,
-    timer: StepTimer,
-) -> dict[str, Tensor]:
-    """Return the weighted parts of the loss of a micro-batch, with ``total``, whose gradients are added up."""
-    with timer("teacher"):
-        answers = teacher(batch) if teacher else None
-    losses = distiller(batch, answers, progress, timer)
-    with timer.backward(losses["total"]):
-        accelerator.backward(losses["total"])
-    return losses
+class Done(NamedTuple):
+    """What a step leaves on the device for the journal."""
+
+    names: tuple[str, ...]
+    parts_P: Tensor
+    """The weighted parts of the micro-batch's loss, with ``total`` and ``top1``, in the order of ``names``."""
+    gradient_norm: Tensor | None
+    """Before clipping; None within a global batch."""
 
 
-def update(
-    accelerator: Accelerator, distiller: nn.Module, optimizer: Any, clip: float | None, guard: FiniteGuard, step: int
-) -> Tensor | None:
-    """Take the step, counted from 1, that ends a global batch; return the norm its gradients had before clipping.
-
-    Within a global batch nothing is done, and there is None. Where the gradient is not finite the weights stay.
+class Step:
+    """What the device does with a micro-batch: teacher, student, losses, backward and, where a global batch ends, the
+    update, and what follows the weights.
     """
-    norm = None
-    if accelerator.sync_gradients:
-        norm = clip_gradients(accelerator, distiller, clip)
-        guard.arm(optimizer, norm, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        distiller: nn.Module,
+        teacher: AnyTeacher | None,
+        optimizer: Any,
+        averages: Iterable[EMA | EMATeacher],
+        clip: float | None,
+        guard: FiniteGuard,
+        timer: StepTimer,
+    ) -> None:
+        self.accelerator = accelerator
+        self.distiller = distiller
+        self.unwrapped = cast(Distiller, accelerator.unwrap_model(distiller))
+        self.teacher = teacher
+        self.optimizer = optimizer
+        self.averages = tuple(averages)
+        self.clip = clip
+        self.guard = guard
+        self.timer = timer
+
+    def __call__(self, batch: Batch, progress: Progress, number: Tensor | None = None) -> Done:
+        """Learn from a micro-batch of the step that begins at ``progress``.
+
+        ``number`` is that step's, counted from 1, where it has to be on the device.
+        """
+        current = progress.step + 1 if number is None else number
+        with self.accelerator.accumulate(self.distiller):
+            losses = self._forward_backward(batch, progress)
+            self.guard.watch(losses, current)
+            parts_P = torch.stack([value.detach() for value in losses.values()])
+            norm = self._update(current)
+            self.timer.mark("optimizer")
+        if norm is not None:
+            self.unwrapped.commit()  # the losses' banks take in the global batch
+            for average in self.averages:
+                average.update()
+        return Done(tuple(losses), parts_P, norm)
+
+    def _forward_backward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Return the parts of the loss of a micro-batch, with ``total``, whose gradients are added up."""
+        with self.timer("teacher"):
+            answers = self.teacher(batch) if self.teacher else None
+        losses = self.distiller(batch, answers, progress, self.timer)
+        with self.timer.backward(losses["total"]):
+            self.accelerator.backward(losses["total"])
+        return losses
+
+    def _update(self, number: int | Tensor) -> Tensor | None:
+        """Move the weights where a global batch ends, and return the norm their gradients had before clipping.
+
+        Within a global batch nothing is done, and there is None. Where a gradient is not finite the weights stay.
+        """
+        norm = None
+        if self.accelerator.sync_gradients:
+            norm = clip_gradients(self.accelerator, self.distiller, self.clip)
+            self.guard.arm(self.optimizer, norm, number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
 
 def clip_gradients(accelerator: Accelerator, distiller: nn.Module, largest: float | None) -> Tensor:

@@ -25,6 +25,7 @@ class StepTimer:
         self._on_gpu = device.type == "cuda"
         self._by_ddp = by_ddp
         self._spare: list[torch.cuda.Event] = []
+        self._paused = False
         self.begin()
 
     def begin(self) -> None:
@@ -39,7 +40,17 @@ class StepTimer:
 
     def mark(self, name: str) -> None:
         """Say that what has run since the last mark was ``name``."""
-        self._marks.append((name, self._now()))
+        if not self._paused:
+            self._marks.append((name, self._now()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Mark nothing inside the context: what happens there takes its time later, or is someone else's to mark."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @contextmanager
     def backward(self, total: Tensor) -> Iterator[None]:

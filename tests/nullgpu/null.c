@@ -18,14 +18,14 @@
 
 // -- counters --------------------------------------------------------------------------------------------------------
 
-static long launches, products, copies, fills, waits, allocations, events, replays, nodes, pageable;
+static long launches, products, copies, fills, waits, allocations, events, captures, replays, nodes, pageable;
 static const struct {
     const char *name;
     long *value;
 } COUNTERS[] = {
     {"launches", &launches}, {"products", &products},       {"copies", &copies}, {"fills", &fills},
     {"waits", &waits},       {"allocations", &allocations}, {"events", &events}, {"replays", &replays},
-    {"nodes", &nodes},       {"pageable", &pageable},
+    {"nodes", &nodes},       {"pageable", &pageable},       {"captures", &captures},
 };
 #define COUNTER_NUMBER (sizeof COUNTERS / sizeof *COUNTERS)
 
@@ -89,6 +89,7 @@ static cudaError_t wait_for_device(const char *what) {
 
 CALL cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     capturing = stream;
+    captures++;
     capture_number++;
     captured = invalid = 0;
     return cudaSuccess;
@@ -246,6 +247,7 @@ CALL cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const v
 EXPORT const char *cudaGetErrorName(cudaError_t error) { return "null GPU"; }
 EXPORT const char *cudaGetErrorString(cudaError_t error) {
     if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
+    if (error == cudaErrorStreamCaptureInvalidated) return "operation failed due to a previous error during capture";
     return error ? "error of the null GPU" : "no error";
 }
 

@@ -22,7 +22,7 @@ METHODS = sorted(
     path.stem for path in PAIR.glob("*.yaml") if path.stem not in ("pair", "ab") and not path.stem.endswith("_cached")
 )
 STORED = Path(__file__).with_name("launches.json")
-COUNTED = ("launches", "products", "copies", "fills", "convolutions")
+COUNTED = ("launches", "products", "copies", "fills", "convolutions", "nodes")
 pytestmark = [
     pytest.mark.endurance,
     pytest.mark.skipif(bool(null_gpu.missing()), reason=str(null_gpu.missing())),
@@ -74,6 +74,31 @@ def test_every_method_trains_and_no_step_waits_for_the_gpu(seen: dict[str, Any])
     assert {method: seen[method]["waits"] for method in METHODS} == dict.fromkeys(METHODS, 0)
 
 
+def test_every_step_is_captured_and_its_replay_launches_little_and_allocates_nothing(seen: dict[str, Any]):
+    replayed = {method: seen[method]["replayed"] for method in METHODS}
+    for name, number in {"replays": 1, "waits": 0, "pageable": 0, "allocations": 0, "products": 0, "fills": 0}.items():
+        assert {method: found[name] for method, found in replayed.items()} == dict.fromkeys(METHODS, number)
+    assert all(found["alike"] for found in replayed.values())
+    # The batch, the rate and the step's number, and where the step draws torch's seed and offset.
+    launches = replayed["ce"]["launches"]
+    assert launches <= LOADING + FILLED
+    assert {found["launches"] for found in replayed.values()} == {launches, launches + 2}
+    assert all(seen[method]["nodes"] > 200 for method in METHODS)
+    # Functions that Python calls for it: as many for every method.
+    assert max(found["calls"] for found in replayed.values()) < min(seen[method]["calls"] for method in METHODS) / 4
+
+
+LOADING, FILLED = 14, 6
+"""Launches of the loader ``memory`` for a batch; and of what a replay is given."""
+
+
+def test_a_step_is_captured_anew_on_the_way(environment: dict[str, str], place: Path):
+    words = ("batch=32", "losses.dkd.ramp.linear_epochs=3", "ema.decay=0.9", "clip=1")  # three steps in an epoch
+    (found,) = watched(environment, place, "dkd:fp16", words=words).values()
+    assert "error" not in found
+    assert found["replayed"]["captures"] == 2
+
+
 def test_nothing_is_copied_from_memory_that_is_not_pinned(seen: dict[str, Any]):
     assert {method: seen[method]["pageable"] for method in METHODS} == dict.fromkeys(METHODS, 0)
 
@@ -92,10 +117,13 @@ def test_a_step_launches_what_is_stored(seen: dict[str, Any], request: pytest.Fi
 
 
 @pytest.mark.parametrize("loss", ["Item", "Mask", "FromHost"])
-def test_a_loss_that_waits_is_seen(environment: dict[str, str], place: Path, loss: str):
+def test_a_loss_that_waits_is_seen_and_named_where_it_is_captured(environment: dict[str, str], place: Path, loss: str):
     losses = f'losses={{"waiting_losses:{loss}": {{}}}}'
     (found,) = watched(environment, place, "ce:fp32", words=(losses,)).values()
     assert found["waits"] + found["pageable"] > 0
+    where = f"RecipeError: graph: the step cannot be captured, losses.waiting_losses:{loss}, "
+    assert found["error"].startswith(where)
+    assert "waiting_losses.py:" in found["error"]
 
 
 def test_the_doctor_and_the_benchmark_of_losses_reach_their_end(environment: dict[str, str], place: Path):

@@ -3,8 +3,9 @@
     under_null_gpu.py WORDS METHOD:PRECISION …       WORDS is a JSON list of overrides for every recipe
 
 Prints a line of JSON for each: what a step launches and copies, and how often the host waited for the device between
-two lines of the journal. Numbers mean nothing there, so what looks at them is left out: the guard's question, and the
-evaluation, by ending within an epoch. cuDNN is off; a convolution is a tensor of the right shape.
+two lines of the journal; and the same of a step that is a replay of a CUDA graph. Numbers mean nothing there, so what
+looks at them is left out: the guard's question and the evaluation. cuDNN is off; a convolution is a tensor of the right
+shape.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from torch import Tensor
 from training_on_ranks import launched
 
 from pipeline import train
+from pipeline.builders.session import Session
 from pipeline.optim.guard import FiniteGuard
+from pipeline.training.graph import EAGER_STEPS
 
 PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20"
-STEPS, FIRST = 9, 3
-"""Steps of a run, and the first that is counted; the journal writes after the first and the last."""
-COUNTED = ("launches", "products", "copies", "fills", "waits", "pageable")
+STEPS = 9
+"""Of a run; the journal writes after the first and the last."""
+COUNTED = ("launches", "products", "copies", "fills", "waits", "pageable", "allocations", "replays", "captures")
 convolutions: Counter[str] = Counter()
 
 
@@ -64,37 +67,54 @@ def main(words: list[str], cases: list[str]) -> None:
     library.impl("convolution_backward", convolution_backward, "CUDA")
     for case in cases:
         method, precision = case.split(":")
-        own = [str(PAIR / f"{method}.yaml"), *words, f"precision={precision}", f"folder=runs/{method}-{precision}"]
+        own = [str(PAIR / f"{method}.yaml"), *words, f"precision={precision}", f"stop.steps={STEPS}"]
         if method == "ce":
             own = [word for word in own if not word.startswith("teacher")]
+        found: dict[str, Any] = {}
         try:
-            found: dict[str, Any] = watched(null, [*own, f"stop.steps={STEPS}"])
+            found |= watched(null, [*own, "graph=false", f"folder=runs/{method}-{precision}"], first=3)
+            replayed = watched(null, [*own, "graph=true", f"folder=runs/{method}-{precision}-graph"], EAGER_STEPS + 2)
+            found |= {"nodes": null.null_count(b"nodes"), "replayed": replayed}
         except Exception as error:
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
         print(json.dumps({"case": case, **found}), flush=True)
 
 
-def watched(null: Any, words: list[str]) -> dict[str, Any]:
-    """Train so, and return a step's counts and the waits of all steps but those that are written down."""
+def watched(null: Any, words: list[str], first: int) -> dict[str, Any]:
+    """Train so, and return the counts of the step ``first``, and the waits of it and those that follow.
+
+    ``calls`` are the functions that Python called. The last step, which is written down, is left out.
+    """
     steps: list[dict[str, int]] = []
+    calls: list[int] = []
     learning_rate = train.learning_rate
 
     def counts() -> dict[str, int]:
         return {name: null.null_count(name.encode()) for name in COUNTED} | dict(convolutions)
 
     def at_a_step(*args: Any) -> float:
+        sys.setprofile(None)
         steps.append(counts())
+        calls.append(0)
+        sys.setprofile(count_call)
         return learning_rate(*args)
 
+    def count_call(frame: Any, event: str, argument: Any) -> None:
+        calls[-1] += event in ("call", "c_call")
+
     silent = mock.patch.object(FiniteGuard, "check", return_value=None)
+    blind = mock.patch.object(Session, "evaluate", return_value=None)
     counted = mock.patch.object(train, "learning_rate", at_a_step)
-    with launched(0, 1), silent, counted:
+    with launched(0, 1), silent, blind, counted:
         train.main(words)
+    sys.setprofile(None)
     taken = [{key: b[key] - a.get(key, 0) for key in b} for a, b in pairwise(steps)]
-    settled = taken[FIRST - 1 :]
+    settled = taken[first - 1 :]
     return {
         **settled[0],
         "waits": sum(step["waits"] for step in settled),
+        "captures": sum(step["captures"] for step in taken),
+        "calls": min(calls[first - 1 : -1]),
         "alike": all(s == settled[0] for s in settled),
     }
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ def forget_accelerator() -> None:
 def losses_of(lines: Sequence[dict[str, Any]]) -> list[float]:
     """Return the total loss of each step that was written down."""
     return [line["total"] for line in lines if "total" in line]
+
+
+def saved_weights(run: Path, step: int) -> bytes:
+    """Return the file of all weights in the checkpoint after that step."""
+    return (run / "checkpoints" / f"step-{step}" / "distiller.safetensors").read_bytes()
+
+
+def milliseconds(lines: Sequence[dict[str, Any]], after: int) -> float:
+    """Return those of the middle step after so many lines, each a step's."""
+    steps = [sum(line["timing"]["milliseconds"].values()) for line in lines if "timing" in line]
+    return median(steps[after:])
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Every method in every precision: it trains, its loss stays finite, and no step waits for the GPU."""
+"""Every method in every precision: it trains, its loss stays finite, and no step waits for the GPU; without a graph."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from unittest import mock
 
 import torch
 from options import Options
-from stages import PAIR, ROOT, short_run
+from stages import all_methods, short_run
 
-from checks import Answer, answer, device, losses_of, train
+from checks import Answer, answer, device, losses_of, milliseconds, train
+from pipeline.training.step import Done, Step
 
 STEPS = 12
 
@@ -23,7 +24,7 @@ def check(options: Options, folder: Path) -> Answer:
     """Train a few steps of each, and return its milliseconds a step."""
     on_gpu = device().type == "cuda"
     precisions = ("fp32", "bf16", "fp16") if on_gpu else ("fp32",)
-    methods = ["ce", "kd", "ddkd"] if options.rehearse else _methods()
+    methods = ["ce", "kd", "ddkd"] if options.rehearse else all_methods()
     rows, wrong = [], []
     for method in methods:
         cells = []
@@ -39,44 +40,29 @@ def check(options: Options, folder: Path) -> Answer:
     return answer(title, ["method", *precisions], rows, wrong)
 
 
-def _methods() -> list[str]:
-    """Return the rows of the pair that need no cache and no earlier run."""
-    names = [path.stem for path in sorted((ROOT / PAIR).glob("*.yaml"))]
-    return [name for name in names if name not in ("pair", "ab") and not name.endswith("_cached")]
-
-
 def _milliseconds(options: Options, run: Path, method: str, precision: str, strict: bool) -> str:
     shutil.rmtree(run, ignore_errors=True)
-    words = [*short_run(options, method), f"precision={precision}"]
+    words = [*short_run(options, method), f"precision={precision}", "graph=false"]
     with _no_waiting() if strict else mock.MagicMock():
         lines = train(run, *words, f"stop.steps={4 if options.rehearse else STEPS}", "checkpoints.every_epochs=0")
     if not all(map(math.isfinite, losses_of(lines))):
         raise ValueError("the loss is not finite")
-    steps = [sum(line["timing"]["milliseconds"].values()) for line in lines if "timing" in line]
-    return f"{sorted(steps[2:])[len(steps[2:]) // 2]:.2f}"
+    return f"{milliseconds(lines, after=2):.2f}"
 
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Let torch raise where a forward, backward or update has the host wait for the GPU, from the third step on."""
-    from pipeline import train as module
+    """Let torch raise where a step has the host wait for the GPU, from the third on."""
+    call, calls = Step.__call__, 0
 
-    forward_backward, update, calls = module.forward_backward, module.update, 0
-
-    def strict(function: Any) -> Any:
-        def call(*args: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error" if calls > 2 else "default")
-            try:
-                return function(*args)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        return call
-
-    def counted(*args: Any) -> Any:
+    def strict(*args: Any) -> Done:
         nonlocal calls
         calls += 1
-        return strict(forward_backward)(*args)
+        torch.cuda.set_sync_debug_mode("error" if calls > 2 else "default")
+        try:
+            return call(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
-    with mock.patch.object(module, "forward_backward", counted), mock.patch.object(module, "update", strict(update)):
+    with mock.patch.object(Step, "__call__", strict):
         yield

@@ -8,7 +8,7 @@ from pathlib import Path
 from options import Options
 from stages import short_run
 
-from checks import Answer, answer, deterministic, losses_of, train
+from checks import Answer, answer, deterministic, losses_of, saved_weights, train
 
 
 def check(options: Options, folder: Path) -> Answer:
@@ -23,12 +23,8 @@ def check(options: Options, folder: Path) -> Answer:
             whole = losses_of(train(folder / "whole", *words, f"stop.steps={steps}"))
             train(folder / "stopped", *words, f"stop.steps={half}")
             stopped = losses_of(train(folder / "stopped", *words, f"stop.steps={steps}"))
-            weights = [_saved(folder / name, steps) for name in ("whole", "stopped")]
+            weights = [saved_weights(folder / name, steps) for name in ("whole", "stopped")]
             same = whole == stopped and weights[0] == weights[1]
             rows.append([method, f"{half} of {steps}", "equal" if same else "differ"])
             wrong += [] if same else [f"{method}: a resumed run differs"]
     return answer("Resumed against whole", ["method", "stopped after", "losses and weights"], rows, wrong)
-
-
-def _saved(run: Path, step: int) -> bytes:
-    return (run / "checkpoints" / f"step-{step}" / "distiller.safetensors").read_bytes()
