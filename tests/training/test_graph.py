@@ -227,8 +227,9 @@ def test_auto_is_a_graph_where_one_can_be(run_train: Train, recorded: type[Recor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "perception", "ddkd", "crd", "review"])
+@pytest.mark.parametrize(
+    ("method", "precision"), [("dkd", "fp32"), ("crd", "fp32"), ("ddkd", "fp32"), ("ddkd", "fp16"), ("ddkd", "bf16")]
+)
 def test_on_a_gpu_replays_are_the_same_run(
     method: str,
     precision: str,

@@ -25,7 +25,11 @@ def check(options: Options, folder: Path) -> Answer:
     with contextlib.redirect_stdout(printed):
         for flags in ([], ["--verify"]):
             forget_accelerator()
-            cache_teacher.main([*flags, *cached])
+            try:
+                cache_teacher.main([*flags, *cached])
+            except SystemExit:  # it has said what is wrong
+                last = printed.getvalue().splitlines()[-1:]
+                return answer("Teacher's cache", ["", ""], [["verified", *last]], ["the cache is not verified", *last])
     steps = f"stop.steps={4 if options.rehearse else 20}"
     live, ours = (losses_of(train(folder / name, *w, steps)) for name, w in (("live", words), ("cached", cached)))
     difference = max(abs(a - b) / abs(a) for a, b in zip(live, ours, strict=True))
