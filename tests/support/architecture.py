@@ -120,12 +120,12 @@ def imports_outside_their_home(house: House) -> Iterator[str]:
 
 def foreign_imports_of_shards(house: House) -> Iterator[str]:
     """``shards/`` needs no torch, and ``pipeline/`` of it only what reads."""
-    heavy = ("torch", "torchvision", "pipeline", "accelerate", "nvidia", "pydantic")
+    heavy = ("torch", "torchvision", "pipeline", "accelerate", "nvidia")
     for module, tree in house.items():
         for name in imports(tree):
             if within(module, "shards") and name.split(".")[0] in heavy:
                 yield f"{module} imports {name}"
-            read = within(name, "shards.manifest") or within(name, "shards.read")
+            read = any(within(name, f"shards.{each}") for each in ("manifest", "read", "documents"))
             if within(module, "pipeline") and within(name, "shards") and name != "shards" and not read:
                 yield f"{module} imports {name}"
 

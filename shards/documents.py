@@ -1,0 +1,36 @@
+"""The one way in which JSON files of the project's own folders are read: whole and of their schema, or one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+class DamagedFile(ValueError):
+    """A file that is not what was written, or that cannot be read; the message names file, key and what to do."""
+
+
+def read_document(path: Path, schema: type[T], advice: str) -> T:
+    """Return the file's JSON as ``schema``: a pydantic model, a dataclass or a type such as ``dict[str, int]``.
+
+    Values are taken strictly: a number in quotes is none. Raises DamagedFile, with ``advice`` at its end, for whatever
+    else the file holds, and FileNotFoundError where there is none.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file; {advice}") from None
+    except OSError as error:
+        raise DamagedFile(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    try:
+        return TypeAdapter(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_input=False)
+        key = ".".join(map(str, first["loc"]))
+        others = f" (and {len(more)} more)" if more else ""
+        where = f"{path}: {key}" if key else f"{path}"
+        raise DamagedFile(f"{where}: {' '.join(first['msg'].split())}{others}; {advice}") from None
