@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torchvision.models
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
 from pipeline.models.from_timm import PREFIX, timm_weights
+from pipeline.models.states import load_state, read_state
 
 FILES = (".pt", ".pth", ".safetensors")
 # Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it.
@@ -34,11 +34,11 @@ def load_weights(model: nn.Module, source: str, name: str) -> None:
     Raises ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another
     architecture.
     """
-    state = _read(source, name)
+    found = _read(source, name)
     own = model.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(AUXILIARY)}
+    state = {key: value for key, value in found.items() if key in own or not key.startswith(AUXILIARY)}
     _check_fit(model, state, source, name)
-    model.load_state_dict(state, strict=True)
+    load_state(model, state, found)
 
 
 def is_file(source: str) -> bool:
@@ -62,7 +62,7 @@ def _read(source: str, name: str) -> Mapping[str, Tensor]:
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file")
-    read = load_file if path.suffix == ".safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
+    read = read_state if path.suffix == ".safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
     try:
         found = read(path)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
