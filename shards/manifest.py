@@ -5,9 +5,13 @@ Its bytes are a function of the shards alone (no date, no host), so its sha256 s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,18 +127,64 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(Path(folder) / MANIFEST, text.encode("ascii"))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+class UnwritableFile(OSError):
+    """A file that cannot be written; the message names it, what it takes, the room there is and what to do."""
+
+    def __init__(self, path: Path, reason: str, needed: int, free: int | None, *, full: bool) -> None:
+        takes = f"{needed:,} bytes are needed" if needed else "its size is not known yet"
+        there = f"{free:,} are free there" if free is not None else "how many are free is not known"
+        if full and free is not None and free >= needed:
+            there += ", unless a quota says less"
+        advice = "make room there" if full else "mend that"
+        super().__init__(
+            f"{path}: cannot be written ({reason}): {takes}, {there}; {advice}, and the same command goes on"
+        )
+
+
+@contextmanager
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Be where ``path``, a file or a folder, is written, which takes ``needed`` bytes.
+
+    Raises UnwritableFile where there is no room for them, and for every OSError inside.
+    """
+    free = free_bytes(path.parent)
+    if free is not None and free < needed:
+        raise UnwritableFile(path, os.strerror(errno.ENOSPC), needed, free, full=True)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_path(path.parent)
+        yield
+    except UnwritableFile:
+        raise
+    except OSError as error:
+        # A library's own error has no number, and is nearly always this one.
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+        raise UnwritableFile(path, error.strerror or str(error), needed, free, full=full) from error
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the free bytes of the disk under a folder; None where the disk does not say. A quota may be less."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new, never a part.
+
+    Raises UnwritableFile, with the old content there, where that cannot be.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with writing(path, len(content)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:

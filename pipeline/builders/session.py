@@ -115,7 +115,7 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
         collectives.compress_gradients(distiller, compressed.parameters())
     allocate_momentum(optimizer)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
-    saved = checkpoints.load(loader.steps_per_epoch)
+    saved = checkpoints.load(loader.steps_per_epoch, recipe.epochs * loader.steps_per_epoch)
     journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
     step = Step(accelerator, distiller, teacher, optimizer, averages.values(), recipe.clip, guard, journal.timer)
     session = Session(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import without_digests
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.recipe import load_recipe
@@ -134,6 +135,7 @@ def test_a_non_finite_loss_ends_the_run_with_its_name_and_step_and_touches_nothi
     name = "student.model.fc.bias"
     poisoned = {**weights, name: torch.full_like(weights[name], torch.inf)}
     save_file(poisoned, checkpoint)
+    without_digests(checkpoint.parent)
     with pytest.raises(NonFiniteError, match="ce is not finite at step 3"):
         run_train(*words)
     assert sorted(path.name for path in checkpoint.parents[1].iterdir()) == ["step-1", "step-2"]
