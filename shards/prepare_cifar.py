@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-import tarfile
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ if not __package__:  # started as a script: Python put this folder, not the root
 import numpy as np
 from PIL import Image
 
+from shards.archives import DamagedArchive, read_archive
 from shards.command import Parser, positive, run_command
 from shards.plan import Encoded, Item, make_job
 from shards.prepare import add_arguments, prepare
@@ -77,7 +77,9 @@ def _read(source: Path, name: str) -> Any:
         return _ArraysOnly(io.BytesIO(_content(source, name)), encoding="bytes").load()
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {error.filename}; give the folder {FOLDER}, or {FOLDER}.tar.gz") from None
-    except (pickle.UnpicklingError, tarfile.TarError, EOFError, KeyError) as error:
+    except DamagedArchive:
+        raise
+    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} is damaged or not CIFAR-100: {name}: {error}") from None
 
 
@@ -85,9 +87,7 @@ def _content(source: Path, name: str) -> bytes:
     if source.is_dir():
         folder = source / FOLDER if (source / FOLDER).is_dir() else source
         return (folder / name).read_bytes()
-    with tarfile.open(source) as tar:
-        file = tar.extractfile(f"{FOLDER}/{name}")
-        return file.read() if file else b""
+    return read_archive(source, (name,))[name]
 
 
 def _listing(source: Path, name: str, classes: int) -> list[Item]:

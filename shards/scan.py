@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import tarfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from shards.archives import DamagedArchive, Member, list_members
 from shards.manifest import Shard
 from shards.read import SAMPLE_DTYPE
 from shards.write import index_entry, index_path, index_text, member_names
-
-
-class Member(NamedTuple):
-    """A file of a tar: its name, and the place of its bytes."""
-
-    name: str
-    offset: int
-    size: int
 
 
 class Scan(NamedTuple):
@@ -51,11 +43,12 @@ def scan_shard(path: Path, image: str) -> Scan:
     """Read the headers and the small members of a tar. Raises ValueError, naming the tar, where it is damaged."""
     try:
         with path.open("rb") as file:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                members = [Member(info.name, info.offset_data, info.size) for info in tar]
+            members = list_members(path, file)
             samples = [members[start : start + 4] for start in range(0, len(members), 4)]
             rows = [_read_row(file, sample, image) for sample in samples]
-    except (tarfile.TarError, struct.error, ValueError) as error:
+    except DamagedArchive:
+        raise
+    except (struct.error, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     lines = [" ".join(index_entry(*member) for member in sample) for sample in samples]
     return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines))
