@@ -69,6 +69,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Parse a share: a number above 0 and below 1."""
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Add ``--jobs``; without it every core that this process may use works."""
     parser.add_argument(

@@ -1,22 +1,22 @@
-"""Find ImageNet's files: in class folders, or inside the original archives, which stay packed.
+"""Find ImageNet's files inside its original archives, which stay packed.
 
-A split's paths are ``<wnid>/<file>`` in either layout, so both give the same ids and the same shards.
+A split's paths are ``<wnid>/<file>`` as in class folders, so both give the same ids and the same shards.
 """
 
 from __future__ import annotations
 
-import os
-import tarfile
-from collections.abc import Iterator
-from io import BufferedReader
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from shards.val_labels import read_devkit, read_list
+from shards.archives import Member, list_members
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+IMAGENET = {"train": 1_281_167, "val": 50_000}
+"""Images of the whole set, of CLASSES classes."""
+CLASSES = 1_000
 
 
 class Found(NamedTuple):
@@ -25,62 +25,67 @@ class Found(NamedTuple):
     wnid: str
     path: str
     size: int
-    offset: int
+    offset: int = -1
 
 
-def find_split(source: Path, split: str, val_labels: Path | None) -> Iterator[Found] | None:
-    """Iterate over a split's files; None where the source lacks it. Raises ValueError or OSError, one line."""
-    folder, archive = source / split, source / ARCHIVES[split]
-    if folder.is_dir() and archive.is_file():
-        raise ValueError(f"{source} holds both {folder.name}/ and {archive.name}: move one of them away")
-    if folder.is_dir():
-        return _in_folders(folder)
-    if not archive.is_file():
-        return None
-    if split == "train":
-        return _in_archives(archive)
-    return _in_archive(archive, read_list(val_labels) if val_labels else read_devkit(source))
-
-
-def _in_folders(folder: Path) -> Iterator[Found]:
-    for wnid in _visible(folder):
-        if not wnid.is_dir():
-            raise ValueError(f"{wnid.path} lies outside the class folders: move it to {folder.name}/<wnid>/")
-        for file in _visible(Path(wnid.path)):
-            if not file.is_file():
-                raise ValueError(f"{file.path} is not a file: a class folder holds images only")
-            yield Found(wnid.name, f"{wnid.name}/{file.name}", file.stat().st_size, -1)
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _in_archives(path: Path) -> Iterator[Found]:
+def list_train(path: Path) -> list[Found]:
+    """Return the images in the archive of the class archives. Raises ValueError where any of them is not whole."""
+    found = []
     with path.open("rb") as file:
-        classes = [member for member in _members(path, file, 0) if member.name.endswith(".tar")]
-        for inner in tqdm(classes, f"reading {path.name}", unit=" classes", leave=False, disable=None):
-            wnid = Path(inner.name).stem
-            for member in _members(path, file, inner.offset_data):
-                if member.offset_data + member.size > inner.offset_data + inner.size:
-                    raise ValueError(f"{path} is damaged: {member.name} reaches beyond {inner.name}")
-                yield Found(wnid, f"{wnid}/{Path(member.name).name}", member.size, member.offset_data)
+        classes = [(_class_name(path, member), member) for member in _visible(list_members(path, file))]
+        for wnid, inner in tqdm(classes, f"reading {path.name}", unit=" classes", leave=False, disable=None):
+            members = _visible(list_members(path, file, inner.offset, inner.offset + inner.size))
+            if not members:
+                raise ValueError(f"{path}: {inner.name} holds no image: download it again")
+            found += [Found(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for each in members]
+    return _once(path, found)
 
 
-def _in_archive(path: Path, wnids: dict[str, str]) -> Iterator[Found]:
+def list_val(path: Path, wnids: Mapping[str, str], told: str) -> list[Found]:
+    """Return the images in the archive of validation, whose classes ``wnids`` says; ``told`` names where that is from.
+
+    Raises ValueError where it is not whole, or is not of the same files.
+    """
     with path.open("rb") as file:
-        for member in _members(path, file, 0):
-            name = Path(member.name).name
-            if name not in wnids:
-                raise ValueError(f"{path} holds {name}, whose class is not known: give its line in --val-labels")
-            yield Found(wnids[name], f"{wnids[name]}/{name}", member.size, member.offset_data)
+        members = _visible(list_members(path, file))
+    check_labels(path, [_name(member) for member in members], wnids, told)
+    found = [(wnids[_name(member)], member) for member in members]
+    return _once(path, [Found(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for wnid, each in found])
 
 
-def _members(path: Path, file: BufferedReader, start: int) -> list[tarfile.TarInfo]:
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            return [member for member in tar if member.isfile()]
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is damaged at byte {start:,} or behind it ({error}): download it again") from None
+def check_labels(place: Path, names: list[str], wnids: Mapping[str, str], told: str) -> None:
+    """Raise a ValueError unless the files are those whose classes are known."""
+    if unknown := sorted(set(names) - wnids.keys()):
+        raise ValueError(f"{place} holds {unknown[0]}, whose class is not known: give its line in --val-labels")
+    if missing := sorted(wnids.keys() - set(names)):
+        raise ValueError(
+            f"{place} lacks {missing[0]}{_and_more(missing)}, whose class {told} says: "
+            "fetch it, or give the lines of those there are in --val-labels"
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+
+
+def _class_name(path: Path, member: Member) -> str:
+    if not member.name.endswith(".tar"):
+        raise ValueError(f"{path} holds {member.name}, which is no class's archive (<wnid>.tar): download it again")
+    return PurePosixPath(member.name).stem
+
+
+def _visible(members: list[Member]) -> list[Member]:
+    return [member for member in members if not _name(member).startswith(".")]
+
+
+def _name(member: Member) -> str:
+    return PurePosixPath(member.name).name
+
+
+def _once(path: Path, found: list[Found]) -> list[Found]:
+    seen = set()
+    for each in found:
+        if each.path in seen:
+            raise ValueError(f"{path} holds {each.path} twice: download it again")
+        seen.add(each.path)
+    return found

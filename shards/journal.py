@@ -91,7 +91,8 @@ def describe(job: Manifest) -> dict[str, Any]:
 def refuse_other_job(folder: Path, found: dict[str, Any], job: Manifest) -> None:
     """Raise a ValueError that names the first difference, if ``found`` describes another job."""
     old, new = _flat(found), _flat(describe(job))
-    for key in sorted(old.keys() | new.keys()):
+    # The files found follow from other keys, too, which say more.
+    for key in sorted(old.keys() | new.keys(), key=lambda key: ("listing" in key, key)):
         if old.get(key) != new.get(key):
             there, here = _short(old.get(key)), _short(new.get(key))
             raise ValueError(

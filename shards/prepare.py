@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shards.classes import without_images
 from shards.command import add_jobs, for_each, positive, print_above, progress_bar, seed
 from shards.journal import JOURNAL, Journal, Record, describe, refuse_other_job
 from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
@@ -183,7 +184,8 @@ def _finish_split(folder: Path, name: str, parts: list[Finished]) -> Split:
 
 
 def _report(folder: Path, strict: bool) -> int:
-    for name, split in read_manifest(folder).splits.items():
+    manifest = read_manifest(folder)
+    for name, split in manifest.splits.items():
         if strict and split.left_out:
             raise ValueError(f"{split.left_out[0].path} is no usable image: {split.left_out[0].reason}")
         size = sum(shard.filesize for shard in split.shards)
@@ -191,4 +193,7 @@ def _report(folder: Path, strict: bool) -> int:
             f"{name}: {split.samples:,} images in {len(split.shards):,} shards, {_gigabytes(size)}; "
             f"{len(split.left_out):,} files left out"
         )
+        labels = set(SplitReader(folder, name, manifest).samples["label"].tolist())
+        if told := without_images(labels, manifest.classes):
+            print(f"{name}: {told}")
     return 0

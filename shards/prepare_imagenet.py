@@ -3,7 +3,8 @@
     python shards/prepare_imagenet.py SOURCE DESTINATION
 
 SOURCE holds ``train/<wnid>/*.JPEG`` and ``val/<wnid>/*.JPEG``, or the original ``ILSVRC2012_img_train.tar`` and
-``ILSVRC2012_img_val.tar`` with the development kit, read where they are, never unpacked; either split may be missing.
+``ILSVRC2012_img_val.tar`` with the development kit, read where they are, never unpacked, or one of the other layouts in
+``shards/layouts.py``; either split may be missing.
 DESTINATION gets about 1,250 images to a tar, DALI's index beside each, a sample table for each split and
 ``manifest.json``, the same bytes for any ``--jobs``. Stopped at any moment, the same command goes on where it was.
 """
@@ -21,28 +22,33 @@ from pathlib import Path
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-
-from shards.command import Parser, positive, run_command
-from shards.ilsvrc import ARCHIVES, Found, find_split
+from shards.choice import choose, set_aside
+from shards.classes import WNID, number_classes
+from shards.command import Parser, positive, run_command, share
+from shards.ilsvrc import CLASSES, IMAGENET
 from shards.jpeg import Transform
-from shards.plan import Encoded, Item, make_job, permutation
+from shards.layouts import ARCHIVE, Listing, Place, find_splits
+from shards.plan import Encoded, Item, make_job
 from shards.prepare import add_arguments, prepare
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of a folder or an archive, and what is to become of them."""
+    """The images of each split's folder or archive, and what is to become of them."""
 
-    root: Path
+    places: dict[str, Place]
     transform: Transform
 
     def load(self, split: str, item: Item) -> Encoded:
-        """Read an image and transform it; raise Unusable for a file that is none."""
-        if item.offset < 0:
-            data = (self.root / split / item.path).read_bytes()
+        """Read an image and transform it; raise Unusable for a file that is none, ValueError for one that changed."""
+        place = self.places[split]
+        if place.pattern == ARCHIVE:
+            path, data = place.root, os.pread(_descriptor(place.root), item.size, item.offset)
         else:
-            data = os.pread(_descriptor(self.root / ARCHIVES[split]), item.size, item.offset)
+            path = place.path(item.path)
+            data = path.read_bytes()
+        if len(data) != item.size:
+            raise ValueError(f"{path} has changed while it was read: start again when nothing writes to it")
         return self.transform.apply(data)
 
 
@@ -51,66 +57,53 @@ def _descriptor(path: Path) -> int:
     return os.open(path, os.O_RDONLY)  # for the life of a worker process
 
 
-def read_classes(path: Path) -> list[str]:
-    """Read a list of wnids, the first word of each line; their order is that of the labels."""
-    classes = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(set(classes)) != len(classes) or not classes:
-        raise ValueError(
-            f"{path} names {'a class twice' if classes else 'no class'}: it needs a wnid on each line, once"
-        )
-    return classes
+def find_items(options: Namespace) -> tuple[list[str], dict[str, list[Item]], dict[str, Place]]:
+    """Return the classes, the files of each split with their labels, and where they lie; print how they were found.
 
-
-def classes_of(files: dict[str, list[Found]]) -> list[str]:
-    """Return the classes of all splits in the order of their labels, which is alphabetical."""
-    return sorted({file.wnid for each in files.values() for file in each})
-
-
-def list_items(files: list[Found], classes: Sequence[str]) -> list[Item]:
-    """Number the classes of a split's files."""
+    Raises ValueError or OSError, one line.
+    """
+    found = find_splits(options.source, options.val_labels)
+    used = {split: {file.wnid for file in each.files} for split, each in found.items()}
+    classes = number_classes(used, {split: set(each.empty) for split, each in found.items()}, options.classes)
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    for file in files:
-        if file.wnid not in labels:
-            raise ValueError(
-                f"{file.path} is of the class {file.wnid}, which the list of --classes lacks: add it there"
-            )
-    return [Item(file.path, labels[file.wnid], file.size, file.offset) for file in files]
-
-
-def choose(items: list[Item], count: int, seed: int, split: str) -> list[Item]:
-    """Choose ``count`` images of a split at random, as evenly over the classes as they allow."""
-    items = sorted(items)  # the folder's own order differs between file systems
-    order = permutation(len(items), seed, f"{split} subset")
-    labels = np.array([items[place].label for place in order])
-    by_class = np.argsort(labels, kind="stable")
-    first = np.searchsorted(labels[by_class], labels[by_class])
-    turn = np.empty_like(by_class)
-    turn[by_class] = np.arange(len(items)) - first  # its place among those of its class
-    return [items[place] for place in order[np.argsort(turn, kind="stable")][:count]]
-
-
-def find_items(options: Namespace) -> tuple[list[str], dict[str, list[Item]]]:
-    """Return the classes, and the files of each split with their labels. Raises ValueError or OSError, one line."""
-    found = {split: find_split(options.source, split, options.val_labels) for split in ARCHIVES}
-    files = {split: list(each) for split, each in found.items() if each is not None}
-    if not files:
-        names = ["train/<wnid>/*.JPEG", "val/<wnid>/*.JPEG", *ARCHIVES.values()]
-        raise FileNotFoundError(f"{options.source} has none of {', '.join(names)}")
-    classes = read_classes(options.classes) if options.classes else classes_of(files)
-    listings = {split: list_items(each, classes) for split, each in files.items()}
+    listings, places = {}, {split: each.place for split, each in found.items()}
+    for split, each in found.items():
+        print(f"{split}: {len(each.files):,} images of {len(used[split]):,} classes in {each.told}")
+        _compare_with_imagenet(split, each, len(used[split]))
+        listings[split] = [Item(file.path, labels[file.wnid], file.size, file.offset) for file in each.files]
+    if options.val_share:
+        _set_aside(listings, places, options)
+    elif "val" not in listings:
+        print("there is no validation split: training will not validate, unless --val-share sets some images aside")
     if options.subset:
         listings = {split: choose(items, options.subset, options.seed, split) for split, items in listings.items()}
-    return classes, listings
+    return classes, listings, places
+
+
+def _compare_with_imagenet(split: str, listing: Listing, classes: int) -> None:
+    """Print a line where what seems to be ImageNet is not all of it."""
+    of_imagenet = listing.place.pattern == ARCHIVE or classes == CLASSES
+    of_imagenet = of_imagenet and all(WNID.fullmatch(file.wnid) for file in listing.files)
+    if of_imagenet and (len(listing.files), classes) != (IMAGENET[split], CLASSES):
+        print(f"{split}: this is not all of ImageNet, which has {IMAGENET[split]:,} images of {CLASSES:,} classes")
+
+
+def _set_aside(listings: dict[str, list[Item]], places: dict[str, Place], options: Namespace) -> None:
+    if "val" in listings:
+        raise ValueError(f"--val-share: {options.source} has a validation split already: leave it out")
+    listings["train"], listings["val"] = set_aside(listings["train"], options.val_share, options.seed)
+    places["val"] = places["train"]
+    print(f"val: {len(listings['val']):,} images of these, {options.val_share:g} of every class (seed {options.seed})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
-    classes, listings = find_items(options)
+    classes, listings, places = find_items(options)
     transform = Transform(options.resize_short, options.max_side, options.quality)
-    source = ImageFiles(options.source.resolve(), transform)
-    subset = {"images_per_split": options.subset}
-    job = make_job("prepare_imagenet", "jpg", classes, listings, source, options, asdict(transform), **subset)
+    chosen = {"images_per_split": options.subset} | ({"val_share": options.val_share} if options.val_share else {})
+    source = ImageFiles(places, transform)
+    job = make_job("prepare_imagenet", "jpg", classes, listings, source, options, asdict(transform), **chosen)
     return prepare(job, options.destination, options)
 
 
@@ -119,13 +112,20 @@ def _parser() -> ArgumentParser:
     parser.add_argument("source", type=Path, help="folder with train/ and val/, or with the original archives")
     parser.add_argument("destination", type=Path, help="folder of the shards, made if need be")
     parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="wnids, one a line, in the order of their labels (default: sorted)"
+        "--classes", type=Path, metavar="FILE", help="classes, one a line, in the order of labels (default: sorted)"
     )
     parser.add_argument(
         "--val-labels",
         type=Path,
         metavar="FILE",
-        help="instead of the development kit: 'file wnid' on each line, or the wnid of each validation image in turn",
+        help="of validation images without class folders: 'file class' on each line, Kaggle's or Tiny-ImageNet's list, "
+        "or the wnid of each image in turn (default: the list that came with them, or the development kit)",
+    )
+    parser.add_argument(
+        "--val-share",
+        type=share,
+        metavar="S",
+        help="set aside this share of every class for validation, as 0.1, at random; for a set without a split",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--resize-short", type=positive, metavar="N", help="shrink the shorter side to N pixels")

@@ -1,30 +1,76 @@
-"""Learn the classes of ImageNet's validation images, whose archive does not tell them.
+"""Learn the classes of validation images whose archive or folder does not tell them.
 
-They come from the development kit (the ground truth is a number for each image; ``meta.mat`` turns numbers into wnids),
-or from a list that the user gives.
+They come from a list, the user's or one that came with the images, or from the development kit (the ground truth is a
+number for each image; ``meta.mat`` turns numbers into wnids).
 """
 
 from __future__ import annotations
 
 import importlib
 import io
-import tarfile
 from pathlib import Path, PurePosixPath
+
+from shards.archives import read_archive
+from shards.classes import WNID, read_lines
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
+LISTS = ("val_annotations.txt", "LOC_val_solution.csv")
+"""What Tiny-ImageNet and Kaggle put beside the images, or above them."""
+KAGGLE = "ImageId,PredictionString"
+
+
+def find_labels(source: Path, folder: Path, given: Path | None) -> tuple[dict[str, str], str]:
+    """Return the class of each validation image by its file's name, and the name of what said so.
+
+    ``given`` is the user's list; without it the one that lies in ``folder``, beside the images, or above it up to
+    ``source``, and else the development kit's. Raises FileNotFoundError where there is none.
+    """
+    if given:
+        return read_list(given), given.name
+    for place in (folder, *folder.parents):
+        for name in LISTS:
+            if (place / name).is_file():
+                return read_list(place / name), name
+        if place == source:
+            break
+    return read_devkit(source), "the development kit"
 
 
 def read_list(path: Path) -> dict[str, str]:
-    """Read ``file wnid`` on each line, or just the wnid of each image in turn; return the wnids by file name."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    widths = {len(line) for line in lines}
-    if widths == {1}:
-        return _numbered([wnid for (wnid,) in lines])
-    if widths != {2}:
-        raise ValueError(f"{path} is no list of labels: each line needs 'file wnid', or each just a wnid")
-    return {PurePosixPath(name).name: wnid for name, wnid in lines}
+    """Return the classes by file name that a list says: Kaggle's, Tiny-ImageNet's, or one of the user's own.
+
+    That has ``file class`` on each line, or just the class of each of ImageNet's validation images in turn.
+    """
+    lines = read_lines(path)
+    if lines and lines[0].startswith(KAGGLE):
+        fields = [line.split(",", 1) for line in lines[1:]]
+        pairs = [(f"{name}.JPEG", _first_word(rest)) for name, *rests in fields for rest in rests[:1]]
+        return _by_name(path, pairs)
+    rows = [line.split("\t") if "\t" in line else line.split(maxsplit=1) for line in lines]
+    if all(len(row) == 1 for row in rows):
+        return _numbered([name for (name,) in rows])
+    if any(len(row) == 1 for row in rows):
+        raise ValueError(f"{path} is no list of labels: each line needs 'file class', or each just a class")
+    return _by_name(path, [(name, _described(what)) for name, what, *_ in rows])
+
+
+def _first_word(text: str) -> str:
+    return text.split()[0] if text.split() else ""
+
+
+def _described(text: str) -> str:
+    """Return the class that a text names: a wnid, whatever follows it, or the text."""
+    return _first_word(text) if WNID.fullmatch(_first_word(text)) else text.strip()
+
+
+def _by_name(path: Path, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    labels = {}
+    for name, wnid in pairs:
+        if labels.setdefault(PurePosixPath(name).name, wnid) != wnid:
+            raise ValueError(f"{path} gives {name} two classes: leave one of its lines")
+    return labels
 
 
 def read_devkit(source: Path) -> dict[str, str]:
@@ -35,7 +81,10 @@ def read_devkit(source: Path) -> dict[str, str]:
             f"{source} holds neither {DEVKIT}.tar.gz nor {GROUND_TRUTH} with {META}: add one, or pass --val-labels FILE"
         )
     wnids = _wnids_by_number(contents[META])
-    return _numbered([wnids[int(number)] for number in contents[GROUND_TRUTH].split()])
+    try:
+        return _numbered([wnids[int(number)] for number in contents[GROUND_TRUTH].split()])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source}: {GROUND_TRUTH} does not fit {META} ({error}): fetch both again") from None
 
 
 def _numbered(wnids: list[str]) -> dict[str, str]:
@@ -45,12 +94,10 @@ def _numbered(wnids: list[str]) -> dict[str, str]:
 def _packed(archive: Path) -> dict[str, bytes] | None:
     if not archive.is_file():
         return None
-    try:
-        with tarfile.open(archive) as tar:
-            files = {PurePosixPath(member.name).name: tar.extractfile(member) for member in tar if member.isfile()}
-            return {name: file.read() for name in (GROUND_TRUTH, META) if (file := files[name])}
-    except (tarfile.TarError, EOFError, KeyError) as error:
-        raise ValueError(f"{archive} is damaged or something else ({error}): download it again") from None
+    files = read_archive(archive, (GROUND_TRUTH, META))
+    if len(files) < 2:
+        raise ValueError(f"{archive} does not hold both {GROUND_TRUTH} and {META}: download it again")
+    return files
 
 
 def _unpacked(source: Path) -> dict[str, bytes] | None:
@@ -65,5 +112,8 @@ def _wnids_by_number(meta: bytes) -> dict[int, str]:
         scipy_io = importlib.import_module("scipy.io")
     except ModuleNotFoundError:
         raise ValueError(f"reading the devkit's {META} needs scipy: install it, or pass --val-labels FILE") from None
-    synsets = scipy_io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    return dict(zip(map(int, synsets["ILSVRC2012_ID"]), map(str, synsets["WNID"]), strict=True))
+    try:
+        synsets = scipy_io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        return dict(zip(map(int, synsets["ILSVRC2012_ID"]), map(str, synsets["WNID"]), strict=True))
+    except Exception as error:  # scipy raises many kinds
+        raise ValueError(f"the devkit's {META} cannot be read ({error}): fetch it again") from None

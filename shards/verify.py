@@ -146,6 +146,8 @@ def verify(folder: Path, jobs: int) -> list[str]:
             bar.update(result.task.shard.nsamples)
 
         for_each(check_shard, tasks, jobs, receive)
+    if "val" not in manifest.splits:
+        print("there is no validation split: training will not validate")
     results = [checked[task.shard.url] for task in tasks]
     problems += [problem for result in results for problem in result.problems]
     for split in manifest.splits.values():

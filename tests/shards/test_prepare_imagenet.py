@@ -248,7 +248,7 @@ def _flat_val(source: Path) -> list[object]:
 
 
 def _nested_folder(source: Path) -> list[object]:
-    (source / "train/n01440764/images").mkdir()
+    (source / "train/n01440764/more").mkdir()
     return []
 
 
@@ -283,11 +283,11 @@ def _cut_archive(source: Path) -> list[object]:
 @pytest.mark.parametrize(
     ("arrange", "message"),
     [
-        (_no_split, "has none of train/<wnid>/*.JPEG"),
+        (_no_split, "has none of train/<class>/*.JPEG"),
         (_empty_split, "no files for the split 'val'"),
         (_flat_val, "lies outside the class folders"),
-        (_nested_folder, "n01440764/images is not a file"),
-        (_class_not_listed, "n02105855, which the list of --classes lacks"),
+        (_nested_folder, "n01440764/more is not a file"),
+        (_class_not_listed, "train has the class n02105855, which the list"),
         (_class_listed_twice, "names a class twice"),
         (_both_layouts, "holds both train/ and ILSVRC2012_img_train.tar"),
         (_val_without_labels, "pass --val-labels FILE"),
