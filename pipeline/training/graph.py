@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import linecache
 import random
-import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Literal, TypeVar, cast
 
+import accelerate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,7 @@ T = TypeVar("T")
 EAGER_STEPS = 3
 """Steps of a command that run kernel by kernel first: libraries choose and allocate in them what a capture may not."""
 ADVICE = "or give graph=false"
-_PACKAGES = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+_LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (torch, accelerate))
 
 
 def graphed(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -> Step | GraphedStep:
@@ -197,7 +197,7 @@ def _where(error: BaseException, distiller: Distiller) -> str:
     frames = list(_frames(error))
     names = {id(loss): f"losses.{name}" for name, loss in distiller.losses.items()}
     owners = [names[id(frame.f_locals.get("self"))] for frame, _ in frames if id(frame.f_locals.get("self")) in names]
-    own = [(frame, line) for frame, line in frames if not frame.f_code.co_filename.startswith(_PACKAGES)]
+    own = [(frame, line) for frame, line in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
     frame, line = (own or frames)[-1]
     path = Path(frame.f_code.co_filename)
     source = linecache.getline(str(path), line).strip()

@@ -44,7 +44,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
 
     monkeypatch.setattr(graph, "_obstacle", of_a_gpu)
     monkeypatch.setattr(graph, "Graph", RecordedGraph)
-    monkeypatch.setattr(graph, "_PACKAGES", (*graph._PACKAGES, recorded_graph.__file__))
+    monkeypatch.setattr(graph, "_LIBRARIES", (*graph._LIBRARIES, recorded_graph.__file__))
     monkeypatch.setattr(RecordedGraph, "replays", 0)
     return RecordedGraph
 
