@@ -66,7 +66,8 @@ def main(words: Sequence[str]) -> None:
     loader = build_loader(recipe, read_manifest(Path(recipe.data.path)), accelerator.device, ("val",))
     named, layout = student_named(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
     student = build_student(named, loader.num_classes, recipe.seed, layout).to(accelerator.device)
-    load_weights(student.model, str(weights), recipe.student.model)
+    if note := load_weights(student.model, str(weights), recipe.student.model):
+        accelerator.print(f"note: weights: {note}")
     result = evaluate(student, loader.validation(), accelerator)
     accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")
     if teacher is not None:

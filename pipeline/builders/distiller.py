@@ -21,7 +21,7 @@ def build_distiller(
     named = student_named(recipe.student, recipe.taps.student)
     student = build_student(named, loader.num_classes, recipe.seed, layout)
     if start is not None:
-        load_start(start, run.start, student, recipe.student.model)
+        load_start(start, run.start, student, recipe.student.model, recipe.data)
     facts = Facts(
         num_classes=loader.num_classes,
         student_shapes=named.probe(student, recipe.data.size),

@@ -6,10 +6,14 @@ import torch
 
 from pipeline.builders.named import Named
 from pipeline.config.recipe import Recipe, Start, Student
+from pipeline.data.config import Config as Data
+from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps
+from pipeline.models.published import published_normalization
 from pipeline.models.weights import load_weights
+from pipeline.models.weights_file import is_file
 from pipeline.runs.dependencies import finished
 from pipeline.runs.files import STUDENT
 from pipeline.runs.identity import Run
@@ -37,8 +41,18 @@ def weights_layout(recipe: Recipe, launch: Launch) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def load_start(start: Start, run: Run | None, student: FeatureTaps, model: str) -> None:
-    """Load the weights that the student starts from: a file, or the last ones of a finished ``run``."""
+def load_start(start: Start, run: Run | None, student: FeatureTaps, model: str, data: Data) -> None:
+    """Load the weights that the student starts from: a file, published ones, or the last ones of a finished ``run``."""
     weights = start.weights or str(finished(run).folder / STUDENT)
+    expected = None if is_file(weights) else published_normalization(model, weights)
+    if expected is not None and expected != (data.mean, data.std):
+        told = f"data.mean={list(expected.mean)} data.std={list(expected.std)}"
+        tell("student.start", f"{weights} of {model} was trained on images of another mean and std: {told} gives them")
     with error_context("student.start"):
-        load_weights(student.model, weights, model)
+        tell("student.start", load_weights(student.model, weights, model, start.weights_key))
+
+
+def tell(place: str, note: str) -> None:
+    """Print, once for all ranks, what was chosen where the recipe left it open; nothing for an empty ``note``."""
+    if note and collectives.is_main():
+        print(f"note: {place}: {note}", flush=True)

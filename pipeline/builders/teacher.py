@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.builders.named import Named
-from pipeline.builders.student import student_named
+from pipeline.builders.student import student_named, tell
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import pixels
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context
-from pipeline.models.weights import is_file, load_weights, weights_sha256
+from pipeline.models.weights import load_weights, weights_sha256
+from pipeline.models.weights_file import is_file
 from pipeline.precision import AUTOCAST
 from pipeline.runs.dependencies import finished
-from pipeline.runs.files import STUDENT
+from pipeline.runs.files import IDENTITY, STUDENT
 from pipeline.runs.identity import Run, differences
+from pipeline.runs.weights import known_by_path
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
@@ -37,6 +39,10 @@ def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
     recipe, config = run.recipe, run.recipe.teacher
     if config is None:
         return None
+    if (run.folder / IDENTITY).is_file():
+        for weights in known_by_path(run.identity):
+            told = f"{run.folder} knows {weights} by its path; that it holds what it did then is not checked"
+            tell("weights", told)
     if config.cache is not None:
         with error_context("teacher.cache"):
             return _cached(run, config, Cache(Path(config.cache)), device)
@@ -121,14 +127,19 @@ def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str
     built = named.build(run.manifest.num_classes)
     named.probe(built, data.size)  # folding would run it on the same images, and not say what it cannot take
     with error_context(f"{named.place}.weights"):
-        load_weights(built.model, network.weights, named.model)
+        note = load_weights(built.model, network.weights, named.model, network.config.weights_key)
+    tell(f"{named.place}.weights", note)
+    given = Normalization(data.mean, data.std)
+    if not is_file(network.weights) and network.expected != given:
+        told = f"mean {list(network.expected.mean)} and std {list(network.expected.std)}"
+        tell(named.place, f"its images are brought to {told}, which {network.weights} of {named.model} expects")
     teacher = Teacher(
         built,
         batch=config.batch or 1,
         image_size=data.size,
         dtype=network.config.torch_dtype(device),
         device=device,
-        given=Normalization(data.mean, data.std),
+        given=given,
         expected=network.expected,
         fold=network.config.fold,
     )
@@ -169,7 +180,8 @@ def binding(run: Run, config: Config, device: torch.device, *, published: bool =
     None stands for what is not known: the network, where the recipe names a cache alone; the weights of a file that is
     gone, or ``published`` ones, unless they are to be looked at.
     """
-    found = [_network_facts(network, device, published) for network in frozen_networks(run, config)]
+    classes = run.manifest.num_classes
+    found = [_network_facts(network, classes, device, published) for network in frozen_networks(run, config)]
     members = {"members": {str(index): facts for index, facts in enumerate(found)}}
     mixture = {"combine": config.combine, "temperature": config.temperature, **members}
     facts = {
@@ -180,7 +192,7 @@ def binding(run: Run, config: Config, device: torch.device, *, published: bool =
     return json.loads(json.dumps(facts))
 
 
-def _network_facts(network: FrozenNetwork, device: torch.device, published: bool) -> dict[str, Any]:
+def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, published: bool) -> dict[str, Any]:
     (named, config, _, weights, expected) = network
     at_hand = Path(weights).is_file() if is_file(weights) else published
     if is_file(weights) and not at_hand and collectives.is_main():
@@ -189,7 +201,7 @@ def _network_facts(network: FrozenNetwork, device: torch.device, published: bool
         **({"compile": True} if config.compile else {}),
         "model": named.model,
         "stages": dict(named.stages),
-        "weights": weights_sha256(weights, named.model) if at_hand else None,
+        "weights": weights_sha256(weights, named.model, classes, config.weights_key) if at_hand else None,
         "published": None if is_file(weights) else weights,
         "dtype": str(config.torch_dtype(device)).removeprefix("torch."),
         "fold": config.fold,

@@ -37,6 +37,8 @@ class Start(Section):
     """Where a student begins: a weights file, or the student of another recipe's run."""
 
     weights: str | None = None
+    weights_key: str | None = None
+    """Which of several weights in the file are meant, such as ``model_ema``; default: the raw ones."""
     recipe: str | None = None
 
     @model_validator(mode="after")

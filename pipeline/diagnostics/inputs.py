@@ -23,7 +23,7 @@ from pipeline.data.pace import Pace
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
-from pipeline.models.weights import FILES
+from pipeline.models.weights_file import is_file
 from pipeline.runs.identity import Run, resolve
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.config import Config as TeacherConfig
@@ -168,7 +168,7 @@ def _all(found: list[Finding]) -> Finding:
 
 
 def _find_weights(model: str, source: str) -> Finding:
-    if source.endswith(FILES):
+    if is_file(source):
         if Path(source).is_file():
             return ok(source)
         return fail(f"there is no file {source}", "correct the recipe's weights, or copy the file there")

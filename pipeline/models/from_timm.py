@@ -37,13 +37,30 @@ def timm_weights(name: str, tag: str) -> Mapping[str, Tensor]:
     ValueError where there are no such weights or they cannot be had.
     """
     timm = _timm(name)
-    short = name.removeprefix(PREFIX)
-    tagged = short if tag == "pretrained" else f"{short.partition('.')[0]}.{tag}"
     try:
-        return timm.create_model(tagged, pretrained=True).state_dict()
+        return timm.create_model(_tagged(name, tag), pretrained=True).state_dict()
     except Exception as error:  # the network, its hub and its file formats raise nearly anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{tag} of {name}: no weights ({reason}); give a file") from error
+
+
+def timm_normalization(name: str, tag: str) -> Any:
+    """Return what has ``mean`` and ``std`` of the images that timm's published weights expect.
+
+    ``tag`` is as ``timm_weights`` takes it. Raises ValueError where timm knows no such weights.
+    """
+    try:
+        found = _timm(name).models.get_pretrained_cfg(_tagged(name, tag))
+    except RuntimeError as error:
+        raise ValueError(f"{tag} of {name}: {error}; give a file") from error
+    if found is None:
+        raise ValueError(f"{tag} of {name}: timm has no such weights; give a file")
+    return found
+
+
+def _tagged(name: str, tag: str) -> str:
+    short = name.removeprefix(PREFIX)
+    return short if tag == "pretrained" else f"{short.partition('.')[0]}.{tag}"
 
 
 def is_timm(model: nn.Module) -> bool:

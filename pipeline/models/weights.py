@@ -4,118 +4,68 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
-from torch.hub import load_state_dict_from_url
 
-from pipeline.models.from_timm import PREFIX, timm_weights
-from pipeline.models.states import load_state, read_state
-
-FILES = (".pt", ".pth", ".safetensors")
-# Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it.
-COUNTER = "num_batches_tracked"
-# Heads of torchvision's GoogLeNet and Inception that only train them; create_model leaves them out.
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-# Under which of these training scripts save the network beside the optimizer: torchvision's and timm's, RepDistiller's.
-WRAPPINGS = ("state_dict", "model")
+from pipeline.models.create import create_model
+from pipeline.models.fitting import Fitted, check_values, fit
+from pipeline.models.published import published_weights
+from pipeline.models.remembered import remembered
+from pipeline.models.weights_file import is_file, read_file
 
 
-def load_weights(model: nn.Module, source: str, name: str) -> None:
-    """Load ``source`` into ``model``: a ``.pt``, ``.pth`` or ``.safetensors`` file, or the published ones for ``name``.
+def load_weights(model: nn.Module, source: str, name: str, key: str | None = None) -> str:
+    """Load ``source`` into ``model``: a file (``is_file``), or the published ones for the network ``name``.
 
-    Published are torchvision's by their name, such as IMAGENET1K_V1, and timm's by a tag or ``pretrained``.
+    Published are torchvision's by their name, such as IMAGENET1K_V1, and timm's by a tag or ``pretrained``. Where a
+    file holds several weights that fit, ``key`` names those that are meant; ``fit`` says what may lie around them.
 
-    The file holds a state dict, maybe under ``state_dict`` or ``model``, maybe with DDP's ``module.`` before each key.
-    Raises ValueError or FileNotFoundError, with ``model`` as it was, for what cannot be read or is of another
-    architecture.
+    Returns what was chosen or left out, a line or nothing. Raises ValueError or FileNotFoundError, with ``model`` as it
+    was, for what cannot be read, is of another architecture, or is no weights.
     """
-    found = _read(source, name)
-    own = model.state_dict()
-    state = {key: value for key, value in found.items() if key in own or not key.startswith(AUXILIARY)}
-    _check_fit(model, state, source, name)
-    load_state(model, state, found)
+    state, note = _fitted(model, source, name, key)
+    check_values(state, model, source)
+    # With the network's own versions of its modules (``_metadata``), whose names and shapes these are; and its own
+    # counters of batches, where there are none.
+    whole = model.state_dict()
+    whole.update(state)
+    model.load_state_dict(whole, strict=True)
+    return note
 
 
-def is_file(source: str) -> bool:
-    """Whether ``source`` is a file of one's own, and not the name of published weights."""
-    return source.endswith(FILES)
+def weights_sha256(source: str, name: str, num_classes: int, key: str | None = None) -> str:
+    """Return the sha256 of the network's tensors: the same whatever file they lie in, and whatever stands around them.
+
+    That of a file is remembered for as long as the file stays as it is.
+    """
+    if not is_file(source):
+        return _sha256(_fitted(_empty(name, num_classes), source, name, key).state)
+    about = [name, num_classes, key]
+    return remembered(Path(source), about, lambda: _sha256(_fitted(_empty(name, num_classes), source, name, key).state))
 
 
-def weights_sha256(source: str, name: str) -> str:
-    """Return the sha256 of the tensors, by name, type, shape and bytes: the same whatever file they lie in."""
+def _fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:
+    content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source)
+    return fit(content, model, source, name, key)
+
+
+def _empty(name: str, num_classes: int) -> nn.Module:
+    """Return the network for its names and shapes alone; what computes with numbers while it is built has them."""
+    with torch.random.fork_rng():
+        try:
+            with torch.device("meta"):
+                return create_model(name, num_classes)
+        except Exception:  # what is wrong is so below, too
+            return create_model(name, num_classes)
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors by name, type, shape and bytes."""
     found = hashlib.sha256()
-    for key, value in sorted(_read(source, name).items()):
+    for key, value in sorted(state.items()):
         found.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _read(source: str, name: str) -> Mapping[str, Tensor]:
-    return _read_file(Path(source)) if is_file(source) else _published(name, source)
-
-
-def _read_file(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such weights file")
-    read = read_state if path.suffix == ".safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
-    try:
-        found = read(path)
-    except Exception as error:  # a damaged file makes the readers raise nearly anything
-        kind = type(error).__name__
-        raise ValueError(f"{path}: cannot be read as tensors ({kind}); save model.state_dict() there") from error
-    return _plain(found, path)
-
-
-def _plain(found: Any, path: Path) -> Mapping[str, Tensor]:
-    """Return the state dict inside what a file holds, with plain keys."""
-    if isinstance(found, Mapping):
-        found = next((found[key] for key in WRAPPINGS if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path}: expected tensors by name, a state dict; save model.state_dict() there")
-    if found and all(key.startswith("module.") for key in found):
-        return {key.removeprefix("module."): value for key, value in found.items()}
-    return found
-
-
-def _published(name: str, weights_name: str) -> Mapping[str, Tensor]:
-    if name.startswith(PREFIX):
-        return timm_weights(name, weights_name)
-    files = f"give a file ({', '.join(FILES)})"
-    try:
-        published = torchvision.models.get_model_weights(name).__members__
-    except ValueError:
-        raise ValueError(f"{weights_name}: torchvision has no weights of {name!r}; {files}") from None
-    if weights_name not in published:
-        raise ValueError(f"{weights_name}: no weights of {name}; torchvision has {', '.join(published)}; or {files}")
-    weights = published[weights_name].value
-    try:
-        return load_state_dict_from_url(
-            weights.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
-    except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{weights_name} of {name}: no download from {weights.url} ({reason}); {files}") from error
-
-
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, name: str) -> None:
-    """Raise ValueError unless ``state`` has the keys and shapes of ``model``."""
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
-    unexpected = [key for key in state if key not in wanted]
-    reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    head = list(wanted)[-1].rpartition(".")[0]
-    if reshaped and not (missing or unexpected) and all(key.startswith(f"{head}.") for key in reshaped):
-        theirs, ours = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
-        raise ValueError(f"{source}: the weights have {theirs} classes, the network has {ours}, as many as the shards")
-    problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
-    problems += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
-    if reshaped:
-        theirs, ours = tuple(state[reshaped[0]].shape), tuple(wanted[reshaped[0]].shape)
-        problems += [f"{len(reshaped)} of another shape (first {reshaped[0]}: {theirs}, expected {ours})"]
-    if problems:
-        raise ValueError(f"{source}: weights of another architecture than {name}: {'; '.join(problems)}")

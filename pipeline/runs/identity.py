@@ -18,6 +18,7 @@ from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, RESULT, read_json
+from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
 
@@ -26,7 +27,7 @@ _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints", "graph")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
 # What makes another run only where it is asked for.
-_OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint")
+_OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint", "weights_key")
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def _resolve(
     folder = run_folder(loaded)
     teachers, start = tuple(map(named, loaded.teachers)), loaded.start and named(loaded.start)
     with error_context(display_path(loaded.path)):
-        recipe = _completed(loaded.recipe, folder, launch)
-        own = identity(recipe, folder, manifest, [run.digest for run in teachers], start and start.digest)
+        sources = [run.recipe for run in teachers]
+        recipe = _completed(with_normalization(loaded.recipe, sources), folder, launch)
+        own = identity(recipe, folder, manifest, teachers, start and start.digest)
     run = known[id(loaded)] = Run(
         recipe, loaded.path, folder, manifest, own, teachers, start, lambda: tuple(map(named, loaded.compare))
     )
@@ -162,11 +164,12 @@ def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
 
 
 def identity(
-    recipe: Recipe, run: Path, manifest: Manifest, teachers: Sequence[str], start: str | None
+    recipe: Recipe, run: Path, manifest: Manifest, teachers: Sequence[Run], start: str | None
 ) -> dict[str, Any]:
     """Return what makes ``run`` this run: the resolved recipe, shards by sha256, a teacher's run or cache by digest.
 
-    ``teachers`` and ``start`` are the digests of the runs that the recipe names.
+    Files of weights are in it by the digest of their tensors. ``teachers`` are the runs that the recipe names, and
+    ``start`` the digest of the one that the student begins from.
     """
     tree = dump_recipe(recipe)
     for key in _NOT_IDENTITY:
@@ -177,8 +180,9 @@ def identity(
     tree["data"]["classes"] = hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
     teacher = tree["teacher"] or {}
     networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
-    for section, digest in zip(networks, teachers, strict=True):
-        section["recipe"] = digest
+    for section, below in zip(networks, teachers, strict=True):
+        section["recipe"] = below.digest
+    name_by_content(tree, recipe, [below.recipe for below in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
     if teacher.get("cache"):

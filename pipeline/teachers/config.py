@@ -20,7 +20,9 @@ class Network(BaseModel):
     model: str | None = None
     """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
     weights: str | None = None
-    """A ``.pt``, ``.pth`` or ``.safetensors`` file, or the name of torchvision weights, such as IMAGENET1K_V1."""
+    """A file of weights, or the name of published ones: torchvision's, such as IMAGENET1K_V1, or a tag of timm's."""
+    weights_key: str | None = None
+    """Which of several weights in the file are meant, such as ``model_ema``; default: the raw ones."""
     recipe: str | None = None
     """Instead of ``model``: the recipe whose finished run gives the network, its last weights, mean and std.
 
@@ -35,7 +37,7 @@ class Network(BaseModel):
     compile: bool = False
     """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
     mean: Triple | None = None
-    """What the teacher's training images were normalised with; default: the recipe's own."""
+    """What the teacher's training images were normalised with; default: what published weights say, or the recipe's."""
     std: Triple | None = None
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ import torch
 import torchvision.models
 from torch import nn
 
-from pipeline.models import create_model, weights
+from pipeline.models import create_model, published
 from pipeline.models.weights import load_weights
 
 NAME = "cifar_resnet8"
@@ -121,17 +121,17 @@ def test_a_network_of_our_own_has_no_published_weights(fresh: nn.Module):
 
 def test_published_weights_come_from_torchvisions_address(monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(3)
-    published = create_model("resnet18", 1000).state_dict()
+    weights = create_model("resnet18", 1000).state_dict()
     asked = []
 
     def download(url: str, **_: object) -> dict:
         asked.append(url)
-        return published
+        return weights
 
-    monkeypatch.setattr(weights, "load_state_dict_from_url", download)
+    monkeypatch.setattr(published, "load_state_dict_from_url", download)
     model = create_model("resnet18", 1000)
     load_weights(model, "IMAGENET1K_V1", "resnet18")
-    assert same(model, published)
+    assert same(model, weights)
     assert asked[0].endswith("resnet18-f37072fd.pth")
     assert "the weights have 1000 classes, the network has 20" in refusal(
         create_model("resnet18", 20), "IMAGENET1K_V1", "resnet18"
@@ -140,19 +140,19 @@ def test_published_weights_come_from_torchvisions_address(monkeypatch: pytest.Mo
 
 def test_published_weights_with_auxiliary_heads_fit_the_network_without(monkeypatch: pytest.MonkeyPatch):
     with torch.random.fork_rng():
-        published = torchvision.models.googlenet(num_classes=10, init_weights=False).state_dict()
-    assert any(key.startswith("aux2.") for key in published)
-    monkeypatch.setattr(weights, "load_state_dict_from_url", lambda *_args, **_keys: published)
+        weights = torchvision.models.googlenet(num_classes=10, init_weights=False).state_dict()
+    assert any(key.startswith("aux2.") for key in weights)
+    monkeypatch.setattr(published, "load_state_dict_from_url", lambda *_args, **_keys: weights)
     model = create_model("googlenet", 10)
     load_weights(model, "IMAGENET1K_V1", "googlenet")
-    assert same(model, published)
+    assert same(model, weights)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     def download(url: str, **_: object) -> dict:
         raise URLError("no route to host")
 
-    monkeypatch.setattr(weights, "load_state_dict_from_url", download)
+    monkeypatch.setattr(published, "load_state_dict_from_url", download)
     message = refusal(create_model("resnet18", 10), "IMAGENET1K_V1", "resnet18")
     assert "no download from https://" in message
     assert "no route to host" in message

@@ -91,7 +91,7 @@ def test_a_students_first_stage_has_its_seed(run_train: Train, two_stages: Path,
     config = second.recipe.student
     student = build_student(student_named(config, frozenset()), 20, seed=3)
     assert config.start is not None
-    load_start(config.start, second.start, student, config.model)
+    load_start(config.start, second.start, student, config.model, second.recipe.data)
     weights = load_file(start / "student.safetensors")["fc.weight"]
     torch.testing.assert_close(student.model.get_parameter("fc.weight").detach(), weights)
 

@@ -1,0 +1,110 @@
+"""How well-known code calls the weights of networks that are built here under other names.
+
+RepDistiller's and mdistiller's networks for CIFAR are those of this project, layer by layer; torchvision's published
+DenseNets have the names of its first release. A family is one function, from our name to theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torchvision.models import DenseNet, ResNet
+
+from pipeline.models.cifar_mobilenet_v2 import CifarMobileNetV2
+from pipeline.models.cifar_shufflenet_v1 import CifarShuffleNetV1
+from pipeline.models.cifar_shufflenet_v2 import CifarShuffleNetV2
+from pipeline.models.cifar_vgg import CifarVGG
+from pipeline.models.cifar_wrn import CifarWideResNet
+
+PAIR = ("conv", "bn")
+"""Of a ``Conv2dNormActivation``: its first module and its second."""
+
+
+def foreign_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return our name by theirs; empty for a network that has one set of names only."""
+    for family, theirs in FAMILIES.items():
+        if isinstance(model, family):
+            return {theirs(name): name for name in names}
+    return {}
+
+
+def _wide_resnet(name: str) -> str:
+    return re.sub(r"^layer(\d)\.", r"block\1.layer.", name).replace(".shortcut.", ".convShortcut.")
+
+
+def _vgg(name: str) -> str:
+    """Blocks are numbered from 0, the stem; in each stand convolution, BatchNorm and ReLU in one row."""
+
+    def place(match: re.Match[str]) -> str:
+        block = 0 if match[1] == "stem" else int(match[2])
+        return f"block{block}.{3 * int(match[3]) + int(match[4])}."
+
+    return re.sub(r"^(stem|stage(\d))\.(\d)\.(\d)\.", place, name).replace("fc.", "classifier.")
+
+
+def _mobilenet_v2(name: str) -> str:
+    """Blocks are in seven groups by their channels, which our stages take together; layers stand in one row."""
+    groups = {1: (1, 2), 2: (3,), 3: (4, 3), 4: (3, 1)}
+    first = {1: 0, 2: 2, 3: 3, 4: 5}
+
+    def place(match: re.Match[str]) -> str:
+        stage, block = int(match[1]), int(match[2])
+        group = first[stage]
+        for length in groups[stage]:
+            if block < length:
+                break
+            group, block = group + 1, block - length
+        return f"blocks.{group}.{block}.conv.{3 * int(match[3]) + int(match[4])}."
+
+    name = re.sub(r"^stage(\d)\.(\d)\.layers\.(\d)\.(\d)\.", place, name)
+    return name.replace("stem.", "conv1.").replace("last.", "conv2.").replace("fc.", "classifier.0.")
+
+
+def _shufflenet(name: str) -> str:
+    """Name what both have in common: the stem and the head."""
+    name = re.sub(r"^stem\.(\d)\.", lambda match: f"{PAIR[int(match[1])]}1.", name)
+    return name.replace("stage", "layer", 1).replace("fc.", "linear.")
+
+
+def _shufflenet_v1(name: str) -> str:
+    layers = {"squeeze": 1, "filter": 2, "widen": 3}
+
+    def place(match: re.Match[str]) -> str:
+        return f".{PAIR[int(match[2])]}{layers[match[1]]}."
+
+    return re.sub(r"\.(squeeze|filter|widen)\.(\d)\.", place, _shufflenet(name))
+
+
+def _shufflenet_v2(name: str) -> str:
+    """Branches are numbered through; the first unit of a stage has two convolutions in its first branch."""
+    layers = {"branch1": (0, 0, 1, 1), "branch2": (0, 0, None, 1, 1, 2, 2)}
+
+    def place(match: re.Match[str]) -> str:
+        unit, branch, index = match[1], match[2], int(match[3])
+        number = 1 + (layers[branch][index] or 0) + (2 if unit == "0" and branch == "branch2" else 0)
+        norm = index in ((1, 3) if branch == "branch1" else (1, 4, 6))
+        return f".{unit}.{PAIR[norm]}{number}."
+
+    name = re.sub(r"\.(\d)\.(branch\d)\.(\d)\.", place, _shufflenet(name))
+    return re.sub(r"^last\.(\d)\.", lambda match: f"{PAIR[int(match[1])]}2.", name)
+
+
+def _resnet(name: str) -> str:
+    return name.replace(".downsample.", ".shortcut.").replace("fc.", "linear.")
+
+
+def _densenet(name: str) -> str:
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))(\d\.)", r"\1.\2", name)
+
+
+FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
+    CifarWideResNet: _wide_resnet,
+    CifarVGG: _vgg,
+    CifarMobileNetV2: _mobilenet_v2,
+    CifarShuffleNetV1: _shufflenet_v1,
+    CifarShuffleNetV2: _shufflenet_v2,
+    ResNet: _resnet,
+    DenseNet: _densenet,
+}

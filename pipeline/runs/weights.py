@@ -1,0 +1,89 @@
+"""What a recipe leaves to its weights: who they are, by their tensors, and how the images that they expect look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.compose import read_yaml
+from pipeline.config.recipe import Recipe
+from pipeline.errors import error_context
+from pipeline.models.published import published_normalization
+from pipeline.models.weights import weights_sha256
+from pipeline.models.weights_file import is_file
+from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, read_json
+from pipeline.teachers.config import Config, Network
+
+CONTENT = "sha256:"
+"""Before the digest of a file's tensors, where an identity names weights."""
+
+
+def with_normalization(recipe: Recipe, sources: Sequence[Recipe]) -> Recipe:
+    """Return the recipe with ``mean`` and ``std`` of teachers whose published weights expect other images.
+
+    ``sources`` are the recipes of ``teacher.recipes``, in that order. What the recipe gives itself stays.
+    """
+    config = recipe.teacher
+    if config is None:
+        return recipe
+    found = [_normalized(network, source or recipe) for network, source in _networks(config, sources)]
+    update = {"members": tuple(found)} if config.members else dict(found[0]) if found else {}
+    return recipe.model_copy(update={"teacher": config.model_copy(update=update)})
+
+
+def _normalized(network: Network, origin: Recipe) -> Network:
+    model = network.model or origin.student.model
+    if not network.weights or is_file(network.weights):
+        return network
+    expected = published_normalization(model, network.weights)
+    if expected is None or expected == (origin.data.mean, origin.data.std):
+        return network
+    return network.model_copy(update={key: getattr(network, key) or getattr(expected, key) for key in ("mean", "std")})
+
+
+def _networks(config: Config, sources: Sequence[Recipe]) -> Iterator[tuple[Network, Recipe | None]]:
+    """Yield each of the teacher's networks with the recipe whose student it is."""
+    following = iter(sources)
+    for network in config.members or (config,):
+        yield network, None if network.recipe is None else next(following)
+
+
+def name_by_content(
+    tree: dict[str, Any], recipe: Recipe, sources: Sequence[Recipe], folder: Path, classes: int
+) -> None:
+    """Put into an identity, in the place of each file of weights, the digest of its tensors.
+
+    Published weights keep their name. A file that is gone is what the run in ``folder`` began with, and a run that
+    began when files were known by their paths is still compared by them.
+    """
+    begun = (folder / IDENTITY).is_file()
+    kept = _places(read_json(folder / IDENTITY, ANOTHER)) if begun else {}
+    named = _places(read_yaml(folder / RECIPE) or {}) if begun and (folder / RECIPE).is_file() else {}
+    networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
+    models = [network.model or (source and source.student.model) for network, source in networks]
+    for (place, section), model in zip(_places(tree).items(), [recipe.student.model, *models], strict=True):
+        weights, known = section.get("weights"), kept.get(place, {}).get("weights")
+        if not (weights and model and is_file(weights)) or (known and not known.startswith(CONTENT)):
+            continue
+        if Path(weights).is_file():
+            with error_context(place):
+                found = weights_sha256(weights, model, classes, section["weights_key"])
+            section |= {"weights": CONTENT + found, "weights_key": None}  # the digest says what the key chose
+        elif known and weights == named.get(place, {}).get("weights"):
+            section |= {"weights": known, "weights_key": None}
+
+
+def _places(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the sections of a recipe that may name weights, by the keys at which they do: start, then teachers."""
+    teacher = tree.get("teacher") or {}
+    found = {"student.start.weights": (tree.get("student") or {}).get("start") or {}}
+    if teacher.get("members"):
+        return found | {f"teacher.members.{number}.weights": each for number, each in enumerate(teacher["members"])}
+    return found | ({"teacher.weights": teacher} if teacher else {})
+
+
+def known_by_path(identity: dict[str, Any]) -> list[str]:
+    """Return the files of weights that an identity names by their paths."""
+    named = [section.get("weights") for section in _places(identity).values()]
+    return [weights for weights in named if weights and not weights.startswith(CONTENT) and is_file(weights)]
