@@ -19,6 +19,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline.distributed import signals
+
+    signals.leave_quietly()
 
 import dataclasses
 import difflib
@@ -45,6 +48,7 @@ from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import RecipeError
 from pipeline.runs.dependencies import ensure_dependencies, prepare_shards
 from pipeline.runs.identity import resolve
+from pipeline.runs.told import meet
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 
 WHAT = ("loader", "teacher", "losses", "allreduce", "step")
@@ -115,7 +119,9 @@ def compared(words: list[str]) -> tuple[Path | None, list[str]]:
 def measure(what: str, loaded: LoadedRecipe, asked: Asked, launch: Launch, *, tunes: bool) -> list[Measured]:
     """Make what the measurement stands on, where it is not there, and measure."""
     loaded, how = bare(loaded, asked.out), asked.model_dump(include={"repeats", "warmup", "steps"})
+    command = f"bench {what}{' --tune' * tunes}"
     if what in ("losses", "allreduce"):
+        meet(launch, command, loaded.recipe, **how)
         device = create_accelerator(loaded.recipe, launch).device
         return (measure_losses if what == "losses" else measure_allreduce)(loaded, launch, device, **how)
     if what == "loader":
@@ -123,6 +129,7 @@ def measure(what: str, loaded: LoadedRecipe, asked: Asked, launch: Launch, *, tu
         run = resolve(loaded, launch)
     else:
         run = ensure_dependencies(loaded, launch)
+    meet(launch, command, run.recipe, run, **how)
     if what == "step":  # training makes its own Accelerator
         return measure_step(dataclasses.replace(loaded, recipe=run.recipe), run.manifest, launch, **how)
     device = create_accelerator(run.recipe, launch).device

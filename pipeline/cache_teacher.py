@@ -45,6 +45,7 @@ from pipeline.errors import RecipeError, Unfinished, display_path, error_context
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
+from pipeline.runs.told import meet
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config
 from pipeline.training.accelerator import create_accelerator, use_all_cores
@@ -73,6 +74,8 @@ def main(words: Sequence[str]) -> None:
         live = without_cache(loaded, config, overrides, asked.views, there)
         try:
             run = ensure_dependencies(live, launch)
+            if "--verify" not in words:
+                meet(launch, "cache_teacher", run.recipe, run, cache=folder, **asked.model_dump(mode="json"))
         except Unfinished as unfinished:
             print(unfinished)
             stopped(None if "--verify" in words else folder)

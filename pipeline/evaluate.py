@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline.distributed import signals
+
+    signals.leave_quietly()
 
 from collections.abc import Sequence
 
@@ -33,6 +36,7 @@ from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.files import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.identity import Run, resolve, run_folder
+from pipeline.runs.told import meet
 from pipeline.teachers.config import Config as Teacher
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.evaluation import accuracy, agreement, evaluate
@@ -61,9 +65,11 @@ def main(words: Sequence[str]) -> None:
     recipe = loaded.recipe
     teacher = _asked_teacher(recipe.teacher) if asked.agreement else None
     weights = _weights_file(asked.weights, folder or run_folder(loaded))
+    manifest = read_manifest(Path(recipe.data.path))
+    meet(launch, "evaluate", recipe, manifest=manifest.sha256, file=weights, agreement=asked.agreement)
     use_all_cores(launch)
     accelerator = create_accelerator(recipe, launch)
-    loader = build_loader(recipe, read_manifest(Path(recipe.data.path)), accelerator.device, ("val",))
+    loader = build_loader(recipe, manifest, accelerator.device, ("val",))
     named, layout = student_named(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
     student = build_student(named, loader.num_classes, recipe.seed, layout).to(accelerator.device)
     if note := load_weights(student.model, str(weights), recipe.student.model):

@@ -29,7 +29,7 @@ from pipeline.builders.summary import check
 from pipeline.cli import entry
 from pipeline.config.arguments import split_words
 from pipeline.config.recipe import load_recipe
-from pipeline.distributed import signals
+from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import Unfinished
 from pipeline.optim.ema import EMA
@@ -39,6 +39,7 @@ from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import check_folder, mark_preempted
 from pipeline.runs.identity import Run, run_folder
+from pipeline.runs.told import meet
 from pipeline.training.accelerator import use_all_cores
 from pipeline.training.checkpoint import Best, CheckpointState
 from pipeline.training.export import export, export_average
@@ -55,6 +56,7 @@ def main(words: Sequence[str]) -> None:
     launch, loaded = read_launch(), load_recipe(*split_words(words))
     try:
         run = ensure_dependencies(loaded, launch)
+        meet(launch, "train", run.recipe, run)
     except Unfinished:
         if signals.given():
             mark_preempted(run_folder(loaded))
@@ -63,6 +65,8 @@ def main(words: Sequence[str]) -> None:
         check_folder(run)
         use_all_cores(launch)
         train(run, launch)
+    else:
+        collectives.stop()
     if run.result is not None and launch.is_main:
         print_table(run)
 

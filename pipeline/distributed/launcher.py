@@ -37,20 +37,23 @@ class Launch:
 
 def read_launch() -> Launch:
     """Return what the environment says. Raises RecipeError for a rank that cannot be."""
-    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if rank >= world_size > 1:
+    rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+    if world_size == 0:
+        raise RecipeError("WORLD_SIZE is 0; it is the number of processes, 1 for a single one")
+    if rank >= world_size:
         raise RecipeError(f"RANK is {rank}, which is none of the {world_size} ranks of WORLD_SIZE")
     return Launch(
         rank=rank,
         world_size=world_size,
-        local_rank=_number("LOCAL_RANK", 0) if os.environ.get("LOCAL_RANK") else None,
+        local_rank=number("LOCAL_RANK", 0) if os.environ.get("LOCAL_RANK") else None,
         use_cpu=_is_set("ACCELERATE_USE_CPU"),
         use_deepspeed=_is_set("ACCELERATE_USE_DEEPSPEED"),
         deepspeed_file=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None,
     )
 
 
-def _number(name: str, default: int) -> int:
+def number(name: str, default: int) -> int:
+    """Return what a variable says, the default where it is not set or empty. Raises RecipeError for no number."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise RecipeError(f"{name} is {text!r}, not a number")

@@ -1,29 +1,36 @@
 """Whether the processes that a launcher started know of one another; if not, one line says so, not N trainings.
 
-``refuse_lone_ranks`` reads it off the environment. ``meet`` waits until every rank is there, and joins them.
+``refuse_lone_ranks`` reads it off the environment. ``meet`` waits until every rank is there, compares what they were
+told, and joins them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.distributed import collectives
-from pipeline.distributed.launcher import Launch
-from pipeline.errors import RecipeError
+from pipeline.distributed import agreement, collectives, signals
+from pipeline.distributed.launcher import Launch, number
+from pipeline.errors import RecipeError, Unfinished
 
 SECONDS = "PIPELINE_RENDEZVOUS_SECONDS"
 """How long a rank waits for the others to come; ``DEFAULT_SECONDS`` where it is not set."""
 DEFAULT_SECONDS = 120.0
+PAUSE = 0.1
+"""Seconds between two looks at the store."""
+LEAVE_SECONDS = 10.0
+"""How long rank 0, which serves the store, stays for the others to read that they disagree."""
 COLLECTIVES = timedelta(minutes=10)
 """How long a rank that has met the others waits for them in a collective."""
 
@@ -38,8 +45,10 @@ def refuse_lone_ranks() -> None:
 
     ``WORLD_SIZE=1`` says that this is what is wanted.
     """
-    tasks, launcher = next(((int(os.environ[name]), TASKS[name]) for name in TASKS if name in os.environ), (1, ""))
-    if "WORLD_SIZE" not in os.environ:
+    told = "" if _in_a_shell_of_srun() else next((name for name in TASKS if os.environ.get(name)), "")
+    tasks, launcher = number(told, 1), TASKS.get(told, "")
+    world = number("WORLD_SIZE", 0)
+    if not world:
         if tasks > 1:
             raise RecipeError(_untold(tasks, launcher))
         # Accelerate's launcher of a single process leaves these traces, the second where it was to start several.
@@ -48,13 +57,22 @@ def refuse_lone_ranks() -> None:
                 "accelerate launch was asked for several processes and started one, as it does with --cpu, MULTI_CPU "
                 f"or NO; start them with: torchrun --nproc_per_node N {shlex.join(sys.argv)} (WORLD_SIZE=1 means one)"
             )
-    elif "GROUP_WORLD_SIZE" in os.environ and int(os.environ["GROUP_WORLD_SIZE"]) != tasks > 1:
+    elif os.environ.get("GROUP_WORLD_SIZE") and number("GROUP_WORLD_SIZE", 1) != tasks > 1:
         raise RecipeError(
             f"{launcher} started {tasks} torchruns that do not see one another; give each: --nnodes {tasks} "
             "--rdzv_backend c10d --rdzv_endpoint HOST_OF_RANK_0:29500"
         )
-    elif int(os.environ["WORLD_SIZE"]) > 1 and (missing := [name for name in DIRECT if not os.environ.get(name)]):
-        raise RecipeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not set: {', '.join(missing)}")
+    elif world > 1 and (missing := [name for name in DIRECT if not os.environ.get(name)]):
+        raise RecipeError(f"WORLD_SIZE is {world}, but not set: {', '.join(missing)}")
+
+
+def _in_a_shell_of_srun() -> bool:
+    """Whether a user typed the command in the shell of ``srun -n N --pty bash``, of whose tasks only the first lives.
+
+    A task of the step itself, or another than the first, is one of several.
+    """
+    task = (os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_TASK_PID"))
+    return "SLURM_PTY_PORT" in os.environ and task[0] == "0" and task[1] != str(os.getpid())
 
 
 def _untold(tasks: int, launcher: str) -> str:
@@ -87,11 +105,18 @@ class Asked(NamedTuple):
         return f"rank {self.rank} of {self.world} on {platform.node()}"
 
 
-def meet(launch: Launch, timeout: timedelta = COLLECTIVES, *, gpus: str = "nccl") -> None:
+def meet(
+    launch: Launch,
+    timeout: timedelta = COLLECTIVES,
+    *,
+    gpus: str = "nccl",
+    told: Mapping[str, Any] | None = None,
+) -> None:
     """Wait until all ranks are there and join them in a process group, of ``gpus`` or, on CPUs, gloo.
 
-    Raises RecipeError or ConnectionError, one line, if this process would be alone or not all ranks come in time. A
-    single rank, and ranks that are joined already, need nothing.
+    Raises RecipeError or ConnectionError, one line, if this process would be alone, not all ranks come in time, or one
+    was ``told`` another thing than rank 0, and Unfinished after a signal to stop. A single rank, and ranks that are
+    joined already, need nothing.
     """
     refuse_lone_ranks()
     if launch.world_size == 1 or collectives.world_size() > 1:
@@ -100,9 +125,31 @@ def meet(launch: Launch, timeout: timedelta = COLLECTIVES, *, gpus: str = "nccl"
     deadline = time.monotonic() + asked.seconds
     store = _reach(asked, deadline)
     try:
-        _await_all(asked, store, deadline)
+        _agree(asked, store, deadline, {"device": "cpu" if launch.on_cpu else "cuda", **(told or {})})
     except RuntimeError:  # torch's word for a connection that broke
         raise ConnectionError(f"{asked}: rank 0, where the ranks meet, has ended; its own line says why") from None
+    _join(asked, launch, store, timeout, gpus)
+
+
+def _agree(asked: Asked, store: collectives.Store, deadline: float, told: Mapping[str, Any]) -> None:
+    """Wait until all ranks have come. Raises RecipeError, the same on all, if one was told another thing."""
+    if asked.rank == 0:
+        agreement.announce(store, told)
+    _await_all(asked, store, "meeting", deadline)
+    agreement.compare(store, told, str(asked))
+    _await_all(asked, store, "compared", time.monotonic() + asked.seconds)
+    if (difference := agreement.found_difference(store)) is None:
+        return
+    if asked.rank == 0:
+        with contextlib.suppress(ConnectionError):
+            _await_all(asked, store, "read", time.monotonic() + LEAVE_SECONDS)
+    else:
+        store.add("read", 1)
+    raise RecipeError(difference)
+
+
+def _join(asked: Asked, launch: Launch, store: collectives.Store, timeout: timedelta, gpus: str) -> None:
+    """Join the ranks, which have all come, in a process group."""
     gpu = None
     if not launch.on_cpu:
         gpu = (launch.local_rank or 0) % torch.cuda.device_count()
@@ -119,11 +166,13 @@ def meet(launch: Launch, timeout: timedelta = COLLECTIVES, *, gpus: str = "nccl"
 
 
 def _asked(launch: Launch) -> Asked:
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if not port.isdecimal():
-        raise RecipeError(f"MASTER_PORT is {port!r}, not a number")
-    seconds = float(os.environ.get(SECONDS, DEFAULT_SECONDS))
-    return Asked(launch.rank, launch.world_size, address, int(port), seconds)
+    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
+    text = os.environ.get(SECONDS) or str(DEFAULT_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise RecipeError(f"{SECONDS} is {text!r}, not a number of seconds") from None
+    return Asked(launch.rank, launch.world_size, address, port, seconds)
 
 
 def _reach(asked: Asked, deadline: float) -> collectives.Store:
@@ -136,7 +185,9 @@ def _reach(asked: Asked, deadline: float) -> collectives.Store:
     # A thread, because torch knocks again and again, and waits for ever for what takes a call and says nothing.
     knocking = Thread(target=_knock, args=(asked, found), daemon=True)
     knocking.start()
-    knocking.join(deadline - time.monotonic())
+    while knocking.is_alive() and time.monotonic() < deadline:
+        knocking.join(PAUSE)
+        _heed_signals(asked)
     if not found:
         raise ConnectionError(
             f"{asked} found nobody at {asked.address}:{asked.port} for {asked.seconds:g} s; MASTER_ADDR is the host of "
@@ -155,9 +206,8 @@ def _knock(asked: Asked, found: list[collectives.Store | RuntimeError]) -> None:
         found.append(error)
 
 
-def _await_all(asked: Asked, store: collectives.Store, deadline: float) -> None:
-    """Wait until all ranks have come to the store, and nobody twice."""
-    place = "meeting"
+def _await_all(asked: Asked, store: collectives.Store, place: str, deadline: float) -> None:
+    """Wait until all ranks have come to that place of the store, and nobody twice."""
     if store.add(f"{place}/{asked.rank}", 1) > 1:
         raise RecipeError(
             f"{asked}: another process has this RANK; each needs its own (for srun in single quotes: '$SLURM_PROCID')"
@@ -171,5 +221,11 @@ def _await_all(asked: Asked, store: collectives.Store, deadline: float) -> None:
                 f"come: {', '.join(missing[:8])}{' …' if missing[8:] else ''}; see how they ended, and give all the "
                 f"same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; {SECONDS} gives more time"
             )
-        time.sleep(0.1)
+        time.sleep(PAUSE)
+        _heed_signals(asked)
         come = store.add(place, 0)
+
+
+def _heed_signals(asked: Asked) -> None:
+    if signals.given():
+        raise Unfinished(f"{asked} was stopped while it waited for the others; the same command continues")

@@ -14,10 +14,14 @@ from pipeline.errors import ROOT
 
 def versions() -> dict[str, Any]:
     """Return what a reader needs to know to repeat the run: versions, commit, machine."""
-    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
-    installed = {name: importlib.metadata.version(name) for name in names if _installed(name)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **installed, "device": device, **_commit()}
+    return {"python": platform.python_version(), **packages(), "device": device, **_commit()}
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of those packages that numbers depend on."""
+    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
+    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
 
 
 def _installed(name: str) -> bool:

@@ -127,7 +127,7 @@ def test_a_run_that_is_not_there_must_be_made_by_one_process_first(
 def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest.MonkeyPatch):
     run_train("ce.yaml", "stop.steps=1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("pipeline.distributed.rendezvous.meet", lambda launch: None)
+    monkeypatch.setattr("pipeline.distributed.rendezvous.meet", lambda launch, **_: None)
     monkeypatch.setattr(
         "pipeline.training.accelerator.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})
     )

@@ -26,7 +26,14 @@ from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 
 Launch = Callable[..., None]
-TOLD = (*rendezvous.DIRECT, *rendezvous.TASKS, rendezvous.SECONDS, "GROUP_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+TOLD = (
+    *rendezvous.DIRECT,
+    *rendezvous.TASKS,
+    rendezvous.SECONDS,
+    "GROUP_WORLD_SIZE",
+    "ACCELERATE_MIXED_PRECISION",
+    "SLURM_PTY_PORT",
+)
 MULTI_CPU = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_CPU",
@@ -179,6 +186,46 @@ def test_a_rank_that_is_none_of_the_world(launched: Launch, port: int):
     assert refused() == "RANK is '$SLURM_PROCID', not a number"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"WORLD_SIZE": 0}, "WORLD_SIZE is 0; it is the number of processes, 1 for a single one"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
+        ({"PMI_SIZE": "x", "WORLD_SIZE": ""}, "PMI_SIZE is 'x', not a number"),
+        ({"GROUP_WORLD_SIZE": "x"}, "GROUP_WORLD_SIZE is 'x', not a number"),
+        ({rendezvous.SECONDS: "a minute"}, f"{rendezvous.SECONDS} is 'a minute', not a number of seconds"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(launched: Launch, port: int, wrong: dict[str, object], message: str):
+    launched(**{**told(2, 0, port), **wrong})
+    assert refused() == message
+
+
+def test_an_empty_variable_of_another_launcher_says_nothing(launched: Launch):
+    launched(PMI_SIZE="", OMPI_COMM_WORLD_SIZE="", WORLD_SIZE="")
+    rendezvous.meet(read_launch())
+
+
+SHELL = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_PTY_PORT": 40123, "SLURM_PROCID": 0, "SLURM_TASK_PID": 1}
+"""What ``srun -n 8 --pty bash`` gives to the shell, which is process 1."""
+
+
+def test_a_command_in_the_interactive_shell_of_a_step_of_many_tasks_is_one_process(launched: Launch, port: int):
+    launched(**SHELL)
+    rendezvous.meet(read_launch())
+    # And so is a torchrun that is started there: its ranks meet.
+    launched(**told(8, 0, port), GROUP_WORLD_SIZE=1)
+    assert "did not come" in refused()
+
+
+@pytest.mark.parametrize("more", [{"SLURM_TASK_PID": os.getpid()}, {"SLURM_PROCID": 1}])
+def test_the_tasks_of_such_a_step_themselves_are_not(launched: Launch, more: dict[str, object]):
+    launched(**{**SHELL, **more})
+    assert "srun started 8 processes and told none of the others" in refused()
+
+
 def test_a_host_that_has_no_address(launched: Launch, port: int):
     launched(**{**told(2, 1, port), "MASTER_ADDR": "nowhere.invalid"})
     assert f"MASTER_ADDR=nowhere.invalid MASTER_PORT={port}: " in refused()
@@ -238,7 +285,8 @@ def test_a_task_is_at_its_own_gpu_and_one_that_sees_a_single_one_at_that(
     launched(**told(8, 3, port))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 8])))
+    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock())
+    monkeypatch.setattr(rendezvous, "_agree", mock.Mock())
     monkeypatch.setattr(torch.distributed, "init_process_group", join := mock.Mock())
     monkeypatch.setenv("TORCH_DIST_USE_NCCL2", "as the user says")
     rendezvous.meet(read_launch())
@@ -247,14 +295,15 @@ def test_a_task_is_at_its_own_gpu_and_one_that_sees_a_single_one_at_that(
     assert (os.environ["LOCAL_RANK"], os.environ["TORCH_DIST_USE_NCCL2"]) == (str(gpu), "as the user says")
     monkeypatch.delenv("TORCH_DIST_USE_NCCL2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 8])))
+    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock())
     rendezvous.meet(read_launch())
     assert (join.call_args.args, join.call_args.kwargs["device_id"]) == (("gloo",), None)
 
 
 def test_ranks_that_came_and_cannot_reach_one_another(launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch):
     launched(**told(2, 1, port))
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=[1, 2])))
+    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock())
+    monkeypatch.setattr(rendezvous, "_agree", mock.Mock())
     monkeypatch.setattr(collectives, "start", mock.Mock(side_effect=RuntimeError("no route\nframe #0")))
     assert "cannot reach one another (no route); name the network that joins the hosts" in refused()
 
