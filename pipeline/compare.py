@@ -107,7 +107,8 @@ def train(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> s
         os.sched_setaffinity(process.pid, cores)
         with signals.passed_on(process.terminate):
             _, errors = process.communicate()
-    if signals.given() and process.returncode == -signal.SIGTERM:  # it had not yet begun to listen: nothing is lost
+    # It had not yet begun to listen: nothing is lost.
+    if signals.given() and process.returncode in (-signal.SIGTERM, -signal.SIGINT):
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"

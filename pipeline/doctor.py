@@ -14,6 +14,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline.distributed import signals
+
+    signals.leave_quietly()
 
 import platform
 from collections.abc import Callable, Sequence

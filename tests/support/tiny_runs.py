@@ -89,7 +89,7 @@ def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     So are the runs that it stands on: their own processes, of seconds each, are what ``tests/cli`` is about.
     """
     monkeypatch.chdir(recipes)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*words: str) -> None:
         # The Accelerator is a singleton of its process; a command begins with none.

@@ -31,7 +31,7 @@ def launched(rank: int, world: int, **more: str) -> Iterator[None]:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
     told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}  # of use to nobody: the ranks have met
     variables = {key: str(value) for key, value in told.items()} | more if world > 1 else {}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     threads = torch.get_num_threads()
     _forget_the_accelerator()
     try:
