@@ -35,7 +35,7 @@ T = TypeVar("T")
 EAGER_STEPS = 3
 """Steps of a command that run kernel by kernel first: libraries choose and allocate in them what a capture may not."""
 ADVICE = "or give graph=false"
-_LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (torch, accelerate))
+_LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, accelerate))
 
 
 def graphed(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -> Step | GraphedStep:
