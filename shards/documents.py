@@ -26,11 +26,16 @@ def read_document(path: Path, schema: type[T], advice: str) -> T:
         raise FileNotFoundError(f"{path}: there is no such file; {advice}") from None
     except OSError as error:
         raise DamagedFile(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    return parse_document(content, str(path), schema, advice)
+
+
+def parse_document(content: bytes, place: str, schema: type[T], advice: str) -> T:
+    """Return JSON that was read from ``place``, a file or a line of one, as ``schema``. Raises DamagedFile."""
     try:
         return TypeAdapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
         first, *more = error.errors(include_url=False, include_input=False)
         key = ".".join(map(str, first["loc"]))
         others = f" (and {len(more)} more)" if more else ""
-        where = f"{path}: {key}" if key else f"{path}"
+        where = f"{place}: {key}" if key else place
         raise DamagedFile(f"{where}: {' '.join(first['msg'].split())}{others}; {advice}") from None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
+from shards.documents import parse_document
 from shards.manifest import LeftOut, Manifest, Shard
+
+T = TypeVar("T")
 
 JOURNAL = "journal.jsonl"
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """A finished shard, and what of its share was left out. A shard of which nothing is left has no file."""
 
     shard: Shard
@@ -41,7 +45,7 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Put down a shard; when this returns it is on the disk."""
-        self._write_line({"shard": asdict(record.shard), "left_out": [asdict(each) for each in record.left_out]})
+        self._write_line(asdict(record))
 
     def __enter__(self) -> Journal:
         return self
@@ -65,22 +69,19 @@ class Journal:
         if not whole:
             self._write_line(describe(job))
             return {}
-        try:
-            found, *lines = [json.loads(line) for line in whole.splitlines()]
-            records = [_parse(line) for line in lines]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}): delete it, and the shards beside it") from None
-        refuse_other_job(self.path.parent, found, job)
+        first, *lines = whole.split(b"\n")[:-1]
+        refuse_other_job(self.path.parent, self._parse(first, 1, dict[str, Any]), job)
+        records = [self._parse(line, number, Record) for number, line in enumerate(lines, 2)]
         return {record.shard.url: record for record in records}
+
+    def _parse(self, line: bytes, number: int, schema: type[T]) -> T:
+        advice = f"delete {self.path.parent}, and prepare again"
+        return parse_document(line, f"{self.path}: line {number}", schema, advice)
 
     def _write_line(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values, sort_keys=True).encode("ascii") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-
-
-def _parse(line: dict[str, Any]) -> Record:
-    return Record(Shard(**line["shard"]), tuple(LeftOut(**each) for each in line["left_out"]))
 
 
 def describe(job: Manifest) -> dict[str, Any]:

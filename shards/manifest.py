@@ -14,27 +14,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from shards.documents import DamagedFile, parse_document
 
 MANIFEST = "manifest.json"
 VERSION = 1
+ADVICE = "copy it again, or run the preparation again"
+"""What mends a folder of which a file is damaged or missing."""
+
+MOST_IDS = 10**8
+"""A sample's key has eight digits."""
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Ids = Annotated[int, Field(ge=0, le=MOST_IDS)]
+_Side = Annotated[int, Field(ge=0, lt=2**31)]
+_Name = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
+"""A plain file name: it leads to no other folder."""
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar, by its file name; the key set is the one that ``wids`` reads."""
 
-    url: str
-    nsamples: int
-    filesize: int
-    sha256: str
+    __pydantic_config__ = _STRICT
+    url: _Name
+    nsamples: _Count
+    filesize: _Count
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """A file of the source that is no usable image: its id is a hole."""
 
-    id: int
+    __pydantic_config__ = _STRICT
+    id: _Ids
     path: str
     reason: str
 
@@ -43,13 +60,14 @@ class LeftOut:
 class Split:
     """``train`` or ``val``. Ids lie in [0, id_count); ``samples`` of them are in the shards, the others left out."""
 
-    name: str
-    samples: int
-    id_count: int
+    __pydantic_config__ = _STRICT
+    name: _Name
+    samples: _Ids
+    id_count: _Ids
     shards: tuple[Shard, ...]
-    samples_sha256: str
-    max_width: int
-    max_height: int
+    samples_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    max_width: _Side
+    max_height: _Side
     left_out: tuple[LeftOut, ...] = ()
 
 
@@ -57,17 +75,18 @@ class Split:
 class Manifest:
     """The whole folder. Everything but ``splits`` is known before the first image is read."""
 
+    __pydantic_config__ = _STRICT
     tool: str
-    image: str
+    image: Annotated[str, Field(pattern="^(jpg|png)$")]
     """Extension of the image members: ``jpg`` or ``png``."""
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Class names in the order of their labels."""
     transform: dict[str, Any] = field(default_factory=dict)
     """What was done to the images."""
     plan: dict[str, Any] = field(default_factory=dict)
     """What else the bytes depend on: seed, shard size, the source's listing."""
-    splits: dict[str, Split] = field(default_factory=dict)
-    version: int = VERSION
+    splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
+    version: Literal[1] = VERSION
     sha256: str = field(default="", compare=False)
     """Of the file that it was read from; it stands for the whole folder, and is not written."""
 
@@ -84,7 +103,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read ``folder/manifest.json``.
 
-    Raises FileNotFoundError where there is none, and ValueError where it cannot be understood; one line each.
+    Raises FileNotFoundError where there is none, and DamagedFile where it says what cannot be; one line each.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -93,32 +112,28 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(
             f"{path} does not exist: prepare the shards (shards/prepare_*.py), or let an interrupted preparation finish"
         ) from None
-    try:
-        return replace(parse_manifest(json.loads(content)), sha256=hashlib.sha256(content).hexdigest())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a manifest of version {VERSION} ({error}): prepare the shards again") from None
+    manifest = parse_document(content, str(path), Manifest, "copy it again, or prepare the shards again")
+    for name, split in manifest.splits.items():
+        for key, told in _contradictions(name, split):
+            raise DamagedFile(f"{path}: splits.{name}.{key}: {told}; copy it again, or prepare the shards again")
+    return replace(manifest, sha256=hashlib.sha256(content).hexdigest())
 
 
-def parse_manifest(values: dict[str, Any]) -> Manifest:
-    """Build a manifest from its JSON values; what is missing, unknown or contradictory raises."""
-    if values["version"] != VERSION:
-        raise ValueError(f"its version is {values['version']}")
-    splits = {name: _parse_split(name, split) for name, split in values["splits"].items()}
-    return Manifest(**{**values, "classes": tuple(values["classes"]), "splits": splits})
-
-
-def _parse_split(name: str, values: dict[str, Any]) -> Split:
-    shards = tuple(Shard(**shard) for shard in values["shards"])
-    left_out = tuple(LeftOut(**each) for each in values["left_out"])
-    split = Split(**{**values, "shards": shards, "left_out": left_out})
+def _contradictions(name: str, split: Split) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a split that cannot be as they are beside the others, and why."""
     if split.name != name:
-        raise ValueError(f"split '{name}' calls itself '{split.name}'")
-    if sum(shard.nsamples for shard in shards) != split.samples:
-        raise ValueError(f"the shards of '{name}' do not add up to {split.samples} samples")
-    for shard in shards:
-        if Path(shard.url).name != shard.url:
-            raise ValueError(f"shard '{shard.url}' is not a plain file name")
-    return split
+        yield "name", f"the split calls itself '{split.name}'"
+    if (total := sum(shard.nsamples for shard in split.shards)) != split.samples:
+        yield "samples", f"the shards have {total:,} samples, not {split.samples:,}"
+    if split.samples > split.id_count:
+        yield "id_count", f"{split.id_count:,} ids are not enough for all samples"
+    if beyond := [each.id for each in split.left_out if each.id >= split.id_count]:
+        yield "left_out", f"id {beyond[0]} lies outside of the split's {split.id_count:,}"
+    urls = [shard.url for shard in split.shards]
+    if len(set(urls)) != len(urls):
+        yield "shards", "a file is named twice"
+    if any(not shard.sha256 for shard in split.shards):
+        yield "shards", "a file has no sha256"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

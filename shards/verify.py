@@ -22,7 +22,7 @@ from shards.command import Parser, add_jobs, for_each, progress_bar, run_command
 from shards.jpeg import decode
 from shards.manifest import Manifest, Shard, Split, read_manifest
 from shards.plan import Unusable
-from shards.read import SAMPLE_DTYPE, samples_path
+from shards.read import SAMPLE_DTYPE, load_samples, samples_path
 from shards.scan import index_fits, scan_shard, sha256_of
 from shards.write import index_path
 
@@ -117,11 +117,9 @@ def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str
         return None, [f"{path} is missing"]
     problems = [] if sha256_of(path) == split.samples_sha256 else [f"{path} has another sha256 than the manifest says"]
     try:
-        table = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        return None, [*problems, f"{path} cannot be read: {error}"]
-    if table.dtype != SAMPLE_DTYPE or table.ndim != 1:
-        return None, [*problems, f"{path} is no sample table"]
+        table = load_samples(path)
+    except ValueError as error:
+        return None, [*problems, str(error)]
     places = np.repeat(np.arange(len(split.shards)), [shard.nsamples for shard in split.shards])
     if not np.array_equal(table["shard"], places):
         problems.append(f"{path} deals the samples to other shards than the manifest does")

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from pictures import write_folders
 
+from shards.documents import DamagedFile
 from shards.prepare_imagenet import main
 from shards.verify import verify
 
@@ -219,8 +221,36 @@ def test_a_torn_or_damaged_journal_line(source, undisturbed, tmp_path, contents)
     unfinished(source, tmp_path / "other")
     with (tmp_path / "other/journal.jsonl").open("a") as file:
         file.write("rubbish\n")
-    with pytest.raises(ValueError, match=r"journal\.jsonl is damaged"):
+    with pytest.raises(
+        DamagedFile, match=rf"journal\.jsonl: line 2: .*; delete {tmp_path / 'other'}, and prepare again"
+    ):
         main([str(source), str(tmp_path / "other"), "--jobs", "1", *OPTIONS])
+    shutil.rmtree(tmp_path / "other")
+    assert main([str(source), str(tmp_path / "other"), "--jobs", "1", *OPTIONS]) == 0
+    assert contents(tmp_path / "other") == undisturbed
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "null",
+        "[]",
+        "7",
+        "[" * 10_000,
+        '{"shard": {}, "left_out": []}',
+        '{"shard": {"url": "../a.tar", "nsamples": 1, "filesize": 1, "sha256": ""}, "left_out": []}',
+        '{"shard": {"url": "a.tar", "nsamples": "1", "filesize": 1, "sha256": ""}, "left_out": []}',
+    ],
+)
+def test_a_journal_of_whole_lines_of_another_shape_is_one_line(source, tmp_path, line, number):
+    folder = tmp_path / "out"
+    unfinished(source, folder)
+    lines = (folder / "journal.jsonl").read_text().splitlines()[: number - 1]
+    (folder / "journal.jsonl").write_text("\n".join([*lines, line, ""]))
+    with pytest.raises(ValueError, match=r"^\S*(journal\.jsonl: line|out was prepared with another)") as raised:
+        main([str(source), str(folder), "--jobs", "1", *OPTIONS])
+    assert "\n" not in str(raised.value)
 
 
 def test_two_preparations_do_not_share_a_folder(source, tmp_path):

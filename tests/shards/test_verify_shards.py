@@ -129,7 +129,7 @@ def _edit_table(column: str) -> Callable[[Path], None]:
         (_swap_tars, "id 0 comes more than once"),
         (_flip_table, "train.samples.npy has another sha256"),
         (_lose_table, "train.samples.npy is missing"),
-        (_empty_table, "train.samples.npy cannot be read"),
+        (_empty_table, "train.samples.npy is not a sample table (EOF"),
         *(
             (_edit_table(name), f"disagree about {name}")
             for name in ("id", "label", "offset", "size", "width", "height")
