@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -39,6 +40,7 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     What the user or the machine got wrong is one line on stderr and exit code 2; SIGINT, SIGTERM and SIGUSR1 unwind, so
     that nothing half-written stays, and exit with 128 + the signal's number.
     """
+    faulthandler.enable()
     for number in STOP_SIGNALS:
         signal.signal(number, _unwind)
     try:
@@ -126,6 +128,7 @@ def for_each(
 
 
 def _start_worker() -> None:
+    faulthandler.enable()
     # A terminal and Slurm signal the whole process group; how to end is for the parent to decide.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
