@@ -11,6 +11,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from shards.plan import Encoded, Unusable
@@ -73,6 +74,8 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
 def _convert(image: Image.Image) -> Image.Image:
     if image.mode == "L" and image.format in _JPEG:
         return image
+    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -148,3 +150,28 @@ def test_quality_is_that_of_the_jpegs_written_anew():
     data = jpeg(0, 200, 160)
     small, large = (len(Transform(resize_short=100, quality=quality).apply(data).data) for quality in (50, 95))
     assert small < large < len(encode(pixels(0, 125, 100), quality=100))
+
+
+def png_of_16_bits(samples_HWC: np.ndarray) -> bytes:
+    """Return a PNG of 16 bits a sample in grey, grey and alpha, RGB or RGBA; Pillow writes the first alone."""
+    height, width, channels = samples_HWC.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples_HWC)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    packed = (struct.pack(">I", len(data)) + kind + data + _crc(kind + data) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def _crc(data: bytes) -> bytes:
+    return struct.pack(">I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_of_samples_of_16_bits_the_upper_8_are_taken(channels):
+    ramp_HW = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    samples_HWC = np.repeat(ramp_HW[..., None], channels, axis=2)
+    if channels in (2, 4):
+        samples_HWC[..., -1] = 65535
+    encoded = Transform(quality=100).apply(png_of_16_bits(samples_HWC))
+    wanted = np.repeat((ramp_HW >> 8)[..., None], 3, axis=2).astype(int)
+    assert abs(decode(encoded.data).astype(int) - wanted).max() <= 2
