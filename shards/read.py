@@ -154,7 +154,7 @@ def _check_size(path: Path, status: os.stat_result, shard: Shard) -> None:
 def _prove_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
     """Hold a sample table against the manifest: its digest, and every number in it.
 
-    A process does so once for a file as it is (``stamp``): ImageNet's 51 MB take it a tenth of a second. Nothing is
+    A process does so once for a file as it is (``stamp``): ImageNet's 51 MB take it less than a second. Nothing is
     remembered on the disk, where it would have to be proved itself. Raises ValueError, one line.
     """
     with path.open("rb") as file:

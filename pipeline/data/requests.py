@@ -30,6 +30,8 @@ Columns = Callable[[int], Mapping[str, NDArray]]
 # A distant file system answers several reads in the time of one.
 _READS_AT_ONCE = 8
 _PAGE = mmap.PAGESIZE
+_LONGEST = 16
+"""Times the short side: so much of an image's long side is looked at for its central crop."""
 
 
 class Geometry(NamedTuple):
@@ -71,10 +73,23 @@ def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry
 
 
 def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
-    """Return the geometry of validation for rows of a sample table."""
-    widths, heights = samples_B["width"], samples_B["height"]
-    resized, crops = augment.resize_and_centre_crop(widths, heights, config.resize or config.size, config.size)
-    return Geometry(_whole(widths, heights), resized, crops, np.zeros(len(samples_B), np.bool_))
+    """Return the geometry of validation for rows of a sample table.
+
+    Of an image that is very long and thin only the middle is taken: the crop sees no more of it, and all of it would be
+    gigabytes when its short side is resized.
+    """
+    boxes = _middle(samples_B["width"], samples_B["height"])
+    resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or config.size, config.size)
+    return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
+
+
+def _middle(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
+    boxes_B4 = _whole(widths_B, heights_B)
+    sides_B2 = boxes_B4[:, 2:]
+    limits_B1 = _LONGEST * sides_B2.min(axis=1, keepdims=True)
+    # As odd or even as the image's own side, so that the middle stays where it is.
+    kept_B2 = np.where(sides_B2 > limits_B1, limits_B1 + (sides_B2 - limits_B1) % 2, sides_B2)
+    return np.concatenate([(sides_B2 - kept_B2) // 2, kept_B2], axis=1)
 
 
 def _whole(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:

@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from shard_factory import config_of
 
 from pipeline.batch import Progress
+from pipeline.data import augment
+from pipeline.data.config import Config
 from pipeline.data.read_ahead import read_ahead
-from pipeline.data.requests import Plan, Request, _read_into_memory
-from shards.read import SplitReader
+from pipeline.data.requests import Plan, Request, _read_into_memory, validation_geometry
+from shards.read import SAMPLE_DTYPE, SplitReader
 
 quick = settings(
     derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -263,3 +266,41 @@ def test_closing_early_ends_the_thread_and_the_source() -> None:
     ahead.close()
     assert threading.active_count() == before
     assert list(source) == []
+
+
+def sides(*sizes: tuple[int, int]) -> np.ndarray:
+    """Return rows of a sample table of images of those widths and heights."""
+    samples = np.zeros(len(sizes), SAMPLE_DTYPE)
+    samples["width"], samples["height"] = zip(*sizes, strict=True)
+    return samples
+
+
+@quick
+@given(short=st.integers(1, 300), long=st.integers(1, 50_000), turned=st.booleans())
+def test_validation_resizes_no_more_of_a_long_thin_image_than_a_bound_around_its_middle(short, long, turned):
+    config = Config(path="", size=48, resize=64, mean=(0, 0, 0), std=(1, 1, 1))
+    width, height = (long, short) if turned else (short, long)
+    boxes, resized, crops, _ = (each[0] for each in validation_geometry(config, sides((width, height))))
+    assert resized.max() <= 17 * 64
+    if max(width, height) <= 16 * min(width, height):
+        assert boxes.tolist() == [0, 0, height, width]
+    assert (2 * boxes[:2] + boxes[2:]).tolist() == [height, width]
+    assert (crops >= 0).all()
+    assert (crops + 48 <= resized).all()
+
+
+@pytest.mark.parametrize("size", [(8, 4000), (4001, 9), (3, 1000)])
+def test_the_middle_of_a_long_thin_image_is_what_all_of_it_would_give(size):
+    config = Config(path="", size=48, resize=64, mean=(0, 0, 0), std=(1, 1, 1))
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    image = Image.fromarray((127 + 60 * np.sin((x + y) / 40) + 60 * np.cos(x / 3 - y / 30)).astype(np.uint8))
+    (top, left, tall, wide), resized, crop, _ = (each[0] for each in validation_geometry(config, sides(size)))
+    part = image.crop((left, top, left + wide, top + tall)).resize(resized[::-1].tolist(), Image.Resampling.BILINEAR)
+    (all_resized,), (all_crop,) = augment.resize_and_centre_crop([width], [height], 64, 48)
+    whole = image.resize(all_resized[::-1].tolist(), Image.Resampling.BILINEAR)
+    found, wanted = (
+        np.asarray(each.crop((at[1], at[0], at[1] + 48, at[0] + 48))).astype(int)
+        for each, at in ((part, crop), (whole, all_crop))
+    )
+    assert abs(found - wanted).max() <= 8
