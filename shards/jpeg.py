@@ -18,6 +18,9 @@ from shards.plan import Encoded, Unusable
 
 _JPEG = ("JPEG", "MPO")  # MPO: a camera's JPEG with further pictures behind the first
 
+_BLOCK, _UNREAD = 8, 128
+"""Rows of a JPEG's smallest block, and the grey of one that was not read."""
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -61,6 +64,11 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:  # Pillow raises many kinds
         raise Unusable(f"cannot be decoded: {' '.join(str(error).split())}") from None
     return image
+
+
+def ends_in_grey(image: Image.Image) -> bool:
+    """Return whether a JPEG's last rows are plain grey: so decoders fill up what cannot be read, and say nothing."""
+    return image.format in _JPEG and bool((np.asarray(image)[-_BLOCK:] == _UNREAD).all())
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

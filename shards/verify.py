@@ -3,7 +3,8 @@
     python shards/verify.py DESTINATION
 
 Prints what is wrong, a line for each thing, and exits 1; or a summary with the label histogram, and exits 0. The tars'
-own contents are held against sample table, index and manifest, so whatever was damaged, exchanged or lost shows.
+own contents are held against sample table, index and manifest, so whatever was damaged, exchanged or lost shows. JPEGs
+that end in plain grey are counted, as they may have come broken, and are no error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if not __package__:  # started as a script: Python put this folder, not the root
 import numpy as np
 
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_command
-from shards.jpeg import decode
+from shards.jpeg import decode, ends_in_grey
 from shards.manifest import Manifest, Shard, Split, read_manifest
 from shards.plan import Unusable
 from shards.read import SAMPLE_DTYPE, load_samples, samples_path
@@ -45,13 +46,15 @@ class Checked(NamedTuple):
     task: Task
     problems: list[str]
     rows: np.ndarray
+    grey: list[int]
+    """Ids of images that end in plain grey."""
 
 
 def check_shard(task: Task) -> Checked:
     """Check a tar and its index. Runs in a worker process."""
     path, shard = task.folder / task.shard.url, task.shard
     if not path.is_file():
-        return Checked(task, [f"{path} is missing"], NO_ROWS)
+        return Checked(task, [f"{path} is missing"], NO_ROWS, [])
     problems = []
     if path.stat().st_size != shard.filesize:
         problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard.filesize:,}")
@@ -60,7 +63,7 @@ def check_shard(task: Task) -> Checked:
     try:
         scan = scan_shard(path, task.image)
     except ValueError as error:
-        return Checked(task, [*problems, str(error)], NO_ROWS)
+        return Checked(task, [*problems, str(error)], NO_ROWS, [])
     if len(scan.rows) != shard.nsamples:
         problems.append(f"{path} holds {len(scan.rows):,} samples, the manifest says {shard.nsamples:,}")
     if not index_fits(path, scan):
@@ -68,7 +71,8 @@ def check_shard(task: Task) -> Checked:
         problems.append(f"{index} does not fit its tar" if index.is_file() else f"{index} is missing")
     if task.expected is not None:
         problems += _check_rows(path, scan.rows, task.expected)
-    return Checked(task, [*problems, *_check_images(path, scan.rows)], scan.rows)
+    grey: list[int] = []
+    return Checked(task, [*problems, *_check_images(path, scan.rows, grey)], scan.rows, grey)
 
 
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
@@ -78,15 +82,18 @@ def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]
     return [f"{path} and the sample table disagree about {', '.join(names)}"] if names else []
 
 
-def _check_images(path: Path, rows: np.ndarray) -> Iterator[str]:
+def _check_images(path: Path, rows: np.ndarray, grey: list[int]) -> Iterator[str]:
+    """Yield what is wrong with the images, and add to ``grey`` the ids of those that end in it."""
     with path.open("rb") as file:
         for row in rows:
             file.seek(row["offset"])
             try:
-                width, height = decode(file.read(row["size"])).size
+                image = decode(file.read(row["size"]))
             except Unusable as reason:
                 yield f"{path}: the image of id {row['id']} {reason}"
                 continue
+            width, height = image.size
+            grey += [int(row["id"])] if ends_in_grey(image) else []
             if (width, height) != (row["width"], row["height"]):
                 yield f"{path}: the image of id {row['id']} is {width}×{height}, not {row['width']}×{row['height']}"
 
@@ -149,10 +156,23 @@ def verify(folder: Path, jobs: int) -> list[str]:
     results = [checked[task.shard.url] for task in tasks]
     problems += [problem for result in results for problem in result.problems]
     for split in manifest.splits.values():
-        rows = np.concatenate([NO_ROWS, *(result.rows for result in results if result.task.split == split.name)])
+        rows = np.concatenate([NO_ROWS, *(result.rows for result in results if _is_of(result, split))])
         problems += check_split(manifest, split, rows)
         _print_histogram(manifest, split, rows)
+        _print_grey(split.name, sorted(each for result in results for each in result.grey if _is_of(result, split)))
     return problems
+
+
+def _is_of(result: Checked, split: Split) -> bool:
+    return result.task.split == split.name
+
+
+def _print_grey(split: str, ids: list[int]) -> None:
+    if ids:
+        some = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
+        print(
+            f"{split}: {len(ids):,} suspicious images, whose last rows are plain grey as in a broken JPEG: ids {some}"
+        )
 
 
 def _print_histogram(manifest: Manifest, split: Split, rows: np.ndarray) -> None:

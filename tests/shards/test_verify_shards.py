@@ -173,3 +173,20 @@ def test_a_left_out_file_must_be_a_hole(tmp_path):
     assert verify(write(tmp_path / "bad", GOOD, left_out=left_out), 1) == [
         "train: id 3 is in a shard, the manifest says it was left out"
     ]
+
+
+def broken_within(number: int) -> bytes:
+    """Return a JPEG whose data end in the middle: decoders fill it up with grey, and do not complain."""
+    data = encode(np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8))
+    return data[: len(data) // 2].rstrip(b"\xff") + b"\xff\xd9"
+
+
+def test_jpegs_that_end_in_the_grey_of_broken_data_are_counted_and_are_no_error(tmp_path, capsys):
+    dark = encode(np.zeros((64, 64, 3), np.uint8))
+    images = {2: broken_within(2), 3: encode(pixels(3, 64, 64)), 5: broken_within(5), 6: dark}
+    samples = [(*each[:2], images[each[0]], 64, 64) if each[0] in images else each for each in GOOD]
+    assert verify(write(tmp_path / "shards", samples, max_width=64, max_height=64), 1) == []
+    told = "train: 2 suspicious images, whose last rows are plain grey as in a broken JPEG: ids 2, 5\n"
+    assert told in capsys.readouterr().out
+    assert verify(write(tmp_path / "whole", GOOD), 1) == []
+    assert "suspicious" not in capsys.readouterr().out
