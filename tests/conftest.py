@@ -68,6 +68,14 @@ def dearest_fixture_of_files(items: list[pytest.Item]) -> dict[Path, int]:
     return found
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what commands remember between runs, such as digests of weights, out of the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _as_if_alone() -> Iterator[None]:
     """Begin a test with the same draws whatever ran before, and leave no notice to stop that another was given."""

@@ -46,7 +46,7 @@ def load_start(start: Start, run: Run | None, student: FeatureTaps, model: str, 
     weights = start.weights or str(finished(run).folder / STUDENT)
     expected = None if is_file(weights) else published_normalization(model, weights)
     if expected is not None and expected != (data.mean, data.std):
-        told = f"data.mean={list(expected.mean)} data.std={list(expected.std)}"
+        told = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
         tell("student.start", f"{weights} of {model} was trained on images of another mean and std: {told} gives them")
     with error_context("student.start"):
         tell("student.start", load_weights(student.model, weights, model, start.weights_key))

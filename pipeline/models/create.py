@@ -46,8 +46,6 @@ def create_model(name: str, num_classes: int) -> nn.Module:
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. Raises ValueError where there is no such network.
 
-    Weights of timm and of torchvision's Inception want images of their own mean and std: a recipe gives those of the
-    teacher as ``teacher: {mean, std}``, and ``teacher: {expect_top1}`` notices where it does not.
     """
     if name.startswith(PREFIX):
         return create_timm_model(name, num_classes)

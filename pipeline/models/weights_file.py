@@ -48,8 +48,8 @@ def _read(path: Path) -> Any:
     if beginning.startswith(b"PK"):
         _check_archive(path)
     # With weights_only nothing is made of a pickle, or called, but tensors and these types.
-    with torch.serialization.safe_globals(_harmless()):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file, torch.serialization.safe_globals(_harmless()):
+        return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch looks at the ending
 
 
 def _check_archive(path: Path) -> None:
