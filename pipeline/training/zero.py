@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.errors import ROOT, RecipeError, display_path
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 DDP = "ddp"
 TAG = "zero"
 """The folder, within a checkpoint, of what DeepSpeed writes."""
@@ -101,8 +103,35 @@ def save(accelerator: Accelerator, folder: Path) -> None:
 
 
 def load(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what ``save`` wrote on as many ranks; every rank calls it."""
-    _engine(accelerator).load_checkpoint(str(folder), tag=TAG)
+    """Restore what ``save`` wrote on as many ranks; every rank calls it. Nothing in the files is executed.
+
+    Raises FileNotFoundError where files are gone, and torch's error for one that names more than DeepSpeed's data.
+    """
+    with _data_alone():
+        found, _ = _engine(accelerator).load_checkpoint(str(folder), tag=TAG)
+    if found is None:
+        raise FileNotFoundError(f"DeepSpeed finds not all of its files in {folder / TAG}")
+
+
+@contextmanager
+def _data_alone() -> Iterator[None]:
+    """Have every ``torch.load`` inside take tensors, plain values and the classes that DeepSpeed stores, no others.
+
+    DeepSpeed asks for ``weights_only=False``, which would run whatever a file names; torch's own switch overrules it.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def _engine(accelerator: Accelerator) -> Any:

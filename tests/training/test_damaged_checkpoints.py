@@ -192,5 +192,7 @@ def test_nothing_in_a_checkpoint_is_executed(
     step = run / "checkpoints" / "step-2"
     without_digests(step)
     write({"state": Canary(recipes / "hatched"), "param_groups": []}, step / name)
-    follow(refused(run_train), run)
+    told = refused(run_train)
+    assert name != "optimizer.pt" or "it would call posix.mkdir, which is not data" in told
+    follow(told, run)
     assert not (recipes / "hatched").exists()

@@ -237,6 +237,48 @@ def test_another_number_of_ranks_or_another_format_is_refused_in_one_line(place:
     assert place.train("refused", "vid.yaml", stage=2)[1].error == f"runs/refused/checkpoints/step-1: {told}"
 
 
+class Canary:
+    """An object that, unpickled, leaves a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@on_ranks
+@pytest.mark.parametrize(("kind", "zipped"), [("optim_states", True), ("model_states", False)])
+def test_nothing_in_deepspeeds_files_is_executed(place: Place, stage: int, kind: str, zipped: bool):
+    run, words = f"canary-{stage}-{kind}-{zipped}", ("base.yaml", "checkpoints.every_steps=1")
+    assert place.train(run, *words, "stop.steps=2", stage=stage)[0].error is None
+    checkpoint = place.folder / "runs" / run / "checkpoints" / "step-2"
+    without_digests(checkpoint)
+    for path in (checkpoint / "zero").glob(f"*{kind}.pt"):
+        whole = torch.load(path, weights_only=False)
+        torch.save({**whole, "bird": Canary(place.folder / "hatched")}, path, _use_new_zipfile_serialization=zipped)
+    told = "it would call posix.mkdir, which is not data); move runs/"
+    for rank in place.train(run, *words, stage=stage):
+        assert rank.error is not None
+        assert told in rank.error
+        assert rank.error.endswith("/step-2 away, and the run goes on from step-1")
+    assert not (place.folder / "hatched").exists()
+    checkpoint.rename(checkpoint.with_name("step-2.damaged"))
+    assert place.train(run, *words, "stop.steps=3", stage=stage)[0].error is None
+
+
+@on_ranks
+def test_a_damaged_file_of_one_rank_is_told_by_all(place: Place, stage: int):
+    run, words = f"damaged-{stage}", ("base.yaml", "checkpoints.every_steps=1")
+    assert place.train(run, *words, "stop.steps=2", stage=stage)[0].error is None
+    path = place.folder / "runs" / run / "checkpoints" / "step-2" / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    os.truncate(path, path.stat().st_size - 1)
+    one, other = (rank.error for rank in place.train(run, *words, stage=stage))
+    assert one is not None
+    assert f"{path.name}: is gone, or not what was written" in one
+    assert one == other
+
+
 @on_ranks
 def test_accelerates_launcher_starts_what_its_file_says(place: Place):
     file = str(ROOT / "launchers" / "accelerate" / "zero3.yaml")
