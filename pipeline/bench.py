@@ -48,6 +48,7 @@ from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import RecipeError
 from pipeline.runs.dependencies import ensure_dependencies, prepare_shards
 from pipeline.runs.identity import resolve
+from pipeline.runs.places import check_writable
 from pipeline.runs.told import meet
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 
@@ -80,6 +81,7 @@ def main(words: Sequence[str]) -> None:
         raise RecipeError(f"command line: --tune chooses {', '.join(sorted(stray))} itself; leave them out")
     asked = typed_words(own, Asked)
     loaded, launch = load_recipe(*split_words(rest)), read_launch()
+    check_writable(asked.out, "out", "give out=ANOTHER")
     asked.out.mkdir(parents=True, exist_ok=True)
     use_all_cores(launch)
     measured = measure(what, loaded, asked, launch, tunes=tunes)

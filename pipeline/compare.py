@@ -34,6 +34,7 @@ from pipeline.distributed.launcher import read_launch
 from pipeline.errors import ROOT, RecipeError, Unfinished, display_path
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
+from pipeline.runs.places import check_run_place
 from pipeline.training.result import percent
 
 OWN_WORDS = ("seeds", "jobs")
@@ -55,6 +56,8 @@ def main(words: Sequence[str]) -> None:
     folder, times = Counter(map(run_folder, loaded)).most_common(1)[0]
     if times > 1:
         raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
+    for one in loaded:
+        check_run_place(run_folder(one))
     launch = read_launch()
     runs = [ensure_dependencies(one, launch) for one in loaded]
     failures = make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
@@ -114,7 +117,7 @@ def train(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> s
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
         return f"{run.command} {' '.join(words)}: {reason}"
     if run.result is not None:
-        last, best = percent(run.result["top1"]), percent(run.result["best_top1"])
+        last, best = percent(run.result.top1), percent(run.result.best_top1)
         print(f"{run.folder}: top-1 {last}, best {best}", flush=True)
     return None
 
@@ -124,7 +127,7 @@ def table(runs: Sequence[Run]) -> str:
     lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
     for path in dict.fromkeys(run.path for run in runs):
         results = [run.result for run in runs if run.path == path]
-        last, best = ([result[key] for result in results if result] for key in ("top1", "best_top1"))
+        last, best = ([getattr(result, key) for result in results if result] for key in ("top1", "best_top1"))
         each = ", ".join(map(percent, last))
         name = display_path(path).removeprefix("configs/").removesuffix(".yaml")
         lines.append(f"| `{name}` | {spread(last)} | {spread(best)} | {each} |")

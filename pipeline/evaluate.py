@@ -34,7 +34,8 @@ from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
-from pipeline.runs.files import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.folder import load_run
 from pipeline.runs.identity import Run, resolve, run_folder
 from pipeline.runs.told import meet
 from pipeline.teachers.config import Config as Teacher
@@ -60,7 +61,7 @@ def main(words: Sequence[str]) -> None:
     asked, launch = typed_words(own, Asked), read_launch()
     target, overrides = split_words(words)
     folder = target if target.is_dir() else None
-    loaded = load_recipe(folder / RECIPE if folder else target, overrides)
+    loaded = load_run(folder, overrides) if folder else load_recipe(target, overrides)
     prepare_shards(loaded, launch)
     recipe = loaded.recipe
     teacher = _asked_teacher(recipe.teacher) if asked.agreement else None

@@ -39,6 +39,7 @@ from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import check_folder, mark_preempted
 from pipeline.runs.identity import Run, run_folder
+from pipeline.runs.places import check_run_place
 from pipeline.runs.told import meet
 from pipeline.training.accelerator import use_all_cores
 from pipeline.training.checkpoint import Best, CheckpointState
@@ -54,6 +55,7 @@ def main(words: Sequence[str]) -> None:
         print(check(load_recipe(*split_words([word for word in words if word != "--check"]))))
         return
     launch, loaded = read_launch(), load_recipe(*split_words(words))
+    check_run_place(run_folder(loaded))  # before hours of work for what it stands on
     try:
         run = ensure_dependencies(loaded, launch)
         meet(launch, "train", run.recipe, run)

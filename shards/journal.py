@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from shards.documents import parse_document
-from shards.manifest import LeftOut, Manifest, Shard
+from shards.manifest import MANIFEST, LeftOut, Manifest, Shard
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Journal:
 
     def __init__(self, folder: Path, job: Manifest) -> None:
         self.path = folder / JOURNAL
-        _check_folder(folder)
+        _check_folder(folder, job)
         self._file = self.path.open("a+b")
         try:
             self._lock()
@@ -79,7 +79,7 @@ class Journal:
         return parse_document(line, f"{self.path}: line {number}", schema, advice)
 
     def _write_line(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values, sort_keys=True).encode("ascii") + b"\n")
+        self._file.write(_encoded(values))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -114,8 +114,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _check_folder(folder: Path) -> None:
+def _encoded(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True).encode("ascii") + b"\n"
+
+
+def _check_folder(folder: Path, job: Manifest) -> None:
+    """Raise ValueError if the folder holds anything but shards, or the journal of something else, as a run's is."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
-    if names and not names & {JOURNAL, "manifest.json"}:
+    begun = JOURNAL in names and _is_begun(folder / JOURNAL, job)
+    if names and not begun and MANIFEST not in names:
         raise ValueError(f"{folder} is not empty and holds no shards: name a new folder")
+
+
+def _is_begun(path: Path, job: Manifest) -> bool:
+    """Whether a journal's first line is a preparation's, or what a kill left of this one's."""
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        return {"tool", "image", "classes", "plan"} <= json.loads(first).keys()
+    except (ValueError, AttributeError):
+        return _encoded(describe(job)).startswith(first)

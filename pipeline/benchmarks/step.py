@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,9 +17,12 @@ from pipeline.benchmarks.measure import Measured
 from pipeline.config.recipe import Checkpoints, Journal, LoadedRecipe, Recipe, Stop
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, Unfinished
+from pipeline.runs.files import JOURNAL
 from pipeline.runs.identity import resolve
+from pipeline.runs.places import check_run_place
 from pipeline.train import train
 from pipeline.training.graph import EAGER_STEPS
+from pipeline.training.journal import read_journal
 from shards.manifest import Manifest
 
 WHOLE = "step"
@@ -48,12 +50,11 @@ def measure_step(
     short = shortened(recipe, ends[-1], steps, in_epoch).model_copy(update={"folder": str(folder)})
     with removed(folder, launch), contextlib.redirect_stdout(io.StringIO()) as told:
         train(resolve(replace(loaded, recipe=short), launch), launch)
-        text = (folder / "journal.jsonl").read_text() if launch.is_main else ""
+        lines = read_journal(folder / JOURNAL) if launch.is_main else []
     # What else it printed is how to go on with this run, which is nobody's question.
     for line in told.getvalue().splitlines():
         if line.startswith("note: "):
             print(line)
-    lines = [json.loads(line) for line in text.splitlines()]
     timings = [line["timing"] for line in lines if "timing" in line and line["step"] in ends]
     if launch.is_main and len(timings) < repeats:
         raise Unfinished("stopped before all was measured; nothing is written")
@@ -84,8 +85,9 @@ def scratch(folder: Path, launch: Launch) -> Path:
 
 @contextlib.contextmanager
 def removed(folder: Path, launch: Launch) -> Iterator[None]:
-    """Begin without the folder, which a killed command may have left, and leave none."""
+    """Begin without the folder, a run's that a killed command may have left, and leave none."""
     if launch.is_main:
+        check_run_place(folder, "give out=ANOTHER")
         shutil.rmtree(folder, ignore_errors=True)
     try:
         yield

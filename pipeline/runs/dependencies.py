@@ -53,7 +53,7 @@ def _ensure(run: Run, launch: Launch) -> None:
 
 def _make(run: Run, above: Recipe, path: str, launch: Launch) -> None:
     """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
-    check_folder(run, "move it away")
+    check_folder(run, f"move {run.folder} away")
     place, *more = passed_on(above, path)
     elsewhere = load_recipe(path, more).recipe.data.path != above.data.path
     told = " ".join([run.command, *([shlex.quote(place)] if elsewhere else []), *more])

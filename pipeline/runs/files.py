@@ -1,18 +1,22 @@
-"""The files of a run folder, and how JSON is written and read there."""
+"""The files of a run folder: their names, what each holds, and how they are written and read."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from shards.documents import read_document
 from shards.manifest import write_atomically
 
 RESULT = "result.json"
 RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
 VERSIONS = "versions.json"
+JOURNAL = "journal.jsonl"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
@@ -20,15 +24,75 @@ PREEMPTED = "preempted"
 """Left by a command that a signal ended, with all that it did saved; gone when the run goes on."""
 ANOTHER = "give folder=ANOTHER"
 
+Percent = Annotated[float, Field(ge=-1, le=100)]
+"""Of the validation images; −1 where a best one is not known."""
+Versions = dict[str, str | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run measured."""
+
+    identity: str
+    """The digest of the run that it is of."""
+    model: str
+    parameters: NonNegativeInt
+    top1: Percent | None
+    top5: Percent | None = None
+    best_top1: Percent | None
+    best_epoch: NonNegativeInt = 0
+    ema_top1: Percent | None = None
+    epochs: NonNegativeInt = 0
+    images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class _Teacher(_Facts):
+    batch: PositiveInt | None = None
+    cache: str | None = None
+
+
+class _Data(_Facts):
+    classes: str
+    manifest: str
+    views: PositiveInt | None = None
+
+
+class Identity(_Facts):
+    """What ``identity.json`` says: the recipe, of which only what is read here has a type."""
+
+    student: dict[str, Any]
+    teacher: _Teacher | None
+    losses: dict[str, Any]
+    data: _Data
+
+    def values(self) -> dict[str, Any]:
+        """Return all that the file says."""
+        return self.model_dump(exclude_unset=True)
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """Return the identity of the run in a folder, None where none was begun. Raises DamagedFile."""
+    return _read(folder / IDENTITY, Identity, f"move {folder} away, or {ANOTHER}")
+
+
+def read_result(folder: Path) -> Result | None:
+    """Return what the finished run in a folder measured, None where it is not finished. Raises DamagedFile."""
+    return _read(folder / RESULT, Result, "delete it, and the run is measured again")
+
+
+def read_versions(folder: Path) -> Versions | None:
+    """Return the versions that the run was begun with, None where they are not known. Raises DamagedFile."""
+    return _read(folder / VERSIONS, Versions, "delete it, and the versions of today take its place")
+
+
+def _read(path: Path, schema: Any, advice: str) -> Any:
+    return read_document(path, schema, advice) if path.exists() else None
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that the file is either the old one or the new one, whole."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path, mend: str) -> Any:
-    """Return what ``write_json`` wrote. Raises RecipeError, with what to do, where it is gone or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); {mend}") from None

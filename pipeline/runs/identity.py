@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.batch import rows_per_rank
-from pipeline.config.compose import read_yaml
 from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
-from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, RESULT, read_json
+from pipeline.runs.files import IDENTITY, Result, read_identity, read_result
 from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
@@ -53,13 +52,10 @@ class Run:
         return self.resolve_compare()
 
     @property
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Result | None:
         """What the finished run of this identity measured; None if it is not there or not finished."""
-        file = self.folder / RESULT
-        if not file.is_file():
-            return None
-        result = read_json(file, "delete it, and the run is measured again")
-        return result if result["identity"] == self.digest else None
+        result = read_result(self.folder) if (self.folder / IDENTITY).exists() else None
+        return result if result and result.identity == self.digest else None
 
     @property
     def digest(self) -> str:
@@ -138,13 +134,13 @@ def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
     teacher, data = recipe.teacher, recipe.data
     if teacher is None:
         return recipe
-    begun = (read_yaml(folder / RECIPE) or {}) if (folder / RECIPE).is_file() else {}
+    begun = read_identity(folder)
     if teacher.batch is None:
-        batch = (begun.get("teacher") or {}).get("batch")
+        batch = begun and begun.teacher and begun.teacher.batch
         own = rows_per_rank(recipe.batch, launch.world_size, recipe.accumulation)
         teacher = teacher.model_copy(update={"batch": batch or own})
     if teacher.cache is not None and data.views is None:
-        views = (begun.get("data") or {}).get("views") or _cache(teacher.cache).header.views
+        views = (begun and begun.data.views) or _cache(teacher.cache).header.views
         data = data.model_copy(update={"views": views})
     return recipe.model_copy(update={"teacher": teacher, "data": data})
 
@@ -156,10 +152,8 @@ def _cache(folder: str) -> Cache:
 
 def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
     """Return what stands for the cache's answers; where it is gone, what the run that began from it kept of it."""
-    if open_cache(Path(cache)) is None and (folder / IDENTITY).is_file():
-        kept = (read_json(folder / IDENTITY, ANOTHER)["teacher"] or {}).get("cache")
-        if kept:
-            return kept
+    if open_cache(Path(cache)) is None and (begun := read_identity(folder)) and begun.teacher and begun.teacher.cache:
+        return begun.teacher.cache
     return _cache(cache).digest(recipe.taps.teacher)
 
 

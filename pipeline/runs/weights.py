@@ -12,7 +12,7 @@ from pipeline.errors import error_context
 from pipeline.models.published import published_normalization
 from pipeline.models.weights import weights_sha256
 from pipeline.models.weights_file import is_file
-from pipeline.runs.files import ANOTHER, IDENTITY, RECIPE, read_json
+from pipeline.runs.files import RECIPE, read_identity
 from pipeline.teachers.config import Config, Network
 
 CONTENT = "sha256:"
@@ -57,8 +57,8 @@ def name_by_content(
     Published weights keep their name. A file that is gone is what the run in ``folder`` began with, and a run that
     began when files were known by their paths is still compared by them.
     """
-    begun = (folder / IDENTITY).is_file()
-    kept = _places(read_json(folder / IDENTITY, ANOTHER)) if begun else {}
+    begun = read_identity(folder)
+    kept = _places(begun.values()) if begun else {}
     named = _places(read_yaml(folder / RECIPE) or {}) if begun and (folder / RECIPE).is_file() else {}
     networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
     models = [network.model or (source and source.student.model) for network, source in networks]

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.batch import Progress
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
+from pipeline.runs.files import JOURNAL
 from pipeline.training.flops import peak_flops
 from pipeline.training.step import Done
 from pipeline.training.timer import StepTimer
+from shards.documents import DamagedFile, parse_document
 
 Item = TypeVar("Item")
 
@@ -43,7 +46,7 @@ class Journal:
         track: Callable[[dict[str, float], int], None],
         flops: float | None = None,
     ) -> None:
-        self.path = folder / "journal.jsonl"
+        self.path = folder / JOURNAL
         self.every_steps = recipe.journal.every_steps
         self.batch = recipe.batch
         self.total_steps = total_steps
@@ -63,18 +66,21 @@ class Journal:
 
     @contextmanager
     def writing(self, progress: Progress, length: int) -> Iterator[None]:
-        """Open the journal, cut at ``length`` bytes, where the resumed checkpoint left it, and start the clock."""
+        """Open the journal, cut at ``length`` bytes, where the resumed checkpoint left it, and start the clock.
+
+        Raises DamagedFile, on every rank, if the lines up to there are not those of a run.
+        """
+        length, lost = _checked(self.path, length)
         self._restart_clock(progress.step)
         if not self.main:
             yield
             return
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
         with self.path.open("a") as self.file, bar as self.bar:
-            kept = min(length, self.file.tell())
-            if kept < length:
+            if lost:
                 print(f"note: {self.path} has lost lines since the checkpoint; it goes on without them")
-            self.file.truncate(kept)
-            self.file.seek(kept)
+            self.file.truncate(length)
+            self.file.seek(length)
             yield
 
     @property
@@ -82,8 +88,19 @@ class Journal:
         """Bytes written so far, all of them on disk."""
         if not self.main:
             return 0
-        os.fsync(self.file.fileno())
+        with self._on_disk():
+            os.fsync(self.file.fileno())
         return self.file.tell()
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: a line could not be written ({error.strerror}); make room, and the same command goes on "
+                "from the last checkpoint"
+            ) from error
 
     def waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
         """Yield what ``stream`` yields, and count the time it was waited for as ``data``."""
@@ -140,8 +157,9 @@ class Journal:
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
         }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with self._on_disk():
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         timing = line.get("timing", {})
         by_name = {f"timing/milliseconds/{name}": value for name, value in timing.get("milliseconds", {}).items()}
         flat = {**line, **{f"timing/{name}": value for name, value in timing.items()}, **by_name}
@@ -187,7 +205,46 @@ class Journal:
         return self.images / self.seconds if self.seconds else 0.0
 
 
+class Line(BaseModel):
+    """What every line of a journal says; whatever else it does are numbers of that step."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    step: PositiveInt
+    epoch: NonNegativeFloat
+
+
+def read_journal(path: Path, end: int | None = None) -> list[dict[str, Any]]:
+    """Return the whole lines of a journal, of its first ``end`` bytes where that is given.
+
+    Raises DamagedFile, with file and line, for one that is no line of a run, or whose step is before that of the line
+    above.
+    """
+    advice = "move the journal away, and the run goes on with a new one"
+    content = path.read_bytes()[:end]
+    *lines, _torn = content.split(b"\n")
+    found, last = [], 0
+    for number, line in enumerate(lines, 1):
+        place = f"{path}: line {number}"
+        parsed = parse_document(line, place, Line, advice)
+        if parsed.step < last:
+            raise DamagedFile(f"{place}: step: {parsed.step} comes after {last}; {advice}")
+        last = parsed.step
+        found.append(parsed.model_dump(exclude_unset=True))
+    return found
+
+
+def _checked(path: Path, length: int) -> tuple[int, bool]:
+    """Return how many bytes of a journal a run goes on behind, and whether that is less than ``length``, its own."""
+    if not length or not path.exists():
+        return 0, length > 0
+    read_journal(path, length)
+    with path.open("rb") as file:
+        content = file.read(length)
+    whole = content.rfind(b"\n") + 1
+    return whole, whole < length
+
+
 def trace(path: Path) -> list[dict[str, Any]]:
     """Return a run's loss trace: the journal's lines without ``timing``."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in read_journal(path)]

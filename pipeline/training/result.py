@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.runs.files import RESULT, write_json
+from dataclasses import asdict
+
+from pipeline.runs.files import RESULT, Result, write_json
 from pipeline.runs.identity import Run
 from pipeline.training.checkpoint import Best
 from pipeline.training.evaluation import Accuracy
@@ -17,19 +19,19 @@ def write_result(
     images_per_second: float,
 ) -> None:
     """Write what the finished run measured: accuracies in percent, parameters, training images per second."""
-    result = {
-        "identity": run.digest,
-        "model": run.recipe.student.model,
-        "parameters": parameters,
-        "top1": last.top1 if last else None,
-        "top5": last.top5 if last else None,
-        "best_top1": best.top1 if last else None,
-        "best_epoch": best.epoch,
-        "ema_top1": averaged.top1 if averaged else None,
-        "epochs": run.recipe.epochs,
-        "images_per_second": round(images_per_second, 1),
-    }
-    write_json(run.folder / RESULT, result)
+    result = Result(
+        identity=run.digest,
+        model=run.recipe.student.model,
+        parameters=parameters,
+        top1=last.top1 if last else None,
+        top5=last.top5 if last else None,
+        best_top1=best.top1 if last else None,
+        best_epoch=best.epoch,
+        ema_top1=averaged.top1 if averaged else None,
+        epochs=run.recipe.epochs,
+        images_per_second=round(images_per_second, 1),
+    )
+    write_json(run.folder / RESULT, asdict(result))
 
 
 def print_table(run: Run) -> None:
@@ -49,11 +51,11 @@ def _row(role: str, run: Run) -> list[str]:
     return [
         role,
         losses,
-        result["model"],
-        f"{result['parameters']:,}",
-        percent(result["top1"]),
-        percent(result["best_top1"]),
-        f"{result['images_per_second']:,.0f}",
+        result.model,
+        f"{result.parameters:,}",
+        percent(result.top1),
+        percent(result.best_top1),
+        f"{result.images_per_second:,.0f}",
         str(run.folder),
     ]
 

@@ -161,8 +161,6 @@ DAMAGED = {
     "checkpoints/step-2/distiller.safetensors": "step-2 away, and the run goes on from step-1",
     "checkpoints/step-2/optimizer.pt": "step-2 away, and the run goes on from step-1",
     "checkpoints/step-2/state.json": "step-2 away, and the run goes on from step-1",
-    "identity.json": "give folder=ANOTHER",
-    "versions.json": "give folder=ANOTHER",
 }
 
 
@@ -179,33 +177,11 @@ def test_a_file_of_the_run_that_is_cut_short(run_train: Train, recipes: Path, na
         run_train("ce.yaml", "stop.steps=2")  # what the message says is so
 
 
-def test_a_result_that_is_cut_short(run_train: Train, recipes: Path):
-    run_train("ce.yaml", "epochs=1")
-    result = recipes / "runs" / "ce" / "result.json"
-    whole = json.loads(result.read_text())
-    result.write_text("{")
-    assert "runs/ce/result.json: cannot be read" in refused(run_train, "ce.yaml", "epochs=1")
-    result.unlink()
-    run_train("ce.yaml", "epochs=1")
-    assert json.loads(result.read_text())["top1"] == whole["top1"]
-
-
 def test_best_weights_that_are_cut_short(run_train: Train, recipes: Path):
     run_train("ce.yaml", "stop.epoch=1")
     best = recipes / "runs" / "ce" / "student_best.safetensors"
     best.write_bytes(best.read_bytes()[:100])
     assert "runs/ce/student_best.safetensors: cannot be read" in refused(run_train, "ce.yaml")
-
-
-def test_a_journal_that_lost_its_lines_goes_on_without_them(
-    run_train: Train, recipes: Path, capsys: pytest.CaptureFixture[str]
-):
-    run_train("ce.yaml", "stop.steps=2")
-    journal = recipes / "runs" / "ce" / "journal.jsonl"
-    journal.unlink()
-    run_train("ce.yaml", "stop.steps=3")
-    assert "has lost lines" in capsys.readouterr().out
-    assert [json.loads(line)["step"] for line in journal.read_text().splitlines()] == [3]
 
 
 def test_a_file_where_the_run_folder_would_be(run_train: Train, recipes: Path):

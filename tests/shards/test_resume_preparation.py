@@ -253,6 +253,30 @@ def test_a_journal_of_whole_lines_of_another_shape_is_one_line(source, tmp_path,
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("end", ["\n", ""], ids=["a whole line", "a torn line"])
+@pytest.mark.parametrize("first", ['{"step": 1, "loss": 2.0}', "[1]", "words", '{"tool": "mine"}'])
+def test_a_journal_of_something_else_is_left_as_it_is(source, tmp_path, first, end):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "journal.jsonl").write_text(first + end)
+    with pytest.raises(ValueError, match="run is not empty and holds no shards: name a new folder"):
+        main([str(source), str(folder), "--jobs", "1", *OPTIONS])
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("journal.jsonl", first + end)]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, None])
+def test_a_preparation_killed_in_its_first_line_goes_on(source, undisturbed, tmp_path, contents, kept):
+    folder = tmp_path / "out"
+    unfinished(source, folder)
+    journal = folder / "journal.jsonl"
+    line = journal.read_bytes()[:-1][:kept]
+    for path in folder.iterdir():
+        path.unlink()
+    journal.write_bytes(line)
+    assert main([str(source), str(folder), "--jobs", "1", *OPTIONS]) == 0
+    assert contents(folder) == undisturbed
+
+
 def test_two_preparations_do_not_share_a_folder(source, tmp_path):
     process = start(source, tmp_path / "out")
     assert wait_for_shards(process, tmp_path / "out", 1)
