@@ -30,8 +30,9 @@ import numpy as np
 
 from pipeline.batch import rows_per_rank
 from pipeline.builders.loader import build_loader, training_splits
-from pipeline.builders.teacher import binding, refuse_others
-from pipeline.caching.blocks import Block, damages
+from pipeline.builders.teacher import binding, check_sizes, refuse_others
+from pipeline.caching.blocks import Block
+from pipeline.caching.damage import Damage, damages, mark
 from pipeline.caching.size import choices, table
 from pipeline.caching.source import open_source
 from pipeline.caching.verify import differences
@@ -45,6 +46,7 @@ from pipeline.errors import RecipeError, Unfinished, display_path, error_context
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
+from pipeline.runs.places import check_cache_place
 from pipeline.runs.told import meet
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config
@@ -71,6 +73,8 @@ def main(words: Sequence[str]) -> None:
             print(table(loaded.recipe, found, asked.views or 1))
             return
         folder = cache_folder(config)
+        if "--verify" not in words:
+            check_cache_place(folder)
         live = without_cache(loaded, config, overrides, asked.views, there)
         try:
             run = ensure_dependencies(live, launch)
@@ -176,8 +180,10 @@ def verify(run: Run, config: Config, folder: Path, asked: Asked, accept: Iterabl
         raise RecipeError("--verify is the work of one process; start it without a launcher")
     cache, device = Cache(folder), create_accelerator(run.recipe, launch).device
     refuse_others(cache, binding(run, config, device), accept)
+    check_sizes(cache, run.manifest)
     if found := list(damages(cache)):
-        print("\n".join(found))
+        print("\n".join(dict.fromkeys(damage.told for damage in found)))
+        print(marked(cache, found))
         sys.exit(1)
     print(f"{folder}: {cache.header.views} views of {', '.join(cache.header.kinds)}: every byte is as it was written")
     source = open_source(run, config, cache.header.kinds, device)
@@ -186,6 +192,15 @@ def verify(run: Run, config: Config, folder: Path, asked: Asked, accept: Iterabl
     if worst := [each.kind for each in measured if not each.relative <= asked.tolerance]:
         print(f"{', '.join(worst)}: more than the tolerated {asked.tolerance:g} of the largest answer")
         sys.exit(1)
+
+
+def marked(cache: Cache, found: Iterable[Damage]) -> str:
+    """Mark what is damaged as not written, and return what to do now."""
+    try:
+        mark(cache, found)
+    except (OSError, ValueError) as error:  # somebody else's cache, or one that is being written
+        return f"{cache.folder}: nothing is marked there ({error})"
+    return f"{cache.folder}: marked as not written; the same command without --verify writes it (again)"
 
 
 if __name__ == "__main__":

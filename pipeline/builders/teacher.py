@@ -155,7 +155,7 @@ def _cached(run: Run, config: Config, cache: Cache, device: torch.device) -> Cac
     """Return the teacher that answers from the cache, and asks the network for what it lacks if the recipe says so."""
     recipe = run.recipe
     refuse_others(cache, binding(run, config, device), config.accept)
-    _check_sizes(cache, run.manifest)
+    check_sizes(cache, run.manifest)
     lacking = cache.lacking(recipe.taps.teacher)
     if lacking and config.fallback is None:
         tap, kind = next(iter(lacking.items()))
@@ -210,7 +210,7 @@ def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, p
     }
 
 
-def _check_sizes(cache: Cache, manifest: Manifest) -> None:
+def check_sizes(cache: Cache, manifest: Manifest) -> None:
     """Raise RecipeError where the rows cannot be those of the shards, whatever the user accepts."""
     ids, logits = manifest.splits["train"].id_count, cache.header.kinds.get(LOGITS)
     if cache.header.id_count != ids:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.teachers.cache import DIGEST, DTYPE, Cache, seal
@@ -31,40 +31,66 @@ class Block(NamedTuple):
 
 
 def create_files(cache: Cache) -> None:
-    """Create the files of all views and kinds that are not there, sparse; raise ValueError for one of other rows."""
+    """Create the files of all views and kinds that are not there, sparse, and again those that are damaged.
+
+    Raises ValueError for a damaged one of which blocks are marked as written.
+    """
+    for view in range(cache.header.views):
+        for kind in cache.header.kinds:
+            _create_pair(cache, view, kind)
+
+
+def _create_pair(cache: Cache, view: int, kind: str) -> None:
+    """Create a view's file and that of its digests, where they are not there and whole."""
     header = cache.header
-    for view in range(header.views):
-        for kind in header.kinds:
-            _create(cache.path(view, kind), DTYPE, (header.id_count, *header.kinds[kind].stored))
-            _create(cache.digests_path(view, kind), np.dtype(np.uint8), (header.blocks, DIGEST))
-            cache.rows(view, kind)  # or it raises
+    path, digests = cache.path(view, kind), cache.digests_path(view, kind)
+    if not cache.written(view, kind).any():
+        # In this order: what has a digest is whole at any moment.
+        digests.unlink(missing_ok=True)
+        if not _is_whole(cache, view, kind):
+            _create(path, DTYPE, (header.id_count, *header.kinds[kind].stored))
+        _create(digests, np.dtype(np.uint8), (header.blocks, DIGEST))
+    cache.rows(view, kind)  # or it raises
+
+
+def _is_whole(cache: Cache, view: int, kind: str) -> bool:
+    try:
+        cache.rows(view, kind)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    if path.is_file():
-        return
     # Under its own name only with its header and its whole length.
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     np.lib.format.open_memmap(temporary, "w+", dtype, shape)
     temporary.rename(path)
 
 
-def missing_blocks(cache: Cache) -> list[Block]:
-    """Return what is not written yet, view by view."""
+def missing_blocks(cache: Cache, lost: Collection[str] = ()) -> list[Block]:
+    """Return what is not written yet, and all that is of the kinds ``lost``, view by view."""
     header = cache.header
     return [
         Block(view, number, kinds)
         for view in range(header.views)
-        for written in [{kind: cache.written(view, kind) for kind in header.kinds}]
+        for written in [{kind: cache.written(view, kind) & (kind not in lost) for kind in header.kinds}]
         for number in range(header.blocks)
         if (kinds := tuple(kind for kind in header.kinds if not written[kind][number]))
     ]
 
 
 def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
-    """Return the bytes that the blocks take; raise OSError if the disk has not as many free."""
+    """Return the bytes that the blocks take; raise OSError if the disk has not as many free.
+
+    Those that are written again lie on the disk already.
+    """
     header = cache.header
-    needed = sum(len(header.ids(block.number)) * header.row_bytes(block.kinds) for block in blocks)
+    taken = Counter[tuple[int, str]]()
+    for block in blocks:
+        for kind in block.kinds:
+            taken[block.view, kind] += len(header.ids(block.number)) * header.row_bytes([kind])
+    needed = sum(min(size, _not_allocated(cache, *file)) for file, size in taken.items())
     there = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if needed + RESERVE > free:
@@ -72,7 +98,13 @@ def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
             f"{cache.folder} needs {shown_bytes(needed)} more; its disk has {shown_bytes(free)} free, of which "
             f"{shown_bytes(RESERVE)} are left to others; write fewer views, or encode maps (encode={{last: 256}})"
         )
-    return needed
+    return taken.total()
+
+
+def _not_allocated(cache: Cache, view: int, kind: str) -> int:
+    """Return how many bytes of a view's file the disk has not given it yet."""
+    path, whole = cache.path(view, kind), cache.header.id_count * cache.header.row_bytes([kind])
+    return max(whole - 512 * path.stat().st_blocks, 0) if path.is_file() else whole
 
 
 def write_block(cache: Cache, block: Block, answers: Iterable[tuple[range, dict[str, NDArray[np.float16]]]]) -> None:
@@ -116,34 +148,6 @@ def _write_at(file: int, content: bytes, offset: int) -> None:
         except OSError as error:
             raise OSError(f"a block could not be written ({error}); make room, and the same command goes on") from error
         left, offset = left[written:], offset + written
-
-
-def damages(cache: Cache) -> Iterator[str]:
-    """Read everything and yield a line for each file that is not as it was written."""
-    try:
-        cache.encoders(torch.device("cpu"))
-    except (OSError, ValueError) as error:
-        yield str(error)
-    for view in range(cache.header.views):
-        for kind in cache.header.kinds:
-            try:
-                blocks = list(_damaged_blocks(cache, view, kind))
-            except (OSError, ValueError) as error:
-                yield str(error)
-                continue
-            if blocks:
-                rows = cache.header.ids(blocks[0])
-                more = f" and {len(blocks) - 1} more blocks" if len(blocks) > 1 else ""
-                yield f"{cache.path(view, kind)}: rows {rows.start} to {rows.stop - 1}{more} are not what was written"
-
-
-def _damaged_blocks(cache: Cache, view: int, kind: str) -> Iterator[int]:
-    rows, digests = cache.whole_view(view, kind), cache.digests(view, kind)
-    for block in range(cache.header.blocks):
-        ids, found = cache.header.ids(block), seal(view, kind, block)
-        found.update(np.ascontiguousarray(rows[ids.start : ids.stop]).data)
-        if found.digest() != digests[block].tobytes():
-            yield block
 
 
 def shown_bytes(count: float) -> str:

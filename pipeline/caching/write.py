@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from pipeline.batch import Outputs
 from pipeline.builders.teacher import refuse_others
 from pipeline.caching.blocks import Block, check_room, create_files, missing_blocks, shown_bytes, write_block
+from pipeline.caching.damage import lost_encoders, mark_blocks
 from pipeline.caching.source import Part, Source, stored
 from pipeline.distributed import collectives, signals
 from pipeline.errors import RecipeError
@@ -87,9 +89,13 @@ def begin(folder: Path, new: Header, source: Source) -> list[Block]:
     (folder / PREEMPTED).unlink(missing_ok=True)
     there = open_cache(folder)
     header = extended(there, new) if there else new
-    blocks = missing_blocks(Cache(folder, header))
-    print(f"{folder}: {shown_bytes(check_room(Cache(folder, header), blocks))} to write")
-    header = with_encoders(folder, header, source)
+    cache = Cache(folder, header)
+    lost = lost_encoders(cache)
+    blocks = missing_blocks(cache, lost)
+    print(f"{folder}: {shown_bytes(check_room(cache, blocks))} to write")
+    for view, kind in product(range(header.views), lost):
+        mark_blocks(cache, view, kind, range(header.blocks))
+    header = with_encoders(folder, header, source, lost)
     write_header(folder, header)
     create_files(Cache(folder, header))
     return blocks
@@ -99,6 +105,8 @@ def extended(cache: Cache, new: Header) -> Header:
     """Return the cache's header with the views and kinds of ``new``; raise RecipeError where they do not fit."""
     refuse_others(cache, new.binding.model_dump())
     old, folder = cache.header, cache.folder
+    if old.id_count != new.id_count:
+        raise RecipeError(f"{folder} has rows for {old.id_count:,} ids, and the shards have {new.id_count:,}")
     if old.batch != new.batch:
         raise RecipeError(f"{folder} was begun with teacher.batch: {old.batch}, here {new.batch}; keep to that")
     for name, kind in old.kinds.items():
@@ -110,11 +118,11 @@ def extended(cache: Cache, new: Header) -> Header:
     return old.model_copy(update={"views": max(old.views, new.views), "kinds": {**new.kinds, **old.kinds}})
 
 
-def with_encoders(folder: Path, header: Header, source: Source) -> Header:
-    """Fit the encoders that are not there yet, write them, and return the header that names them."""
+def with_encoders(folder: Path, header: Header, source: Source, lost: Collection[str]) -> Header:
+    """Fit the encoders that are not there yet, or ``lost``, write them, and return the header that names them."""
     kinds = {
         name: kind.model_copy(update={"encoded": _fitted(folder, name, kind.encoded.rank, header.batch, source)})
-        if kind.encoded and not kind.encoded.sha256
+        if kind.encoded and (name in lost or not kind.encoded.sha256)
         else kind
         for name, kind in header.kinds.items()
     }

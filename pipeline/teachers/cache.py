@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
 from pipeline.features import pca
 from pipeline.features.names import canonical, deep_stages
 from pipeline.features.pca import Encoder
+from shards.documents import read_document
 from shards.manifest import write_atomically
 
 HEADER = "cache.json"
@@ -32,6 +33,11 @@ LOGITS = "logits"
 DTYPE = np.dtype("<f2")
 DIGEST = 32
 """Bytes of a block's sha256."""
+
+MEND = (
+    "copy the cache again, or mend it: cache_teacher.py --verify RECIPE marks what is damaged, "
+    "and the same command without --verify writes that again"
+)
 
 NAME = r"[a-z][a-z0-9_]*(\.[a-z]+)?"
 """What a kind may be called: it becomes part of a file's name, and a cache may be somebody else's."""
@@ -168,8 +174,18 @@ class Cache:
         return np.array(_mapped(path, np.dtype(np.uint8), shape)) if path.is_file() else np.zeros(shape, np.uint8)
 
     def written(self, view: int, kind: str) -> NDArray[np.bool_]:
-        """Return which blocks are written, whole."""
-        return self.digests(view, kind).astype(np.bool_).max(axis=1)
+        """Return which blocks are written, whole: none where the file is gone."""
+        digests = self.digests(view, kind).astype(np.bool_).max(axis=1)
+        return digests & self.path(view, kind).is_file()
+
+    def damaged(self, view: int, kind: str, blocks: Iterable[int]) -> Iterator[int]:
+        """Read some blocks and yield those that are written and not as they were. Raises what ``rows`` does."""
+        rows, digests, written = self.rows(view, kind), self.digests(view, kind), self.written(view, kind)
+        for block in blocks:
+            ids, found = self.header.ids(block), seal(view, kind, block)
+            found.update(np.ascontiguousarray(rows[ids.start : ids.stop]).data)
+            if written[block] and found.digest() != digests[block].tobytes():
+                yield block
 
     def lacking(self, taps: Iterable[str]) -> dict[str, str]:
         """Return those of the taps whose kind of answer is not here, and that kind."""
@@ -193,13 +209,16 @@ class Cache:
 
     def encoders(self, device: torch.device) -> dict[str, Encoder]:
         """Return the encoders of the kinds that are stored encoded."""
-        encoded = {name: kind.encoded for name, kind in self.header.kinds.items() if kind.encoded}
-        return {kind: self._encoder(kind, each.sha256).to(device) for kind, each in encoded.items()}
+        found = {kind: self.encoder(kind) for kind in self.header.kinds}
+        return {kind: encoder.to(device) for kind, encoder in found.items() if encoder}
 
-    def _encoder(self, kind: str, sha256: str) -> Encoder:
-        path = encoder_path(self.folder, kind)
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is not the encoder that {HEADER} names; copy it again")
+    def encoder(self, kind: str) -> Encoder | None:
+        """Return the encoder of a kind, None for one that is stored as it is. Raises ValueError."""
+        encoded, path = self.header.kinds[kind].encoded, encoder_path(self.folder, kind)
+        if encoded is None:
+            return None
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != encoded.sha256:
+            raise ValueError(f"{path} is not the encoder that {HEADER} names; {MEND}")
         return pca.load(path)
 
 
@@ -227,23 +246,19 @@ def write_header(folder: Path, header: Header) -> None:
 def _read_header(path: Path) -> Header:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: there is no cache here; write it: pipeline/cache_teacher.py RECIPE")
-    try:
-        return Header.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        told = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
-        raise ValueError(f"{path}: {told}; it was written by another version, or is damaged") from None
+    advice = "copy it again, or move the folder away and write the cache anew (it may be another version's)"
+    return read_document(path, Header, advice)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; copy the cache again, or let cache_teacher.py write it")
+        raise FileNotFoundError(f"{path} is missing; {MEND}")
     try:
         # Not np.load, which opens archives and pickles as well.
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header makes the parser raise nearly anything
         told = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read ({told}); copy it again, or delete it and write it again") from None
+        raise ValueError(f"{path} cannot be read ({told}); {MEND}") from None
     if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; copy it again")
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; {MEND}")
     return array

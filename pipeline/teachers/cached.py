@@ -14,6 +14,7 @@ from pipeline.features.taps import NormParameters
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
+from pipeline.teachers.sample import check_sample
 from shards.read import allow_open_files
 
 
@@ -45,6 +46,7 @@ class CachedTeacher(nn.Module):
         allow_open_files(views * len(self.kinds))
         # Here and not where they are first read: Python 3.11 fails at times where threads parse headers side by side.
         self._maps = cache.whole(self.kinds, views)
+        check_sample(cache, self.kinds, views)
 
     @cached_property
     def norms(self) -> dict[str, NormParameters]:
