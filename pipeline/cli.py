@@ -1,11 +1,14 @@
-"""What every entry point does around its own work: help, and errors in one line with exit code 2."""
+"""What every entry point does around its own work: help, lost output, and errors in one line with exit code 2."""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -19,16 +22,80 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
     if {"-h", "--help"} & set(words):
         print(sys.modules["__main__"].__doc__)
         return
-    try:
-        main(words)
-    except Unfinished as unfinished:
-        print(unfinished)
-    except (ValueError, OSError, RuntimeError) as error:
-        line = _one_line(error)
-        if line is None or os.environ.get("PIPELINE_TRACEBACK"):
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+    with lasting_output():
+        try:
+            main(words)
+        except Unfinished as unfinished:
+            print(unfinished)
+        except (ValueError, OSError, RuntimeError) as error:
+            line = _one_line(error)
+            if line is None or os.environ.get("PIPELINE_TRACEBACK"):
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let the command go on where its terminal, its pipe or the disk of its log is lost: that costs a line."""
+    before = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w") as nowhere:  # in place of one that was closed when the command began
+        out, err = Output("standard output", sys.stdout or nowhere), Output("standard error", sys.stderr or nowhere)
+        out.other, err.other = err, out
+        sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+        try:
+            yield
+        finally:
+            out.end()
+            err.end()
+            sys.stdout, sys.stderr = before
+
+
+class Output:
+    """A standard stream; what it cannot write is dropped, after one line on the ``other``."""
+
+    def __init__(self, name: str, stream: TextIO) -> None:
+        self.name = name
+        self.stream = stream
+        self.is_lost = False
+        self.other: Output | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop, the text."""
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is still in the buffer, or keep it for later."""
+        self._attempt(self.stream.flush)
+
+    def end(self) -> None:
+        """Write or drop what is left, so that Python's own end has no complaint."""
+        self.flush()
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            if isinstance(error, BrokenPipeError):  # for ever; a full disk may have room later
+                self._drop()
+            if not self.is_lost and self.other:
+                self.is_lost = True
+                self.other.write(f"warning: {self.name} is lost ({error}); the command goes on without it\n")
+
+    def _drop(self) -> None:
+        """Let all that is still to come, also from processes begun here, go nowhere."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
 
 def _one_line(error: Exception) -> str | None:

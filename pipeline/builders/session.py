@@ -38,6 +38,7 @@ from pipeline.training.journal import Journal
 from pipeline.training.step import Step
 from pipeline.training.stopping import Stopping
 from pipeline.training.timer import StepTimer
+from pipeline.training.trackers import begin_trackers
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progr
     """Return the journal, with its trackers and the clock of the steps."""
     # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
     purge = {"purge_step": progress.step + 1} if progress.step else {}
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+    begin_trackers(accelerator, "tensorboard", {"tensorboard": purge})
     flops = None
     if accelerator.is_main_process:
         flops = image_flops(run.recipe, [below.recipe for below in run.teachers], run.manifest)

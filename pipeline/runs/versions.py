@@ -33,7 +33,10 @@ def _installed(name: str) -> bool:
 
 def _commit() -> dict[str, Any]:
     def git(*words: str) -> str | None:
-        answer = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        try:
+            answer = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        except OSError:  # a node without git
+            return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain"))}
