@@ -27,7 +27,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.benchmarks.allreduce import measure_allreduce
 from pipeline.benchmarks.compare import compare
@@ -62,9 +62,9 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    repeats: PositiveInt = 5
-    warmup: NonNegativeInt = 2
-    steps: PositiveInt = 10
+    repeats: int = Field(default=5, gt=0, le=10**4)
+    warmup: int = Field(default=2, ge=0, le=10**6)
+    steps: int = Field(default=10, gt=0, le=10**6)
     out: Path = Path("runs/bench")
 
 

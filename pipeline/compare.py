@@ -38,6 +38,7 @@ from pipeline.runs.places import check_run_place
 from pipeline.training.result import percent
 
 OWN_WORDS = ("seeds", "jobs")
+MOST_SEEDS, MOST_JOBS = 1000, 256
 
 
 def main(words: Sequence[str]) -> None:
@@ -76,6 +77,8 @@ def numbers(own: dict[str, str], key: str, default: str) -> list[int]:
     found = own.get(key, default).split(",")
     if not all(number.isdecimal() for number in found) or (key == "jobs" and found in (["0"],)):
         raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {own[key]!r}")
+    if len(found) > MOST_SEEDS or (key == "jobs" and int(found[0]) > MOST_JOBS):
+        raise RecipeError(f"command line: {key}: expected at most {MOST_SEEDS} seeds and {MOST_JOBS} jobs")
     return [int(number) for number in found]
 
 

@@ -57,11 +57,19 @@ def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def positive(text: str) -> int:
-    """Parse a positive integer argument."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def up_to(most: int) -> Callable[[str], int]:
+    """Return a parser of integer arguments from 1 to ``most``, beyond which no machine would come to an end."""
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most:,}, got {text!r}")
+        return int(text)
+
+    return positive
+
+
+positive = up_to(10**7)
+"""Parses a positive integer argument."""
 
 
 def seed(text: str) -> int:
@@ -81,7 +89,7 @@ def share(text: str) -> float:
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Add ``--jobs``; without it every core that this process may use works."""
     parser.add_argument(
-        "--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="worker processes (default: %(default)s)"
+        "--jobs", type=up_to(1024), default=len(os.sched_getaffinity(0)), help="worker processes (default: %(default)s)"
     )
 
 

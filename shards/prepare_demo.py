@@ -20,13 +20,15 @@ if not __package__:  # started as a script: Python put this folder, not the root
 import numpy as np
 from PIL import Image
 
-from shards.command import Parser, positive, run_command
+from shards.command import Parser, run_command, up_to
 from shards.drawing import CLASSES, draw
 from shards.jpeg import encode_jpeg
 from shards.plan import Encoded, Item, make_job
 from shards.prepare import add_arguments, prepare
 
 QUALITY = 92
+MOST = 10**6
+"""Images of a split, which are listed before any is drawn."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ def _listing(count: int) -> list[Item]:
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_demo.py", description="Draw a small, learnable classification task as shards.")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--train", type=positive, default=5000, help="training images (default: %(default)s)")
-    parser.add_argument("--val", type=positive, default=1000, help="validation images (default: %(default)s)")
-    parser.add_argument("--size", type=positive, default=64, help="their side in pixels (default: %(default)s)")
+    parser.add_argument("--train", type=up_to(MOST), default=5000, help="training images (default: %(default)s)")
+    parser.add_argument("--val", type=up_to(MOST), default=1000, help="validation images (default: %(default)s)")
+    parser.add_argument("--size", type=up_to(2**13), default=64, help="their side in pixels (default: %(default)s)")
     add_arguments(parser)
     return parser
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from pipeline.builders.teacher import refuse_others
 from pipeline.caching.blocks import Block, check_room, create_files, missing_blocks, shown_bytes, write_block
 from pipeline.caching.damage import lost_encoders, mark_blocks
 from pipeline.caching.source import Part, Source, stored
+from pipeline.data.config import MOST_VIEWS
 from pipeline.distributed import collectives, signals
 from pipeline.errors import RecipeError
 from pipeline.features import pca
@@ -50,12 +51,12 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    views: PositiveInt | None = None
+    views: int | None = Field(default=None, gt=0, le=MOST_VIEWS)
     kinds: Names = ()
     encode: dict[str, PositiveInt] = {}
-    block: PositiveInt = 1024
+    block: int = Field(default=1024, gt=0, le=2**24)
     """Images that are written and marked as done together, about; a cache that is there keeps its own."""
-    sample: PositiveInt = 256
+    sample: int = Field(default=256, gt=0, le=10**6)
     tolerance: PositiveFloat = 0.01
     """Of a difference, as a share of the largest answer of its kind."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.compose import read_value
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ROOT, RecipeError
 
@@ -30,18 +30,11 @@ def own_words(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str]
 def typed_words(own: dict[str, str], kind: type[Words]) -> Words:
     """Return a command's own words, in YAML syntax, as ``kind`` knows them. Raises RecipeError."""
     try:
-        return kind.model_validate({key: _value(key, text) for key, text in own.items()})
+        return kind.model_validate({key: read_value(key, text) for key, text in own.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise RecipeError(f"command line: {key}: {first['msg']}, got {first['input']!r}") from None
-
-
-def _value(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"command line: {key}: {text!r} is not YAML") from None
 
 
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:

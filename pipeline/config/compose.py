@@ -7,7 +7,9 @@ that a number that several places share stands once. An error is one line that n
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -15,9 +17,14 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.reading import DEEPEST, MOST_VALUES, is_plain, load_yaml, read_yaml
 from pipeline.errors import ROOT, RecipeError, display_path
 
 COMMAND_LINE = "command line"
+MOST_FILES = 100
+"""Of ``base:`` that a recipe may stand on, each counted as often as it is named."""
+_TEXTS = ("folder", "path", "cache", "weights", "recipe", "model", "out")
+"""Keys, whatever section they stand in, whose value is a name or a path."""
 
 Origins = dict[tuple[str, ...], str]
 """Which file, or the command line, said the value at a key."""
@@ -32,7 +39,7 @@ def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None 
     ``origins`` learns who said what. Raises RecipeError for what cannot be read or composed.
     """
     origins = {} if origins is None else origins
-    tree = _compose(path, origins, ())
+    tree = _compose(path, origins, (), [])
     for word in overrides:
         _merge(tree, _override(word), COMMAND_LINE, origins)
     constants = _Constants(tree.pop("constants", None) or {}, origins, display_path(path))
@@ -40,36 +47,6 @@ def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None 
     filled = _without_nulls(constants.fill(tree, ()))
     constants.check_command_line()
     return filled
-
-
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; a repeated key and bad syntax are a RecipeError."""
-    try:
-        return yaml.load(path.read_text(), _Yaml)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{display_path(path)}: line {line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{display_path(path)}: not a YAML file: {error}") from None
-
-
-_Fast: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is
-
-
-class _Yaml(_Fast):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.2) and refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(problem=f"the key {twice!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def existing(path: Path) -> Path:
@@ -80,9 +57,12 @@ def existing(path: Path) -> Path:
     raise RecipeError(f"{path}: no such recipe; recipes stand under {display_path(ROOT / 'configs')}")
 
 
-def _compose(path: Path, origins: Origins, above: tuple[Path, ...]) -> dict[str, Any]:
+def _compose(path: Path, origins: Origins, above: tuple[Path, ...], files: list[Path]) -> dict[str, Any]:
     if path in above:
         raise RecipeError(f"{display_path(path)}: base: the file is its own base, by way of {display_path(above[-1])}")
+    files.append(path)
+    if len(files) > MOST_FILES:
+        raise RecipeError(f"{display_path(files[0])}: base: it stands on more than {MOST_FILES} files; name fewer")
     own = read_yaml(path)
     if not isinstance(own, dict):
         raise RecipeError(f"{display_path(path)}: expected a mapping of keys, got {type(own).__name__}")
@@ -95,7 +75,7 @@ def _compose(path: Path, origins: Origins, above: tuple[Path, ...]) -> dict[str,
         base_path = (path.parent / base).resolve()
         if not base_path.is_file():
             raise RecipeError(f"{display_path(path)}: base: there is no file {base!r} beside it")
-        _merge(tree, _compose(base_path, origins, (*above, path)), None, origins)
+        _merge(tree, _compose(base_path, origins, (*above, path), files), None, origins)
     _anchor_references(own, path)
     _merge(tree, own, display_path(path), origins)
     return tree
@@ -143,11 +123,17 @@ class _Constants:
         self.origins = origins
         self.file = file
         self.used: set[tuple[str, ...]] = set()
+        self.filled = 0
+        """Values that were looked at, those of constants as often as they are named."""
         self.open: list[tuple[str, ...]] = []
         """The constants being filled: one that is among them again stands for itself."""
 
     def fill(self, value: Any, at: tuple[str, ...]) -> Any:
         """Return ``value``, which stands at that key, with every ``${name}`` in it replaced."""
+        self.filled += 1
+        if self.filled > MOST_VALUES or len(at) + len(self.open) > DEEPEST:
+            kind = f"more than {MOST_VALUES:,} values" if self.filled > MOST_VALUES else f"deeper than {DEEPEST} levels"
+            raise RecipeError(f"{self.place(at)}: what the constants stand for is {kind}; name fewer of them")
         if isinstance(value, dict):
             filled: dict[str, Any] = {}
             for key, below in value.items():
@@ -201,12 +187,33 @@ class _Constants:
                 raise RecipeError(f"{COMMAND_LINE}: constants.{'.'.join(name)}: nothing uses this constant; {hint}")
 
 
+def read_value(key: str, text: str) -> Any:
+    """Return the YAML value that the command line gives a key. Raises RecipeError.
+
+    Nothing of a plain word is a comment, and for a key that names a file or a folder it is text, whatever YAML would
+    make of it: ``folder=2024``. ``null`` takes a key away all the same.
+    """
+    try:
+        value = load_yaml(text)
+        plain = is_plain(text)
+    except yaml.MarkedYAMLError as error:
+        told = f"{text[:80]!r} is not YAML ({error.problem}); text may stand in quotes: {_quoted(key, text[:80])}"
+        raise RecipeError(f"{COMMAND_LINE}: {key}: {told}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{COMMAND_LINE}: {key}: {text[:80]!r} is not YAML: {error}") from None
+    is_text = key.rpartition(".")[2] in _TEXTS and value is not None
+    return text.strip() if plain and (is_text or "#" in text) else value
+
+
+def _quoted(key: str, text: str) -> str:
+    return shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+
+
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
-    try:
-        value = yaml.load(text, _Yaml)
-    except yaml.YAMLError:
-        raise RecipeError(f"command line: {key}: {text!r} is not YAML") from None
+    value = read_value(key, text)
+    if key.count(".") >= DEEPEST:
+        raise RecipeError(f"{COMMAND_LINE}: {key[:40]}…: deeper than {DEEPEST} levels")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
+from datetime import date
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import Origins
+from pipeline.config.values import place
 from pipeline.losses._registry import LossSpec, find_loss
 
 
@@ -20,10 +22,9 @@ def validation_message(
     for each in error.errors(include_url=False):
         found.setdefault(_key(each, tree), []).append(each)
     location, errors = next(iter(found.items()))
-    where = next((origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), file)
-    key = ".".join(location)
+    where = place(location, origins, file) if location else file
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{where}: {key + ': ' if key else ''}{_explained(errors, location, kind)}{more}"
+    return f"{where}: {_explained(errors, location, kind)}{more}"
 
 
 def _key(error: Any, tree: Any) -> tuple[str, ...]:
@@ -50,6 +51,8 @@ def _explained(errors: list[Any], location: tuple[str, ...], kind: type[BaseMode
         return "this key is required"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and isinstance(first["input"], (int, float, date)):
+        return f"YAML reads {first['input']!r} here; write text in quotes"
     message = ", or ".join(each["msg"].removeprefix("Input ") for each in errors)
     return f"{message}, got {first['input']!r}"
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.config.compose import composed, existing
 from pipeline.errors import ROOT, RecipeError
@@ -26,12 +27,22 @@ def main(words: Sequence[str]) -> None:
         raise RecipeError("command line: name one recipe; overrides are written key=value")
     path = existing(Path(recipes[0]))
     tree = composed(path, [word for word in words if "=" in word])
-    if not tree.get("data", {}).get("path"):
+    shards = _text(tree, recipes[0], "data", "path")
+    if not shards:
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")
-    print(tree["data"]["path"])
-    folder = tree.get("folder") or default_folder(path, tree.get("seed", 0))
+    print(shards)
+    folder = _text(tree, recipes[0], "folder") or default_folder(path, tree.get("seed", 0))
     print(folder)
-    print((tree.get("teacher") or {}).get("cache") or folder)
+    print(_text(tree, recipes[0], "teacher", "cache") or folder)
+
+
+def _text(tree: Any, file: str, *key: str) -> str | None:
+    """Return the text at a key, None where there is none. Raises RecipeError for a number, or for several lines."""
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    if tree is None or (isinstance(tree, str) and "\n" not in tree):
+        return tree
+    raise RecipeError(f"{file}: {'.'.join(key)}: expected one line of text, got {tree!r}; write it in quotes")
 
 
 def default_folder(path: Path, seed: int) -> Path:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from pipeline.config.compose import Origins, composed, existing, networks, references
 from pipeline.config.messages import validation_message
+from pipeline.config.values import check_switches, check_values
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
 from pipeline.losses._base import Taps
@@ -93,12 +94,12 @@ class Recipe(Section):
     teacher: TeacherConfig | None = None
     losses: Losses
     data: Data
-    epochs: PositiveInt
-    batch: PositiveInt
+    epochs: int = Field(gt=0, le=10**6)
+    batch: int = Field(gt=0, le=2**24)
     """Global batch: over all ranks and micro-batches."""
-    accumulation: PositiveInt = 1
+    accumulation: int = Field(default=1, gt=0, le=2**24)
     """Micro-batches per global batch. Batch statistics are those of a micro-batch over all ranks."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Keys initialisation, order and random draws; ``data.seed`` keys crops and flips."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     optimizer: Optimizer = Optimizer()
@@ -124,6 +125,13 @@ class Recipe(Section):
         if needy and self.teacher is None:
             sources = "teacher: {model: …, weights: …} or teacher: {recipe: …}"
             raise ValueError(f"the loss {needy[0]!r} needs a teacher; add {sources}")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Recipe:
+        if self.schedule.warmup_epochs > self.epochs:
+            warmup = f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g}"
+            raise ValueError(f"{warmup} is longer than the run, epochs: {self.epochs}; give at most {self.epochs}")
         return self
 
     @property
@@ -197,10 +205,13 @@ def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
     tree = composed(path, overrides, origins)
     _unpack_models(tree)
     _resolve_references(tree, path)
+    check_values(tree, origins, display_path(path))
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(validation_message(error, Recipe, tree, origins, display_path(path))) from None
+    check_switches(tree, dump_recipe(recipe), origins, display_path(path))
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

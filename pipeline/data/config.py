@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+MOST_PIXELS = 2**14
+MOST_VIEWS = 100_000
 Probability = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 
 
 class Config(BaseModel):
@@ -25,9 +28,9 @@ class Config(BaseModel):
     loader: Literal["dali", "memory", "synthetic"] = "dali"
     """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device; ``synthetic`` looks at no image
     at all and gives noise in its place, to show what a step takes that waits for no input."""
-    size: PositiveInt
+    size: Side
     """Side of the square images of a batch, in pixels, in training and in validation."""
-    resize: PositiveInt | None = None
+    resize: Side | None = None
     """Short side before the centre crop of validation; null is ``size``."""
     crop: Literal["random_resized", "pad"] = "random_resized"
     """How training crops: a random area and aspect ratio, or the image's own size out of the zero-padded image."""
@@ -35,7 +38,7 @@ class Config(BaseModel):
     """``random_resized``: least and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """``random_resized``: least and largest width over height."""
-    pad: NonNegativeInt = 4
+    pad: int = Field(default=4, ge=0, le=MOST_PIXELS)
     """``pad``: pixels added on each side."""
     flip: Probability = 0.5
     """Probability of mirroring left to right."""
@@ -43,18 +46,18 @@ class Config(BaseModel):
     """Subtracted from red, green and blue, which lie in 0 … 1."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Divides them afterwards."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Keys crops and flips; the recipe's ``seed`` keys the order."""
     shuffle_shards: NonNegativeInt = 0
     """Samples are shuffled within groups of that many shuffled shards; 0 shuffles the whole split."""
-    views: PositiveInt | None = None
+    views: int | None = Field(default=None, gt=0, le=MOST_VIEWS)
     """Number of augmented looks at an image, taken in turn; null is a new one every epoch."""
-    validation_batch: PositiveInt | None = None
+    validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images a rank validates at a time; null is the size of its micro-batch."""
-    threads: PositiveInt | None = None
+    threads: int | None = Field(default=None, gt=0, le=1024)
     """Decoding threads of a rank; null is what ``bench.py loader --tune`` found best for such images on such a machine,
     and before there is such a finding its share of the machine's cores."""
-    prefetch: PositiveInt | None = None
+    prefetch: int | None = Field(default=None, gt=0, le=1024)
     """Batches that are read, and batches that are decoded, ahead of the one in use; null likewise, or 2."""
     hw_decoder_load: Probability = 0.0
     """Share of a batch, its largest images, that a GPU's JPEG engine decodes, where it has one; its cores do the rest.

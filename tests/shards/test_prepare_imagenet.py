@@ -292,7 +292,7 @@ def _cut_archive(source: Path) -> list[object]:
         (_both_layouts, "holds both train/ and ILSVRC2012_img_train.tar"),
         (_val_without_labels, "pass --val-labels FILE"),
         (_cut_archive, "ILSVRC2012_img_train.tar is damaged"),
-        (lambda source: ["--jobs", 0], "argument --jobs: invalid positive value: '0'"),
+        (lambda source: ["--jobs", 0], "argument --jobs: expected a whole number from 1 to 1,024, got '0'"),
         (lambda source: ["--resize-short", 5, "--max-side", 5], "not allowed with argument"),
         (lambda source: ["--seed", 2**64], "invalid seed value"),
     ],
