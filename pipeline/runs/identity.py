@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline.batch import rows_per_rank
 from pipeline.config.paths import default_folder
-from pipeline.config.reading import read_yaml
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
