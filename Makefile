@@ -1,5 +1,5 @@
 # A list of commands; .ci/run is made of them.
-.PHONY: install lint types test everything quick timings long oldest demo format
+.PHONY: install lint types test everything quick timings long campaign oldest demo format
 
 install:
 	launchers/uv sync --quiet --compile-bytecode
@@ -34,6 +34,11 @@ oldest:
 # What CI leaves out.
 long:
 	launchers/uv run pytest --long -m long
+
+# Kills, storage errors, bad input and damaged files, hundreds of each kind: ten minutes. ROOT names another checkout.
+ROOT ?= .
+campaign:
+	launchers/uv run python tests/faults/campaign.py --root $(ROOT)
 
 demo:
 	launchers/uv run accelerate launch pipeline/train.py
