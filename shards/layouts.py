@@ -93,7 +93,7 @@ def _class_folders(folder: Path) -> list[os.DirEntry[str]]:
 
 def _read_archive(path: Path, split: str, source: Path, val_labels: Path | None) -> Listing:
     if split == "train":
-        files, told = list_train(path), f"the class archives in {path}"
+        files, told = list_train(path), str(path)
     else:
         wnids, by = find_labels(source, source, val_labels)
         files, told = list_val(path, wnids, by), f"{path}, classes from {by}"
@@ -115,7 +115,7 @@ def _read_flat(folder: Path, top: Path, val_labels: Path | None) -> Listing:
     files = {entry.name: entry for entry in _files(visible(within)) if entry.name != told}
     check_labels(within, list(files), wnids, told)
     found = [Found(wnids[name], f"{wnids[name]}/{name}", entry.stat().st_size) for name, entry in files.items()]
-    return Listing(found, Place(within, FLAT), f"the images in {within}, classes from {told}")
+    return Listing(found, Place(within, FLAT), f"{within}, classes from {told}")
 
 
 def _read_classes(folder: Path, wanted: str) -> Listing:

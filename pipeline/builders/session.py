@@ -145,6 +145,8 @@ def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, 
         loader = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
         check_teacher(recipe.teacher, teacher, loader)
+    if not loader.validates:
+        accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not validated")
     return loader, teacher, distiller
 
 

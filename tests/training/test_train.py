@@ -83,13 +83,16 @@ def test_a_command_that_is_already_where_it_stops_does_nothing(run_train: Train,
     assert (recipes / "runs" / "ce" / "journal.jsonl").read_bytes() == before
 
 
-def test_shards_without_validation_images_are_trained_on(run_train: Train, recipes: Path, shards: Path):
+def test_shards_without_validation_images_are_trained_on_and_it_is_said(
+    run_train: Train, recipes: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+):
     copy = recipes / "alone"
     shutil.copytree(shards, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["splits"]["val"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     run_train("ce.yaml", f"data.path={copy}", "epochs=1")
+    assert f"note: {copy} has no validation split: this run is not validated" in capfd.readouterr().out
     assert json.loads((recipes / "runs" / "ce" / "result.json").read_text())["top1"] is None
 
 
