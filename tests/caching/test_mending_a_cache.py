@@ -35,7 +35,7 @@ def zero(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:128].ljust(file.stat().st_size, b"\0"))
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a bit of a row": ("view-00.logits.npy", lambda file: flip(file, 1000)),
     "a bit of the last row": ("view-01.logits.npy", lambda file: flip(file, -1)),
     "zeros": ("view-00.logits.npy", zero),
@@ -56,7 +56,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
 @pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
 def test_training_names_the_file_and_what_the_line_says_mends_it(
     name: str,
-    damage: Callable[[Path], None],
+    damage: Callable[[Path], object],
     copied: Path,
     written: Path,
     run_cache: Command,
@@ -93,7 +93,7 @@ def test_only_what_is_damaged_is_written_again(copied: Path, run_cache: Command,
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: flip(file, -1), lambda file: file.write_bytes(b"")])
 def test_a_lost_encoder_is_fitted_again_with_all_that_it_encoded(
-    damage: Callable[[Path], None], place: Path, run_cache: Command, run_train: Command
+    damage: Callable[[Path], object], place: Path, run_cache: Command, run_train: Command
 ):
     words = ("ddkd.yaml", "teacher.cache=cache", "encode={last: 4}", "block=24")
     run_cache(*words)
@@ -115,7 +115,7 @@ def test_a_lost_file_that_nobody_verified_is_written_again(copied: Path, written
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"null"), lambda file: flip(file, 5)])
 def test_a_damaged_header_is_mended_by_moving_the_folder_away(
-    damage: Callable[[Path], None], copied: Path, written: Path, place: Path, run_cache: Command, run_train: Command
+    damage: Callable[[Path], object], copied: Path, written: Path, place: Path, run_cache: Command, run_train: Command
 ):
     damage(copied / "cache.json")
     with pytest.raises(RecipeError, match=r"cache/cache\.json: .*move the folder away and write the cache anew"):
