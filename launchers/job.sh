@@ -13,10 +13,13 @@
 #   MAX_RESTARTS=50             how often a job may begin again
 #   PYTHON                      the interpreter (default: .venv's, else python)
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/word.sh"
 
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
 export PYTHON=$python DRY_RUN=${DRY_RUN:-}
+# sbatch --export says what this script gets, and srun would keep to it, too: the tasks need what is exported here.
+export SLURM_EXPORT_ENV=ALL
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -157,7 +160,7 @@ train() {
     { read -r shards && read -r folder; } <<< "$paths"
     rendezvous "$folder"
     stage "$shards"
-    resumable "$folder" pipeline/train.py "$@" "folder=$folder"
+    resumable "$folder" pipeline/train.py "$@" "$(word folder "$folder")"
 }
 
 table() {

@@ -6,6 +6,7 @@
 # DRY_RUN=1 prints what would run. DeepSpeed is chosen by the environment, which goes through. With STAGE and SHARDS the shards are read
 # from this node's copy, where it is whole.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/word.sh"
 
 # A signal that comes before Python listens must not end the task; job.sh repeats it.
 trap '' TERM USR1
@@ -13,7 +14,8 @@ trap '' TERM USR1
 nodes=${SLURM_NNODES:-1}
 export RANK=${SLURM_PROCID:-0} LOCAL_RANK=${SLURM_LOCALID:-0} WORLD_SIZE=${SLURM_NTASKS:-1}
 export LOCAL_WORLD_SIZE=$((WORLD_SIZE / nodes))
-export MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-20000}
+export MASTER_ADDR=${MASTER_ADDR:-} MASTER_PORT=${MASTER_PORT:-20000}
+[ "$WORLD_SIZE" != 1 ] || MASTER_ADDR=${MASTER_ADDR:-localhost} # nobody to meet
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 fail() {
@@ -29,14 +31,18 @@ check_world() {
         fail "$((${#here} + 1)) of $WORLD_SIZE tasks on one of $nodes nodes; give --nodes and --ntasks-per-node, not --ntasks"
     [ "$gpus" = 0 ] || [ "$gpus" = "$LOCAL_WORLD_SIZE" ] ||
         fail "$gpus GPUs and $LOCAL_WORLD_SIZE tasks; give --ntasks-per-node and --gpus-per-node the same number"
+    [ -n "$MASTER_ADDR" ] ||
+        fail "MASTER_ADDR is not set, and $WORLD_SIZE tasks must meet; start them by launchers/job.sh, or with srun --export=ALL"
     getent hosts "$MASTER_ADDR" > /dev/null || fail "$MASTER_ADDR is not known here; give MASTER_ADDR=ADDRESS"
 }
 
 [ -n "${DRY_RUN:-}" ] || check_world
-python=${PYTHON:-python}
+python=${PYTHON:-.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
+command -v "$python" > /dev/null || fail "there is no Python at '$python'; give PYTHON=FILE"
 if [ -n "${STAGE:-}" ] && [ -n "${SHARDS:-}" ]; then
     shards=$("$python" shards/stage.py "$SHARDS" "$STAGE" --look)
-    set -- "$@" "data.path=$shards"
+    set -- "$@" "$(word data.path "$shards")"
 fi
 if [ -n "${DRY_RUN:-}" ]; then
     for name in RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS; do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from pipeline.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "configs/imagenet/r50_mbv1/ddkd.yaml"
@@ -59,7 +62,8 @@ def job(checkout: Path, environment: dict[str, str], folder: Path) -> Job:
     """``job("slurm/ddkd_r50_mbv1.sh", "key=value", STEP="…")`` runs a batch script where it would be submitted."""
 
     def run(script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(ROOT / script), *words, *([] if Path(script).stem in NO_RUN else [f"folder={folder}"])]
+        own_folder = Path(script).stem in NO_RUN or any(word.startswith("folder=") for word in words)
+        command = ["bash", str(ROOT / script), *words, *([] if own_folder else [f"folder={folder}"])]
         own = {"SLURM_SUBMIT_DIR": str(checkout), **environment, **more}
         return subprocess.run(command, cwd="/", env=own, capture_output=True, text=True, check=False, timeout=60)
 
@@ -79,6 +83,28 @@ def test_the_tasks_are_python_told_the_recipe_and_the_words_of_sbatch(job: Job, 
     assert flags == "srun --kill-on-bad-exit=1 --wait=60 --label"
     assert task.startswith(f"pipeline/train.py {RECIPE} data.path=/data/imagenet batch=512 folder=")
     assert "2 nodes, 2 ranks, which meet at 127.0.0.1:24321" in done.stderr
+
+
+@pytest.mark.parametrize("told", ["NONE", "HOME,PATH", "ALL"])
+def test_whatever_sbatch_exports_the_tasks_get_what_the_job_exports(
+    job: Job, environment: dict[str, str], folder: Path, told: str
+):
+    names = "SLURM_EXPORT_ENV MASTER_ADDR PYTHON PIPELINE_RENDEZVOUS_SECONDS"
+    step = f'for name in {names}; do echo "${{!name}}" >> {folder}/told; done'
+    assert job("slurm/ddkd_r50_mbv1.sh", STEP=step, SLURM_EXPORT_ENV=told).returncode == 0
+    assert (folder / "told").read_text().split() == ["ALL", "127.0.0.1", sys.executable, "600"]
+
+
+@pytest.mark.parametrize("name", ["runs/a #1", "2024", "a: b", 'say "no"', r"back\slash", "it's", "null", "runs/plain"])
+def test_a_folder_reaches_the_tasks_as_it_was_given(job: Job, environment: dict[str, str], tmp_path: Path, name: str):
+    # What srun is told to run is what a task's Python gets; the last folder given is the one that counts.
+    step = f'printf "%s\\n" "${{@: -1}}" > {tmp_path}/last'
+    given = json.dumps(name, ensure_ascii=False)
+    done = job("slurm/table.sh", "configs/demo.yaml", f"folder={given}", STEP=step)
+    assert done.returncode == 0, done.stderr
+    word = (tmp_path / "last").read_text().removesuffix("\n")
+    assert load_recipe("configs/demo.yaml", [word]).recipe.folder == name
+    assert (word == f"folder={name}") == (name == "runs/plain")
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 137])
@@ -288,6 +314,8 @@ def test_a_task_ends_as_python_ends_and_gives_deepspeeds_environment_on():
     [
         ({"SLURM_NTASKS": "3"}, "error: rank 3 on .*: 2 of 3 tasks on one of 2 nodes; give --nodes and"),
         ({"SLURM_GPUS_ON_NODE": "8"}, "error: rank 3 on .*: 8 GPUs and 2 tasks; give --ntasks-per-node"),
+        ({"MASTER_ADDR": ""}, "error: rank 3 on .*: MASTER_ADDR is not set, and 4 tasks must meet; start them by"),
+        ({"PYTHON": "/no/python"}, "error: rank 3 on .*: there is no Python at '/no/python'; give PYTHON=FILE"),
         ({"MASTER_ADDR": "nowhere.invalid"}, "error: rank 3 on .*: nowhere.invalid is not known here"),
     ],
 )
