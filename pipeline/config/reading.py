@@ -65,7 +65,7 @@ class _Yaml(_Fast):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if repr(key) in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise _error(f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(repr(key))
         return super().construct_mapping(node, deep)
 
@@ -73,6 +73,10 @@ class _Yaml(_Fast):
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _measure(text: str) -> None:
@@ -84,7 +88,7 @@ def _measure(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((anchor, 1))
             if len(opened) > DEEPEST + 1:
-                raise yaml.MarkedYAMLError(problem=f"deeper than {DEEPEST} levels", problem_mark=event.start_mark)
+                raise _error(f"deeper than {DEEPEST} levels", event.start_mark)
             continue
         size = 0
         if isinstance(event, yaml.CollectionEndEvent):
@@ -93,11 +97,11 @@ def _measure(text: str) -> None:
             size = 1
         elif isinstance(event, yaml.AliasEvent):
             if anchor not in sizes:
-                raise yaml.MarkedYAMLError(problem=f"there is no &{anchor} above", problem_mark=event.start_mark)
+                raise _error(f"there is no &{anchor} above", event.start_mark)
             size = sizes[anchor]
         if anchor is not None and not isinstance(event, yaml.AliasEvent):
             sizes[anchor] = size
         above, total = opened[-1]
         opened[-1] = (above, total + size)
         if total + size > MOST_VALUES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES:,} values", problem_mark=event.start_mark)
+            raise _error(f"more than {MOST_VALUES:,} values", event.start_mark)

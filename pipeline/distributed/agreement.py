@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.distributed.collectives import Store
+from pipeline.distributed.collectives import Store  # pyright: ignore[reportPrivateImportUsage]
 
 _FIRST, _DIFFERENCE = "told/first", "told/difference"
 _NOTHING = "nothing"

@@ -46,8 +46,8 @@ def read_launch() -> Launch:
         rank=rank,
         world_size=world_size,
         local_rank=number("LOCAL_RANK", 0) if os.environ.get("LOCAL_RANK") else None,
-        use_cpu=_is_set("ACCELERATE_USE_CPU"),
-        use_deepspeed=_is_set("ACCELERATE_USE_DEEPSPEED"),
+        use_cpu=is_set("ACCELERATE_USE_CPU"),
+        use_deepspeed=is_set("ACCELERATE_USE_DEEPSPEED"),
         deepspeed_file=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None,
     )
 
@@ -60,6 +60,6 @@ def number(name: str, default: int) -> int:
     return int(text)
 
 
-def _is_set(name: str) -> bool:
+def is_set(name: str) -> bool:
     """Whether a variable says yes, as Accelerate reads its own."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import rendezvous
-from pipeline.distributed.launcher import Launch
+from pipeline.distributed.launcher import Launch, is_set
 from pipeline.errors import RecipeError
 from pipeline.training import zero
 
@@ -29,6 +29,14 @@ BUCKET_MIB = 8
 """Of gradients that DDP sends together. What backward overlaps with is all buckets but the last: the 16 MB of 4 million
 parameters would be one of torch's 25 MB, sent when all is computed, and are two or three of these. The 160 MB of 40
 million are 20, each still long enough for a network to be busy with its bytes, not its latency."""
+
+
+FOREIGN = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism of several dimensions",
+}
+"""What Accelerate can be told to do and no recipe knows, by the variable that turns it on."""
 
 
 def use_all_cores(launch: Launch) -> None:
@@ -45,6 +53,7 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
     cpu = launch.on_cpu
     if cpu and recipe.precision == "fp16":
         raise RecipeError("precision: fp16 needs a GPU; give precision=bf16 or precision=fp32")
+    _check_environment(launch)
     if folder:
         _check_trackers(recipe.journal.trackers)
     plugin = zero.create_plugin(recipe, launch) if launch.use_deepspeed else None
@@ -59,6 +68,7 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
             num_steps=recipe.accumulation, sync_with_dataloader=False
         ),
         step_scheduler_with_optimizer=False,
+        dynamo_backend="no",
         log_with=(list(recipe.journal.trackers) or None) if folder else None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)) if folder else None,
         kwargs_handlers=[
@@ -73,6 +83,26 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
             "start them with torchrun --nproc_per_node N pipeline/train.py, or with each its own LOCAL_RANK"
         )
     return accelerator
+
+
+def _check_environment(launch: Launch) -> None:
+    """Raise RecipeError for what Accelerate's environment or its configuration asks for and this pipeline does not do.
+
+    What is the recipe's to say, as the precision and what torch compiles, is not followed.
+    """
+    for name, what in FOREIGN.items():
+        if is_set(name):
+            raise RecipeError(
+                f"{name} asks for {what}, which is not done here; unset it, or take it out of Accelerate's "
+                "configuration (accelerate launch --config_file launchers/accelerate/ddp.yaml has none of it)"
+            )
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        raise RecipeError(
+            f"ACCELERATE_TORCH_DEVICE={device}: unset it; CUDA_VISIBLE_DEVICES or ACCELERATE_USE_CPU=true choose"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in ("", "no") and launch.is_main:
+        print(f"note: ACCELERATE_DYNAMO_BACKEND={compiler} is not followed; student.compile=true lets torch compile")
 
 
 def _ddp_options() -> DistributedDataParallelKwargs:

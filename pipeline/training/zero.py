@@ -27,6 +27,7 @@ from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import ROOT, RecipeError, display_path
+from shards.documents import read_document
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -55,8 +56,13 @@ def settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
     Raises RecipeError where the two disagree, or where ZeRO cannot do what the recipe asks for.
     """
     path, given = _read(launch.deepspeed_file)
-    stage = given.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
+    zero = given.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(
+            f'{path}: zero_optimization: expected a mapping such as {{"stage": 2}}, got {json.dumps(zero)}'
+        )
+    stage = zero.get("stage")
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise RecipeError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; DDP needs no DeepSpeed")
     _refuse(recipe, stage)
     own = _of_recipe(recipe, launch)
@@ -145,10 +151,8 @@ def _read(name: str | None) -> tuple[str, dict[str, Any]]:
     path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
     if path is None:
         raise RecipeError(f"{FILE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own")
-    try:
-        return display_path(path), json.loads(path.read_text())
-    except ValueError as error:
-        raise RecipeError(f"{display_path(path)}: not JSON: {error}") from None
+    advice = "it is a mapping of DeepSpeed's settings, as in launchers/deepspeed/zero2.json"
+    return display_path(path), read_document(path, dict[str, Any], advice)
 
 
 def _refuse(recipe: Recipe, stage: int) -> None:

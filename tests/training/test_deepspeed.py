@@ -26,6 +26,7 @@ from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 from pipeline.training import zero
 from pipeline.training.journal import trace
+from shards.documents import DamagedFile
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (1, 2, 3)
@@ -370,8 +371,29 @@ def test_a_file_that_is_not_there_and_one_that_is_no_json_are_named(recipe, tmp_
         zero.settings(recipe(), read_launch())
     (tmp_path / "own.json").write_text("{stage: 2}")
     monkeypatch.setenv(zero.FILE, str(tmp_path / "own.json"))
-    with pytest.raises(RecipeError, match=r"own\.json: not JSON: "):
+    with pytest.raises(DamagedFile, match=r"own\.json: Invalid JSON: .*; it is a mapping of DeepSpeed's settings"):
         zero.settings(recipe(), read_launch())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "own.json: Input should be an object; it is a mapping of DeepSpeed's settings"),
+        ("null", "own.json: Input should be an object"),
+        ('{"zero_optimization": 2}', 'own.json: zero_optimization: expected a mapping such as {"stage": 2}, got 2'),
+        ('{"zero_optimization": [1]}', "own.json: zero_optimization: expected a mapping"),
+        ('{"zero_optimization": {"stage": [2]}}', "own.json: zero_optimization.stage: expected 1, 2 or 3, got [2]"),
+        ('{"zero_optimization": {"stage": true}}', "own.json: zero_optimization.stage: expected 1, 2 or 3, got True"),
+        ("{}", "own.json: zero_optimization.stage: expected 1, 2 or 3, got None"),
+    ],
+)
+def test_settings_of_another_shape_are_refused_in_one_line(recipe, tmp_path, monkeypatch, content: str, told: str):
+    (tmp_path / "own.json").write_text(content)
+    monkeypatch.setenv(zero.FILE, str(tmp_path / "own.json"))
+    with pytest.raises((RecipeError, DamagedFile)) as raised:
+        zero.settings(recipe(), read_launch())
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("stage", STAGES)
