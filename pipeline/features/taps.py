@@ -19,7 +19,12 @@ CAM = "cam"
 """The tap that is computed: the class activation map [K, H, W], Zhou et al., CVPR 2016, eq. 2, without the bias."""
 
 LAYOUTS = {"nhwc": "BHWC", "tokens": "BNC"}
-PLACE = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>{'|'.join(LAYOUTS)}))?(:(?P<channels>\d+))?")
+TOKENS = r"tokens(\+(?P<prefix>\d+)(@(?P<rows>\d+)x(?P<columns>\d+))?)?"
+TOKENS_BEFORE = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens", "storage_tokens")
+"""What networks call the parameters that they put before the tokens of the image."""
+MOST_BEFORE = 32
+"""Tokens of no place that are looked for where neither recipe nor network say how many there are."""
+PLACE = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>nhwc|{TOKENS}))?(:(?P<channels>\d+))?")
 
 
 class NormParameters(NamedTuple):
@@ -36,6 +41,10 @@ class Form(NamedTuple):
     """One of LAYOUTS; None for [B, C, H, W] and for what is no map."""
     channels: int | None
     """How many the map must have, where that was said."""
+    prefixes: tuple[int, ...] = ()
+    """How many tokens may stand before those of the map, the likeliest first, where recipe or network say it."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the map's tokens, where that was said."""
 
 
 class FeatureTaps(nn.Module):
@@ -81,7 +90,8 @@ class FeatureTaps(nn.Module):
                 f"{_type(self.model)} returned a {_type(logits_BK)}, expected one tensor of logits; give a factory "
                 "whose network has no auxiliary heads"
             )
-        features = {name: self._intact(name, path, captured) for name, path in self.paths.items()}
+        image = (images_BCHW.shape[2], images_BCHW.shape[3])
+        features = {name: self._intact(name, path, captured, image) for name, path in self.paths.items()}
         if CAM in self.wanted:
             features[CAM] = self._class_activation(features["map"])
         return Outputs(logits_BK, {name: features[name] for name in self.wanted})
@@ -127,14 +137,14 @@ class FeatureTaps(nn.Module):
             )
         return nn.functional.conv2d(map_BCHW, weight_KC[..., None, None])
 
-    def _intact(self, name: str, path: str, captured: dict[str, tuple[Tensor, int]]) -> Tensor:
+    def _intact(self, name: str, path: str, captured: dict[str, tuple[Tensor, int]], image: tuple[int, int]) -> Tensor:
         if path not in captured:
             raise ValueError(f"tap {name!r}: the forward of {_type(self.model)} never called its module {path!r}")
         value, version = captured[path]
         if version != _version(value):
             raise ValueError(f"tap {name!r}: {_type(self.model)} overwrites {path!r} in place; tap another module")
         try:
-            return _as_map(value, self.forms[path])
+            return _as_map(value, self.forms[path], image)
         except ValueError as error:
             raise ValueError(f"tap {name!r}: {_type(self.model)} computes at {path!r} {error}") from None
 
@@ -146,8 +156,13 @@ class FeatureTaps(nn.Module):
                 f"stage {name!r}: {path!r} ends in {ending!r}; known are in, {', '.join(LAYOUTS)} and a number of "
                 "channels, in this order, each after a colon"
             )
-        channels = place["channels"]
-        self.forms[path] = Form(place["layout"], int(channels) if channels else None)
+        layout, channels, rows = (place["layout"] or "")[:6] or None, place["channels"], place["rows"]
+        self.forms[path] = Form(
+            layout,
+            int(channels) if channels else None,
+            (int(place["prefix"]),) if place["prefix"] else prefix_tokens(self.model),
+            (int(rows), int(place["columns"])) if rows else None,
+        )
         # Bound methods, unlike closures, follow a deep copy of this module to the copy.
         if place["input"]:
             module.register_forward_pre_hook(partial(self._keep_input, path))
@@ -209,9 +224,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def _as_map(value: Tensor, form: Form) -> Tensor:
-    """Return what is in that form as a map [B, C, H, W]; without a layout it stays as it is."""
-    map_BCHW = _turned(value, form.layout)
+def _as_map(value: Tensor, form: Form, image: tuple[int, int]) -> Tensor:
+    """Return what is in that form as a map [B, C, H, W]; without a layout it stays as it is.
+
+    ``image`` is the height and width of what the network looked at.
+    """
+    map_BCHW = _turned(value, form, image)
     if form.channels and (map_BCHW.ndim != 4 or map_BCHW.shape[1] != form.channels):
         raise ValueError(
             f"a tensor shaped {list(value.shape)}, expected {form.channels} channels; say by stages where they are, as "
@@ -220,16 +238,53 @@ def _as_map(value: Tensor, form: Form) -> Tensor:
     return map_BCHW
 
 
-def _turned(value: Tensor, layout: str | None) -> Tensor:
-    """Return [B, H, W, C] or the square part of tokens [B, N, C], whose first ones may be of no place, as a map."""
+def _turned(value: Tensor, form: Form, image: tuple[int, int]) -> Tensor:
+    """Return [B, H, W, C], or those of the tokens [B, N, C] that have a place in the image, as a map."""
+    layout = form.layout
     if layout is None:
         return value
     if value.ndim != len(LAYOUTS[layout]):
         raise ValueError(f"a tensor shaped {list(value.shape)}, and :{layout} is for [{', '.join(LAYOUTS[layout])}]")
     if layout == "nhwc":
         return value.movedim(-1, 1)
-    side = isqrt(value.shape[1])
-    return value[:, -(side * side) :].movedim(-1, 1).unflatten(2, (side, side))
+    prefix, grid = _token_grid(value.shape[1], form, image)
+    return value[:, prefix:].movedim(-1, 1).unflatten(2, grid)
+
+
+def _token_grid(count: int, form: Form, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Return how many of ``count`` tokens have no place, and the rows and columns of the others.
+
+    The map has the image's proportions unless its grid was said. Where nothing says how many have no place, they are as
+    few as leave a map of whole patches, or a map at all.
+    """
+    fitting = []
+    for prefix in form.prefixes or range(min(count, MOST_BEFORE)):
+        rows = isqrt(max(count - prefix, 0) * image[0] // image[1])
+        grid = form.grid or (rows, rows * image[1] // image[0])
+        if grid[0] * grid[1] == count - prefix > 0:
+            whole = bool(form.prefixes) or image[0] % grid[0] == image[1] % grid[1] == 0
+            fitting.append((not whole, prefix, grid))
+    if fitting:
+        _, prefix, grid = fitting[0] if form.prefixes else min(fitting)
+        return prefix, grid
+    said = f", {form.prefixes[0]} of them before the map's" if form.prefixes else ""
+    raise ValueError(
+        f"{count} tokens{said}, which are no map of an image of {image[0]} × {image[1]}; say by stages how many stand "
+        "before it, and its rows and columns, as <module path>:tokens+5@7x14"
+    )
+
+
+def prefix_tokens(model: nn.Module) -> tuple[int, ...]:
+    """Return how many tokens a network puts before those of the image, or none, before it does; () if it does not say.
+
+    It says so as timm's networks do, or by the names of its parameters [1, N, C].
+    """
+    said = getattr(model, "num_prefix_tokens", None)
+    if isinstance(said, int):
+        return (said, 0)
+    named = ((name.rpartition(".")[2], value) for name, value in model.named_parameters())
+    found = [value.shape[1] for name, value in named if name in TOKENS_BEFORE and value.ndim == 3]
+    return (sum(found), 0) if found else ()
 
 
 def _version(tensor: Tensor) -> int:

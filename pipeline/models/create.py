@@ -45,7 +45,6 @@ def create_model(name: str, num_classes: int) -> nn.Module:
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. Raises ValueError where there is no such network.
-
     """
     if name.startswith(PREFIX):
         return create_timm_model(name, num_classes)

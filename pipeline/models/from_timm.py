@@ -91,10 +91,13 @@ def timm_stages(model: nn.Module) -> Paths:
 
 def _transformer_stages(model: nn.Module, blocks: list[str]) -> Paths:
     """Name the tokens after each quarter of the blocks; the last stage ends after the network's LayerNorm."""
-    if not hasattr(model, "num_prefix_tokens"):
+    prefix: Any = getattr(model, "num_prefix_tokens", None)
+    if prefix is None:
         return {}
+    rows, columns = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
+    form = "tokens" if rows == columns else f"tokens+{prefix}@{rows}x{columns}"
     places = [*quarters(blocks)[:-1], "norm"]
-    return {f"stage{number}": f"{place}:tokens" for number, place in enumerate(places, start=1)}
+    return {f"stage{number}": f"{place}:{form}" for number, place in enumerate(places, start=1)}
 
 
 def _head(model: nn.Module) -> Paths:

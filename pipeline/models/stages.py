@@ -1,8 +1,9 @@
 """The canonical stages ``stem, stage1 … stage4, map, embedding, logits`` of a network, by module path.
 
 ``layer4`` is that module's output, ``layer4.1.relu:in`` its last call's input. An ending ``:nhwc`` says that the tensor
-has its channels last, ``:tokens`` that it is a row of tokens [N, C]; both are read as maps [C, H, W]. A number, as in
-``layer4:512``, is how many channels the map must have.
+has its channels last, ``:tokens`` that it is a row of tokens [N, C]; both are read as maps [C, H, W]. ``:tokens+5``
+says that the first 5 have no place in the image, ``:tokens+5@7x14`` into which rows and columns the others go. A
+number, as in ``layer4:512``, is how many channels the map must have.
 
 A stage's output comes after its last activation and ``.preact`` before it; they are one tensor where it ends linearly.
 ``stageN.norm`` is no tap but a module: the BatchNorm whose output ``.preact`` is, or was before a shortcut was added.
