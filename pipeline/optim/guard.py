@@ -34,6 +34,8 @@ class FiniteGuard:
         self.device = device
         self.names: list[str] = []
         self.scaler: torch.amp.GradScaler | None = None
+        self.teacher_logits: Tensor | None = None
+        """The last answer of a teacher that computes in float16; looked at only to say what was not finite."""
         self.first_step_P = torch.empty(0, dtype=torch.int64, device=device)
 
     def watch(self, losses: dict[str, Tensor], step: int | Tensor) -> None:
@@ -58,6 +60,15 @@ class FiniteGuard:
         self._note(self.first_step_P[-1:], finite, step)
         optimizer.optimizer.found_inf = (~finite[0]).float()  # type: ignore[attr-defined]
 
+    def _advice(self) -> str:
+        """Return what to do; it depends on whether it is the teacher that is not finite, or may be."""
+        advice = "lower schedule.rate, or precision: fp32"
+        if self.teacher_logits is None:
+            return advice
+        if self.teacher_logits.isfinite().all():
+            return f"{advice}; or teacher.dtype: bf16, if the teacher overflows float16"
+        return "the teacher's own logits are not finite in float16; give teacher.dtype: bf16, or fp32"
+
     def _note(self, first_step: Tensor, finite: Tensor, step: int | Tensor) -> None:
         torch.minimum(first_step, torch.where(finite, self.NEVER, step), out=first_step)
 
@@ -68,9 +79,7 @@ class FiniteGuard:
         if step < self.NEVER:
             # Parts come before the total and the gradient in the dict, so the first of the earliest step is the cause.
             name = self.names[first_steps.index(step)]
-            raise NonFiniteError(
-                f"{name} is not finite at step {step}, which touched no weight; lower schedule.rate, or precision: fp32"
-            )
+            raise NonFiniteError(f"{name} is not finite at step {step}, which touched no weight; {self._advice()}")
         if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
             raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
 

@@ -21,7 +21,7 @@ from pipeline.distributed import collectives
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.teachers.average import EMATeacher
-from pipeline.teachers.cached import AnyTeacher
+from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.training.timer import StepTimer
 
 
@@ -83,6 +83,8 @@ class Step:
         """Return the parts of the loss of a micro-batch, with ``total``, whose gradients are added up."""
         with self.timer("teacher"):
             answers = self.teacher(batch) if self.teacher else None
+        if answers and answers.logits_BK.dtype == torch.float16 and not isinstance(self.teacher, CachedTeacher):
+            self.guard.teacher_logits = answers.logits_BK
         losses = self.distiller(batch, answers, progress, self.timer)
         with self.timer.backward(losses["total"]):
             self.accelerator.backward(losses["total"])

@@ -49,3 +49,22 @@ def test_under_a_scale_that_fell_the_part_that_made_it_fall_is_named(guard: Fini
     scaled(guard, 2.0**-30)
     with pytest.raises(NonFiniteError, match=r"^kd is not finite at step 3"):
         guard.check()
+
+
+@pytest.mark.parametrize(
+    ("logits", "advice"),
+    [
+        (None, "lower schedule.rate, or precision: fp32"),
+        (tensor([1.0, INF]).half(), "the teacher's own logits are not finite in float16; give teacher.dtype: bf16, or"),
+        (tensor([torch.nan]).half(), "the teacher's own logits are not finite in float16; give teacher.dtype: bf16"),
+        (tensor([1.0]).half(), "lower schedule.rate, or precision: fp32; or teacher.dtype: bf16, if the teacher over"),
+    ],
+)
+def test_the_advice_names_the_teacher_where_it_is_or_may_be_the_cause(
+    guard: FiniteGuard, logits: torch.Tensor | None, advice: str
+):
+    guard.watch({"kd": tensor(INF)}, 1)
+    guard.teacher_logits = logits
+    with pytest.raises(NonFiniteError) as caught:
+        guard.check()
+    assert str(caught.value).partition("no weight; ")[2].startswith(advice)
