@@ -17,7 +17,8 @@ from pipeline.errors import Unfinished
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point on the command line's words; what a user can mend ends in one line and exit code 2."""
-    faulthandler.enable()  # a crash in C code, or a mapped file that somebody cut, says where it was
+    with suppress(OSError, ValueError, RuntimeError):  # where standard error is closed, or no file
+        faulthandler.enable()  # a crash in C code, or a mapped file that somebody cut, says where it was
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(sys.modules["__main__"].__doc__)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -40,7 +41,8 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     What the user or the machine got wrong is one line on stderr and exit code 2; SIGINT, SIGTERM and SIGUSR1 unwind, so
     that nothing half-written stays, and exit with 128 + the signal's number.
     """
-    faulthandler.enable()
+    with suppress(OSError, ValueError, RuntimeError):  # where standard error is closed, or no file
+        faulthandler.enable()
     for number in STOP_SIGNALS:
         signal.signal(number, _unwind)
     try:
@@ -136,7 +138,8 @@ def for_each(
 
 
 def _start_worker() -> None:
-    faulthandler.enable()
+    with suppress(OSError, ValueError, RuntimeError):  # where standard error is closed, or no file
+        faulthandler.enable()
     # A terminal and Slurm signal the whole process group; how to end is for the parent to decide.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -133,5 +133,5 @@ def _is_begun(path: Path, job: Manifest) -> bool:
         first = file.readline()
     try:
         return {"tool", "image", "classes", "plan"} <= json.loads(first).keys()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return _encoded(describe(job)).startswith(first)

@@ -59,7 +59,6 @@ def name_by_content(
     """
     begun = read_identity(folder)
     kept = _places(begun.values()) if begun else {}
-    named = _places(read_yaml(folder / RECIPE) or {}) if begun and (folder / RECIPE).is_file() else {}
     networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
     models = [network.model or (source and source.student.model) for network, source in networks]
     for (place, section), model in zip(_places(tree).items(), [recipe.student.model, *models], strict=True):
@@ -70,7 +69,7 @@ def name_by_content(
             with error_context(place):
                 found = weights_sha256(weights, model, classes, section["weights_key"])
             section |= {"weights": CONTENT + found, "weights_key": None}  # the digest says what the key chose
-        elif known and weights == named.get(place, {}).get("weights"):
+        elif known and weights == _places(read_yaml(folder / RECIPE) or {}).get(place, {}).get("weights"):
             section |= {"weights": known, "weights_key": None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,9 @@ def save_pickled(path: Path, state: dict[str, Any]) -> None:
 
 def load_pickled(path: Path) -> dict[str, Any]:
     """Return what ``save_pickled`` wrote, on the CPU; nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of another protocol than torch's: what it refuses is an error
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def file_digests(folder: Path) -> dict[str, str]:

@@ -81,10 +81,13 @@ def test_the_same_weights_elsewhere_and_in_a_wrapping_are_the_same_run(place: Pa
     assert again.digest == run.digest
 
 
+MEASURED = {"model": "cifar_resnet8", "parameters": 1, "top1": 5.0, "best_top1": 5.0, "images_per_second": 9.0}
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_finished_run_whose_weights_are_gone_is_finished_still(place: Path, name: str):
     run = begun(name)
-    (run.folder / "result.json").write_text(json.dumps({"identity": run.digest}))
+    (run.folder / "result.json").write_text(json.dumps({"identity": run.digest, **MEASURED}))
     (place / "w.pt").unlink()
     assert run_of(f"{name}.yaml").result is not None
     assert run_of(f"{name}.yaml", [moved(name)]).result is None  # not there either, and another file

@@ -193,6 +193,7 @@ def test_nothing_in_a_checkpoint_is_executed(
     without_digests(step)
     write({"state": Canary(recipes / "hatched"), "param_groups": []}, step / name)
     told = refused(run_train)
-    assert name != "optimizer.pt" or "it would call posix.mkdir, which is not data" in told
+    if (name, write) == ("optimizer.pt", torch.save):  # what torch did not write it refuses at the first byte
+        assert "it would call posix.mkdir, which is not data" in told
     follow(told, run)
     assert not (recipes / "hatched").exists()
