@@ -38,11 +38,14 @@ def read_yaml(path: Path) -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """Return what a text says. Raises YAMLError, and ValueError for numbers and dates that cannot be."""
+    """Return what a text says. Raises YAMLError, and ValueError for numbers, dates and tags that cannot be."""
     if len(text) > LONGEST:
         raise ValueError(f"more than {LONGEST:,} characters")
     _measure(text)
-    return yaml.load(text, _Yaml)
+    try:
+        return yaml.load(text, _Yaml)
+    except (AttributeError, LookupError, TypeError) as error:  # of PyYAML, as for !!timestamp before a word
+        raise ValueError("a tag such as !!bool does not fit its value; take it away") from error
 
 
 def is_plain(text: str) -> bool:

@@ -229,3 +229,12 @@ def test_a_defect_of_the_code_shows_where_it_is():
 
     with pytest.raises(RuntimeError):
         entry(defective)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp soon", "!!bool soon", "!!int soon", "!!float soon", "!!set [1]", "!!omap 1"]
+)
+def test_a_yaml_tag_that_does_not_fit_its_value(run_train: Train, recipes: Path, value: str):
+    (recipes / "tagged.yaml").write_text(f"base: ce.yaml\nepochs: {value}\n")
+    assert "tagged.yaml: " in refused(run_train, "tagged.yaml")
+    assert "epochs: " in refused(run_train, "ce.yaml", f"epochs={value}")
