@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,11 @@ def start_writing(place: Path, *words: str) -> subprocess.Popen[bytes]:
 
 def marked(folder: Path) -> int:
     """Return how many blocks are marked as written."""
-    return sum(int(np.load(file).any(axis=1).sum()) for file in folder.glob("*.sha256.npy"))
+    found = 0
+    for file in folder.glob("*.sha256.npy"):
+        with suppress(FileNotFoundError):  # a writer takes digests away of which a kill left no data
+            found += int(np.load(file).any(axis=1).sum())
+    return found
 
 
 @pytest.mark.endurance
