@@ -32,7 +32,7 @@ from pipeline.batch import rows_per_rank
 from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import binding, check_sizes, refuse_others
 from pipeline.caching.blocks import Block
-from pipeline.caching.damage import Damage, damages, mark
+from pipeline.caching.damage import Damage, damages, mark_damaged
 from pipeline.caching.size import choices, table
 from pipeline.caching.source import open_source
 from pipeline.caching.verify import differences
@@ -197,7 +197,7 @@ def verify(run: Run, config: Config, folder: Path, asked: Asked, accept: Iterabl
 def marked(cache: Cache, found: Iterable[Damage]) -> str:
     """Mark what is damaged as not written, and return what to do now."""
     try:
-        mark(cache, found)
+        mark_damaged(cache, found)
     except (OSError, ValueError) as error:  # somebody else's cache, or one that is being written
         return f"{cache.folder}: nothing is marked there ({error})"
     return f"{cache.folder}: marked as not written; the same command without --verify writes it (again)"

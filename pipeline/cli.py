@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 import torch
 
-from pipeline.errors import Unfinished
+from pipeline.errors import Unfinished, one_line
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
@@ -29,7 +29,7 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
         except Unfinished as unfinished:
             print(unfinished)
         except (ValueError, OSError, RuntimeError) as error:
-            line = _one_line(error)
+            line = _advised(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):
                 raise
             print(f"error: {line}", file=sys.stderr)
@@ -99,9 +99,9 @@ class Output:
             os.close(nowhere)
 
 
-def _one_line(error: Exception) -> str | None:
+def _advised(error: Exception) -> str | None:
     """Return what is wrong and how to mend it; None for what a user cannot mend."""
-    told = " ".join(str(error).split())
+    told = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return f"{told.partition('. ')[0]}; lower batch, or raise accumulation, which splits it"
     # Known by name: to import the compiler's errors takes a second.

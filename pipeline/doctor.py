@@ -29,6 +29,7 @@ from pipeline.diagnostics import inputs, machine, network
 from pipeline.diagnostics.result import FAIL, Finding, examined, fail, line
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch, read_launch
+from pipeline.errors import one_line
 from pipeline.runs.identity import run_folder
 from shards.manifest import MANIFEST
 
@@ -70,7 +71,7 @@ def gathered(name: str, finding: Finding) -> list[tuple[str, Finding]]:
         return collectives.gather_objects(mine)
     except RuntimeError as error:
         print(line(name, [finding], [platform.node()]))
-        lost = fail(f"the ranks lost one another: {' '.join(str(error).split())[:300]}", "see each rank's last lines")
+        lost = fail(f"the ranks lost one another: {one_line(error, 300)}", "see each rank's last lines")
         print(line(name, [lost], [platform.node()]), flush=True)
         sys.exit(1)
 

@@ -17,6 +17,11 @@ class Unfinished(Exception):
     """What was to be made was told to stop before its end; the same command continues it."""
 
 
+def one_line(error: BaseException, longest: int | None = None) -> str:
+    """Return an error's own words in one line, cut after so many characters."""
+    return " ".join(str(error).split())[:longest]
+
+
 @contextmanager
 def error_context(place: str) -> Iterator[None]:
     """Say in front of what a user got wrong inside where it was said: a file or a key."""

@@ -136,6 +136,12 @@ def _contradictions(name: str, split: Split) -> Iterator[tuple[str, str]]:
         yield "shards", "a file has no sha256"
 
 
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``folder/manifest.json`` in one atomic step: a reader sees the old one or the whole new one."""
     text = json.dumps(manifest.values(), indent=1, sort_keys=True) + "\n"

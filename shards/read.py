@@ -5,7 +5,6 @@ N samples of a split.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import resource
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.manifest import ADVICE, Manifest, Shard, Split, read_manifest
+from shards.manifest import ADVICE, Manifest, Shard, Split, read_manifest, sha256_of
 
 SPARE_FILES = 64
 """Descriptors that are left to all else in this process."""
@@ -157,9 +156,8 @@ def _prove_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes
     A process does so once for a file as it is (``stamp``): ImageNet's 51 MB take it less than a second. Nothing is
     remembered on the disk, where it would have to be proved itself. Raises ValueError, one line.
     """
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != split.samples_sha256:
-            raise ValueError(f"{path} has another sha256 than the manifest says: {ADVICE}")
+    if sha256_of(path) != split.samples_sha256:
+        raise ValueError(f"{path} has another sha256 than the manifest says: {ADVICE}")
     samples = load_samples(path)
     if len(samples) != split.samples:
         raise ValueError(f"{path} has {len(samples):,} rows, the manifest says {split.samples:,}: {ADVICE}")

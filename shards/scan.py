@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -10,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from shards.archives import DamagedArchive, Member, list_members
-from shards.manifest import Shard
+from shards.manifest import Shard, sha256_of
 from shards.read import SAMPLE_DTYPE
 from shards.write import index_entry, index_path, index_text, member_names
 
@@ -20,12 +19,6 @@ class Scan(NamedTuple):
 
     rows: np.ndarray
     index_text: str
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_on_record(path: Path, shard: Shard) -> bool:

@@ -21,10 +21,10 @@ import numpy as np
 
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_command
 from shards.jpeg import decode, ends_in_grey
-from shards.manifest import Manifest, Shard, Split, read_manifest
+from shards.manifest import Manifest, Shard, Split, read_manifest, sha256_of
 from shards.plan import Unusable
 from shards.read import SAMPLE_DTYPE, load_samples, samples_path
-from shards.scan import index_fits, scan_shard, sha256_of
+from shards.scan import index_fits, scan_shard
 from shards.write import index_path
 
 NO_ROWS = np.empty(0, SAMPLE_DTYPE)

@@ -24,7 +24,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError, error_context
+from pipeline.errors import RecipeError, error_context, one_line
 from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
@@ -173,7 +173,7 @@ def image_flops(recipe: Recipe, sources: Sequence[Recipe] = (), manifest: Manife
             parts = build_parts(recipe, sources, run_once, manifest)
             return _of_student(recipe, parts) + _of_teachers(recipe, parts)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         print(f"note: the journal will not say TFLOP/s: what this recipe computes cannot be counted ({reason})")
         return None
 

@@ -71,7 +71,7 @@ def lost_encoders(cache: Cache) -> list[str]:
     return [name for name, kind in kinds if kind.encoded and kind.encoded.sha256 and _lost_encoder(cache, name)]
 
 
-def mark(cache: Cache, found: Iterable[Damage]) -> None:
+def mark_damaged(cache: Cache, found: Iterable[Damage]) -> None:
     """Mark the damaged blocks as not written. Raises RecipeError while another process writes there, and OSError."""
     lock_folder(cache.folder)
     for damage in found:

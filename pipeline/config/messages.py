@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import Origins
-from pipeline.config.values import place
+from pipeline.config.values import said_at
 from pipeline.losses._registry import LossSpec, find_loss
 
 
@@ -22,7 +22,7 @@ def validation_message(
     for each in error.errors(include_url=False):
         found.setdefault(_key(each, tree), []).append(each)
     location, errors = next(iter(found.items()))
-    where = place(location, origins, file) if location else file
+    where = said_at(location, origins, file) if location else file
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{where}: {_explained(errors, location, kind)}{more}"
 

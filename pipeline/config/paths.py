@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.compose import composed, existing
-from pipeline.errors import ROOT, RecipeError
+from pipeline.errors import ROOT, RecipeError, one_line
 
 
 def main(words: Sequence[str]) -> None:
@@ -56,5 +56,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

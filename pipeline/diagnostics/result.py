@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pipeline.errors import one_line
+
 OK, SKIP, FAIL = "ok", "skip", "FAIL"
 _WORST_LAST = (SKIP, OK, FAIL)
 
@@ -43,7 +45,7 @@ def examined(check: Callable[[], Finding]) -> Finding:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        return fail(kind + " ".join(str(error).split())[:500], "PIPELINE_TRACEBACK=1 shows more" if kind else "")
+        return fail(kind + one_line(error, 500), "PIPELINE_TRACEBACK=1 shows more" if kind else "")
 
 
 def line(name: str, findings: Sequence[Finding], hosts: Sequence[str]) -> str:

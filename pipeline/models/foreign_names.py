@@ -37,11 +37,11 @@ def _wide_resnet(name: str) -> str:
 def _vgg(name: str) -> str:
     """Blocks are numbered from 0, the stem; in each stand convolution, BatchNorm and ReLU in one row."""
 
-    def place(match: re.Match[str]) -> str:
+    def rename(match: re.Match[str]) -> str:
         block = 0 if match[1] == "stem" else int(match[2])
         return f"block{block}.{3 * int(match[3]) + int(match[4])}."
 
-    return re.sub(r"^(stem|stage(\d))\.(\d)\.(\d)\.", place, name).replace("fc.", "classifier.")
+    return re.sub(r"^(stem|stage(\d))\.(\d)\.(\d)\.", rename, name).replace("fc.", "classifier.")
 
 
 def _mobilenet_v2(name: str) -> str:
@@ -49,7 +49,7 @@ def _mobilenet_v2(name: str) -> str:
     groups = {1: (1, 2), 2: (3,), 3: (4, 3), 4: (3, 1)}
     first = {1: 0, 2: 2, 3: 3, 4: 5}
 
-    def place(match: re.Match[str]) -> str:
+    def rename(match: re.Match[str]) -> str:
         stage, block = int(match[1]), int(match[2])
         group = first[stage]
         for length in groups[stage]:
@@ -58,7 +58,7 @@ def _mobilenet_v2(name: str) -> str:
             group, block = group + 1, block - length
         return f"blocks.{group}.{block}.conv.{3 * int(match[3]) + int(match[4])}."
 
-    name = re.sub(r"^stage(\d)\.(\d)\.layers\.(\d)\.(\d)\.", place, name)
+    name = re.sub(r"^stage(\d)\.(\d)\.layers\.(\d)\.(\d)\.", rename, name)
     return name.replace("stem.", "conv1.").replace("last.", "conv2.").replace("fc.", "classifier.0.")
 
 
@@ -71,23 +71,23 @@ def _shufflenet(name: str) -> str:
 def _shufflenet_v1(name: str) -> str:
     layers = {"squeeze": 1, "filter": 2, "widen": 3}
 
-    def place(match: re.Match[str]) -> str:
+    def rename(match: re.Match[str]) -> str:
         return f".{PAIR[int(match[2])]}{layers[match[1]]}."
 
-    return re.sub(r"\.(squeeze|filter|widen)\.(\d)\.", place, _shufflenet(name))
+    return re.sub(r"\.(squeeze|filter|widen)\.(\d)\.", rename, _shufflenet(name))
 
 
 def _shufflenet_v2(name: str) -> str:
     """Branches are numbered through; the first unit of a stage has two convolutions in its first branch."""
     layers = {"branch1": (0, 0, 1, 1), "branch2": (0, 0, None, 1, 1, 2, 2)}
 
-    def place(match: re.Match[str]) -> str:
+    def rename(match: re.Match[str]) -> str:
         unit, branch, index = match[1], match[2], int(match[3])
         number = 1 + (layers[branch][index] or 0) + (2 if unit == "0" and branch == "branch2" else 0)
         norm = index in ((1, 3) if branch == "branch1" else (1, 4, 6))
         return f".{unit}.{PAIR[norm]}{number}."
 
-    name = re.sub(r"\.(\d)\.(branch\d)\.(\d)\.", place, _shufflenet(name))
+    name = re.sub(r"\.(\d)\.(branch\d)\.(\d)\.", rename, _shufflenet(name))
     return re.sub(r"^last\.(\d)\.", lambda match: f"{PAIR[int(match[1])]}2.", name)
 
 

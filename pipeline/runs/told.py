@@ -25,10 +25,10 @@ def meet(launch: Launch, command: str, recipe: Recipe, run: Run | None = None, *
     ``words`` are the command's own. An entry point calls it before the long work of building; one rank needs nothing.
     """
     if launch.world_size > 1:
-        rendezvous.meet(launch, told=told(command, recipe, run, **words))
+        rendezvous.meet(launch, told=shared_facts(command, recipe, run, **words))
 
 
-def told(command: str, recipe: Recipe, run: Run | None = None, **words: object) -> dict[str, Any]:
+def shared_facts(command: str, recipe: Recipe, run: Run | None = None, **words: object) -> dict[str, Any]:
     """Return what must be the same on all ranks, by the names that a message gives it."""
     return {"command": command, **words, **_recipe(recipe, run), **packages(), "code (sha256)": code_digest()}
 

@@ -31,7 +31,7 @@ from pipeline.batch import Progress
 from pipeline.config.recipe import Checkpoints as Config
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, one_line
 from pipeline.losses._base import Loss
 from pipeline.models.states import load_state, read_state, state_metadata, storable
 from pipeline.optim.ema import EMA
@@ -197,7 +197,7 @@ class Checkpoints:
         except (UnwritableFile, *OF_THE_MACHINE):
             raise
         except Exception as error:
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            told = f"{type(error).__name__}: {one_line(error, 200)}"
             raise RecipeError(f"{run}: what it would save cannot be saved and loaded back ({told})") from error
 
     def _restore(self, folder: Path, world_size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, one_line
 from pipeline.models.states import state_metadata, storable
-from shards.manifest import writing
+from shards.manifest import sha256_of, writing
 
 OF_THE_MACHINE = (torch.OutOfMemoryError, torch.distributed.DistError)
 """Errors that say nothing of a file."""
@@ -33,7 +32,7 @@ def saving(path: Path, needed: int) -> Iterator[None]:
         except OF_THE_MACHINE:
             raise
         except (SafetensorError, RuntimeError) as error:
-            raise OSError(_one_line(error)) from error
+            raise OSError(_reason(error)) from error
 
 
 @contextmanager
@@ -44,7 +43,7 @@ def readable(path: Path, mend: str) -> Iterator[None]:
     except (RecipeError, *OF_THE_MACHINE):
         raise
     except Exception as error:
-        raise RecipeError(f"{path}: cannot be read ({type(error).__name__}: {_one_line(error)}); {mend}") from error
+        raise RecipeError(f"{path}: cannot be read ({type(error).__name__}: {_reason(error)}); {mend}") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], module: nn.Module | None = None) -> None:
@@ -70,7 +69,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
 def file_digests(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file in a folder and below it, by its path from there."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
 def first_damaged(folder: Path, digests: Mapping[str, str], device: torch.device) -> str | None:
@@ -88,22 +87,17 @@ def folder_bytes(folder: Path) -> int:
 
 def _is_whole(path: Path, digest: str) -> bool:
     try:
-        return _sha256(path) == digest
+        return sha256_of(path) == digest
     except OSError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bytes(tensors: Mapping[str, Any]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors.values() if isinstance(each, Tensor))
 
 
-def _one_line(error: Exception) -> str:
-    told = " ".join(str(error).split())
+def _reason(error: Exception) -> str:
+    told = one_line(error)
     # Torch advises to trust the file.
     refused = re.search(r"GLOBAL (\S+)", told) if type(error).__name__ == "UnpicklingError" else None
     return f"it would call {refused[1]}, which is not data" if refused else told[:200]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Progress
 from pipeline.distiller import Distiller
-from pipeline.errors import RecipeError, display_path
+from pipeline.errors import RecipeError, display_path, one_line
 from pipeline.optim.optimizer import keep_learning_rate_on
 from pipeline.optim.schedule import WatchedProgress
 from pipeline.training.step import Done, Step
@@ -78,8 +78,7 @@ class GraphedStep:
         device = step.accelerator.device
         self.step = step
         self.graph = Graph()
-        self.calls = self.captures = 0
-        self.captured_last = False
+        self.calls = self.captured_at = 0
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         # The optimizer's state has been restored by now: that replaces the groups and their rate.
         keep_learning_rate_on(device, step.optimizer)
@@ -92,10 +91,9 @@ class GraphedStep:
         self.calls += 1
         if self.calls <= EAGER_STEPS:
             return self.graph.run(lambda: self.step(batch, progress))
-        changed = self.constants.changed(progress) if self.captures else ["all"]
+        changed = self.constants.changed(progress) if self.captured_at else ["all"]
         if changed:
             self._capture(batch, progress, changed)
-        self.captured_last = bool(changed)
         torch._foreach_copy_(self.inputs, _tensors(batch))  # pyright: ignore[reportPrivateImportUsage]
         self.number.fill_(progress.step + 1)
         self.graph.replay()
@@ -103,9 +101,9 @@ class GraphedStep:
         return self.done
 
     def _capture(self, batch: Batch, progress: Progress, changed: list[str]) -> None:
-        if self.captured_last:
+        if self.captured_at == self.calls - 1:
             raise RecipeError(f"graph: the losses read {changed[0]}, which is another at every step; give graph=false")
-        self.captures += 1
+        self.captured_at = self.calls
         self.constants = WatchedProgress(progress)
         extra = {name: x.clone() for name, x in batch.extra.items()}
         own = Batch(batch.images_BCHW.clone(), batch.labels_B.clone(), batch.ids_B.clone(), extra)
@@ -185,10 +183,9 @@ def _explained(distiller: Distiller) -> Iterator[None]:
         first: BaseException = error
         while first.__context__ is not None:  # that the capture ended badly is raised on top of why
             first = first.__context__
-        told = " ".join(str(first).split())
         raise RecipeError(
-            f"graph: the step cannot be captured, {_where(first, distiller)}: {told[:200]}; a captured step may not "
-            f"wait for the GPU, as .item() and masks do; change that line, {ADVICE}"
+            f"graph: the step cannot be captured, {_where(first, distiller)}: {one_line(first, 200)}; a captured step "
+            f"may not wait for the GPU, as .item() and masks do; change that line, {ADVICE}"
         ) from error
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from pipeline.errors import one_line
+
 
 def begin_trackers(accelerator: Accelerator, project: str, options: dict[str, dict[str, Any]]) -> None:
     """Begin the Accelerator's trackers, each with its own ``options``; one that fails, now or later, is left out."""
@@ -46,7 +48,7 @@ def _attempt(name: str, work: Callable[[], None]) -> bool:
     try:
         work()
     except Exception as error:  # a service, its client, the network, the disk: nearly anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
         tqdm.write(f"warning: journal.trackers: {name} failed ({reason}); training goes on without it")
         return False
     return True

@@ -62,7 +62,7 @@ def told(folder: Path, *words: str, recipe: str = "ce.yaml") -> dict[str, Any]:
     """Return what a rank of a training with those words was told."""
     loaded = load_recipe(folder / recipe, words)
     run = resolve(loaded, Launch())
-    return telling.told("train", run.recipe, run)
+    return telling.shared_facts("train", run.recipe, run)
 
 
 def test_ranks_that_were_told_the_same_join(join: mock.Mock):

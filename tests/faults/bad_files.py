@@ -46,6 +46,11 @@ def hostile(random: Random) -> Hostile:
 # -- documents --------------------------------------------------------------------------------------------------------
 
 
+def going_on(what: str) -> Trial:
+    """Go on with the run that stopped halfway."""
+    return training(what, "folder=half", "stop.steps=4", recipe="ddkd.yaml")
+
+
 @kind("a manifest")
 def manifest(random: Random, folder: Path) -> Trial:
     what = spoil_document(folder / "shards" / "manifest.json", random)
@@ -62,19 +67,19 @@ def result(random: Random, folder: Path) -> Trial:
 @kind("an identity")
 def identity(random: Random, folder: Path) -> Trial:
     what = spoil_document(folder / "half" / "identity.json", random)
-    return training(what, "folder=half", "stop.steps=4", recipe="ddkd.yaml")
+    return going_on(what)
 
 
 @kind("a checkpoint's state")
 def state(random: Random, folder: Path) -> Trial:
     what = spoil_document(folder / "half" / "checkpoints" / "step-3" / "state.json", random)
-    return training(what, "folder=half", "stop.steps=4", recipe="ddkd.yaml")
+    return going_on(what)
 
 
 @kind("versions")
 def versions(random: Random, folder: Path) -> Trial:
     what = spoil_document(folder / "half" / "versions.json", random)
-    return training(what, "folder=half", "stop.steps=4", recipe="ddkd.yaml")
+    return going_on(what)
 
 
 @kind("a run's own recipe")

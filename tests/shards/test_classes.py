@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pictures import encode, pixels, tar_of, write_folders
+from pictures import encode, pixels, tar_of, write_splits
 
 from shards.classes import read_classes, without_images
 from shards.manifest import read_manifest
@@ -19,9 +19,7 @@ SMALL = ("--jobs", "1", "--samples-per-shard", "4")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    write_folders(tmp_path / "source", "train", CLASSES, 2)
-    write_folders(tmp_path / "source", "val", CLASSES, 1)
-    return tmp_path / "source"
+    return write_splits(tmp_path / "source", CLASSES, 2, 1)
 
 
 def prepare(source: Path, *options: object) -> Path:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from pictures import jpeg, write_folders
 
-from shards import read
 from shards.documents import DamagedFile
 from shards.manifest import Manifest, Split, read_manifest, write_manifest
 from shards.prepare_imagenet import main
@@ -257,7 +256,7 @@ def test_a_file_that_is_no_table_is_one_line_for_reading_and_for_verify(folder, 
 def test_a_table_is_read_once_a_process_for_its_digest_and_again_when_it_changes(folder, monkeypatch):
     digests = []
     real = hashlib.file_digest
-    monkeypatch.setattr(read.hashlib, "file_digest", lambda *args: digests.append(1) or real(*args))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: digests.append(1) or real(*args))
     for _ in range(3):
         SplitReader(folder, "train")
     assert len(digests) == 1

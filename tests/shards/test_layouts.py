@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import jpeg, tar_of, write_folders
+from pictures import jpeg, tar_of, write_folders, write_splits
 
 from shards.manifest import read_manifest
 from shards.prepare_imagenet import main
@@ -23,9 +23,7 @@ SMALL = ("--jobs", "1", "--samples-per-shard", "4")
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    write_folders(tmp_path / "plain", "train", CLASSES, 4)
-    write_folders(tmp_path / "plain", "val", CLASSES, 2)
-    return tmp_path / "plain"
+    return write_splits(tmp_path / "plain", CLASSES, 4, 2)
 
 
 def prepare(source: Path, *options: object, name: str = "out") -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encode, jpeg, pixels, tar_of, write_folders
+from pictures import encode, jpeg, pixels, tar_of, write_folders, write_splits
 from PIL import Image
 
 from shards.manifest import read_manifest
@@ -24,9 +24,7 @@ SMALL = ("--jobs", "1", "--samples-per-shard", "4")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    write_folders(tmp_path / "source", "train", CLASSES, 4)
-    write_folders(tmp_path / "source", "val", CLASSES, 2)
-    return tmp_path / "source"
+    return write_splits(tmp_path / "source", CLASSES, 4, 2)
 
 
 def prepare(source: Path, name: str, *options: object) -> Path:

@@ -48,6 +48,13 @@ def write_folders(root: Path, split: str, classes: list[str], images: int) -> di
     return files
 
 
+def write_splits(root: Path, classes: list[str], train: int, val: int) -> Path:
+    """Write both splits so, with as many images of every class; return the folder."""
+    write_folders(root, "train", classes, train)
+    write_folders(root, "val", classes, val)
+    return root
+
+
 def tar_of(files: dict[str, bytes]) -> bytes:
     """Return a tar of some files, as GNU tar would write it."""
     buffer = io.BytesIO()
