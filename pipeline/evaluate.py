@@ -34,7 +34,7 @@ from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
-from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA, check_student
 from pipeline.runs.folder import load_run
 from pipeline.runs.identity import Run, resolve, run_folder
 from pipeline.runs.told import meet
@@ -105,6 +105,7 @@ def _weights_file(name: str, folder: Path) -> Path:
     file = folder / NAMED_WEIGHTS[name] if name in NAMED_WEIGHTS else Path(name)
     if not file.is_file():
         raise RecipeError(f"weights: there is no file {file}; train the run first, or give weights=FILE")
+    check_student(file)
     return file
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from pipeline.builders.named import Named
@@ -15,7 +17,7 @@ from pipeline.models.published import published_normalization
 from pipeline.models.weights import load_weights
 from pipeline.models.weights_file import is_file
 from pipeline.runs.dependencies import finished
-from pipeline.runs.files import STUDENT
+from pipeline.runs.files import STUDENT, check_student
 from pipeline.runs.identity import Run
 
 
@@ -49,6 +51,7 @@ def load_start(start: Start, run: Run | None, student: FeatureTaps, model: str, 
         told = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
         tell("student.start", f"{weights} of {model} was trained on images of another mean and std: {told} gives them")
     with error_context("student.start"):
+        check_student(Path(weights))
         tell("student.start", load_weights(student.model, weights, model, start.weights_key))
 
 

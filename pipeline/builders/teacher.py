@@ -19,7 +19,7 @@ from pipeline.models.weights import load_weights, weights_sha256
 from pipeline.models.weights_file import is_file
 from pipeline.precision import AUTOCAST
 from pipeline.runs.dependencies import finished
-from pipeline.runs.files import IDENTITY, STUDENT
+from pipeline.runs.files import IDENTITY, STUDENT, check_student
 from pipeline.runs.identity import Run, differences
 from pipeline.runs.weights import known_by_path
 from pipeline.teachers.average import EMATeacher
@@ -127,6 +127,7 @@ def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str
     built = named.build(run.manifest.num_classes)
     named.probe(built, data.size)  # folding would run it on the same images, and not say what it cannot take
     with error_context(f"{named.place}.weights"):
+        check_student(Path(network.weights))
         note = load_weights(built.model, network.weights, named.model, network.config.weights_key)
     tell(f"{named.place}.weights", note)
     given = Normalization(data.mean, data.std)

@@ -211,6 +211,8 @@ def _quoted(key: str, text: str) -> str:
 
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
+    if not all(key.split(".")):
+        raise RecipeError(f"{COMMAND_LINE}: {word[:80]!r}: no key before the =; overrides are written key=value")
     value = read_value(key, text)
     if key.count(".") >= DEEPEST:
         raise RecipeError(f"{COMMAND_LINE}: {key[:40]}…: deeper than {DEEPEST} levels")

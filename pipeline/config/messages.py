@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import Origins
 from pipeline.config.values import said_at
-from pipeline.losses._registry import LossSpec, find_loss
+from pipeline.errors import RecipeError
+from pipeline.losses._registry import LossSpec, find_loss, known_losses
 
 
 def validation_message(
@@ -25,6 +26,26 @@ def validation_message(
     where = said_at(location, origins, file) if location else file
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{where}: {_explained(errors, location, kind)}{more}"
+
+
+def check_nulls(kind: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str) -> None:
+    """Raise RecipeError for a null at a key that ``kind`` does not have: it takes nothing away, and hides a typo."""
+    for key in origins:
+        section = _section(tree, key[:-1])
+        if key[0] == "constants" or section is None or key[-1] in section:
+            continue
+        if ":" in key[-1]:  # a user's own loss, taken away
+            continue
+        known = _known_keys(kind, key[:-1])
+        if known and key[-1] not in known:
+            raise RecipeError(f"{said_at(key, origins, file)}: {_unknown(key[-1], known)}")
+
+
+def _section(tree: Any, location: Iterable[str]) -> dict[str, Any] | None:
+    """Return the mapping at a key, None where there is none."""
+    for part in location:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None
 
 
 def _key(error: Any, tree: Any) -> tuple[str, ...]:
@@ -44,9 +65,7 @@ def _explained(errors: list[Any], location: tuple[str, ...], kind: type[BaseMode
     """Return what is wrong at a key; of several errors each is about another thing that might have stood there."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        known = sorted(_known_keys(kind, location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here are {', '.join(known)}"
+        return _unknown(location[-1], _known_keys(kind, location[:-1]))
     if first["type"] == "missing":
         return "this key is required"
     if first["type"] == "value_error":
@@ -57,8 +76,13 @@ def _explained(errors: list[Any], location: tuple[str, ...], kind: type[BaseMode
     return f"{message}, got {first['input']!r}"
 
 
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here are {', '.join(known)}"
+
+
 def _known_keys(kind: type[BaseModel], location: Iterable[str]) -> list[str]:
-    """Return the keys that may stand in the section at ``location`` of a ``kind``."""
+    """Return the keys of the section at ``location`` of a ``kind``, sorted; none where any name may stand."""
     section: Any = kind
     for part in location:
         if part.isdecimal():  # a place in a list, whose sections are all alike
@@ -66,10 +90,15 @@ def _known_keys(kind: type[BaseModel], location: Iterable[str]) -> list[str]:
         if section is LossSpec:  # what stands here is the name of a loss
             section = find_loss(part).Config
             continue
-        annotation = section.model_fields[part].annotation
+        field = next((field for name, field in section.model_fields.items() if part in (name, field.alias)), None)
+        annotation = field and field.annotation
         candidates = [each for each in (annotation, *_unpacked(annotation)) if isinstance(each, type)]
-        section = next(each for each in candidates if each is LossSpec or issubclass(each, BaseModel))
-    return [field.alias or name for name, field in section.model_fields.items()]
+        section = next((each for each in candidates if each is LossSpec or issubclass(each, BaseModel)), None)
+        if section is None:
+            return []
+    if section is LossSpec:
+        return known_losses()
+    return sorted(field.alias or name for name, field in section.model_fields.items())
 
 
 def _unpacked(annotation: Any) -> Iterator[Any]:

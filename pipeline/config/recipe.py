@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipeline.config.compose import Origins, composed, existing, networks, references
-from pipeline.config.messages import validation_message
+from pipeline.config.messages import check_nulls, validation_message
 from pipeline.config.values import check_switches, check_values
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
@@ -210,6 +210,7 @@ def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(validation_message(error, Recipe, tree, origins, display_path(path))) from None
+    check_nulls(Recipe, tree, origins, display_path(path))
     check_switches(tree, dump_recipe(recipe), origins, display_path(path))
     return recipe
 

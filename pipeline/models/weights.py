@@ -27,7 +27,6 @@ def load_weights(model: nn.Module, source: str, name: str, key: str | None = Non
     was, for what cannot be read, is of another architecture, or is no weights.
     """
     state, note = _fitted(model, source, name, key)
-    check_values(state, model, source)
     # With the network's own versions of its modules (``_metadata``), whose names and shapes these are; and its own
     # counters of batches, where there are none.
     whole = model.state_dict()
@@ -49,7 +48,9 @@ def weights_sha256(source: str, name: str, num_classes: int, key: str | None = N
 
 def _fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:
     content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source)
-    return fit(content, model, source, name, key)
+    fitted = fit(content, model, source, name, key)
+    check_values(fitted.state, model, source)
+    return fitted
 
 
 def _empty(name: str, num_classes: int) -> nn.Module:

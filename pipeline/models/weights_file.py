@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import re
 import types
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ def _read(path: Path) -> Any:
     if beginning.startswith(b"PK"):
         _check_archive(path)
     # With weights_only nothing is made of a pickle, or called, but tensors and these types.
-    with path.open("rb") as file, torch.serialization.safe_globals(_harmless()):
+    with path.open("rb") as file, torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol: what torch cannot read it refuses
         return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch looks at the ending
 
 

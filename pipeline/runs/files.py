@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from shards.documents import read_document
-from shards.manifest import write_atomically
+from shards.documents import DamagedFile, read_document
+from shards.manifest import sha256_of, write_atomically
 
 RESULT = "result.json"
 RECIPE = "recipe.yaml"
@@ -20,6 +20,7 @@ JOURNAL = "journal.jsonl"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
+STUDENT_FILES = (STUDENT, STUDENT_BEST, STUDENT_EMA)
 PREEMPTED = "preempted"
 """Left by a command that a signal ended, with all that it did saved; gone when the run goes on."""
 ANOTHER = "give folder=ANOTHER"
@@ -44,6 +45,8 @@ class Result:
     ema_top1: Percent | None = None
     epochs: NonNegativeInt = 0
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of each file of the student's weights; a run of before there were any has none."""
 
 
 class _Facts(BaseModel):
@@ -82,6 +85,27 @@ def read_identity(folder: Path) -> Identity | None:
 def read_result(folder: Path) -> Result | None:
     """Return what the finished run in a folder measured, None where it is not finished. Raises DamagedFile."""
     return _read(folder / RESULT, Result, "delete it, and the run is measured again")
+
+
+def student_sha256(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of the student's weights in a run folder."""
+    return {name: sha256_of(folder / name) for name in STUDENT_FILES if (folder / name).is_file()}
+
+
+def check_student(path: Path) -> None:
+    """Raise DamagedFile if a file of the student's weights is not what the finished run in its folder wrote.
+
+    Of a file anywhere else, and of a run that is not finished, nothing is known.
+    """
+    if not (path.parent / IDENTITY).is_file():
+        return
+    result = read_result(path.parent)
+    digest = result and result.sha256.get(path.name)
+    if digest and digest != sha256_of(path):
+        raise DamagedFile(
+            f"{path}: not the weights that this run wrote ({RESULT} has another sha256); give another file, or delete "
+            f"{RESULT} and make the run once more, which writes its last weights again"
+        )
 
 
 def read_versions(folder: Path) -> Versions | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from pipeline.runs.files import RESULT, Result, write_json
+from pipeline.runs.files import RESULT, Result, student_sha256, write_json
 from pipeline.runs.identity import Run
 from pipeline.training.checkpoint import Best
 from pipeline.training.evaluation import Accuracy
@@ -30,6 +30,7 @@ def write_result(
         ema_top1=averaged.top1 if averaged else None,
         epochs=run.recipe.epochs,
         images_per_second=round(images_per_second, 1),
+        sha256=student_sha256(run.folder),
     )
     write_json(run.folder / RESULT, asdict(result))
 

@@ -184,6 +184,34 @@ def test_a_constant_that_is_a_mapping_may_be_changed_in_part(recipe: Path, tmp_p
     assert list(load_recipe(child, ["losses.dkd=null"]).recipe.losses) == ["ce"]
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("epochz=null", "epochz: unknown key; did you mean 'epochs'?"),
+        ("epochz=", "epochz: unknown key; did you mean 'epochs'?"),
+        ("stop.hours=null", "stop.hours: unknown key; known here are epoch, minutes, steps"),
+        ("losses.kdd=null", "losses.kdd: unknown key; did you mean 'kd'?"),
+        ("losses.kd.wait=null", "losses.kd.wait: unknown key; did you mean 'weight'?"),
+        (
+            "losses.kd.ramp={linear_epochs: 2, untill: null}",
+            "losses.kd.ramp.untill: unknown key; did you mean 'until'?",
+        ),
+    ],
+)
+def test_a_null_that_takes_nothing_away_is_no_way_to_hide_a_typo(recipe: Path, tmp_path: Path, word: str, told: str):
+    assert refused(recipe, "losses.kd.temperature=4.0", word) == f"command line: {told}"
+
+
+@pytest.mark.parametrize("word", ["clip=null", "losses.dkd=null", "data.crop=", "losses={'a.b:C': null}"])
+def test_a_null_at_a_key_that_may_stand_there_is_taken(recipe: Path, word: str):
+    assert load_recipe(recipe, [word]).recipe == load_recipe(recipe).recipe
+
+
+@pytest.mark.parametrize("word", ["=", "=5", ".epochs=1", "losses..kd={}", "epochs.=3"])
+def test_an_override_without_a_key_is_refused(recipe: Path, word: str):
+    assert f"command line: {word!r}: no key before the =" in refused(recipe, word)
+
+
 def test_a_null_deletes_what_a_constant_says_too(recipe: Path, tmp_path: Path):
     (tmp_path / "method.yaml").write_text(
         "constants: {kd: {temperature: 4.0, ramp: {linear_epochs: 20}}}\nlosses: {kd: '${kd}'}\n"

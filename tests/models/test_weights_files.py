@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.models import create_model
 from pipeline.models.foreign_names import foreign_names
-from pipeline.models.weights import load_weights
+from pipeline.models.weights import load_weights, weights_sha256
 from pipeline.models.weights_file import is_file
 
 NAME = "cifar_resnet8"
@@ -303,6 +303,21 @@ def test_weights_that_no_training_leaves_are_refused(tmp_path: Path, kind: str):
     state = state_of(1)
     path = saved(tmp_path / "w.pt", state | {"conv1.weight": change(state)})
     assert told in refusal(path)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        weights_sha256(str(path), NAME, 10)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_pickle_of_any_protocol_is_read_or_refused_in_one_line(
+    tmp_path: Path, protocol: int, recwarn: pytest.WarningsRecorder
+):
+    path = tmp_path / "w.pt"
+    for content in (3, {"state_dict": None}):
+        path.write_bytes(pickle.dumps(content, protocol))
+        refusal(path)
+    torch.save(state_of(1), path)
+    assert same(load(path)[0], state_of(1))
+    assert not recwarn.list
 
 
 def test_a_variance_below_zero_is_refused_and_half_precision_is_not(tmp_path: Path):

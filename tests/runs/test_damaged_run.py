@@ -12,6 +12,7 @@ import pytest
 import training_on_ranks
 import yaml
 from one_core import one_core
+from safetensors.torch import load_file, save_file
 
 from pipeline import evaluate
 from pipeline.errors import RecipeError
@@ -136,6 +137,38 @@ def test_a_misspelt_word_is_not_laid_on_the_saved_recipe(place: Path, monkeypatc
     monkeypatch.chdir(place)
     with pytest.raises(RecipeError, match=r"^command line: batsh: unknown key; did you mean 'batch'\?$"):
         evaluate.main(["whole", "batsh=3"])
+
+
+@pytest.mark.parametrize("reads", ["evaluate", "start", "teacher"])
+def test_other_weights_under_the_name_of_the_runs_own(place: Path, reads: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    file = place / "whole" / "student.safetensors"
+    shutil.copy(file, "kept.safetensors")
+    student = load_file(file)
+    save_file({name: value + 1 if "running_var" in name else value for name, value in student.items()}, file)
+    losses = '{"ce": {}, "kd": {"temperature": 4.0}}'
+    words = {
+        "start": ("student.start={recipe: ce.yaml}", "data.seed=7"),
+        "teacher": ("teacher={recipe: ce.yaml}", f"losses={losses}"),
+    }
+    recipe = (place / "ce.yaml").read_text()
+    (place / "ce.yaml").write_text(recipe + "folder: whole\n")
+    (place / "new.yaml").write_text(recipe + "folder: new\n")
+
+    def read() -> None:
+        with one_core():
+            if reads == "evaluate":
+                with training_on_ranks.launched(0, 1):
+                    evaluate.main(["ce.yaml"])
+            else:
+                training_on_ranks.train(0, 1, place, ["new.yaml", *words[reads]])
+
+    with pytest.raises((RecipeError, DamagedFile), match=r"student\.safetensors: not the weights that this run wrote"):
+        read()
+    (place / "whole" / "result.json").unlink()
+    train(place, "whole")  # as the message says
+    assert file.read_bytes() == Path("kept.safetensors").read_bytes()
+    read()
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------
