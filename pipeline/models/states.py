@@ -7,6 +7,7 @@ by which some modules load (``torch.nn.Module._version``) stand in the file's me
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,16 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 VERSIONS = "versions"
 """Key of a file's metadata: JSON, a module's version by its path."""
+
+LENGTH = 8
+"""Bytes of the number, at the beginning of a file, that says how long its header is, a JSON text."""
+METADATA = "__metadata__"
+"""Key of the header."""
 
 
 class VersionedState(OrderedDict[str, Tensor]):
@@ -61,6 +68,19 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = rows.clone() if place in memory else rows
         memory.add(place)
     return found
+
+
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a file's bytes, the same for the same content: safetensors itself puts metadata in any order."""
+    content = save(storable(tensors), dict(metadata) or None)
+    if len(metadata) < 2:
+        return content
+    end = LENGTH + int.from_bytes(content[:LENGTH], "little")
+    header = json.loads(content[LENGTH:end])
+    header[METADATA] = dict(sorted(header[METADATA].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH)  # so that the tensors lie where memory wants them
+    return len(text).to_bytes(LENGTH, "little") + text + content[end:]
 
 
 def read_state(path: Path) -> VersionedState:

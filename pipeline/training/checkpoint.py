@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field, NonNegativeInt, TypeAdapter
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from pipeline.batch import Progress
@@ -33,7 +32,7 @@ from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, one_line
 from pipeline.losses._base import Loss
-from pipeline.models.states import load_state, read_state, state_metadata, storable
+from pipeline.models.states import file_bytes, load_state, read_state, state_metadata
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
 from pipeline.teachers.average import EMATeacher
@@ -109,9 +108,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 temporary.rename(final)
                 sync_path(self.folder)
-                for old in checkpoint_folders(self.folder)[: -self.config.keep]:
-                    # Renamed first: a name without .tmp is always a whole checkpoint.
-                    shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
+                self._prune()
             self.accelerator.wait_for_everyone()
 
     def load(self, steps_per_epoch: int, total_steps: int) -> CheckpointState:
@@ -137,9 +134,17 @@ class Checkpoints:
                 self._restore(folder, saved.world_size)
             self.bytes = folder_bytes(folder)
             state = CheckpointState(saved.progress, saved.journal_bytes)
-        if self.accelerator.is_main_process and state.progress.step < total_steps:
-            self._check_room(len(steps))
+        if self.accelerator.is_main_process:
+            self._prune()  # a command that was killed before it did so may have been the last to save
+            if state.progress.step < total_steps:
+                self._check_room(len(checkpoint_folders(self.folder)))
         return state
+
+    def _prune(self) -> None:
+        """Remove all but the last ``keep`` checkpoints."""
+        for old in checkpoint_folders(self.folder)[: -self.config.keep]:
+            # Renamed first: a name without .tmp is always a whole checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
 
     @contextmanager
     def _written(self, final: Path, state: CheckpointState) -> Iterator[Path]:
@@ -275,7 +280,7 @@ def export_student(model: nn.Module, path: Path, best: Best | None = None) -> No
     file cannot be written; the one before stays.
     """
     metadata = (state_metadata(model) or {}) | ({"best": json.dumps(asdict(best))} if best else {})
-    write_atomically(path, save(storable(model.state_dict()), metadata or None))
+    write_atomically(path, file_bytes(model.state_dict(), metadata))
 
 
 def exported_best(path: Path) -> Best:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from odd_networks import Looped, Remembering, Versioned
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.models import create_model
-from pipeline.models.states import load_state, module_versions, read_state, state_metadata, storable
+from pipeline.models.states import file_bytes, load_state, module_versions, read_state, state_metadata, storable
 from pipeline.models.weights import load_weights
 
 
@@ -53,6 +54,17 @@ def test_a_network_without_such_specialities_is_the_same_bytes_as_ever(tmp_path:
     save_file(module.state_dict(), tmp_path / "plain.safetensors")
     assert write(module, tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     assert not module_versions(module)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"best": "{}"}, {"versions": '{"":2}', "best": "70 °", "a": "\\", "b": ""}])
+def test_a_file_is_the_same_bytes_each_time_whatever_its_metadata_says(tmp_path: Path, metadata: dict[str, str]):
+    state = drawn(create_model("cifar_resnet8", 5)).state_dict()
+    content, *others = {file_bytes(state, metadata) for _ in range(20)}
+    assert not others
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
+        assert (file.metadata() or {}) == metadata
+    assert all(torch.equal(value, state[name]) for name, value in load_file(tmp_path / "w.safetensors").items())
 
 
 @pytest.mark.parametrize("name", ["mnasnet0_5", "mnasnet1_3"])

@@ -20,6 +20,7 @@ from pipeline.errors import RecipeError
 from pipeline.models.create import create_model
 from pipeline.models.weights import load_weights
 from pipeline.training import files
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.journal import trace
 from shards.manifest import UnwritableFile, write_atomically, writing
 
@@ -202,3 +203,38 @@ def test_a_last_file_that_does_not_fit_costs_a_line_and_the_run_is_finished_by_t
     assert f"runs/ce/{name}: cannot be written (No space left on device): " in str(raised.value)
     run_train("ce.yaml", "epochs=1")
     assert json.loads((recipes / "runs" / "ce" / "result.json").read_text())["top1"] is not None
+
+
+# -- as many as are to be kept -----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """A kill, at a place of the test's choice."""
+
+
+@pytest.mark.parametrize("last", [3, 5], ids=["in the middle", "at the last step"])
+def test_a_command_that_was_killed_before_it_could_prune_leaves_no_checkpoint_too_many(
+    run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch, last: int
+):
+    words, run = (*EVERY_STEP, "epochs=1", "checkpoints.keep=2"), recipes / "runs" / "ce"
+    prune = Checkpoints._prune
+
+    def killed(self: Checkpoints) -> None:
+        if (run / "checkpoints" / f"step-{last}").exists():
+            raise Killed
+        prune(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_prune", killed)
+        with pytest.raises(Killed):
+            run_train(*words)
+    assert len(names(run)) == 3
+    run_train(*words)
+    assert names(run) == ["step-4", "step-5"]
+    assert (run / "result.json").is_file()
+
+
+def test_fewer_checkpoints_are_kept_as_soon_as_the_recipe_says_so(run_train: Train, recipes: Path):
+    run_train(*EVERY_STEP, "checkpoints.keep=4", "stop.steps=4")
+    run_train(*EVERY_STEP, "checkpoints.keep=1", "stop.steps=4")
+    assert names(recipes / "runs" / "ce") == ["step-4"]
