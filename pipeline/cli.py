@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 import torch
 
-from pipeline.errors import Unfinished, one_line
+from pipeline.errors import Told, Unfinished, one_line
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
@@ -28,6 +28,8 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
             main(words)
         except Unfinished as unfinished:
             print(unfinished)
+        except Told:
+            sys.exit(2)
         except (ValueError, OSError, RuntimeError) as error:
             line = _advised(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):

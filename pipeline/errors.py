@@ -13,6 +13,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one line."""
 
 
+class Told(Exception):
+    """What a user can mend, which a process that was begun for it has said already, in one line."""
+
+
 class Unfinished(Exception):
     """What was to be made was told to stop before its end; the same command continues it."""
 

@@ -9,6 +9,15 @@ import torch
 
 from pipeline.errors import RecipeError
 
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_OF_MPI = (
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+)
+NUMBERS = (*_OF_A_RANK, *_OF_MPI, "OMP_NUM_THREADS")
+"""Variables that Accelerate, which looks at other launchers', too, takes for numbers wherever they are set."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -36,7 +45,15 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """Return what the environment says. Raises RecipeError for a rank that cannot be."""
+    """Return what the environment says. Raises RecipeError for a rank that cannot be.
+
+    An empty variable says nothing, and is taken away: Accelerate would fail on it.
+    """
+    for name in NUMBERS:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    for name in _OF_MPI:
+        number(name, 0)
     rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
     if world_size == 0:
         raise RecipeError("WORLD_SIZE is 0; it is the number of processes, 1 for a single one")

@@ -16,10 +16,13 @@ from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe, passed_on
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import refuse_lone_ranks
-from pipeline.errors import ROOT, RecipeError, Unfinished, display_path
+from pipeline.errors import ROOT, RecipeError, Told, Unfinished, display_path
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, refuse_circle, resolve
 from shards.manifest import MANIFEST
+
+USER_ERROR = 2
+"""Exit code of a command of this project that has said in one line what is wrong."""
 
 
 def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
@@ -73,11 +76,20 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch) -> None:
             "make them with the script that the head of the data set's recipe names, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
-    _execute([sys.executable, str(ROOT / script), *arguments], shlex.join(["python", script, *arguments]), launch)
+    key = f"{display_path(loaded.path)}: data.prepare"
+    if any("\0" in word for word in data.prepare) or not (ROOT / script).is_file():
+        raise RecipeError(f"{key}: there is no script {script!r}; name one such as shards/prepare_demo.py")
+    told = shlex.join(["python", script, *arguments])
+    _execute([sys.executable, str(ROOT / script), *arguments], told, launch)
+    if not (Path(data.path) / MANIFEST).is_file():
+        raise RecipeError(f"{key}: {told} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
 
 
 def _execute(command: list[str], told: str, launch: Launch) -> None:
-    """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Unfinished."""
+    """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Unfinished.
+
+    Raises Told where it said itself what is wrong, and RecipeError where it ended otherwise.
+    """
     if launch.world_size > 1:
         raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
     refuse_lone_ranks()
@@ -85,6 +97,8 @@ def _execute(command: list[str], told: str, launch: Launch) -> None:
     status = _status(command)
     if signals.given():
         raise Unfinished(f"{told} was stopped before its end; the same command continues")
+    if status == USER_ERROR:
+        raise Told(told)
     if status != 0:
         raise RecipeError(f"this run stands on another that ended with exit code {status}: {told}")
 

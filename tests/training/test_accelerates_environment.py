@@ -8,6 +8,7 @@ from typing import NoReturn
 import pytest
 import torch
 
+from pipeline.distributed.launcher import NUMBERS
 from pipeline.errors import RecipeError
 from pipeline.training.accelerator import FOREIGN
 
@@ -50,4 +51,19 @@ def test_what_is_not_done_here_is_refused_in_one_line(run_train: Train, monkeypa
 def test_a_device_beside_the_recipe_is_refused_in_one_line(run_train: Train, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "nowhere")
     with pytest.raises(RecipeError, match="ACCELERATE_TORCH_DEVICE=nowhere: unset it"):
+        run_train("ce.yaml", "stop.steps=1")
+
+
+def test_empty_variables_of_any_launcher_say_nothing(run_train: Train, monkeypatch: pytest.MonkeyPatch):
+    for name in NUMBERS:
+        monkeypatch.setenv(name, "")
+    run_train("ce.yaml", "stop.steps=1")
+
+
+@pytest.mark.parametrize("name", ["PMI_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALRANKID"])
+def test_a_variable_of_another_launcher_that_is_no_number_is_named(
+    run_train: Train, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(RecipeError, match=f"^{name} is 'x', not a number$"):
         run_train("ce.yaml", "stop.steps=1")
