@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.foreign_names import foreign_names
+from pipeline.models.from_timm import PREFIX, timms_own
 from pipeline.models.weights_file import ADVICE, mappings
 
 COUNTER = "num_batches_tracked"
@@ -59,7 +60,7 @@ def fit(content: Any, model: nn.Module, source: str, name: str, key: str | None 
     fitting = [each for each in found if not _misfits(each.state, wanted)]
     if not fitting:
         nearest = max(found, key=lambda each: (len(each.state.keys() & wanted.keys()), -len(each.state)))
-        state = _own_way(model, nearest.state)
+        state = _own_way(model, nearest.state) or _timms_way(model, nearest.state, name)
         if state is None:
             raise ValueError(_refusal(nearest.state, wanted, source, name))
         fitting = [nearest._replace(state=state)]
@@ -112,6 +113,19 @@ def _own_way(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         return None
     loaded = {name: value for name, value in empty.state_dict().items() if isinstance(value, Tensor)}
     return {name: value for name, value in loaded.items() if not value.is_meta}
+
+
+def _timms_way(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
+    """Return what timm makes of a state dict, by the filter that it has for a network; None where that does not fit."""
+    if not name.startswith(PREFIX):
+        return None
+    wanted = model.state_dict()
+    try:
+        with torch.random.fork_rng(), torch.device("cpu"):
+            found = timms_own(name, int(getattr(model, "num_classes", 0)), state)
+    except Exception:  # of what is no state dict that it knows, a filter raises nearly anything
+        return None
+    return None if _misfits(dict(found), wanted) else dict(found)
 
 
 def _chosen(fitting: list[Found], source: str, key: str | None) -> Fitted:

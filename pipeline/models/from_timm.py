@@ -44,6 +44,20 @@ def timm_weights(name: str, tag: str) -> Mapping[str, Tensor]:
         raise ValueError(f"{tag} of {name}: no weights ({reason}); give a file") from error
 
 
+def timms_own(name: str, num_classes: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what timm makes of a state dict that it knows: an older one of its own, or the authors' of a network.
+
+    Raises whatever timm does where it knows none such, and RuntimeError where a tensor is missing, left over or of
+    another shape.
+    """
+    # The state as one of its published: that alone asks the network's own filter. Told their number of classes, timm
+    # leaves the head as it is.
+    told = {"state_dict": dict(state), "num_classes": num_classes, "label_offset": 0, "custom_load": False}
+    short = name.removeprefix(PREFIX)
+    model = _timm(name).create_model(short, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=told)
+    return model.state_dict()
+
+
 def timm_normalization(name: str, tag: str) -> Any:
     """Return what has ``mean`` and ``std`` of the images that timm's published weights expect.
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.features.names import tap_names
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model, from_timm
 from pipeline.models.folding import fold_batchnorms
 from pipeline.models.stages import stages
-from pipeline.models.weights import load_weights
+from pipeline.models.weights import load_weights, weights_sha256
 
 
 @pytest.fixture
@@ -195,3 +198,67 @@ def test_a_frozen_copy_keeps_the_activation_inside_its_batchnorms():
         before = model(images)
         fold_batchnorms(model, images)
         torch.testing.assert_close(model(images), before, rtol=1e-9, atol=1e-9)
+
+
+# -- checkpoints under the names of a network's authors, or of an older timm ------------------------------------------
+
+
+def _authors_convnext(name: str) -> str:
+    name = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", name).replace(
+        "stem.", "downsample_layers.0."
+    )
+    name = re.sub(r"^(stages\.\d)\.blocks\.", r"\1.", name).replace("head.fc.", "head.").replace("head.norm.", "norm.")
+    return name.replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
+
+
+def _older_densenet(name: str) -> str:
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name)
+
+
+OLDER = {"timm/convnext_atto": _authors_convnext, "timm/densenet121": _older_densenet}
+
+
+def older(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a network's state and the same under the names that its family had once; BatchNorms count no batches."""
+    torch.manual_seed(1)
+    state = {key: value for key, value in create_model(name, 7).state_dict().items() if "num_batches" not in key}
+    renamed = {OLDER[name](key): value for key, value in state.items()}
+    assert renamed.keys() != state.keys()
+    return state, renamed
+
+
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("name", OLDER)
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "epoch": 3}], ids=["bare", "in"])
+def test_weights_under_names_that_timm_itself_translates_load_and_are_the_same_weights(
+    tmp_path: Path, name: str, wrap: Callable[[dict[str, Tensor]], object]
+):
+    state, renamed = older(name)
+    torch.save(wrap(renamed), tmp_path / "older.pt")
+    torch.save(create_model(name, 7).state_dict() | state, tmp_path / "now.pt")
+    model = create_model(name, 7)
+    load_weights(model, str(tmp_path / "older.pt"), name)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    digests = {weights_sha256(str(tmp_path / file), name, 7) for file in ("older.pt", "now.pt")}
+    assert len(digests) == 1
+
+
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("spoil", ["lacking", "more", "classes", "another network"])
+def test_what_timm_cannot_translate_whole_is_refused_and_nothing_is_left_at_random(tmp_path: Path, spoil: str):
+    name = "timm/convnext_atto"
+    _, state = older(name)
+    if spoil == "lacking":
+        state = {key: value for key, value in state.items() if "stages.2.1." not in key}
+    elif spoil == "more":
+        state["stages.9.0.gamma"] = torch.ones(3)
+    elif spoil == "classes":
+        state |= {"head.weight": state["head.weight"][:5], "head.bias": state["head.bias"][:5]}
+    else:
+        _, state = older("timm/densenet121")
+    torch.save(state, tmp_path / "older.pt")
+    model = create_model(name, 7)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"older\.pt: weights of another architecture than timm/convnext_atto: "):
+        load_weights(model, str(tmp_path / "older.pt"), name)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
