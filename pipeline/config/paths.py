@@ -31,7 +31,8 @@ def main(words: Sequence[str]) -> None:
     if not shards:
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")
     print(shards)
-    folder = _text(tree, recipes[0], "folder") or default_folder(path, tree.get("seed", 0))
+    folder = default_folder(path, _seed(tree, recipes[0]))
+    folder = _text(tree, recipes[0], "folder") or folder
     print(folder)
     print(_text(tree, recipes[0], "teacher", "cache") or folder)
 
@@ -43,6 +44,14 @@ def _text(tree: Any, file: str, *key: str) -> str | None:
     if tree is None or (isinstance(tree, str) and "\n" not in tree):
         return tree
     raise RecipeError(f"{file}: {'.'.join(key)}: expected one line of text, got {tree!r}; write it in quotes")
+
+
+def _seed(tree: Any, file: str) -> int:
+    """Return the seed. Raises RecipeError where it is none: a job would begin its tasks, and each would say so."""
+    seed = tree.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise RecipeError(f"{file}: seed: expected a whole number from 0 to {2**64 - 1}, got {seed!r}")
+    return seed
 
 
 def default_folder(path: Path, seed: int) -> Path:

@@ -38,6 +38,14 @@ def test_without_a_recipe_there_are_none():
         paths.main(["seed=1"])
 
 
+@pytest.mark.parametrize("seed", ["abc", "1.5", "true", "-1", "[1]", str(2**64)])
+def test_a_seed_that_is_none_is_said_before_tasks_begin_as_training_would(seed: str):
+    with pytest.raises(RecipeError, match=r"^configs/demo\.yaml: seed: expected a whole number from 0 to 1844"):
+        paths.main(["configs/demo.yaml", f"seed={seed}", "folder=runs/own"])
+    with pytest.raises(RecipeError, match="seed"):
+        load_recipe("configs/demo.yaml", [f"seed={seed}"])
+
+
 @pytest.mark.parametrize(
     ("module", "light"),
     [
