@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import Recipe, dump_recipe
@@ -25,7 +27,24 @@ def meet(launch: Launch, command: str, recipe: Recipe, run: Run | None = None, *
     ``words`` are the command's own. An entry point calls it before the long work of building; one rank needs nothing.
     """
     if launch.world_size > 1:
-        rendezvous.meet(launch, told=shared_facts(command, recipe, run, **words))
+        rendezvous.meet(launch, told={**shared_facts(command, recipe, run, **words), **_deepspeed(launch)})
+
+
+def _deepspeed(launch: Launch) -> dict[str, Any]:
+    """Return whether DeepSpeed was asked for, and its settings by key; what is no mapping of keys stands whole."""
+    if not launch.use_deepspeed:
+        return {"ACCELERATE_USE_DEEPSPEED": False}
+    name = launch.deepspeed_file or ""
+    path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
+    text = path.read_text(errors="replace") if path else f"no file {name}"
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        told = text
+    found = {"ACCELERATE_USE_DEEPSPEED": True, "ACCELERATE_DEEPSPEED_CONFIG_FILE": told}
+    if isinstance(told, dict):
+        found |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "settings", "DeepSpeed": told}
+    return found
 
 
 def shared_facts(command: str, recipe: Recipe, run: Run | None = None, **words: object) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -23,6 +24,8 @@ from pipeline.runs import told as telling
 from pipeline.runs.identity import resolve
 
 LAUNCHERS = (*rendezvous.DIRECT, *rendezvous.TASKS, "GROUP_WORLD_SIZE", rendezvous.SECONDS)
+FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+Z2 = {"zero_optimization": {"stage": 2}}
 ADVICE = "; start all ranks with the same command, shards, code and packages"
 
 
@@ -137,6 +140,44 @@ def test_other_code_and_other_packages_are_a_difference(recipes: Path, monkeypat
     monkeypatch.setattr(telling, "packages", lambda: {"torch": "2.0"})
     other = told(recipes)
     assert {key for key in mine if mine[key] != other.get(key)} >= {"torch", "code (sha256)"}
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "said"),
+    [
+        (Z2, Z2, "met"),
+        (Z2, {"zero_optimization": {"stage": 3}}, "DeepSpeed.zero_optimization.stage is 3 here and 2 on rank 0"),
+        (Z2, Z2 | {"wall_clock_breakdown": True}, "DeepSpeed.wall_clock_breakdown is true here and nothing on rank 0"),
+        (Z2, None, "ACCELERATE_USE_DEEPSPEED is false here and true on rank 0"),
+        (None, Z2, "ACCELERATE_USE_DEEPSPEED is true here and false on rank 0"),
+        (Z2, [], f'{FILE} is [] here and "settings" on rank 0'),
+        (Z2, "gone", f'{FILE} is "no file gone.json" here and "settings" on rank 0'),
+    ],
+)
+def test_ranks_with_other_settings_of_deepspeed_do_not_join(
+    recipes: Path, join: mock.Mock, first: object, other: object, said: str
+):
+    def launch(rank: int, settings: object) -> Launch:
+        path = recipes / f"zero{rank}.json"
+        if settings != "gone":
+            path.write_text(json.dumps(settings))
+        name = "gone.json" if settings == "gone" else str(path)
+        on = settings is not None
+        return Launch(rank, 2, rank, use_cpu=not on, use_deepspeed=on, deepspeed_file=name if on else None)
+
+    recipe = load_recipe(recipes / "ce.yaml").recipe
+
+    def meet(rank: int, settings: object) -> str:
+        try:
+            telling.meet(launch(rank, settings), "train", recipe)
+        except ValueError as error:
+            return str(error)
+        return "met"
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(meet, range(2), (first, other)))
+    assert ends[0] == ends[1]
+    assert said in ends[0]
 
 
 def test_two_processes_of_which_one_was_given_another_seed_end_in_that_line_and_train_nothing(recipes: Path):
