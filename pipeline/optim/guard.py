@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +35,11 @@ class FiniteGuard:
         self.device = device
         self.names: list[str] = []
         self.scaler: torch.amp.GradScaler | None = None
-        self.teacher_logits: Tensor | None = None
-        """The last answer of a teacher that computes in float16; looked at only to say what was not finite."""
+        self.half_answers: Mapping[tuple[str, str], Tensor] = {}
+        """What the teacher's networks that compute in float16 answered last, by key and name (``half_answers``).
+
+        Looked at only to say what was not finite.
+        """
         self.first_step_P = torch.empty(0, dtype=torch.int64, device=device)
 
     def watch(self, losses: dict[str, Tensor], step: int | Tensor) -> None:
@@ -63,11 +67,11 @@ class FiniteGuard:
     def _advice(self) -> str:
         """Return what to do; it depends on whether it is the teacher that is not finite, or may be."""
         advice = "lower schedule.rate, or precision: fp32"
-        if self.teacher_logits is None:
-            return advice
-        if self.teacher_logits.isfinite().all():
-            return f"{advice}; or teacher.dtype: bf16, if the teacher overflows float16"
-        return "the teacher's own logits are not finite in float16; give teacher.dtype: bf16, or fp32"
+        for (key, name), value in self.half_answers.items():
+            if not value.isfinite().all():
+                return f"the teacher's own {name} are not finite in float16; give {key}.dtype: bf16, or fp32"
+        keys = dict.fromkeys(f"{key}.dtype: bf16" for key, _ in self.half_answers)
+        return f"{advice}; or {', '.join(keys)}, if the teacher overflows float16" if keys else advice
 
     def _note(self, first_step: Tensor, finite: Tensor, step: int | Tensor) -> None:
         torch.minimum(first_step, torch.where(finite, self.NEVER, step), out=first_step)

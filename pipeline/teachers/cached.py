@@ -88,3 +88,19 @@ class CachedTeacher(nn.Module):
 
 AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher
 """What answers as a teacher: ``teacher(batch)``, its ``shapes`` and its ``norms``."""
+
+
+def half_answers(teacher: AnyTeacher, answers: Outputs) -> dict[tuple[str, str], Tensor]:
+    """Return what a teacher's networks answered last in float16, by the recipe's key of each and what it is.
+
+    ``answers`` are what the teacher made of it. What a cache holds was finite when it was written, and is left out.
+    """
+    network, taps, asks_logits = teacher, [*answers.features], True
+    if isinstance(teacher, CachedTeacher):
+        network, taps, asks_logits = teacher.live, teacher.asked, LOGITS not in teacher.kinds
+    members = network.member_logits if isinstance(network, TeacherEnsemble) else None
+    keys = ["teacher"] if members is None else [f"teacher.members.{number}" for number in range(len(members))]
+    logits = [answers.logits_BK] if members is None else members
+    found = {(key, "logits"): value for key, value in zip(keys, logits, strict=True) if asks_logits}
+    found |= {(keys[0], f"features ({tap})"): answers.features[tap] for tap in taps}
+    return {place: value for place, value in found.items() if value.dtype == torch.float16 and network is not None}

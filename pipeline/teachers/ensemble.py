@@ -25,6 +25,8 @@ class TeacherEnsemble(nn.Module):
         self.combine = combine
         self.temperature = temperature
         self.norms = members[0].norms
+        self.member_logits: list[Tensor] = []
+        """What each member answered last, in its own precision."""
 
     @property
     def taps(self) -> FeatureTaps:
@@ -38,6 +40,7 @@ class TeacherEnsemble(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         """Return the mixture in at least float32, and the first member's features."""
         first, *others = (member(batch) for member in self.members)
+        self.member_logits = [answer.logits_BK for answer in (first, *others)]
         logits_MBK = torch.stack([promoted(answer).logits_BK for answer in (first, *others)])
         weights_MB = member_weights(logits_MBK, batch.labels_B, self.combine)
         log_p_MBK = (logits_MBK / self.temperature).log_softmax(2) + weights_MB.log().unsqueeze(2)

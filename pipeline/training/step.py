@@ -21,7 +21,7 @@ from pipeline.distributed import collectives
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.teachers.average import EMATeacher
-from pipeline.teachers.cached import AnyTeacher, CachedTeacher
+from pipeline.teachers.cached import AnyTeacher, half_answers
 from pipeline.training.timer import StepTimer
 
 
@@ -81,10 +81,11 @@ class Step:
 
     def _forward_backward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of the loss of a micro-batch, with ``total``, whose gradients are added up."""
+        self.guard.half_answers = {}  # whose memory the next ones may take
         with self.timer("teacher"):
             answers = self.teacher(batch) if self.teacher else None
-        if answers and answers.logits_BK.dtype == torch.float16 and not isinstance(self.teacher, CachedTeacher):
-            self.guard.teacher_logits = answers.logits_BK
+        if self.teacher and answers:
+            self.guard.half_answers = half_answers(self.teacher, answers)
         losses = self.distiller(batch, answers, progress, self.timer)
         with self.timer.backward(losses["total"]):
             self.accelerator.backward(losses["total"])

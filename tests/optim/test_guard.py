@@ -51,20 +51,32 @@ def test_under_a_scale_that_fell_the_part_that_made_it_fall_is_named(guard: Fini
         guard.check()
 
 
+OWN = ("teacher", "logits")
+
+
 @pytest.mark.parametrize(
-    ("logits", "advice"),
+    ("answers", "advice"),
     [
-        (None, "lower schedule.rate, or precision: fp32"),
-        (tensor([1.0, INF]).half(), "the teacher's own logits are not finite in float16; give teacher.dtype: bf16, or"),
-        (tensor([torch.nan]).half(), "the teacher's own logits are not finite in float16; give teacher.dtype: bf16"),
-        (tensor([1.0]).half(), "lower schedule.rate, or precision: fp32; or teacher.dtype: bf16, if the teacher over"),
+        ({}, "lower schedule.rate, or precision: fp32"),
+        ({OWN: tensor([1.0, INF])}, "the teacher's own logits are not finite in float16; give teacher.dtype: bf16, or"),
+        ({OWN: tensor([torch.nan])}, "the teacher's own logits are not finite in float16; give teacher.dtype: bf16"),
+        ({OWN: tensor([1.0])}, "lower schedule.rate, or precision: fp32; or teacher.dtype: bf16, if the teacher over"),
+        ({OWN: tensor([1.0]), ("teacher", "features (last)"): tensor([INF])}, "the teacher's own features (last) are"),
+        (
+            {OWN: tensor([1.0]), ("teacher.members.1", "logits"): tensor([INF])},
+            "the teacher's own logits are not finite in float16; give teacher.members.1.dtype: bf16, or fp32",
+        ),
+        (
+            {("teacher.members.0", "logits"): tensor([1.0]), ("teacher.members.2", "logits"): tensor([1.0])},
+            "lower schedule.rate, or precision: fp32; or teacher.members.0.dtype: bf16, teacher.members.2.dtype: ",
+        ),
     ],
 )
 def test_the_advice_names_the_teacher_where_it_is_or_may_be_the_cause(
-    guard: FiniteGuard, logits: torch.Tensor | None, advice: str
+    guard: FiniteGuard, answers: dict[tuple[str, str], torch.Tensor], advice: str
 ):
     guard.watch({"kd": tensor(INF)}, 1)
-    guard.teacher_logits = logits
+    guard.half_answers = {place: value.half() for place, value in answers.items()}
     with pytest.raises(NonFiniteError) as caught:
         guard.check()
     assert str(caught.value).partition("no weight; ")[2].startswith(advice)
