@@ -112,6 +112,21 @@ def test_both_nodes_train_as_one_world_from_their_own_disks(whole: Path, place: 
     assert (whole / "result.json").exists()
 
 
+def test_a_job_without_the_environment_of_sbatch_is_the_same(
+    slurm: PrivateSlurm, submit: Submit, place: Path, checkout: Path
+):
+    (checkout / ".venv").symlink_to(sys.prefix)  # nobody tells it of another Python
+    try:
+        job = submit("bare", "--export=NONE", epochs=1)
+        slurm.wait_for_end(job, 240)
+    finally:
+        (checkout / ".venv").unlink()
+    log = (place / "bare.log").read_text()
+    assert slurm.job(job)["JobState"] == "COMPLETED", log
+    assert "on 2 nodes, 2 ranks, which meet at " in log
+    assert (place / "bare" / "result.json").exists()
+
+
 @pytest.mark.endurance
 def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     slurm: PrivateSlurm, submit: Submit, place: Path, whole: Path
