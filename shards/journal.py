@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from shards.documents import parse_document
-from shards.manifest import MANIFEST, LeftOut, Manifest, Shard
+from shards.manifest import MANIFEST, LeftOut, Manifest, Shard, writing
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Journal:
             self._lock()
             self.records = self._read(job)
         except BaseException:
-            self._file.close()
+            self.__exit__(None, None, None)
             raise
 
     def append(self, record: Record) -> None:
@@ -53,7 +54,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk, which refuses what is still in the buffer
+            self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -79,9 +81,11 @@ class Journal:
         return parse_document(line, f"{self.path}: line {number}", schema, advice)
 
     def _write_line(self, values: dict[str, Any]) -> None:
-        self._file.write(_encoded(values))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = _encoded(values)
+        with writing(self.path, len(line)):
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def describe(job: Manifest) -> dict[str, Any]:

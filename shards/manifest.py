@@ -149,17 +149,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 class UnwritableFile(OSError):
-    """A file that cannot be written; the message names it, what it takes, the room there is and what to do."""
+    """A file that cannot be written; the message names it, what it takes, the room there is and what to do.
 
-    def __init__(self, path: Path, reason: str, needed: int, free: int | None, *, full: bool) -> None:
-        takes = f"{needed:,} bytes are needed" if needed else "its size is not known yet"
-        there = f"{free:,} are free there" if free is not None else "how many are free is not known"
-        if full and free is not None and free >= needed:
-            there += ", unless a quota says less"
-        advice = "make room there" if full else "mend that"
-        super().__init__(
-            f"{path}: cannot be written ({reason}): {takes}, {there}; {advice}, and the same command goes on"
-        )
+    It has nothing but its message, so that it can come out of a worker process.
+    """
+
+
+def unwritable(path: Path, needed: int, free: int | None, error: OSError) -> UnwritableFile:
+    """Return the error of a file, or a folder, that takes ``needed`` bytes where ``free`` are; 0 if nobody knows."""
+    # A library's own error has no number, and is nearly always this one.
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+    takes = f"{needed:,} bytes are needed" if needed else "its size is not known yet"
+    there = f"{free:,} are free there" if free is not None else "how many are free is not known"
+    if full and free is not None and free >= needed:
+        there += ", unless a quota says less"
+    reason, advice = error.strerror or str(error), "make room there" if full else "mend that"
+    return UnwritableFile(
+        f"{path}: cannot be written ({reason}): {takes}, {there}; {advice}, and the same command goes on"
+    )
 
 
 @contextmanager
@@ -170,15 +177,13 @@ def writing(path: Path, needed: int) -> Iterator[None]:
     """
     free = free_bytes(path.parent)
     if free is not None and free < needed:
-        raise UnwritableFile(path, os.strerror(errno.ENOSPC), needed, free, full=True)
+        raise unwritable(path, needed, free, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     try:
         yield
     except UnwritableFile:
         raise
     except OSError as error:
-        # A library's own error has no number, and is nearly always this one.
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
-        raise UnwritableFile(path, error.strerror or str(error), needed, free, full=full) from error
+        raise unwritable(path, needed, free, error) from error
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -12,12 +12,13 @@ import io
 import os
 import struct
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from shards.manifest import Shard, sync_path, write_atomically
+from shards.manifest import Shard, free_bytes, sync_path, unwritable, write_atomically, writing
 from shards.read import SAMPLE_DTYPE, samples_path
 
 MAX_LABEL = 9_999
@@ -29,14 +30,16 @@ _BLOCK = tarfile.BLOCKSIZE
 class ShardWriter:
     """Write one tar and its index under temporary names; ``close`` flushes them and gives them their own.
 
-    As a context manager it leaves nothing behind, unless it was closed.
+    As a context manager it leaves nothing behind, unless it was closed. Whatever writes raises UnwritableFile where the
+    disk does not take it.
     """
 
     def __init__(self, path: Path, image: str) -> None:
         self.path = path
         self.image = image
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("wb")
+        with writing(path, 0):
+            self._file = self._temporary.open("wb")
         self._hash = hashlib.sha256()
         self._offset = 0
         self._index: list[str] = []
@@ -56,12 +59,14 @@ class ShardWriter:
     def close(self) -> tuple[Shard, np.ndarray]:
         """Finish the tar and return its record and its rows of the sample table (``shard`` is 0 in them)."""
         self._write(bytes(2 * _BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with writing(self.path, 0):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         write_atomically(index_path(self.path), index_text(self._index).encode("ascii"))
-        self._temporary.rename(self.path)
-        sync_path(self.path.parent)
+        with writing(self.path, 0):
+            self._temporary.rename(self.path)
+            sync_path(self.path.parent)
         shard = Shard(self.path.name, len(self._rows), self._offset, self._hash.hexdigest())
         return shard, np.array(self._rows, SAMPLE_DTYPE)
 
@@ -71,7 +76,8 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk, which refuses what is still in the buffer
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _add_member(self, name: str, content: bytes) -> str:
@@ -84,7 +90,10 @@ class ShardWriter:
         return entry
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise unwritable(self.path, 0, free_bytes(self.path.parent), error) from error
         self._hash.update(content)
         self._offset += len(content)
 
