@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> None:
     target, overrides = split_words(words)
     folder = target if target.is_dir() else None
     loaded = load_run(folder, overrides) if folder else load_recipe(target, overrides)
-    prepare_shards(loaded, launch)
+    prepare_shards(loaded, launch, trusted=folder is None)  # what lies in a run folder runs nothing
     recipe = loaded.recipe
     teacher = _asked_teacher(recipe.teacher) if asked.agreement else None
     weights = _weights_file(asked.weights, folder or run_folder(loaded))

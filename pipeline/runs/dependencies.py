@@ -65,12 +65,12 @@ def _make(run: Run, above: Recipe, path: str, launch: Launch) -> None:
         raise Unfinished(f"{told} was stopped before its end; the same command continues")
 
 
-def prepare_shards(loaded: LoadedRecipe, launch: Launch) -> None:
-    """Run ``data.prepare`` if ``data.path`` has no manifest."""
+def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True) -> None:
+    """Run ``data.prepare`` if ``data.path`` has no manifest; that of a recipe which is not ``trusted`` is an error."""
     data = loaded.recipe.data
     if (Path(data.path) / MANIFEST).is_file():
         return
-    if not data.prepare:
+    if not (data.prepare and trusted):
         raise RecipeError(
             f"{display_path(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
             "make them with the script that the head of the data set's recipe names, or give data.path=FOLDER"

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline import train
+from pipeline import evaluate, train
 from pipeline.cli import entry
+from pipeline.errors import RecipeError
 from pipeline.runs import dependencies
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -65,6 +67,19 @@ def test_a_preparation_that_makes_no_shards_is_one_line(
     line = refusal(monkeypatch, capfd, *words)
     assert line.startswith("error: ")
     assert told in line
+
+
+def test_what_a_run_folder_says_of_a_preparation_is_not_run(place: Path):
+    run = place / "runs" / "given"
+    run.mkdir(parents=True)
+    script = run / "script.py"
+    script.write_text(f"open({str(place / 'canary')!r}, 'w')\n")
+    recipe = yaml.safe_load((place / "ce.yaml").read_text())
+    recipe["data"] |= {"path": "gone", "prepare": [str(script)]}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=r"data\.path: there are no shards in 'gone' .* or give data\.path=FOLDER$"):
+        evaluate.main([str(run)])
+    assert not (place / "canary").exists()
 
 
 @pytest.mark.parametrize("code", [1, -signal.SIGKILL])
