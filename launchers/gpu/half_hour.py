@@ -9,10 +9,10 @@ Own words: ``out=runs/half_hour``; ``minutes=8.5``, the longest that each of the
 shards of CIFAR-100, and ``weights=FILE``, a ResNet-56 that knows them; ``jpegs=FOLDER``, shards of real photographs.
 What is not given is drawn: enough to see that it runs and how quick it is.
 
-A stage is a process of its own with a time limit, and cannot stop the next. Its result is on disk before the next
-begins; the same command goes on where it was stopped, and skips what has passed. ``out/summary.md`` says how each
-ended, ``out/benchmarks.md`` holds the tables for BENCHMARKS.md, ``out/cells.yaml`` the lines for
-``configs/tables.yaml``. Exit code 1 if a stage failed or had no time.
+A stage is a process of its own with a time limit, five times as long in a rehearsal, and cannot stop the next. Its
+result is on disk before the next begins; the same command goes on where it was stopped, and skips what has passed.
+``out/summary.md`` says how each ended, ``out/benchmarks.md`` holds the tables for BENCHMARKS.md, ``out/cells.yaml`` the
+lines for ``configs/tables.yaml``. Exit code 1 if a stage failed or had no time.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run_command(command: int, stages: Sequence[Stage], options: Options) -> list
         result = read_result(folder)
         if result is None or not result.passed or stage.goes_on:
             if left >= LEAST:
-                result = run_stage(stage, folder, min(stage.seconds, left))
+                result = run_stage(stage, folder, min(options.patience * stage.seconds, left))
             else:
                 result = write_result(folder, Result.out_of_time(stage))
         print(result, flush=True)

@@ -44,6 +44,11 @@ class Options(BaseModel):
         return 64 if self.rehearse else 224
 
     @property
+    def patience(self) -> int:
+        """How often a stage may take its seconds: a rehearsal's machine may be a slow one, or busy."""
+        return 5 if self.rehearse else 1
+
+    @property
     def inputs(self) -> Path:
         """Where what was drawn lies."""
         return self.out / "inputs"

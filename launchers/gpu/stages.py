@@ -124,7 +124,7 @@ def _quick(options: Options) -> list[Stage]:
         eager = bench(name, seconds, "step", recipe, *words, "graph=false")
         return [eager, bench(f"{name}-graph", seconds, "step", recipe, *words, graph)]
 
-    stages = [s for m in small for s in both_ways(f"cifar-{m}", 40, f"{PAIR}/{m}", *cifar_words(options, m))]
+    stages = [s for m in small for s in both_ways(f"cifar-{m}", 40, f"{PAIR}/{m}", *short_run(options, m)[1:])]
     stages += [s for m in small for s in both_ways(f"imagenet-{m}", 60, f"{IMAGENET}/{m}", *imagenet_words(options, m))]
     for key in ("student.compile", "teacher.compile", "losses.ddkd.diffusion.compile"):
         name = f"ddkd-{key.split('.')[-2]}-compiled"

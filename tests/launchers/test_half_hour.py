@@ -124,6 +124,13 @@ def test_words_that_mean_nothing_are_one_line(half_hour: ModuleType, words: list
     assert "\n" not in str(caught.value)
 
 
+def test_a_rehearsal_waits_longer_for_a_stage(half_hour: ModuleType, staged: Staged):
+    staged(slow="import time; time.sleep(3.5)")  # of three seconds
+    assert ended(half_hour, "--rehearse") == 0
+    assert ended(half_hour, "out=runs/other") == 1
+    assert statuses(Path("runs/other")) == {"slow": "FAILED"}
+
+
 def test_a_rehearsal_is_no_result(half_hour: ModuleType, staged: Staged):
     staged(first="print('fine')")
     assert ended(half_hour, "--rehearse") == 0
