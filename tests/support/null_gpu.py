@@ -1,4 +1,10 @@
-"""Builds the GPU that computes nothing (``tests/nullgpu/null.c``) for this environment's torch; starts Python on it."""
+"""Builds the GPU that computes nothing (``tests/nullgpu/null.c``) for this environment's torch; starts Python on it.
+
+    python tests/support/null_gpu.py launchers/gpu/half_hour.py 1 2 3 --rehearse out=/tmp/half_hour
+
+runs a script there, with all that it starts: what the host does is real, and no number is. What has to be otherwise for
+that is in ``tests/nullgpu/hook/sitecustomize.py``. Tests that need a GPU are only collected: they compare numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,6 +80,17 @@ def python(
     return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=seconds, check=False)
 
 
+def main(words: Sequence[str]) -> int:
+    """Run a script with that GPU, where this process is, and return its exit code."""
+    if reason := missing():
+        sys.exit(f"error: {reason}")
+    path = os.pathsep.join([str(SOURCE.parent / "hook"), str(ROOT / "tests" / "support")])
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "--collect-only"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **build(Path(folder)), **own}
+        return subprocess.run([sys.executable, *words], env=environment, check=False).returncode
+
+
 def _site() -> Path:
     spec = importlib.util.find_spec("torch")
     assert spec is not None
@@ -101,3 +120,7 @@ def _names(*words: str) -> list[str]:
 
 def _succeeding(names: set[str]) -> str:
     return "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,14 +14,12 @@ import ctypes
 import json
 import os
 import sys
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-from torch import Tensor
+from blank_convolutions import convolutions, register
 from training_on_ranks import launched
 
 from pipeline import train
@@ -33,38 +31,13 @@ PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_
 STEPS = 9
 """Of a run; the journal writes after the first and the last."""
 COUNTED = ("launches", "products", "copies", "fills", "waits", "pageable", "allocations", "replays", "captures")
-convolutions: Counter[str] = Counter()
-
-
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, transposed, more, groups):
-    """Return a blank of the shape that the convolution has."""
-    convolutions["convolutions"] += 1
-    pairs = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True)
-    if transposed:
-        channels = weight.shape[1] * groups
-        sides = [(size - 1) * s - 2 * p + d * (k - 1) + m + 1 for size, k, s, p, d, m in pairs]
-    else:
-        channels = weight.shape[0]
-        sides = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d, _ in pairs]
-    blank = torch.empty((len(x), channels, *sides), dtype=x.dtype, device=x.device)
-    return blank.contiguous(memory_format=torch.channels_last)
-
-
-def convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation, transposed, more, groups, mask):
-    """Return blanks for the gradients that are asked for."""
-    convolutions["convolutions"] += sum(mask[:2])
-    bias = grad.new_empty(grad.shape[1]) if mask[2] else None
-    return torch.empty_like(x) if mask[0] else None, torch.empty_like(weight) if mask[1] else None, bias
 
 
 def main(words: list[str], cases: list[str]) -> None:
     """Train with each method in each precision, and print what a step took."""
     null = ctypes.CDLL("libnull.so")
     null.null_count.restype = ctypes.c_long
-    torch.backends.cudnn.enabled = False
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("convolution", convolution, "CUDA")
-    library.impl("convolution_backward", convolution_backward, "CUDA")
+    register()
     for case in cases:
         method, precision = case.split(":")
         own = [str(PAIR / f"{method}.yaml"), *words, f"precision={precision}", f"stop.steps={STEPS}"]
