@@ -97,7 +97,7 @@ class GraphedStep:
         torch._foreach_copy_(self.inputs, _tensors(batch))  # pyright: ignore[reportPrivateImportUsage]
         self.number.fill_(progress.step + 1)
         self.graph.replay()
-        self.step.timer.mark("step")
+        self.step.timer.mark("graph")
         return self.done
 
     def _capture(self, batch: Batch, progress: Progress, changed: list[str]) -> None:

@@ -21,6 +21,7 @@ from recorded_graph import Dispatching, RecordedGraph
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.benchmarks.step import split
 from pipeline.config.compose import composed
 from pipeline.errors import ROOT, RecipeError
 from pipeline.losses import Loss
@@ -224,6 +225,18 @@ def test_auto_is_a_graph_where_one_can_be(run_train: Train, recorded: type[Recor
     assert recorded.replays == 7
     run_train("ce.yaml", "graph=false", "folder=runs/eager")
     assert recorded.replays == 7
+
+
+def test_no_part_of_a_replays_time_is_named_as_the_whole_step(
+    run_train: Train, recipes: Path, recorded: type[RecordedGraph]
+):
+    run_train("ce.yaml", "graph=true", "journal.every_steps=1", "folder=runs/replayed")
+    lines = map(json.loads, (recipes / "runs" / "replayed" / "journal.jsonl").read_text().splitlines())
+    timings = [line["timing"] for line in lines if "timing" in line][graph.EAGER_STEPS :]
+    assert {tuple(timing["milliseconds"]) for timing in timings} == {("data", "graph", "rest")}
+    whole, *parts = split(timings, steps=1, batch=4)
+    assert whole.name not in {part.name for part in parts}
+    assert whole.median > max(part.median for part in parts)
 
 
 @pytest.mark.gpu
