@@ -78,7 +78,7 @@ class GraphedStep:
         device = step.accelerator.device
         self.step = step
         self.graph = Graph()
-        self.calls = self.captured_at = 0
+        self.calls = self.captured_at = self.in_a_row = 0
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         # The optimizer's state has been restored by now: that replaces the groups and their rate.
         keep_learning_rate_on(device, step.optimizer)
@@ -101,7 +101,8 @@ class GraphedStep:
         return self.done
 
     def _capture(self, batch: Batch, progress: Progress, changed: list[str]) -> None:
-        if self.captured_at == self.calls - 1:
+        self.in_a_row = self.in_a_row + 1 if self.captured_at == self.calls - 1 else 1
+        if self.in_a_row > 2:  # two there are where an epoch ends, and a ramp rises, right after the first
             raise RecipeError(f"graph: the losses read {changed[0]}, which is another at every step; give graph=false")
         self.captured_at = self.calls
         self.constants = WatchedProgress(progress)

@@ -142,6 +142,20 @@ def test_a_step_is_captured_anew_where_a_ramp_changes_and_only_there(
     assert captured == [4, 6, 11]  # five steps in an epoch; factors of 1/3, 2/3 and, from the third epoch on, 1
 
 
+def test_a_run_that_goes_on_four_steps_before_its_ramp_rises_is_captured_twice_in_a_row(
+    run_train: Train, recipes: Path, recipe: Callable[..., str], recorded: type[RecordedGraph]
+):
+    words = [recipe("dkd"), "losses.dkd.ramp.linear_epochs=3"]  # five steps in an epoch
+    with Dispatching():
+        run_train(*words, "graph=false", "folder=runs/straight")
+        for stop in ("stop.steps=1", "stop.steps=null"):
+            run_train(*words, "graph=true", "folder=runs/stopped", stop)
+    assert recorded.replays == 10 - 1 - graph.EAGER_STEPS
+    straight, stopped = (recipes / "runs" / each for each in ("straight", "stopped"))
+    assert trace(straight / "journal.jsonl") == trace(stopped / "journal.jsonl")
+    assert (straight / "student.safetensors").read_bytes() == (stopped / "student.safetensors").read_bytes()
+
+
 class FollowsSteps(Loss):
     """Reads what is another number at every step."""
 
