@@ -62,9 +62,13 @@ def milliseconds(lines: Sequence[dict[str, Any]], after: int) -> float:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Let torch take algorithms that repeat their bits; a GPU's libraries want CUBLAS_WORKSPACE_CONFIG for it."""
+    """Let torch take algorithms that repeat their bits; a GPU's libraries want CUBLAS_WORKSPACE_CONFIG for it.
+
+    Torch only warns of what it has no such algorithm for. By default it would refuse the gradient of
+    ``adaptive_avg_pool2d``, which repeats its bits where the sizes divide, as they do here.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     try:
         yield

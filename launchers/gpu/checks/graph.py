@@ -18,7 +18,7 @@ PRECISE = ("kd", "crd", "ddkd")
 
 def check(options: Options, folder: Path) -> Answer:
     """Train a few steps of each both ways, and compare. Where there is no GPU both are without a graph."""
-    methods = ["kd"] if options.rehearse else all_methods()
+    methods = ["kd", "review"] if options.rehearse else all_methods()
     cases = [(method, "fp32") for method in methods]
     if device().type == "cuda":
         cases += [(method, precision) for method in methods if method in PRECISE for precision in ("bf16", "fp16")]
