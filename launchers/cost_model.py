@@ -20,8 +20,8 @@ if __name__ == "__main__":
 
 import torch
 
-from pipeline.builders.student import student_named
-from pipeline.builders.summary import Report, check
+from pipeline.builders.student import student_spec
+from pipeline.builders.summary import Report, summarize
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import ROOT
 from pipeline.losses._registry import LossSpec
@@ -47,7 +47,7 @@ BASE, NVLINK_HOP, RING_BASE, RING_NVLINK_HOP = 4.4e-6, 0.52e-6, 3.6e-6, 0.47e-6
 SEVERAL_NODES = 1.8
 
 
-class Network(NamedTuple):
+class Interconnect(NamedTuple):
     """What lies between nodes."""
 
     name: str
@@ -60,9 +60,9 @@ class Network(NamedTuple):
 
 LINE_RATE = 0.8
 """Share of an adapter's nominal speed that large messages reach: an assumption."""
-INFINIBAND_8 = Network("8 × 200 Gb/s InfiniBand", LINE_RATE * 200e9, 5e-6, 2.7e-6)
-INFINIBAND_1 = Network("1 × 400 Gb/s InfiniBand", LINE_RATE * 50e9, 5e-6, 2.7e-6)
-ETHERNET = Network("25 Gb/s Ethernet", LINE_RATE * 3.125e9, 30e-6, 30e-6)
+INFINIBAND_8 = Interconnect("8 × 200 Gb/s InfiniBand", LINE_RATE * 200e9, 5e-6, 2.7e-6)
+INFINIBAND_1 = Interconnect("1 × 400 Gb/s InfiniBand", LINE_RATE * 50e9, 5e-6, 2.7e-6)
+ETHERNET = Interconnect("25 Gb/s Ethernet", LINE_RATE * 3.125e9, 30e-6, 30e-6)
 NETWORKS = (INFINIBAND_8, INFINIBAND_1, ETHERNET)
 
 
@@ -109,7 +109,7 @@ def _of_loss(spec: LossSpec, shapes: Shapes, rows: int, ranks: int) -> Iterator[
 
 def _gathered(spec: LossSpec, shapes: Shapes, rows: int, ranks: int) -> Iterator[Message]:
     """Yield what a loss of all ranks' rows sends: labels and ids, both networks' outputs, the student's gradient."""
-    if spec.loss.compared is not BatchLoss.compared:
+    if spec.loss.reduce is not BatchLoss.reduce:
         raise ValueError(f"{spec.name}: what it gathers is not known here")
     taps = spec.config.taps()
     student, teacher = (
@@ -125,7 +125,7 @@ def _stat_scope(spec: LossSpec) -> str:
     return getattr(config, "stat_scope", "global")
 
 
-class Step(NamedTuple):
+class StepCost(NamedTuple):
     """A training step, in seconds."""
 
     compute: float
@@ -168,7 +168,7 @@ class Method(NamedTuple):
             return rows * self.report.auxiliary_macs
         return rows * ranks * _auxiliary_macs(self.path, rows * ranks)
 
-    def step(self, nodes: int, rows: int, network: Network, rate: float) -> Step:
+    def step(self, nodes: int, rows: int, network: Interconnect, rate: float) -> StepCost:
         """Return a step of that many rows a GPU, on GPUs of ``rate`` FLOP/s."""
         trained = rows * self.report.student.macs + self.auxiliary_macs(rows, nodes * GPUS)
         backward = 2 * 2 * trained / rate
@@ -176,15 +176,15 @@ class Method(NamedTuple):
         buckets = ceil(self.gradients / BUCKET)
         one = seconds(Message("all-reduce", self.gradients // buckets), nodes, network)
         blocking = sum(seconds(message, nodes, network) for message in self.messages(rows, nodes * GPUS))
-        return Step(compute, max(one, buckets * one - backward), blocking + self.seldom(nodes, network))
+        return StepCost(compute, max(one, buckets * one - backward), blocking + self.seldom(nodes, network))
 
-    def seldom(self, nodes: int, network: Network) -> float:
+    def seldom(self, nodes: int, network: Interconnect) -> float:
         """Return a step's share of what is asked every few steps: whether to stop, loss parts, what was not finite."""
         small = seconds(Message("all-reduce", 8), nodes, network)
         return small / self.recipe.checkpoints.poll_steps + 2 * small / self.recipe.journal.every_steps
 
 
-def seconds(message: Message, nodes: int, network: Network) -> float:
+def seconds(message: Message, nodes: int, network: Interconnect) -> float:
     """Return how long a collective takes: its latency, and its bytes over the narrower of NVLink and network."""
     sent = volume(message, nodes * GPUS)
     # Rings use every adapter of a node, and each ring crosses from node to node once.
@@ -197,7 +197,7 @@ def volume(message: Message, ranks: int) -> float:
     return (ranks - 1) * share * message.bytes
 
 
-def _latency(kind: str, nodes: int, network: Network) -> float:
+def _latency(kind: str, nodes: int, network: Interconnect) -> float:
     inside = SEVERAL_NODES if nodes > 1 else 1
     if kind == "all-reduce":  # a chain inside the node, a tree over the nodes, up and down
         return BASE + 2 * ((GPUS - 1) * inside * NVLINK_HOP + log2(nodes) * network.tree_hop)
@@ -207,13 +207,13 @@ def _latency(kind: str, nodes: int, network: Network) -> float:
 @cache
 def _auxiliary_macs(path: Path, batch: int) -> float:
     """Return those of one image where that many are compared."""
-    return check(load_recipe(path, [f"batch={batch}"])).auxiliary_macs
+    return summarize(load_recipe(path, [f"batch={batch}"])).auxiliary_macs
 
 
 def methods() -> list[Method]:
     """Return every recipe of the pair."""
     loaded = [load_recipe(path) for path in RECIPES]
-    return [Method(one.path, one.recipe, check(one)) for one in loaded]
+    return [Method(one.path, one.recipe, summarize(one)) for one in loaded]
 
 
 def published_rate(found: list[Method]) -> float:
@@ -228,7 +228,7 @@ def readme(found: list[Method]) -> str:
     _, _, after = rest.partition(END)
     rate = published_rate(found)
     ddkd = next(method for method in found if method.name == "ddkd")
-    tables = (bytes_table(found), steps_table(found, rate), *(batch_table(ddkd, batch, rate) for batch in (256, 2048)))
+    tables = (bytes_table(found), cost_table(found, rate), *(batch_table(ddkd, batch, rate) for batch in (256, 2048)))
     return before + BEGIN + "\n".join(tables) + END + after
 
 
@@ -257,11 +257,11 @@ def statistics(method: Method) -> int:
     """Return the bytes of the student's floating-point buffers, averaged in float64."""
     with torch.device("meta"):
         config = method.recipe.student
-        student = student_named(config, method.recipe.taps.student).build(method.report.student.shapes["logits"][0])
+        student = student_spec(config, method.recipe.taps.student).build(method.report.student.shapes["logits"][0])
     return 8 * sum(buffer.numel() for buffer in student.buffers() if buffer.is_floating_point())
 
 
-def steps_table(found: list[Method], rate: float) -> str:
+def cost_table(found: list[Method], rate: float) -> str:
     """Return a step's time of every method where the batch grows with the GPUs."""
     lines = [
         f"### Milliseconds of a step, {ROWS} images a GPU\n\nThe global batch grows with the GPUs. {INFINIBAND_8.name} "

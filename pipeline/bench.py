@@ -21,35 +21,36 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.leave_quietly()
+    signals.exit_quietly_on_interrupt()
 
 import dataclasses
 import difflib
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline.benchmarks.allreduce import measure_allreduce
-from pipeline.benchmarks.compare import compare
+from pipeline.benchmarks.compare import comparison_table
 from pipeline.benchmarks.loader import measure_loading
 from pipeline.benchmarks.losses import measure_losses
-from pipeline.benchmarks.measure import Measured
-from pipeline.benchmarks.plot import draw
+from pipeline.benchmarks.measure import Measurement
+from pipeline.benchmarks.plot import draw_record
 from pipeline.benchmarks.record import new_record, read_record, write_record
 from pipeline.benchmarks.step import measure_step
-from pipeline.benchmarks.table import table
+from pipeline.benchmarks.table import benchmark_table
 from pipeline.benchmarks.teacher import measure_teacher
 from pipeline.benchmarks.tune import tune
 from pipeline.cli import entry
-from pipeline.config.arguments import own_words, split_words, typed_words
+from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
 from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import RecipeError
+from pipeline.frozen_model import FrozenModel
 from pipeline.runs.dependencies import ensure_dependencies, prepare_shards
 from pipeline.runs.identity import resolve
-from pipeline.runs.places import check_writable
-from pipeline.runs.told import meet
+from pipeline.runs.ownership import check_writable
+from pipeline.runs.rank_settings import join_ranks
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 
 WHAT = ("loader", "teacher", "losses", "allreduce", "step")
@@ -57,10 +58,8 @@ TUNING = "tuning"
 """What a record of ``loader --tune`` is of: other rows than those of ``loader``."""
 
 
-class Asked(BaseModel):
+class BenchArguments(FrozenModel):
     """The command's own words."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     repeats: int = Field(default=5, gt=0, le=10**4)
     warmup: int = Field(default=2, ge=0, le=10**6)
@@ -70,34 +69,34 @@ class Asked(BaseModel):
 
 def main(words: Sequence[str]) -> None:
     """Measure what the command line names, print it, and leave a record of it."""
-    what, rest = what_of(words)
-    tunes, (earlier, rest) = "--tune" in rest, compared([word for word in rest if word != "--tune"])
+    what, rest = parse_what(words)
+    tunes, (earlier, rest) = "--tune" in rest, compare_records([word for word in rest if word != "--tune"])
     if tunes and what != "loader":
         raise RecipeError(f"command line: --tune is of the loader, not of {what}")
     kind = TUNING if tunes else what
     old = read_record(earlier, kind) if earlier else None
-    own, rest = own_words(rest, tuple(Asked.model_fields))
+    own, rest = split_command_args(rest, tuple(BenchArguments.model_fields))
     if tunes and (stray := own.keys() - {"out"}):
         raise RecipeError(f"command line: --tune chooses {', '.join(sorted(stray))} itself; leave them out")
-    asked = typed_words(own, Asked)
-    loaded, launch = load_recipe(*split_words(rest)), read_launch()
+    asked = parse_command_args(own, BenchArguments)
+    loaded, launch = load_recipe(*parse_recipe_args(rest)), read_launch()
     check_writable(asked.out, "out", "give out=ANOTHER")
     asked.out.mkdir(parents=True, exist_ok=True)
     use_all_cores(launch)
-    measured = measure(what, loaded, asked, launch, tunes=tunes)
-    collectives.stop()
+    measured = run_benchmark(what, loaded, asked, launch, tunes=tunes)
+    collectives.destroy_process_group()
     if not (measured and launch.is_main):
         return
     record = new_record(kind, loaded, words, measured, launch.world_size)
     path = write_record(record, asked.out)
-    print(table(record))
+    print(benchmark_table(record))
     if old:
-        print(f"\ncompared with {earlier}\n{compare(old, record)}")
-    draw(record, path.with_suffix(".png"))
+        print(f"\ncompared with {earlier}\n{comparison_table(old, record)}")
+    draw_record(record, path.with_suffix(".png"))
     print(f"\n{path}")
 
 
-def what_of(words: Sequence[str]) -> tuple[str, list[str]]:
+def parse_what(words: Sequence[str]) -> tuple[str, list[str]]:
     """Return what is to be measured and the other words. Raises RecipeError."""
     what, *rest = words or [""]
     if what not in WHAT:
@@ -107,7 +106,7 @@ def what_of(words: Sequence[str]) -> tuple[str, list[str]]:
     return what, rest
 
 
-def compared(words: list[str]) -> tuple[Path | None, list[str]]:
+def compare_records(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the record that ``--compare`` names, if it is there, and the other words. Raises RecipeError."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--compare=") else [word])]
     if "--compare" not in words:
@@ -118,12 +117,14 @@ def compared(words: list[str]) -> tuple[Path | None, list[str]]:
     return Path(words[place + 1]), [*words[:place], *words[place + 2 :]]
 
 
-def measure(what: str, loaded: LoadedRecipe, asked: Asked, launch: Launch, *, tunes: bool) -> list[Measured]:
+def run_benchmark(
+    what: str, loaded: LoadedRecipe, asked: BenchArguments, launch: Launch, *, tunes: bool
+) -> list[Measurement]:
     """Make what the measurement stands on, where it is not there, and measure."""
     loaded, how = bare(loaded, asked.out), asked.model_dump(include={"repeats", "warmup", "steps"})
     command = f"bench {what}{' --tune' * tunes}"
     if what in ("losses", "allreduce"):
-        meet(launch, command, loaded.recipe, **how)
+        join_ranks(launch, command, loaded.recipe, **how)
         device = create_accelerator(loaded.recipe, launch).device
         return (measure_losses if what == "losses" else measure_allreduce)(loaded, launch, device, **how)
     if what == "loader":
@@ -131,7 +132,7 @@ def measure(what: str, loaded: LoadedRecipe, asked: Asked, launch: Launch, *, tu
         run = resolve(loaded, launch)
     else:
         run = ensure_dependencies(loaded, launch)
-    meet(launch, command, run.recipe, run, **how)
+    join_ranks(launch, command, run.recipe, run, **how)
     if what == "step":  # training makes its own Accelerator
         return measure_step(dataclasses.replace(loaded, recipe=run.recipe), run.manifest, launch, **how)
     device = create_accelerator(run.recipe, launch).device

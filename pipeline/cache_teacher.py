@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
+    signals.install()  # what follows takes seconds to load, and a scheduler may end the job at any of them
 
 import signal
 from collections.abc import Iterable, Sequence
@@ -30,28 +30,28 @@ import numpy as np
 
 from pipeline.batch import rows_per_rank
 from pipeline.builders.loader import build_loader, training_splits
-from pipeline.builders.teacher import binding, check_sizes, refuse_others
+from pipeline.builders.teacher import check_provenance, check_sizes, provenance
 from pipeline.caching.blocks import Block
-from pipeline.caching.damage import Damage, damages, mark_damaged
-from pipeline.caching.size import choices, table
+from pipeline.caching.damage import Damage, find_damage, mark_damaged
+from pipeline.caching.size import choices, size_table
 from pipeline.caching.source import open_source
-from pipeline.caching.verify import differences
-from pipeline.caching.write import Asked, begin, new_header, write_blocks
+from pipeline.caching.verify import compare_answers
+from pipeline.caching.write import CacheArguments, begin, new_header, write_blocks
 from pipeline.cli import entry
-from pipeline.config.arguments import own_words, split_words, typed_words
+from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
 from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe
 from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
-from pipeline.errors import RecipeError, Unfinished, display_path, error_context
+from pipeline.errors import Interrupted, RecipeError, display_path, error_context
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
-from pipeline.runs.places import check_cache_place
-from pipeline.runs.told import meet
+from pipeline.runs.ownership import check_cache_folder
+from pipeline.runs.rank_settings import join_ranks
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config
 from pipeline.training.accelerator import create_accelerator, use_all_cores
-from pipeline.training.evaluation import check_teacher
+from pipeline.training.evaluation import check_teacher_accuracy
 
 FLAGS = ("--dry-run", "--verify")
 STOPPED = 128 + signal.SIGTERM
@@ -60,9 +60,9 @@ STOPPED = 128 + signal.SIGTERM
 
 def main(words: Sequence[str]) -> None:
     """Write the cache that the command line names, or say what it takes, or verify it."""
-    own, rest = own_words([word for word in words if word not in FLAGS], tuple(Asked.model_fields))
-    asked, launch = typed_words(own, Asked), read_launch()
-    path, overrides = split_words(rest)
+    own, rest = split_command_args([word for word in words if word not in FLAGS], tuple(CacheArguments.model_fields))
+    asked, launch = parse_command_args(own, CacheArguments), read_launch()
+    path, overrides = parse_recipe_args(rest)
     loaded = load_recipe(path, overrides)
     with error_context(display_path(loaded.path)):
         config = network_of(loaded.recipe)
@@ -70,22 +70,22 @@ def main(words: Sequence[str]) -> None:
         asked = complete(asked, loaded.recipe, config, there)
         if "--dry-run" in words:
             found, _ = choices(loaded.recipe, recipes(loaded.teachers), asked.kinds, asked.encode)
-            print(table(loaded.recipe, found, asked.views or 1))
+            print(size_table(loaded.recipe, found, asked.views or 1))
             return
         folder = cache_folder(config)
         if "--verify" not in words:
-            check_cache_place(folder)
+            check_cache_folder(folder)
         live = without_cache(loaded, config, overrides, asked.views, there)
         try:
             run = ensure_dependencies(live, launch)
             if "--verify" not in words:
-                meet(launch, "cache_teacher", run.recipe, run, cache=folder, **asked.model_dump(mode="json"))
-        except Unfinished as unfinished:
+                join_ranks(launch, "cache_teacher", run.recipe, run, cache=folder, **asked.model_dump(mode="json"))
+        except Interrupted as unfinished:
             print(unfinished)
             stopped(None if "--verify" in words else folder)
         use_all_cores(launch)
         if "--verify" in words:
-            verify(run, network_of(run.recipe), folder, asked, config.accept, launch)
+            verify_cache(run, network_of(run.recipe), folder, asked, config.accept, launch)
         else:
             write(run, network_of(run.recipe), folder, asked, launch)
 
@@ -98,7 +98,7 @@ def recipes(loaded: Iterable[LoadedRecipe | Run]) -> list[Recipe]:
 def network_of(recipe: Recipe) -> Config:
     """Return the recipe's teacher. Raises RecipeError unless it is a frozen network, to be asked."""
     config = recipe.teacher
-    if config is None or config.average is not None or not config.is_named:
+    if config is None or config.average is not None or not config.has_model:
         raise RecipeError("teacher: there is no frozen network to ask; give teacher.model and teacher.weights")
     return config
 
@@ -110,7 +110,7 @@ def cache_folder(config: Config) -> Path:
     return Path(config.cache)
 
 
-def complete(asked: Asked, recipe: Recipe, config: Config, there: Cache | None) -> Asked:
+def complete(asked: CacheArguments, recipe: Recipe, config: Config, there: Cache | None) -> CacheArguments:
     """Return the words with what the recipe says, and with what the cache has: further views get all of its kinds."""
     kinds = there.header.kinds if there else {}
     views = asked.views or recipe.data.views or (there.header.views if there else None)
@@ -139,9 +139,9 @@ def without_cache(
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(run: Run, config: Config, folder: Path, asked: Asked, launch: Launch) -> None:
+def write(run: Run, config: Config, folder: Path, asked: CacheArguments, launch: Launch) -> None:
     """Write what of the cache is not there yet; every rank takes its share of the blocks."""
-    signals.listen()
+    signals.install()
     recipe, views = run.recipe, asked.views or 1
     accelerator = create_accelerator(recipe, launch)
     found, stages = choices(recipe, recipes(run.teachers), asked.kinds, asked.encode)
@@ -149,11 +149,11 @@ def write(run: Run, config: Config, folder: Path, asked: Asked, launch: Launch) 
     source = open_source(run, config, kinds, accelerator.device)
     if config.expect_top1 is not None:
         splits = training_splits(run.manifest)[1:]
-        check_teacher(config, source.teacher, build_loader(recipe, run.manifest, accelerator.device, splits))
+        check_teacher_accuracy(config, source.teacher, build_loader(recipe, run.manifest, accelerator.device, splits))
     blocks: list[Block] = []
     if accelerator.is_main_process:
-        print(table(recipe, found, views))
-        facts = binding(run, config, accelerator.device, published=True)
+        print(size_table(recipe, found, views))
+        facts = provenance(run, config, accelerator.device, published=True)
         header = new_header(views, config.batch or 1, asked.block, kinds, stages, source, facts)
         blocks = begin(folder, header, source)
     blocks = collectives.gather_objects(blocks)[0]
@@ -166,7 +166,7 @@ def write(run: Run, config: Config, folder: Path, asked: Asked, launch: Launch) 
 
 def stopped(folder: Path | None) -> NoReturn:
     """End the command before its work is done, for a scheduler with word in the ``folder`` if a signal ended it."""
-    if folder is not None and signals.given():
+    if folder is not None and signals.stop_requested():
         mark_preempted(folder)
     sys.exit(STOPPED)
 
@@ -174,27 +174,29 @@ def stopped(folder: Path | None) -> NoReturn:
 # -- verifying --------------------------------------------------------------------------------------------------------
 
 
-def verify(run: Run, config: Config, folder: Path, asked: Asked, accept: Iterable[str], launch: Launch) -> None:
+def verify_cache(
+    run: Run, config: Config, folder: Path, asked: CacheArguments, accept: Iterable[str], launch: Launch
+) -> None:
     """Read every byte, ask the teacher again about a sample, and exit with 1 where something is not as it should be."""
     if launch.world_size > 1:
         raise RecipeError("--verify is the work of one process; start it without a launcher")
     cache, device = Cache(folder), create_accelerator(run.recipe, launch).device
-    refuse_others(cache, binding(run, config, device), accept)
+    check_provenance(cache, provenance(run, config, device), accept)
     check_sizes(cache, run.manifest)
-    if found := list(damages(cache)):
-        print("\n".join(dict.fromkeys(damage.told for damage in found)))
-        print(marked(cache, found))
+    if found := list(find_damage(cache)):
+        print("\n".join(dict.fromkeys(damage.description for damage in found)))
+        print(mark_and_report(cache, found))
         sys.exit(1)
     print(f"{folder}: {cache.header.views} views of {', '.join(cache.header.kinds)}: every byte is as it was written")
     source = open_source(run, config, cache.header.kinds, device)
-    measured = differences(cache, source, asked.sample, np.random.default_rng())
+    measured = compare_answers(cache, source, asked.sample, np.random.default_rng())
     print("\n".join(map(str, measured)))
     if worst := [each.kind for each in measured if not each.relative <= asked.tolerance]:
         print(f"{', '.join(worst)}: more than the tolerated {asked.tolerance:g} of the largest answer")
         sys.exit(1)
 
 
-def marked(cache: Cache, found: Iterable[Damage]) -> str:
+def mark_and_report(cache: Cache, found: Iterable[Damage]) -> str:
     """Mark what is damaged as not written, and return what to do now."""
     try:
         mark_damaged(cache, found)

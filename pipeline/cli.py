@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 import torch
 
-from pipeline.errors import Told, Unfinished, one_line
+from pipeline.errors import AlreadyReported, Interrupted, one_line
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
@@ -23,15 +23,15 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
     if {"-h", "--help"} & set(words):
         print(sys.modules["__main__"].__doc__)
         return
-    with lasting_output():
+    with survive_lost_output():
         try:
             main(words)
-        except Unfinished as unfinished:
+        except Interrupted as unfinished:
             print(unfinished)
-        except Told:
+        except AlreadyReported:
             sys.exit(2)
         except (ValueError, OSError, RuntimeError) as error:
-            line = _advised(error)
+            line = _user_message(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):
                 raise
             print(f"error: {line}", file=sys.stderr)
@@ -39,11 +39,14 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
+def survive_lost_output() -> Iterator[None]:
     """Let the command go on where its terminal, its pipe or the disk of its log is lost: that costs a line."""
     before = sys.stdout, sys.stderr
     with Path(os.devnull).open("w") as nowhere:  # in place of one that was closed when the command began
-        out, err = Output("standard output", sys.stdout or nowhere), Output("standard error", sys.stderr or nowhere)
+        out, err = (
+            LossyStream("standard output", sys.stdout or nowhere),
+            LossyStream("standard error", sys.stderr or nowhere),
+        )
         out.other, err.other = err, out
         sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
         try:
@@ -54,14 +57,14 @@ def lasting_output() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
-class Output:
+class LossyStream:
     """A standard stream; what it cannot write is dropped, after one line on the ``other``."""
 
     def __init__(self, name: str, stream: TextIO) -> None:
         self.name = name
         self.stream = stream
         self.is_lost = False
-        self.other: Output | None = None
+        self.other: LossyStream | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -101,7 +104,7 @@ class Output:
             os.close(nowhere)
 
 
-def _advised(error: Exception) -> str | None:
+def _user_message(error: Exception) -> str | None:
     """Return what is wrong and how to mend it; None for what a user cannot mend."""
     told = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.listen()
+    signals.install()
 
 import os
 import signal
@@ -27,14 +27,14 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from pipeline.cli import entry
-from pipeline.config.arguments import own_words
+from pipeline.config.arguments import split_command_args
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import read_launch
-from pipeline.errors import ROOT, RecipeError, Unfinished, display_path
+from pipeline.errors import ROOT, Interrupted, RecipeError, display_path
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
-from pipeline.runs.places import check_run_place
+from pipeline.runs.ownership import check_run_folder
 from pipeline.training.result import percent
 
 OWN_WORDS = ("seeds", "jobs")
@@ -43,7 +43,7 @@ MOST_SEEDS, MOST_JOBS = 1000, 256
 
 def main(words: Sequence[str]) -> None:
     """Make the runs that the command line asks for, and print their table."""
-    own, words = own_words(words, OWN_WORDS)
+    own, words = split_command_args(words, OWN_WORDS)
     if stray := [word for word in words if word.startswith("seed=")]:
         raise RecipeError(f"command line: {stray[0]}: which seeds is for seeds=0,1,2 to say")
     overrides = [word for word in words if "=" in word]
@@ -58,18 +58,18 @@ def main(words: Sequence[str]) -> None:
     if times > 1:
         raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
     for one in loaded:
-        check_run_place(run_folder(one))
+        check_run_folder(run_folder(one))
     launch = read_launch()
     runs = [ensure_dependencies(one, launch) for one in loaded]
     failures = make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
     finished = [run for run in runs if run.result is not None]
     if finished:
-        print(table(finished))
+        print(comparison(finished))
     if failures:
         more = f"; and {len(failures) - 2} more" if len(failures) > 2 else ""
         raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")
     if len(finished) < len(runs):
-        raise Unfinished("stopped before the last run; the same command continues")
+        raise Interrupted("stopped before the last run; the same command continues")
 
 
 def numbers(own: dict[str, str], key: str, default: str) -> list[int]:
@@ -91,12 +91,12 @@ def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
     cores = sorted(os.sched_getaffinity(0))
     for job in range(jobs):
         shares.put(cores[job::jobs] or cores)
-    signals.listen()
+    signals.install()
 
     def one(run: Run, words: Sequence[str]) -> str | None:
         share = shares.get()
         try:
-            return None if signals.given() else train(run, words, share, quiet=jobs > 1)
+            return None if signals.stop_requested() else train_run(run, words, share, quiet=jobs > 1)
         finally:
             shares.put(share)
 
@@ -104,17 +104,17 @@ def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
         return [failure for failure in pool.map(lambda pair: one(*pair), wanted) if failure]
 
 
-def train(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> str | None:
+def train_run(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> str | None:
     """Train one run in a process of its own on those cores; return what went wrong, if anything did."""
     command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words]
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
         os.sched_setaffinity(process.pid, cores)
-        with signals.passed_on(process.terminate):
+        with signals.forward_to(process.terminate):
             _, errors = process.communicate()
     # It had not yet begun to listen: nothing is lost.
-    if signals.given() and process.returncode in (-signal.SIGTERM, -signal.SIGINT):
+    if signals.stop_requested() and process.returncode in (-signal.SIGTERM, -signal.SIGINT):
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
@@ -125,7 +125,7 @@ def train(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> s
     return None
 
 
-def table(runs: Sequence[Run]) -> str:
+def comparison(runs: Sequence[Run]) -> str:
     """Return mean, spread (of a sample) and each finished run's top-1, in percent, by recipe; in Markdown."""
     lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
     for path in dict.fromkeys(run.path for run in runs):

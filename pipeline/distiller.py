@@ -12,7 +12,7 @@ from pipeline.batch import Batch, Outputs, Progress
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec
-from pipeline.optim.guard import poisoned
+from pipeline.optim.guard import propagate_nonfinite
 
 Timer = Callable[[str], AbstractContextManager[None]]
 """``timer(name)`` is a context whose time counts as ``name``."""
@@ -42,7 +42,7 @@ class Distiller(nn.Module):
                 named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
                 parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
             correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
-            total = poisoned(torch.stack(list(parts.values())).sum())
+            total = propagate_nonfinite(torch.stack(list(parts.values())).sum())
         return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
 
     def commit(self) -> None:

@@ -16,17 +16,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.leave_quietly()
+    signals.exit_quietly_on_interrupt()
 
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from pipeline.cli import entry
-from pipeline.config.arguments import split_words
+from pipeline.config.arguments import parse_recipe_args
 from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.diagnostics import inputs, machine, network
-from pipeline.diagnostics.result import FAIL, Finding, examined, fail, line
+from pipeline.diagnostics.result import FAIL, Finding, fail, line, run_check
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import one_line
@@ -39,13 +39,13 @@ Checks = dict[str, Callable[[], Finding]]
 def main(words: Sequence[str]) -> None:
     """Check the machine and, if the command line names one, the recipe."""
     launch = read_launch()
-    loaded = load_recipe(*split_words(words)) if words else None
+    loaded = load_recipe(*parse_recipe_args(words)) if words else None
     good = examine({"world": partial(network.check_world, launch)}, launch)
     hosts = collectives.gather_objects(platform.node())
     good &= examine(machine_checks(hosts.count(platform.node()), loaded), launch)
     if loaded:
         good &= examine(recipe_checks(loaded, launch), launch)
-    collectives.stop()
+    collectives.destroy_process_group()
     if not good:
         sys.exit(1)
 
@@ -54,8 +54,8 @@ def examine(checks: Checks, launch: Launch) -> bool:
     """Make the checks on every rank, print their lines, and return whether all are well."""
     good = True
     for name, check in checks.items():
-        finding = examined(check)
-        hosts, findings = zip(*gathered(name, finding), strict=True)
+        finding = run_check(check)
+        hosts, findings = zip(*gather_findings(name, finding), strict=True)
         failed = any(each.status == FAIL for each in findings)
         # Ranks that never met have only themselves to say what is wrong.
         if launch.is_main or (failed and collectives.world_size() == 1):
@@ -64,7 +64,7 @@ def examine(checks: Checks, launch: Launch) -> bool:
     return good
 
 
-def gathered(name: str, finding: Finding) -> list[tuple[str, Finding]]:
+def gather_findings(name: str, finding: Finding) -> list[tuple[str, Finding]]:
     """Return every rank's host and finding; where a rank has gone, say so and exit with 1."""
     mine = (platform.node(), finding)
     try:
@@ -90,7 +90,7 @@ def machine_checks(local_ranks: int, loaded: LoadedRecipe | None) -> Checks:
         "/dev/shm": partial(machine.check_shm, local_ranks),
         "all-reduce": network.check_all_reduce,
         "latency": network.check_latency,
-        "decoding": partial(inputs.check_decoding, machine.device()),
+        "decoding": partial(inputs.check_decoding, machine.gpu_device()),
         "run folder": partial(machine.check_disk, folder),
     }
 
@@ -105,7 +105,7 @@ def recipe_checks(loaded: LoadedRecipe, launch: Launch) -> Checks:
         "shards": partial(inputs.check_shards, loaded),
         "checksums": partial(inputs.check_checksums, recipe),
         "reading": partial(inputs.check_reading, recipe),
-        "teacher": partial(inputs.check_teacher, loaded, launch),
+        "teacher": partial(inputs.check_teacher_source, loaded, launch),
         "batch": partial(inputs.check_batch, recipe),
     }
 

@@ -13,11 +13,11 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one line."""
 
 
-class Told(Exception):
+class AlreadyReported(Exception):
     """What a user can mend, which a process that was begun for it has said already, in one line."""
 
 
-class Unfinished(Exception):
+class Interrupted(Exception):
     """What was to be made was told to stop before its end; the same command continues it."""
 
 
@@ -27,12 +27,12 @@ def one_line(error: BaseException, longest: int | None = None) -> str:
 
 
 @contextmanager
-def error_context(place: str) -> Iterator[None]:
+def error_context(location: str) -> Iterator[None]:
     """Say in front of what a user got wrong inside where it was said: a file or a key."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise RecipeError(f"{place}: {error}") from error
+        raise RecipeError(f"{location}: {error}") from error
 
 
 def display_path(path: Path) -> str:

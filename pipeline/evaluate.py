@@ -15,29 +15,29 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.leave_quietly()
+    signals.exit_quietly_on_interrupt()
 
 from collections.abc import Sequence
 
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict
 
 from pipeline.builders.loader import build_loader
-from pipeline.builders.student import build_student, student_named, weights_layout
+from pipeline.builders.student import build_student, student_spec, weights_layout
 from pipeline.builders.teacher import build_live_teacher
 from pipeline.cli import entry
-from pipeline.config.arguments import own_words, split_words, typed_words
+from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
 from pipeline.config.recipe import load_recipe
 from pipeline.data.loader import Loader
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
+from pipeline.frozen_model import FrozenModel
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA, check_student
 from pipeline.runs.folder import load_run
 from pipeline.runs.identity import Run, resolve, run_folder
-from pipeline.runs.told import meet
+from pipeline.runs.rank_settings import join_ranks
 from pipeline.teachers.config import Config as Teacher
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.evaluation import accuracy, agreement, evaluate
@@ -46,10 +46,8 @@ from shards.manifest import read_manifest
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 
 
-class Asked(BaseModel):
+class EvaluateArguments(FrozenModel):
     """The command's own words."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: str = "last"
     agreement: bool = False
@@ -57,21 +55,21 @@ class Asked(BaseModel):
 
 def main(words: Sequence[str]) -> None:
     """Evaluate what the command line names."""
-    own, words = own_words(words, tuple(Asked.model_fields))
-    asked, launch = typed_words(own, Asked), read_launch()
-    target, overrides = split_words(words)
+    own, words = split_command_args(words, tuple(EvaluateArguments.model_fields))
+    asked, launch = parse_command_args(own, EvaluateArguments), read_launch()
+    target, overrides = parse_recipe_args(words)
     folder = target if target.is_dir() else None
     loaded = load_run(folder, overrides) if folder else load_recipe(target, overrides)
     prepare_shards(loaded, launch, trusted=folder is None)  # what lies in a run folder runs nothing
     recipe = loaded.recipe
-    teacher = _asked_teacher(recipe.teacher) if asked.agreement else None
+    teacher = _comparison_teacher(recipe.teacher) if asked.agreement else None
     weights = _weights_file(asked.weights, folder or run_folder(loaded))
     manifest = read_manifest(Path(recipe.data.path))
-    meet(launch, "evaluate", recipe, manifest=manifest.sha256, file=weights, agreement=asked.agreement)
+    join_ranks(launch, "evaluate", recipe, manifest=manifest.sha256, file=weights, agreement=asked.agreement)
     use_all_cores(launch)
     accelerator = create_accelerator(recipe, launch)
     loader = build_loader(recipe, manifest, accelerator.device, ("val",))
-    named, layout = student_named(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
+    named, layout = student_spec(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
     student = build_student(named, loader.num_classes, recipe.seed, layout).to(accelerator.device)
     if note := load_weights(student.model, str(weights), recipe.student.model):
         accelerator.print(f"note: weights: {note}")
@@ -81,7 +79,7 @@ def main(words: Sequence[str]) -> None:
         _report_teacher(resolve(loaded, launch), loader, student, accelerator)
 
 
-def _asked_teacher(config: Teacher | None) -> Teacher:
+def _comparison_teacher(config: Teacher | None) -> Teacher:
     """Return the teacher. Raises RecipeError where there is none to ask."""
     if config is None:
         raise RecipeError("agreement=yes: the recipe has no teacher")
@@ -89,13 +87,13 @@ def _asked_teacher(config: Teacher | None) -> Teacher:
         raise RecipeError("agreement=yes: the teacher is the student's moving average, which no run keeps to its end")
     if config.combine == "confidence":
         raise RecipeError("agreement=yes: combine: confidence knows the labels; its accuracy would say nothing")
-    if not config.is_named:
+    if not config.has_model:
         raise RecipeError("agreement=yes: a cache answers for no validation image; give teacher.model and its weights")
     return config
 
 
 def _report_teacher(run: Run, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
-    teacher = build_live_teacher(run, _asked_teacher(run.recipe.teacher), (), accelerator.device)
+    teacher = build_live_teacher(run, _comparison_teacher(run.recipe.teacher), (), accelerator.device)
     result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")

@@ -15,13 +15,13 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The autocast type of a recipe's ``precision``."""
 
 
-def run_under(dtype: torch.dtype | None, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+def autocast_call(dtype: torch.dtype | None, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
     """Return the network's answer under that autocast type, None for none, brought back to the dtype of ``x``."""
     with autocast(x, dtype):
         return network(x, *more).to(x.dtype)
 
 
-def recomputed(function: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
     """Return ``function(x, …)``, which draws nothing; backward computes it again, and what is inside is not kept.
 
     On the meta device, where operations are counted, none is done twice.
@@ -40,7 +40,7 @@ def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[obj
     return torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def promoted(outputs: Outputs) -> Outputs:
+def promote_to_float32(outputs: Outputs) -> Outputs:
     """Return ``outputs`` with half-precision tensors in float32; float32 and float64 pass as they are."""
 
     def promote(x: Tensor) -> Tensor:

@@ -18,20 +18,20 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.listen()  # what follows takes seconds to load, and a scheduler may end the job at any of them
+    signals.install()  # what follows takes seconds to load, and a scheduler may end the job at any of them
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from pipeline.builders.session import Session, State, open_session
-from pipeline.builders.summary import check
+from pipeline.builders.summary import summarize
 from pipeline.cli import entry
-from pipeline.config.arguments import split_words
+from pipeline.config.arguments import parse_recipe_args
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
-from pipeline.errors import Unfinished
+from pipeline.errors import Interrupted
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import set_learning_rate
 from pipeline.optim.schedule import learning_rate
@@ -39,8 +39,8 @@ from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import check_folder, mark_preempted
 from pipeline.runs.identity import Run, run_folder
-from pipeline.runs.places import check_run_place
-from pipeline.runs.told import meet
+from pipeline.runs.ownership import check_run_folder
+from pipeline.runs.rank_settings import join_ranks
 from pipeline.training.accelerator import use_all_cores
 from pipeline.training.checkpoint import Best, CheckpointState
 from pipeline.training.export import export, export_average
@@ -52,15 +52,15 @@ from pipeline.training.stopping import SIGNAL
 def main(words: Sequence[str]) -> None:
     """Train what the command line names, unless it is finished, and print its table; with ``--check`` only look."""
     if "--check" in words:
-        print(check(load_recipe(*split_words([word for word in words if word != "--check"]))))
+        print(summarize(load_recipe(*parse_recipe_args([word for word in words if word != "--check"]))))
         return
-    launch, loaded = read_launch(), load_recipe(*split_words(words))
-    check_run_place(run_folder(loaded))  # before hours of work for what it stands on
+    launch, loaded = read_launch(), load_recipe(*parse_recipe_args(words))
+    check_run_folder(run_folder(loaded))  # before hours of work for what it stands on
     try:
         run = ensure_dependencies(loaded, launch)
-        meet(launch, "train", run.recipe, run)
-    except Unfinished:
-        if signals.given():
+        join_ranks(launch, "train", run.recipe, run)
+    except Interrupted:
+        if signals.stop_requested():
             mark_preempted(run_folder(loaded))
         raise
     if run.result is None:
@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> None:
         use_all_cores(launch)
         train(run, launch)
     else:
-        collectives.stop()
+        collectives.destroy_process_group()
     if run.result is not None and launch.is_main:
         print_table(run)
 
@@ -79,13 +79,13 @@ def train(run: Run, launch: Launch) -> None:
     journal = session.journal
     session.distiller.train()
     seed_draws(run.recipe.seed, state.progress.step)
-    state.reason = session.stopping.due(state.progress, beginning=True)
-    with journal.writing(state.progress, state.journal_bytes):
+    state.reason = session.stopping.reason(state.progress, beginning=True)
+    with journal.open(state.progress, state.journal_bytes):
         for batch in session.micro_batches(state):
             rate = learning_rate(run.recipe.schedule, state.progress, run.recipe.epochs)
             set_learning_rate(session.optimizer, rate)
             done = session.step(batch, state.progress)
-            journal.observe(done)
+            journal.accumulate(done)
             if done.gradient_norm is not None:  # Progress counts whole global batches.
                 close_step(session, state, rate, done.gradient_norm)
             if state.reason:
@@ -98,7 +98,7 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
     journal, checkpoints = session.journal, session.checkpoints
     progress = state.progress = state.progress.after(session.recipe.batch)
     seed_draws(session.recipe.seed, progress.step)  # for the step that comes
-    state.reason = session.stopping.due(progress) if progress.step < journal.total_steps else None
+    state.reason = session.stopping.reason(progress) if progress.step < journal.total_steps else None
     saving = bool(state.reason) or checkpoints.due(progress)
     # In this order: nothing that is not finite is written or saved; a step's line stands before its epoch's evaluation;
     # and a checkpoint knows the journal's length with both.
@@ -120,7 +120,7 @@ def validate(session: Session, state: State) -> None:
     if last.top1 > state.best.top1:
         state.best = Best(last.top1, state.progress.epoch)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.evaluated(state.progress, {"top1": last.top1, "top5": last.top5})
+    session.journal.log_evaluation(state.progress, {"top1": last.top1, "top5": last.top5})
 
 
 def finish(session: Session, state: State) -> None:

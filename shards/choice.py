@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from shards.plan import Item, permutation
+from shards.plan import ImageItem, permutation
 
 
-def choose(items: list[Item], count: int, seed: int, split: str) -> list[Item]:
+def choose(items: list[ImageItem], count: int, seed: int, split: str) -> list[ImageItem]:
     """Choose ``count`` images of a split at random, as evenly over the classes as they allow."""
     items = sorted(items)  # the folder's own order differs between file systems
     order, turns = _turns(items, seed, f"{split} subset")
     return [items[place] for place in order[np.argsort(turns, kind="stable")][:count]]
 
 
-def set_aside(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+def set_aside(items: list[ImageItem], share: float, seed: int) -> tuple[list[ImageItem], list[ImageItem]]:
     """Part a set's images into those to train with and ``share`` of every class, at random, to validate with.
 
     A class of a few images gives one; a class of one image none.
@@ -30,7 +30,7 @@ def set_aside(items: list[Item], share: float, seed: int) -> tuple[list[Item], l
     return [item for item, out in parted if not out], [item for item, out in parted if out]
 
 
-def _turns(items: list[Item], seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+def _turns(items: list[ImageItem], seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a random order of the items, and which each is in it among those of its class."""
     order = permutation(len(items), seed, purpose)
     labels = np.array([items[place].label for place in order])

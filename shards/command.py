@@ -18,11 +18,11 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
+_TaskT = TypeVar("_TaskT")
+_ResultT = TypeVar("_ResultT")
 
 USER_ERROR = 2
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """A terminal's, and what a scheduler sends before it takes the machine away."""
 LOG_SECONDS = 60
 
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the options)")
 
 
-def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+def run_main(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run ``main`` and end the process with its exit code.
 
     What the user or the machine got wrong is one line on stderr and exit code 2; SIGINT, SIGTERM and SIGUSR1 unwind, so
@@ -43,7 +43,7 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """
     with suppress(OSError, ValueError, RuntimeError):  # where standard error is closed, or no file
         faulthandler.enable()
-    for number in STOP_SIGNALS:
+    for number in _STOP_SIGNALS:
         signal.signal(number, _unwind)
     try:
         sys.exit(main(None))
@@ -53,7 +53,7 @@ def run_command(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
 
 
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
-    for again in STOP_SIGNALS:
+    for again in _STOP_SIGNALS:
         signal.signal(again, signal.SIG_IGN)
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
     sys.exit(128 + number)
@@ -111,7 +111,7 @@ def print_above(bar: tqdm[NoReturn], line: str) -> None:
 
 
 def for_each(
-    function: Callable[[Given], Result], tasks: Iterable[Given], jobs: int, receive: Callable[[Result], None]
+    function: Callable[[_TaskT], _ResultT], tasks: Iterable[_TaskT], jobs: int, receive: Callable[[_ResultT], None]
 ) -> None:
     """Call ``function`` on every task in ``jobs`` processes, and ``receive`` here on each result as it comes.
 
@@ -141,7 +141,7 @@ def _start_worker() -> None:
     with suppress(OSError, ValueError, RuntimeError):  # where standard error is closed, or no file
         faulthandler.enable()
     # A terminal and Slurm signal the whole process group; how to end is for the parent to decide.
-    for number in STOP_SIGNALS:
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -7,14 +7,14 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class DamagedFile(ValueError):
     """A file that is not what was written, or that cannot be read; the message names file, key and what to do."""
 
 
-def read_document(path: Path, schema: type[T], advice: str) -> T:
+def read_document(path: Path, schema: type[_T], advice: str) -> _T:
     """Return the file's JSON as ``schema``: a pydantic model, a dataclass or a type such as ``dict[str, int]``.
 
     Values are taken strictly: a number in quotes is none. Raises DamagedFile, with ``advice`` at its end, for whatever
@@ -29,7 +29,7 @@ def read_document(path: Path, schema: type[T], advice: str) -> T:
     return parse_document(content, str(path), schema, advice)
 
 
-def parse_document(content: bytes, place: str, schema: type[T], advice: str) -> T:
+def parse_document(content: bytes, location: str, schema: type[_T], advice: str) -> _T:
     """Return JSON that was read from ``place``, a file or a line of one, as ``schema``. Raises DamagedFile."""
     try:
         return TypeAdapter(schema).validate_json(content, strict=True)
@@ -37,5 +37,5 @@ def parse_document(content: bytes, place: str, schema: type[T], advice: str) -> 
         first, *more = error.errors(include_url=False, include_input=False)
         key = ".".join(map(str, first["loc"]))
         others = f" (and {len(more)} more)" if more else ""
-        where = f"{place}: {key}" if key else place
+        where = f"{location}: {key}" if key else location
         raise DamagedFile(f"{where}: {' '.join(first['msg'].split())}{others}; {advice}") from None

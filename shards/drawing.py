@@ -54,10 +54,10 @@ TEXTURES: dict[str, Callable[[Field, Field], Field]] = {
 }
 """A periodic pattern: positive where the second colour lies."""
 
-CLASSES = tuple(f"{shape}-{texture}" for shape, texture in itertools.product(SHAPES, TEXTURES))
+DRAWN_CLASSES = tuple(f"{shape}-{texture}" for shape, texture in itertools.product(SHAPES, TEXTURES))
 
 
-def draw(class_name: str, side: int, random: np.random.Generator) -> np.ndarray:
+def draw_image(class_name: str, side: int, random: np.random.Generator) -> np.ndarray:
     """Draw an image of a class, uint8 [S, S, 3]."""
     shape, texture = class_name.split("-")
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]

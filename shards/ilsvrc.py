@@ -14,12 +14,12 @@ from tqdm import tqdm
 from shards.archives import Member, list_members
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
-IMAGENET = {"train": 1_281_167, "val": 50_000}
+IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
 """Images of the whole set, of CLASSES classes."""
-CLASSES = 1_000
+ILSVRC_CLASSES = 1_000
 
 
-class Found(NamedTuple):
+class FoundImage(NamedTuple):
     """An image file: its class, its path in the split, its bytes, and where they start in the archive (or −1)."""
 
     wnid: str
@@ -28,7 +28,7 @@ class Found(NamedTuple):
     offset: int = -1
 
 
-def list_train(path: Path) -> list[Found]:
+def list_train(path: Path) -> list[FoundImage]:
     """Return the images in the archive of the class archives. Raises ValueError where any of them is not whole."""
     found = []
     with path.open("rb") as file:
@@ -37,29 +37,29 @@ def list_train(path: Path) -> list[Found]:
             members = _visible(list_members(path, file, inner.offset, inner.offset + inner.size))
             if not members:
                 raise ValueError(f"{path}: {inner.name} holds no image: download it again")
-            found += [Found(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for each in members]
+            found += [FoundImage(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for each in members]
     return _once(path, found)
 
 
-def list_val(path: Path, wnids: Mapping[str, str], told: str) -> list[Found]:
+def list_val(path: Path, wnids: Mapping[str, str], origin: str) -> list[FoundImage]:
     """Return the images in the archive of validation, whose classes ``wnids`` says; ``told`` names where that is from.
 
     Raises ValueError where it is not whole, or is not of the same files.
     """
     with path.open("rb") as file:
         members = _visible(list_members(path, file))
-    check_labels(path, [_name(member) for member in members], wnids, told)
+    check_labels(path, [_name(member) for member in members], wnids, origin)
     found = [(wnids[_name(member)], member) for member in members]
-    return _once(path, [Found(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for wnid, each in found])
+    return _once(path, [FoundImage(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for wnid, each in found])
 
 
-def check_labels(place: Path, names: list[str], wnids: Mapping[str, str], told: str) -> None:
+def check_labels(location: Path, names: list[str], wnids: Mapping[str, str], origin: str) -> None:
     """Raise a ValueError unless the files are those whose classes are known."""
     if unknown := sorted(set(names) - wnids.keys()):
-        raise ValueError(f"{place} holds {unknown[0]}, whose class is not known: give its line in --val-labels")
+        raise ValueError(f"{location} holds {unknown[0]}, whose class is not known: give its line in --val-labels")
     if missing := sorted(wnids.keys() - set(names)):
         raise ValueError(
-            f"{place} lacks {missing[0]}{_and_more(missing)}, whose class {told} says: "
+            f"{location} lacks {missing[0]}{_and_more(missing)}, whose class {origin} says: "
             "fetch it, or give the lines of those there are in --val-labels"
         )
 
@@ -82,7 +82,7 @@ def _name(member: Member) -> str:
     return PurePosixPath(member.name).name
 
 
-def _once(path: Path, found: list[Found]) -> list[Found]:
+def _once(path: Path, found: list[FoundImage]) -> list[FoundImage]:
     seen = set()
     for each in found:
         if each.path in seen:

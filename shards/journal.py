@@ -14,27 +14,27 @@ from typing import Any, TypeVar
 from shards.documents import parse_document
 from shards.manifest import MANIFEST, LeftOut, Manifest, Shard, writing
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-JOURNAL = "journal.jsonl"
+PREPARATION_JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardRecord:
     """A finished shard, and what of its share was left out. A shard of which nothing is left has no file."""
 
     shard: Shard
     left_out: tuple[LeftOut, ...]
 
 
-class Journal:
+class PreparationJournal:
     """``journal.jsonl``: the job in its first line, then a record a line. Held locked, against a second preparation.
 
     Raises ValueError where the folder belongs to another job or to another process.
     """
 
     def __init__(self, folder: Path, job: Manifest) -> None:
-        self.path = folder / JOURNAL
+        self.path = folder / PREPARATION_JOURNAL
         _check_folder(folder, job)
         self._file = self.path.open("a+b")
         try:
@@ -44,11 +44,11 @@ class Journal:
             self.__exit__(None, None, None)
             raise
 
-    def append(self, record: Record) -> None:
+    def append(self, record: ShardRecord) -> None:
         """Put down a shard; when this returns it is on the disk."""
         self._write_line(asdict(record))
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> PreparationJournal:
         return self
 
     def __exit__(
@@ -63,7 +63,7 @@ class Journal:
         except BlockingIOError:
             raise ValueError(f"{self.path.parent} is being prepared by another process: wait for it") from None
 
-    def _read(self, job: Manifest) -> dict[str, Record]:
+    def _read(self, job: Manifest) -> dict[str, ShardRecord]:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -72,11 +72,11 @@ class Journal:
             self._write_line(describe(job))
             return {}
         first, *lines = whole.split(b"\n")[:-1]
-        refuse_other_job(self.path.parent, self._parse(first, 1, dict[str, Any]), job)
-        records = [self._parse(line, number, Record) for number, line in enumerate(lines, 2)]
+        check_same_job(self.path.parent, self._parse(first, 1, dict[str, Any]), job)
+        records = [self._parse(line, number, ShardRecord) for number, line in enumerate(lines, 2)]
         return {record.shard.url: record for record in records}
 
-    def _parse(self, line: bytes, number: int, schema: type[T]) -> T:
+    def _parse(self, line: bytes, number: int, schema: type[_T]) -> _T:
         advice = f"delete {self.path.parent}, and prepare again"
         return parse_document(line, f"{self.path}: line {number}", schema, advice)
 
@@ -93,7 +93,7 @@ def describe(job: Manifest) -> dict[str, Any]:
     return json.loads(json.dumps(replace(job, splits={}).values()))
 
 
-def refuse_other_job(folder: Path, found: dict[str, Any], job: Manifest) -> None:
+def check_same_job(folder: Path, found: dict[str, Any], job: Manifest) -> None:
     """Raise a ValueError that names the first difference, if ``found`` describes another job."""
     old, new = _flat(found), _flat(describe(job))
     # The files found follow from other keys, too, which say more.
@@ -126,7 +126,7 @@ def _check_folder(folder: Path, job: Manifest) -> None:
     """Raise ValueError if the folder holds anything but shards, or the journal of something else, as a run's is."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
-    begun = JOURNAL in names and _is_begun(folder / JOURNAL, job)
+    begun = PREPARATION_JOURNAL in names and _is_begun(folder / PREPARATION_JOURNAL, job)
     if names and not begun and MANIFEST not in names:
         raise ValueError(f"{folder} is not empty and holds no shards: name a new folder")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shards.plan import Encoded, Unusable
+from shards.plan import EncodedImage, Unusable
 
 _JPEG = ("JPEG", "MPO")  # MPO: a camera's JPEG with further pictures behind the first
 
@@ -30,16 +30,16 @@ class Transform:
     max_side: int | None = None
     quality: int = 95
 
-    def apply(self, data: bytes) -> Encoded:
+    def apply(self, data: bytes) -> EncodedImage:
         """Return the image as it goes into a shard; raise Unusable where it cannot be decoded."""
-        image = decode(data)
+        image = decode_jpeg(data)
         size = self.target(*image.size)
         if image.format in _JPEG and image.mode in ("L", "RGB") and size == image.size:
-            return Encoded(data, *size)
+            return EncodedImage(data, *size)
         image = _convert(image)
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)
-        return Encoded(encode_jpeg(image, self.quality), *size)
+        return EncodedImage(encode_jpeg(image, self.quality), *size)
 
     def target(self, width: int, height: int) -> tuple[int, int]:
         """Return the size an image of this size gets: sides in proportion, rounded down, never larger."""
@@ -50,7 +50,7 @@ class Transform:
         return max(1, width * limit // base), max(1, height * limit // base)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode_jpeg(data: bytes) -> Image.Image:
     """Decode a JPEG or a PNG completely. Raises Unusable."""
     try:
         with warnings.catch_warnings():

@@ -15,10 +15,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.ilsvrc import ARCHIVES, Found, check_labels, list_train, list_val
+from shards.ilsvrc import ARCHIVES, FoundImage, check_labels, list_train, list_val
 from shards.val_labels import find_labels
 
-KAGGLE = Path("ILSVRC/Data/CLS-LOC")
+KAGGLE_FOLDERS = Path("ILSVRC/Data/CLS-LOC")
 VALIDATION = ("val", "validation", "valid")
 IMAGES = "images"
 """Tiny-ImageNet's folder between a class, or a split, and its images."""
@@ -26,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 ARCHIVE, FLAT, BY_CLASS, WITHIN_CLASS = "", "{file}", "{wnid}/{file}", "{wnid}/" + IMAGES + "/{file}"
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     """Where the files of a split lie: in an archive, or in a folder, where ``pattern`` says how their paths follow."""
 
     root: Path
@@ -41,9 +41,9 @@ class Place(NamedTuple):
 class Listing(NamedTuple):
     """The files of a split, where they lie, how they were read, and the class folders without any."""
 
-    files: list[Found]
-    place: Place
-    told: str
+    files: list[FoundImage]
+    place: ImageLocation
+    description: str
     empty: frozenset[str] = frozenset()
 
 
@@ -53,9 +53,9 @@ def find_splits(source: Path, val_labels: Path | None) -> dict[str, Listing]:
     Raises FileNotFoundError where there is none of them, and ValueError or OSError, one line, where one is not whole.
     """
     source = source.resolve()
-    root = source / KAGGLE if (source / KAGGLE).is_dir() else source
+    root = source / KAGGLE_FOLDERS if (source / KAGGLE_FOLDERS).is_dir() else source
     # Kaggle's lists lie beside ILSVRC, even if it is the folder within that was named.
-    top = root.parents[2] if root.parts[-3:] == KAGGLE.parts else source
+    top = root.parents[2] if root.parts[-3:] == KAGGLE_FOLDERS.parts else source
     folders = {"train": _train_folder(root), "val": _validation_folder(root)}
     found = {}
     for split, archive in ARCHIVES.items():
@@ -97,7 +97,7 @@ def _read_archive(path: Path, split: str, source: Path, val_labels: Path | None)
     else:
         wnids, by = find_labels(source, source, val_labels)
         files, told = list_val(path, wnids, by), f"{path}, classes from {by}"
-    return Listing(files, Place(path, ARCHIVE), told)
+    return Listing(files, ImageLocation(path, ARCHIVE), told)
 
 
 def _read_folder(folder: Path, split: str, top: Path, val_labels: Path | None) -> Listing:
@@ -106,7 +106,7 @@ def _read_folder(folder: Path, split: str, top: Path, val_labels: Path | None) -
     flat = bool(visible(folder)) and not _class_folders(folder)
     listing = _read_flat(folder, top, val_labels) if flat else _read_classes(folder, f"{folder.name}/<class>")
     unread = folder.name != "test" and (folder.parent / "test").is_dir()
-    return listing._replace(told=f"{listing.told}; test/ is not read") if unread else listing
+    return listing._replace(description=f"{listing.description}; test/ is not read") if unread else listing
 
 
 def _read_flat(folder: Path, top: Path, val_labels: Path | None) -> Listing:
@@ -114,8 +114,8 @@ def _read_flat(folder: Path, top: Path, val_labels: Path | None) -> Listing:
     wnids, told = find_labels(top, folder, val_labels)
     files = {entry.name: entry for entry in _files(visible(within)) if entry.name != told}
     check_labels(within, list(files), wnids, told)
-    found = [Found(wnids[name], f"{wnids[name]}/{name}", entry.stat().st_size) for name, entry in files.items()]
-    return Listing(found, Place(within, FLAT), f"{within}, classes from {told}")
+    found = [FoundImage(wnids[name], f"{wnids[name]}/{name}", entry.stat().st_size) for name, entry in files.items()]
+    return Listing(found, ImageLocation(within, FLAT), f"{within}, classes from {told}")
 
 
 def _read_classes(folder: Path, wanted: str) -> Listing:
@@ -132,12 +132,12 @@ def _read_classes(folder: Path, wanted: str) -> Listing:
         if nested:
             beside += _lists([each for each in files if each.name != IMAGES], f"{entry.path}/{IMAGES}/")
             files = visible(Path(entry.path, IMAGES)) if Path(entry.path, IMAGES).is_dir() else []
-        found += [Found(entry.name, f"{entry.name}/{file.name}", file.stat().st_size) for file in _files(files)]
+        found += [FoundImage(entry.name, f"{entry.name}/{file.name}", file.stat().st_size) for file in _files(files)]
         empty |= set() if files else {entry.name}
     told = f"{folder}, as {wanted}{f'/{IMAGES}' if nested else ''}/<file>"
     if beside:
         told += f"; not read: {min(beside)}" + (f" and {len(beside) - 1:,} more" if len(beside) > 1 else "")
-    return Listing(found, Place(folder, WITHIN_CLASS if nested else BY_CLASS), told, frozenset(empty))
+    return Listing(found, ImageLocation(folder, WITHIN_CLASS if nested else BY_CLASS), told, frozenset(empty))
 
 
 def _lists(entries: list[os.DirEntry[str]], folder: str) -> list[str]:

@@ -22,7 +22,7 @@ from shards.documents import DamagedFile, parse_document
 
 MANIFEST = "manifest.json"
 VERSION = 1
-ADVICE = "copy it again, or run the preparation again"
+MANIFEST_ADVICE = "copy it again, or run the preparation again"
 """What mends a folder of which a file is damaged or missing."""
 
 MOST_IDS = 10**8

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from shards.journal import Record
+from shards.journal import ShardRecord
 from shards.manifest import Manifest
 
 
-class Item(NamedTuple):
+class ImageItem(NamedTuple):
     """A file of the source: its name in the split, its label and size in bytes, and where it starts in an archive."""
 
     path: str
@@ -29,7 +29,7 @@ class Item(NamedTuple):
     offset: int = -1
 
 
-class Encoded(NamedTuple):
+class EncodedImage(NamedTuple):
     """An image as it goes into a shard, its sides in pixels as stored."""
 
     data: bytes
@@ -41,34 +41,34 @@ class Unusable(Exception):
     """A file that is no image we can use; the text says why, in words that are the same on every run."""
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Where images come from. It travels to the worker processes."""
 
-    def load(self, split: str, item: Item) -> Encoded:
+    def load(self, split: str, item: ImageItem) -> EncodedImage:
         """Return an image, or raise Unusable."""
         ...
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparationJob:
     """What to prepare: the manifest without its splits, the files of each split in the order of their ids, a source."""
 
     header: Manifest
-    listings: dict[str, list[Item]]
-    source: Source
+    listings: dict[str, list[ImageItem]]
+    source: ImageSource
 
 
-class Task(NamedTuple):
+class ShardTask(NamedTuple):
     """One shard to make, with all that a worker needs."""
 
     path: Path
     image: str
     split: str
     ids: list[int]
-    items: list[Item]
-    source: Source
+    items: list[ImageItem]
+    source: ImageSource
     strict: bool
-    record: Record | None
+    record: ShardRecord | None
     """The shard as it was finished before, if it was."""
 
 
@@ -76,12 +76,12 @@ def make_job(
     tool: str,
     image: str,
     classes: Sequence[str],
-    listings: dict[str, list[Item]],
-    source: Source,
+    listings: dict[str, list[ImageItem]],
+    source: ImageSource,
     options: argparse.Namespace,
     transform: dict[str, Any],
     **plan: Any,
-) -> Job:
+) -> PreparationJob:
     """Sort the listings, so that a place in them is an id, and describe all that the bytes will depend on.
 
     Raises ValueError for a split without files.
@@ -95,7 +95,7 @@ def make_job(
         "samples_per_shard": options.samples_per_shard,
         "listing": {split: _listing_sha256(items) for split, items in listings.items()},
     }
-    return Job(Manifest(tool, image, tuple(classes), transform, plan), listings, source)
+    return PreparationJob(Manifest(tool, image, tuple(classes), transform, plan), listings, source)
 
 
 def permutation(count: int, seed: int, purpose: str) -> np.ndarray:
@@ -105,14 +105,16 @@ def permutation(count: int, seed: int, purpose: str) -> np.ndarray:
     return np.argsort(generator.random_raw(count), kind="stable")
 
 
-def _listing_sha256(items: list[Item]) -> str:
+def _listing_sha256(items: list[ImageItem]) -> str:
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.path}\0{item.label}\0{item.size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def plan_shards(job: Job, folder: Path, records: Mapping[str, Record] = {}, *, strict: bool = False) -> Iterator[Task]:
+def plan_shards(
+    job: PreparationJob, folder: Path, records: Mapping[str, ShardRecord] = {}, *, strict: bool = False
+) -> Iterator[ShardTask]:
     """Yield the shards to make, each with its record if it has one."""
     plan = job.header.plan
     for split, items in job.listings.items():
@@ -121,4 +123,6 @@ def plan_shards(job: Job, folder: Path, records: Mapping[str, Record] = {}, *, s
         for number, ids in enumerate(np.array_split(order, count)):
             path = folder / f"{split}-{number:06d}.tar"
             share = [items[place] for place in ids]
-            yield Task(path, job.header.image, split, ids.tolist(), share, job.source, strict, records.get(path.name))
+            yield ShardTask(
+                path, job.header.image, split, ids.tolist(), share, job.source, strict, records.get(path.name)
+            )

@@ -16,9 +16,9 @@ import numpy as np
 
 from shards.classes import without_images
 from shards.command import add_jobs, for_each, positive, print_above, progress_bar, seed
-from shards.journal import JOURNAL, Journal, Record, describe, refuse_other_job
+from shards.journal import PREPARATION_JOURNAL, PreparationJournal, ShardRecord, check_same_job, describe
 from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
-from shards.plan import Job, Task, Unusable, plan_shards
+from shards.plan import PreparationJob, ShardTask, Unusable, plan_shards
 from shards.read import SAMPLE_DTYPE, SplitReader
 from shards.scan import index_fits, is_on_record, scan_shard
 from shards.write import ShardWriter, index_path, write_samples
@@ -27,7 +27,7 @@ from shards.write import ShardWriter, index_path, write_samples
 class Finished(NamedTuple):
     """A shard on the disk, and its rows of the sample table."""
 
-    record: Record
+    record: ShardRecord
     rows: np.ndarray
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at a file that is no usable image")
 
 
-def prepare(job: Job, folder: Path, options: argparse.Namespace) -> int:
+def prepare(job: PreparationJob, folder: Path, options: argparse.Namespace) -> int:
     """Make the shards of a job, or those that are missing; return the exit code. It may be killed at any moment.
 
     Raises ValueError or OSError, one line, for what the user can mend.
@@ -52,13 +52,13 @@ def prepare(job: Job, folder: Path, options: argparse.Namespace) -> int:
         return 0
     recorded = _recorded(job, folder)
     if not _is_complete(folder):
-        with Journal(folder, job.header) as journal:
+        with PreparationJournal(folder, job.header) as journal:
             _make_shards(job, folder, options, journal, recorded)
-    (folder / JOURNAL).unlink(missing_ok=True)  # the manifest says all it knows
+    (folder / PREPARATION_JOURNAL).unlink(missing_ok=True)  # the manifest says all it knows
     return _report(folder, options.strict)
 
 
-def _print_plan(job: Job, folder: Path, tasks: list[Task]) -> None:
+def _print_plan(job: PreparationJob, folder: Path, tasks: list[ShardTask]) -> None:
     total = 0
     for split, items in job.listings.items():
         size = sum(item.size for item in items)
@@ -74,16 +74,16 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.3f} GB"
 
 
-def _recorded(job: Job, folder: Path) -> dict[str, Record]:
+def _recorded(job: PreparationJob, folder: Path) -> dict[str, ShardRecord]:
     """Return the shards that a finished manifest names, as records: a folder that lost a file is mended, too."""
     if not (folder / MANIFEST).exists():
         return {}
     manifest = read_manifest(folder)
-    refuse_other_job(folder, describe(manifest), job.header)
+    check_same_job(folder, describe(manifest), job.header)
     shards = {shard.url: shard for split in manifest.splits.values() for shard in split.shards}
     left_out = {(name, each.id): each for name, split in manifest.splits.items() for each in split.left_out}
     return {
-        task.path.name: Record(
+        task.path.name: ShardRecord(
             shards.get(task.path.name, Shard(task.path.name, 0, 0, "")),
             tuple(left_out[task.split, number] for number in task.ids if (task.split, number) in left_out),
         )
@@ -103,7 +103,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _make_shards(
-    job: Job, folder: Path, options: argparse.Namespace, journal: Journal, recorded: dict[str, Record]
+    job: PreparationJob,
+    folder: Path,
+    options: argparse.Namespace,
+    journal: PreparationJournal,
+    recorded: dict[str, ShardRecord],
 ) -> None:
     _remove_temporaries(folder)
     tasks = list(plan_shards(job, folder, recorded | journal.records, strict=options.strict))
@@ -135,7 +139,7 @@ def _remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_shard(task: Task) -> Finished:
+def make_shard(task: ShardTask) -> Finished:
     """Write a shard, unless it is there as it is on record. Runs in a worker process."""
     record = task.record
     if record is not None:
@@ -148,7 +152,7 @@ def make_shard(task: Task) -> Finished:
     return _write_shard(task)
 
 
-def _write_shard(task: Task) -> Finished:
+def _write_shard(task: ShardTask) -> Finished:
     left_out = []
     with ShardWriter(task.path, task.image) as writer:
         for number, item in zip(task.ids, task.items, strict=True):
@@ -160,9 +164,9 @@ def _write_shard(task: Task) -> Finished:
                 left_out.append(LeftOut(number, f"{task.split}/{item.path}", str(reason)))
         if len(left_out) == len(task.ids):
             # DALI counts a tar without members as one empty sample.
-            return Finished(Record(Shard(task.path.name, 0, 0, ""), tuple(left_out)), np.empty(0, SAMPLE_DTYPE))
+            return Finished(ShardRecord(Shard(task.path.name, 0, 0, ""), tuple(left_out)), np.empty(0, SAMPLE_DTYPE))
         shard, rows = writer.close()
-    return Finished(Record(shard, tuple(left_out)), rows)
+    return Finished(ShardRecord(shard, tuple(left_out)), rows)
 
 
 def _finish_split(folder: Path, name: str, parts: list[Finished]) -> Split:

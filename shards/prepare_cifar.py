@@ -28,13 +28,13 @@ import numpy as np
 from PIL import Image
 
 from shards.archives import DamagedArchive, read_archive
-from shards.command import Parser, positive, run_command
-from shards.plan import Encoded, Item, make_job
+from shards.command import Parser, positive, run_main
+from shards.plan import EncodedImage, ImageItem, make_job
 from shards.prepare import add_arguments, prepare
 
 FOLDER = "cifar-100-python"
 FILES = {"train": "train", "val": "test"}
-SIDE = 32
+_SIDE = 32
 # A search for the smallest file takes three times as long and saves a tenth.
 COMPRESSION = 1
 
@@ -55,12 +55,12 @@ class CifarFiles:
 
     source: Path
 
-    def load(self, split: str, item: Item) -> Encoded:
+    def load(self, split: str, item: ImageItem) -> EncodedImage:
         """Encode the image of a row as a PNG."""
-        pixels = _column(self.source, FILES[split], "data")[int(item.path)].reshape(3, SIDE, SIDE).transpose(1, 2, 0)
+        pixels = _column(self.source, FILES[split], "data")[int(item.path)].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=COMPRESSION)
-        return Encoded(buffer.getvalue(), SIDE, SIDE)
+        return EncodedImage(buffer.getvalue(), _SIDE, _SIDE)
 
 
 def _column(source: Path, name: str, key: str) -> Any:
@@ -90,17 +90,17 @@ def _content(source: Path, name: str) -> bytes:
     return read_archive(source, (name,))[name]
 
 
-def _listing(source: Path, name: str, classes: int) -> list[Item]:
+def _listing(source: Path, name: str, classes: int) -> list[ImageItem]:
     pixels, labels = _column(source, name, "data"), _column(source, name, "fine_labels")
     fits = (
-        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * SIDE * SIDE)
+        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * _SIDE * _SIDE)
     )
     if not fits or not set(labels) <= set(range(classes)):
         raise ValueError(f"{source} is damaged or not CIFAR-100: {name} does not hold an image for each label")
-    return [Item(f"{row:05d}", label, 3 * SIDE * SIDE) for row, label in enumerate(labels)]
+    return [ImageItem(f"{row:05d}", label, 3 * _SIDE * _SIDE) for row, label in enumerate(labels)]
 
 
-def _first_of_each_class(listing: list[Item], count: int) -> list[Item]:
+def _first_of_each_class(listing: list[ImageItem], count: int) -> list[ImageItem]:
     seen = Counter[int]()
     kept = []
     for item in listing:
@@ -134,4 +134,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

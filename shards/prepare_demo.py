@@ -20,14 +20,14 @@ if not __package__:  # started as a script: Python put this folder, not the root
 import numpy as np
 from PIL import Image
 
-from shards.command import Parser, run_command, up_to
-from shards.drawing import CLASSES, draw
+from shards.command import Parser, run_main, up_to
+from shards.drawing import DRAWN_CLASSES, draw_image
 from shards.jpeg import encode_jpeg
-from shards.plan import Encoded, Item, make_job
+from shards.plan import EncodedImage, ImageItem, make_job
 from shards.prepare import add_arguments, prepare
 
 QUALITY = 92
-MOST = 10**6
+_MAX_SAMPLES = 10**6
 """Images of a split, which are listed before any is drawn."""
 
 
@@ -38,25 +38,29 @@ class Drawings:
     side: int
     seed: int
 
-    def load(self, split: str, item: Item) -> Encoded:
+    def load(self, split: str, item: ImageItem) -> EncodedImage:
         """Draw the image; its generator is keyed by the seed, the split and its number alone."""
         number = int(item.path.rpartition("/")[2])
         key = np.array([self.seed, 2 * number + (split == "val")], np.uint64)
-        drawing = draw(CLASSES[item.label], self.side, np.random.Generator(np.random.Philox(key=key)))
-        return Encoded(encode_jpeg(Image.fromarray(drawing), QUALITY), self.side, self.side)
+        drawing = draw_image(DRAWN_CLASSES[item.label], self.side, np.random.Generator(np.random.Philox(key=key)))
+        return EncodedImage(encode_jpeg(Image.fromarray(drawing), QUALITY), self.side, self.side)
 
 
-def _listing(count: int) -> list[Item]:
+def _listing(count: int) -> list[ImageItem]:
     # Labels in turn, so that every class has as many images as the next.
-    labels = [number % len(CLASSES) for number in range(count)]
-    return [Item(f"{CLASSES[label]}/{number:06d}", label, 0) for number, label in enumerate(labels)]
+    labels = [number % len(DRAWN_CLASSES) for number in range(count)]
+    return [ImageItem(f"{DRAWN_CLASSES[label]}/{number:06d}", label, 0) for number, label in enumerate(labels)]
 
 
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_demo.py", description="Draw a small, learnable classification task as shards.")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--train", type=up_to(MOST), default=5000, help="training images (default: %(default)s)")
-    parser.add_argument("--val", type=up_to(MOST), default=1000, help="validation images (default: %(default)s)")
+    parser.add_argument(
+        "--train", type=up_to(_MAX_SAMPLES), default=5000, help="training images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val", type=up_to(_MAX_SAMPLES), default=1000, help="validation images (default: %(default)s)"
+    )
     parser.add_argument("--size", type=up_to(2**13), default=64, help="their side in pixels (default: %(default)s)")
     add_arguments(parser)
     return parser
@@ -67,9 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     listings = {"train": _listing(options.train), "val": _listing(options.val)}
     transform = {"size": options.size, "quality": QUALITY}
-    job = make_job("prepare_demo", "jpg", CLASSES, listings, Drawings(options.size, options.seed), options, transform)
+    job = make_job(
+        "prepare_demo", "jpg", DRAWN_CLASSES, listings, Drawings(options.size, options.seed), options, transform
+    )
     return prepare(job, options.destination, options)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -24,11 +24,11 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 from shards.choice import choose, set_aside
 from shards.classes import WNID, number_classes
-from shards.command import Parser, positive, run_command, share
-from shards.ilsvrc import CLASSES, IMAGENET
+from shards.command import Parser, positive, run_main, share
+from shards.ilsvrc import ILSVRC_CLASSES, IMAGENET_COUNTS
 from shards.jpeg import Transform
-from shards.layouts import ARCHIVE, Listing, Place, find_splits
-from shards.plan import Encoded, Item, make_job
+from shards.layouts import ARCHIVE, ImageLocation, Listing, find_splits
+from shards.plan import EncodedImage, ImageItem, make_job
 from shards.prepare import add_arguments, prepare
 
 
@@ -36,10 +36,10 @@ from shards.prepare import add_arguments, prepare
 class ImageFiles:
     """The images of each split's folder or archive, and what is to become of them."""
 
-    places: dict[str, Place]
+    places: dict[str, ImageLocation]
     transform: Transform
 
-    def load(self, split: str, item: Item) -> Encoded:
+    def load(self, split: str, item: ImageItem) -> EncodedImage:
         """Read an image and transform it; raise Unusable for a file that is none, ValueError for one that changed."""
         place = self.places[split]
         if place.pattern == ARCHIVE:
@@ -57,7 +57,7 @@ def _descriptor(path: Path) -> int:
     return os.open(path, os.O_RDONLY)  # for the life of a worker process
 
 
-def find_items(options: Namespace) -> tuple[list[str], dict[str, list[Item]], dict[str, Place]]:
+def find_items(options: Namespace) -> tuple[list[str], dict[str, list[ImageItem]], dict[str, ImageLocation]]:
     """Return the classes, the files of each split with their labels, and where they lie; print how they were found.
 
     Raises ValueError or OSError, one line.
@@ -68,9 +68,9 @@ def find_items(options: Namespace) -> tuple[list[str], dict[str, list[Item]], di
     labels = {wnid: label for label, wnid in enumerate(classes)}
     listings, places = {}, {split: each.place for split, each in found.items()}
     for split, each in found.items():
-        print(f"{split}: {len(each.files):,} images of {len(used[split]):,} classes in {each.told}")
+        print(f"{split}: {len(each.files):,} images of {len(used[split]):,} classes in {each.description}")
         _compare_with_imagenet(split, each, len(used[split]))
-        listings[split] = [Item(file.path, labels[file.wnid], file.size, file.offset) for file in each.files]
+        listings[split] = [ImageItem(file.path, labels[file.wnid], file.size, file.offset) for file in each.files]
     if options.val_share:
         _set_aside(listings, places, options)
     elif "val" not in listings:
@@ -82,13 +82,16 @@ def find_items(options: Namespace) -> tuple[list[str], dict[str, list[Item]], di
 
 def _compare_with_imagenet(split: str, listing: Listing, classes: int) -> None:
     """Print a line where what seems to be ImageNet is not all of it."""
-    of_imagenet = listing.place.pattern == ARCHIVE or classes == CLASSES
+    of_imagenet = listing.place.pattern == ARCHIVE or classes == ILSVRC_CLASSES
     of_imagenet = of_imagenet and all(WNID.fullmatch(file.wnid) for file in listing.files)
-    if of_imagenet and (len(listing.files), classes) != (IMAGENET[split], CLASSES):
-        print(f"{split}: this is not all of ImageNet, which has {IMAGENET[split]:,} images of {CLASSES:,} classes")
+    if of_imagenet and (len(listing.files), classes) != (IMAGENET_COUNTS[split], ILSVRC_CLASSES):
+        print(
+            f"{split}: this is not all of ImageNet, "
+            f"which has {IMAGENET_COUNTS[split]:,} images of {ILSVRC_CLASSES:,} classes"
+        )
 
 
-def _set_aside(listings: dict[str, list[Item]], places: dict[str, Place], options: Namespace) -> None:
+def _set_aside(listings: dict[str, list[ImageItem]], places: dict[str, ImageLocation], options: Namespace) -> None:
     if "val" in listings:
         raise ValueError(f"--val-share: {options.source} has a validation split already: leave it out")
     listings["train"], listings["val"] = set_aside(listings["train"], options.val_share, options.seed)
@@ -149,4 +152,4 @@ def _parser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

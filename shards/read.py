@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.manifest import ADVICE, Manifest, Shard, Split, read_manifest, sha256_of
+from shards.manifest import MANIFEST_ADVICE, Manifest, Shard, Split, read_manifest, sha256_of
 
 SPARE_FILES = 64
 """Descriptors that are left to all else in this process."""
@@ -89,13 +89,13 @@ class SplitReader:
         for shard in self.split.shards:
             path = self.folder / shard.url
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: {ADVICE}")
+                raise FileNotFoundError(f"{path} is missing: {MANIFEST_ADVICE}")
             _check_size(path, path.stat(), shard)
 
     def _map_samples(self) -> np.ndarray:
         path = samples_path(self.folder, self.split.name)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {ADVICE}")
+            raise FileNotFoundError(f"{path} is missing: {MANIFEST_ADVICE}")
         status = path.stat()
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         _prove_samples(path, stamp, self.split, self.manifest.num_classes)
@@ -138,15 +138,17 @@ def load_samples(path: Path) -> np.ndarray:
     try:
         samples = np.lib.format.open_memmap(path, mode="r")  # an .npy alone, without pickled objects
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a sample table ({error}): {ADVICE}") from None
+        raise ValueError(f"{path} is not a sample table ({error}): {MANIFEST_ADVICE}") from None
     if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
-        raise ValueError(f"{path} is not a sample table: {ADVICE}")
+        raise ValueError(f"{path} is not a sample table: {MANIFEST_ADVICE}")
     return samples
 
 
 def _check_size(path: Path, status: os.stat_result, shard: Shard) -> None:
     if status.st_size != shard.filesize:
-        raise ValueError(f"{path} has {status.st_size:,} bytes, the manifest says {shard.filesize:,}: {ADVICE}")
+        raise ValueError(
+            f"{path} has {status.st_size:,} bytes, the manifest says {shard.filesize:,}: {MANIFEST_ADVICE}"
+        )
 
 
 @lru_cache(maxsize=64)
@@ -157,12 +159,12 @@ def _prove_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes
     remembered on the disk, where it would have to be proved itself. Raises ValueError, one line.
     """
     if sha256_of(path) != split.samples_sha256:
-        raise ValueError(f"{path} has another sha256 than the manifest says: {ADVICE}")
+        raise ValueError(f"{path} has another sha256 than the manifest says: {MANIFEST_ADVICE}")
     samples = load_samples(path)
     if len(samples) != split.samples:
-        raise ValueError(f"{path} has {len(samples):,} rows, the manifest says {split.samples:,}: {ADVICE}")
+        raise ValueError(f"{path} has {len(samples):,} rows, the manifest says {split.samples:,}: {MANIFEST_ADVICE}")
     for row, column, why in _wrong_rows(samples, split, num_classes):
-        raise ValueError(f"{path}: {column} of row {row:,} is {samples[column][row]}, {why}: {ADVICE}")
+        raise ValueError(f"{path}: {column} of row {row:,} is {samples[column][row]}, {why}: {MANIFEST_ADVICE}")
 
 
 def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator[tuple[int, str, str]]:

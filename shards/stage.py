@@ -24,7 +24,7 @@ from typing import NamedTuple
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.command import Parser, run_command
+from shards.command import Parser, run_main
 from shards.manifest import MANIFEST, read_manifest, sync_path, write_atomically
 from shards.read import samples_path
 from shards.write import index_path
@@ -32,7 +32,7 @@ from shards.write import index_path
 STREAMS = 8
 """Files copied at a time: one stream seldom fills what a shared file system can give."""
 PIECE = 8 * 2**20
-RESERVE = 2**30
+_RESERVE = 2**30
 """Bytes of the local disk that are left to others."""
 
 
@@ -49,7 +49,7 @@ class File(NamedTuple):
         return path.is_file() and self.size in (None, path.stat().st_size)
 
 
-def stage(source: Path, local: Path) -> Path:
+def stage_shards(source: Path, local: Path) -> Path:
     """Copy the shards in ``source`` below ``local``, if they are not there, and return the copy's folder.
 
     Raises OSError or ValueError, one line, where that cannot be.
@@ -88,7 +88,7 @@ def _copy_all(source: Path, copy: Path) -> None:
     for left in copy.glob("*.tmp"):
         left.unlink()
     missing = [file for file in _files(source) if not file.is_in(copy)]
-    needed = sum((source / file.name).stat().st_size for file in missing) + RESERVE
+    needed = sum((source / file.name).stat().st_size for file in missing) + _RESERVE
     free = shutil.disk_usage(copy).free
     if needed > free:
         raise OSError(f"{copy.parent} has {free / 1e9:,.1f} GB free and {needed / 1e9:,.1f} GB are needed")
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(copy if is_whole(copy) else options.source)
         return 0
     try:
-        print(stage(options.source, options.local))
+        print(stage_shards(options.source, options.local))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         print(f"{socket.gethostname()}: reading the shards where they are: {reason}", file=sys.stderr)
@@ -144,4 +144,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -18,7 +18,7 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
 LISTS = ("val_annotations.txt", "LOC_val_solution.csv")
 """What Tiny-ImageNet and Kaggle put beside the images, or above them."""
-KAGGLE = "ImageId,PredictionString"
+KAGGLE_CSV = "ImageId,PredictionString"
 
 
 def find_labels(source: Path, folder: Path, given: Path | None) -> tuple[dict[str, str], str]:
@@ -44,7 +44,7 @@ def read_list(path: Path) -> dict[str, str]:
     That has ``file class`` on each line, or just the class of each of ImageNet's validation images in turn.
     """
     lines = read_lines(path)
-    if lines and lines[0].startswith(KAGGLE):
+    if lines and lines[0].startswith(KAGGLE_CSV):
         fields = [line.split(",", 1) for line in lines[1:]]
         pairs = [(f"{name}.JPEG", _first_word(rest)) for name, *rests in fields for rest in rests[:1]]
         return _by_name(path, pairs)

@@ -19,8 +19,8 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 import numpy as np
 
-from shards.command import Parser, add_jobs, for_each, progress_bar, run_command
-from shards.jpeg import decode, ends_in_grey
+from shards.command import Parser, add_jobs, for_each, progress_bar, run_main
+from shards.jpeg import decode_jpeg, ends_in_grey
 from shards.manifest import Manifest, Shard, Split, read_manifest, sha256_of
 from shards.plan import Unusable
 from shards.read import SAMPLE_DTYPE, load_samples, samples_path
@@ -30,7 +30,7 @@ from shards.write import index_path
 NO_ROWS = np.empty(0, SAMPLE_DTYPE)
 
 
-class Task(NamedTuple):
+class VerifyTask(NamedTuple):
     """A shard to check, with the rows that the sample table has for it (None: the table is unusable)."""
 
     folder: Path
@@ -43,14 +43,14 @@ class Task(NamedTuple):
 class Checked(NamedTuple):
     """What is wrong with a shard, and the rows that its tar really holds."""
 
-    task: Task
+    task: VerifyTask
     problems: list[str]
     rows: np.ndarray
     grey: list[int]
     """Ids of images that end in plain grey."""
 
 
-def check_shard(task: Task) -> Checked:
+def check_shard(task: VerifyTask) -> Checked:
     """Check a tar and its index. Runs in a worker process."""
     path, shard = task.folder / task.shard.url, task.shard
     if not path.is_file():
@@ -88,7 +88,7 @@ def _check_images(path: Path, rows: np.ndarray, grey: list[int]) -> Iterator[str
         for row in rows:
             file.seek(row["offset"])
             try:
-                image = decode(file.read(row["size"]))
+                image = decode_jpeg(file.read(row["size"]))
             except Unusable as reason:
                 yield f"{path}: the image of id {row['id']} {reason}"
                 continue
@@ -142,7 +142,7 @@ def verify(folder: Path, jobs: int) -> list[str]:
         problems += wrong
         for number, shard in enumerate(split.shards):
             expected = None if table is None else table[table["shard"] == number]
-            tasks.append(Task(folder, shard, manifest.image, split.name, expected))
+            tasks.append(VerifyTask(folder, shard, manifest.image, split.name, expected))
     checked: dict[str, Checked] = {}
     with progress_bar(sum(task.shard.nsamples for task in tasks), folder.name) as bar:
 
@@ -196,4 +196,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -81,7 +81,7 @@ def _as_if_alone() -> Iterator[None]:
     """Begin a test with the same draws whatever ran before, and leave no notice to stop that another was given."""
     torch.manual_seed(0)
     yield
-    signals._given = False
+    signals._requested = False
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ FORMULAS = {
     "vid": ["vid_loss"],
 }
 CLASSES = {
-    "pipeline.losses": ["Loss", "BatchLoss", "Wrapping", "Facts", "Taps"],
+    "pipeline.losses": ["Loss", "BatchLoss", "LogitTransform", "Facts", "Taps"],
     "pipeline.models": ["create_model", "known_models"],
     "pipeline.batch": ["Batch", "Outputs", "Progress"],
 }

@@ -29,8 +29,8 @@ if __name__ == "__main__":
 
 from options import Options, read_options
 from report import write_reports
-from stages import Stage, stages_of
-from supervise import Result, read_result, run_stage, write_result
+from stages import HalfHourStage, stages_of
+from supervise import StageResult, read_stage_result, run_stage, write_stage_result
 
 from pipeline.cli import entry
 
@@ -42,26 +42,26 @@ def main(words: Sequence[str]) -> None:
     """Run the stages of the commands that are named, and write the reports."""
     options = read_options(words)
     options.out.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
+    results: list[StageResult] = []
     for command in options.commands:
-        results += run_command(command, stages_of(command, options), options)
+        results += run_part(command, stages_of(command, options), options)
     if not all(result.passed for result in results):
         sys.exit(1)
 
 
-def run_command(command: int, stages: Sequence[Stage], options: Options) -> list[Result]:
+def run_part(command: int, stages: Sequence[HalfHourStage], options: Options) -> list[StageResult]:
     """Run the stages one after the other, those that have passed left out, within the command's minutes."""
     deadline = time.monotonic() + 60 * options.minutes
     results = []
     for number, stage in enumerate(stages, 1):
         folder = options.out / f"{command}{number:02d}-{stage.name}"
         left = deadline - time.monotonic()
-        result = read_result(folder)
+        result = read_stage_result(folder)
         if result is None or not result.passed or stage.goes_on:
             if left >= LEAST:
                 result = run_stage(stage, folder, min(options.patience * stage.seconds, left))
             else:
-                result = write_result(folder, Result.out_of_time(stage))
+                result = write_stage_result(folder, StageResult.out_of_time(stage))
         print(result, flush=True)
         results.append(result)
         write_reports(options.out, options.cifar is not None)

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat
 
-from pipeline.config.arguments import typed_words
+from pipeline.config.arguments import parse_command_args
 from pipeline.errors import RecipeError
+from pipeline.frozen_model import FrozenModel
 
-FILE = "options.json"
+OPTIONS_FILE = "options.json"
 
 
-class Options(BaseModel):
+class Options(FrozenModel):
     """The words, and how large everything is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     commands: Annotated[tuple[int, ...], Field(min_length=1)]
     rehearse: bool = False
@@ -74,18 +73,18 @@ def read_options(words: Sequence[str]) -> Options:
     if stray or not commands:
         raise RecipeError(f"command line: name the commands to run, 1, 2 or 3{f', not {stray[0]}' if stray else ''}")
     flags = {"commands": json.dumps(commands), "rehearse": json.dumps("--rehearse" in words)}
-    options = typed_words(given | flags, Options)
+    options = parse_command_args(given | flags, Options)
     paths = {key: path.resolve() for key in ("out", "cifar", "weights", "jpegs") if (path := getattr(options, key))}
     options = options.model_copy(update=paths)  # stages run in folders of their own
     options.out.mkdir(parents=True, exist_ok=True)
     _check_same(options)
-    (options.out / FILE).write_text(options.model_dump_json())
+    (options.out / OPTIONS_FILE).write_text(options.model_dump_json())
     return options
 
 
 def _check_same(options: Options) -> None:
     """Raise RecipeError if the folder holds what was found of other inputs, or of a rehearsal."""
-    if not (options.out / FILE).is_file():
+    if not (options.out / OPTIONS_FILE).is_file():
         return
     there = load_options(options.out)
     for key in ("rehearse", "cifar", "weights", "jpegs"):
@@ -96,4 +95,4 @@ def _check_same(options: Options) -> None:
 
 def load_options(out: Path) -> Options:
     """Return the options that ``read_options`` wrote."""
-    return Options.model_validate(json.loads((out / FILE).read_text()))
+    return Options.model_validate(json.loads((out / OPTIONS_FILE).read_text()))

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from supervise import Result, read_result
+from supervise import StageResult, read_stage_result
 
-from pipeline.benchmarks.record import Record
+from pipeline.benchmarks.record import BenchmarkRecord
 from shards.manifest import write_atomically
 
 
 def write_reports(out: Path, is_cifar: bool) -> None:
     """Write ``summary.md``, ``benchmarks.md`` and ``cells.yaml`` anew, from what lies below ``out``."""
     folders = sorted(path for path in out.glob("[123][0-9][0-9]-*") if path.is_dir())
-    results = [result for result in map(read_result, folders) if result is not None]
+    results = [result for result in map(read_stage_result, folders) if result is not None]
     _write(out / "summary.md", summary(results))
     _write(out / "benchmarks.md", benchmarks(out / "records", results))
     _write(out / "cells.yaml", cells(out, is_cifar))
@@ -26,20 +26,20 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def summary(results: Iterable[Result]) -> str:
+def summary(results: Iterable[StageResult]) -> str:
     """Return a line for each stage, and what went wrong under it."""
     rows = [[r.name, r.status, f"{r.seconds:.0f}", r.reason.replace("|", "/")] for r in results]
-    return "# Half an hour on this machine\n\n" + table(["stage", "", "seconds", "why"], rows)
+    return "# Half an hour on this machine\n\n" + markdown_table(["stage", "", "seconds", "why"], rows)
 
 
-def benchmarks(records: Path, results: Iterable[Result]) -> str:
+def benchmarks(records: Path, results: Iterable[StageResult]) -> str:
     """Return the tables of the checks and of the benchmarks' records."""
     parts = [
-        f"## {r.answer['title']}\n\n{table(r.answer['columns'], r.answer['rows'])}"
+        f"## {r.answer['title']}\n\n{markdown_table(r.answer['columns'], r.answer['rows'])}"
         for r in results
         if r.answer.get("columns")
     ]
-    kept = [Record.model_validate_json(path.read_bytes()) for path in sorted(records.glob("*.json"))]
+    kept = [BenchmarkRecord.model_validate_json(path.read_bytes()) for path in sorted(records.glob("*.json"))]
     steps = [record for record in kept if record.what == "step"]
     if steps:
         parts.append(f"## A step\n\n{_where(steps[0])}\n\n{steps_table(steps)}")
@@ -48,7 +48,7 @@ def benchmarks(records: Path, results: Iterable[Result]) -> str:
     return "\n".join(parts)
 
 
-def _where(record: Record) -> str:
+def _where(record: BenchmarkRecord) -> str:
     machine, versions = record.machine, record.versions
     changed = ", uncommitted changes" if versions.get("uncommitted_changes") else ""
     what = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
@@ -56,7 +56,7 @@ def _where(record: Record) -> str:
     return f"{what}, commit {str(versions.get('commit'))[:7]}{changed}; medians and ranges of {repeats} repeats."
 
 
-def steps_table(records: list[Record]) -> str:
+def steps_table(records: list[BenchmarkRecord]) -> str:
     """Return a row for each record of a step: time, images, ratio to the first of its size, shares of its parts."""
     first: dict[tuple[int, int], float] = {}
     parts = list(dict.fromkeys(each.name for record in records for each in record.measured[1:]))
@@ -79,15 +79,15 @@ def steps_table(records: list[Record]) -> str:
                 *own,
             ]
         )
-    return table(["recipe", "B", "ms a step", "images/s", "÷ the first of its size", *parts], rows)
+    return markdown_table(["recipe", "B", "ms a step", "images/s", "÷ the first of its size", *parts], rows)
 
 
-def _title(record: Record) -> str:
+def _title(record: BenchmarkRecord) -> str:
     special = [word.partition("=")[0] for word in record.words if word.endswith((".compile=true", "graph=true"))]
     return " ".join([f"`{record.recipe}`", record.resolved["precision"], *special])
 
 
-def record_table(record: Record) -> str:
+def record_table(record: BenchmarkRecord) -> str:
     """Return a row for everything that was measured."""
     counted = list(dict.fromkeys(name for each in record.measured for name in each.counts))
     rows = []
@@ -96,7 +96,7 @@ def record_table(record: Record) -> str:
         rate = f"{each.images_per_second:,.0f}" if each.images else ""
         counts = [f"{each.counts[name]:,}" if name in each.counts else "" for name in counted]
         rows.append([each.name, f"{middle:.3f} ({least:.3f}–{most:.3f})", rate, *counts])
-    return table(["", "ms", "images/s", *counted], rows)
+    return markdown_table(["", "ms", "images/s", *counted], rows)
 
 
 def cells(out: Path, is_cifar: bool) -> str:
@@ -113,7 +113,7 @@ def cells(out: Path, is_cifar: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+def markdown_table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     """Return a Markdown table."""
     columns = list(columns)
     lines = [columns, ["---"] * len(columns), *map(list, rows)]

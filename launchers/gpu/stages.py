@@ -9,14 +9,14 @@ from pathlib import Path
 
 from options import Options
 
-ROOT = Path(__file__).resolve().parents[2]
-PAIR, IMAGENET = "configs/cifar100/resnet56_resnet20", "configs/imagenet/r50_mbv1"
+CHECKOUT = Path(__file__).resolve().parents[2]
+CIFAR_PAIR, IMAGENET_PAIR = "configs/cifar100/resnet56_resnet20", "configs/imagenet/r50_mbv1"
 METHODS = ("ce", "kd", "dkd", "perception", "ddkd")
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 @dataclass(frozen=True)
-class Stage:
+class HalfHourStage:
     """A command and its limit; ``{folder}`` in a word is where its result lies."""
 
     name: str
@@ -34,28 +34,28 @@ class Stage:
         return shlex.join(["python", *self.words[1:]]) if self.words[0] == sys.executable else shlex.join(self.words)
 
 
-def stages_of(command: int, options: Options) -> list[Stage]:
+def stages_of(command: int, options: Options) -> list[HalfHourStage]:
     """Return the stages of a command, in their order."""
     return {1: _right, 2: _quick, 3: _cells}[command](options)
 
 
-def _check(name: str, seconds: float, options: Options, **environment: str) -> Stage:
-    script = str(ROOT / "launchers" / "gpu" / "check.py")
-    return Stage(name, seconds, (sys.executable, script, name, str(options.out), "{folder}"), environment)
+def _check(name: str, seconds: float, options: Options, **environment: str) -> HalfHourStage:
+    script = str(CHECKOUT / "launchers" / "gpu" / "check.py")
+    return HalfHourStage(name, seconds, (sys.executable, script, name, str(options.out), "{folder}"), environment)
 
 
-def _pipeline(name: str, seconds: float, script: str, *words: str) -> Stage:
-    return Stage(name, seconds, (sys.executable, str(ROOT / "pipeline" / script), *words))
+def _pipeline(name: str, seconds: float, script: str, *words: str) -> HalfHourStage:
+    return HalfHourStage(name, seconds, (sys.executable, str(CHECKOUT / "pipeline" / script), *words))
 
 
-def _right(options: Options) -> list[Stage]:
+def _right(options: Options) -> list[HalfHourStage]:
     """Does it run, is it right."""
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests"))
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(CHECKOUT / "tests"))
     return [
         _check("inputs", 120, options),
         _check("machine", 30, options),
         _pipeline("doctor", 60, "doctor.py"),
-        Stage("gpu-tests", 150, (sys.executable, *tests)),
+        HalfHourStage("gpu-tests", 150, (sys.executable, *tests)),
         _pipeline(
             "demo", 120, "train.py", f"stop.steps={options.steps}", f"folder={options.out}/demo", *_demo(options)
         ),
@@ -91,13 +91,13 @@ def cifar_words(options: Options, method: str) -> list[str]:
 
 def all_methods() -> list[str]:
     """Return the rows of the CIFAR pair that need no cache and no earlier run."""
-    names = [path.stem for path in sorted((ROOT / PAIR).glob("*.yaml"))]
+    names = [path.stem for path in sorted((CHECKOUT / CIFAR_PAIR).glob("*.yaml"))]
     return [name for name in names if name not in ("pair", "ab") and not name.endswith("_cached")]
 
 
 def short_run(options: Options, method: str) -> list[str]:
     """Return the recipe of that row and its overrides, with a small batch in a rehearsal."""
-    return [f"{PAIR}/{method}.yaml", *cifar_words(options, method), *(["batch=16"] if options.rehearse else [])]
+    return [f"{CIFAR_PAIR}/{method}.yaml", *cifar_words(options, method), *(["batch=16"] if options.rehearse else [])]
 
 
 def imagenet_words(options: Options, method: str) -> list[str]:
@@ -109,37 +109,39 @@ def imagenet_words(options: Options, method: str) -> list[str]:
     return words
 
 
-def _quick(options: Options) -> list[Stage]:
+def _quick(options: Options) -> list[HalfHourStage]:
     """How quick it is."""
     records = f"out={options.out}/records"
     how = ["repeats=2", "steps=2", "warmup=1"] if options.rehearse else ["repeats=7", "steps=20", "warmup=5"]
     small = ("ce", "kd") if options.rehearse else METHODS
 
-    def bench(name: str, seconds: float, what: str, recipe: str, *words: str) -> Stage:
+    def bench(name: str, seconds: float, what: str, recipe: str, *words: str) -> HalfHourStage:
         return _pipeline(name, seconds, "bench.py", what, f"{recipe}.yaml", *words, records, *how)
 
-    def both_ways(name: str, seconds: float, recipe: str, *words: str) -> list[Stage]:
+    def both_ways(name: str, seconds: float, recipe: str, *words: str) -> list[HalfHourStage]:
         """Return the step operation by operation, whose parts are measured, and as a graph."""
         graph = "graph=auto" if options.rehearse else "graph=true"
         eager = bench(name, seconds, "step", recipe, *words, "graph=false")
         return [eager, bench(f"{name}-graph", seconds, "step", recipe, *words, graph)]
 
-    stages = [s for m in small for s in both_ways(f"cifar-{m}", 40, f"{PAIR}/{m}", *short_run(options, m)[1:])]
-    stages += [s for m in small for s in both_ways(f"imagenet-{m}", 60, f"{IMAGENET}/{m}", *imagenet_words(options, m))]
+    stages = [s for m in small for s in both_ways(f"cifar-{m}", 40, f"{CIFAR_PAIR}/{m}", *short_run(options, m)[1:])]
+    stages += [
+        s for m in small for s in both_ways(f"imagenet-{m}", 60, f"{IMAGENET_PAIR}/{m}", *imagenet_words(options, m))
+    ]
     for key in ("student.compile", "teacher.compile", "losses.ddkd.diffusion.compile"):
         name = f"ddkd-{key.split('.')[-2]}-compiled"
         words = [*imagenet_words(options, "ddkd"), f"{key}=true"]
-        stages += [] if options.rehearse else [bench(name, 120, "step", f"{IMAGENET}/ddkd", *words)]
+        stages += [] if options.rehearse else [bench(name, 120, "step", f"{IMAGENET_PAIR}/ddkd", *words)]
     losses = "kd" if options.rehearse else "ddkd"
-    stages += [bench(f"losses-{losses}", 60, "losses", f"{IMAGENET}/{losses}", *imagenet_words(options, losses))]
+    stages += [bench(f"losses-{losses}", 60, "losses", f"{IMAGENET_PAIR}/{losses}", *imagenet_words(options, losses))]
     loader = [f"data.path={options.jpeg_shards}", f"batch={8 if options.rehearse else 128}", "data.resize=null"]
-    return [*stages, bench("loader", 60, "loader", f"{IMAGENET}/ce", *loader)]
+    return [*stages, bench("loader", 60, "loader", f"{IMAGENET_PAIR}/ce", *loader)]
 
 
-def _cells(options: Options) -> list[Stage]:
+def _cells(options: Options) -> list[HalfHourStage]:
     """Cells of CIFAR-100's tables: three methods, as many seeds as there is time for."""
     methods = ("kd",) if options.rehearse else ("kd", "dkd", "perception")
-    recipes = [str(ROOT / PAIR / f"{method}.yaml") for method in methods]
+    recipes = [str(CHECKOUT / CIFAR_PAIR / f"{method}.yaml") for method in methods]
     words = [*cifar_words(options, "kd"), "checkpoints.every_epochs=60", "journal={every_steps: 781, trackers: []}"]
     words += (
         ["epochs=1", "batch=16"]

@@ -12,18 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages import Stage
+from stages import HalfHourStage
 
 from shards.manifest import write_atomically
 
 PASSED, FAILED, LATE = "passed", "FAILED", "no time"
-RESULT, ANSWER, LOG = "result.json", "answer.json", "log.txt"
+STAGE_RESULT, ANSWER, LOG = "result.json", "answer.json", "log.txt"
 MERCY = 10.0
 """Seconds that a stage has to end by itself once its time is over."""
 
 
 @dataclass(frozen=True)
-class Result:
+class StageResult:
     """How a stage ended."""
 
     name: str
@@ -43,12 +43,12 @@ class Result:
         return f"{self.status:<8}{self.seconds:6.1f} s  {self.name:<22}{self.reason}".rstrip()
 
     @classmethod
-    def out_of_time(cls, stage: Stage) -> Result:
+    def out_of_time(cls, stage: HalfHourStage) -> StageResult:
         """Return that the command's minutes were over before the stage could begin."""
         return cls(stage.name, LATE, reason="the same command goes on here", command=stage.command_line)
 
 
-def run_stage(stage: Stage, folder: Path, seconds: float) -> Result:
+def run_stage(stage: HalfHourStage, folder: Path, seconds: float) -> StageResult:
     """Run the stage for at most that long, and write down how it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ANSWER).unlink(missing_ok=True)
@@ -74,22 +74,22 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> Result:
     answer = json.loads((folder / ANSWER).read_text()) if (folder / ANSWER).is_file() else {}
     spent = round(time.monotonic() - began, 1)
     reason = _reason(status, seconds, answer, folder / LOG)
-    return write_result(
-        folder, Result(stage.name, FAILED if reason else PASSED, spent, reason, stage.command_line, answer)
+    return write_stage_result(
+        folder, StageResult(stage.name, FAILED if reason else PASSED, spent, reason, stage.command_line, answer)
     )
 
 
-def write_result(folder: Path, result: Result) -> Result:
+def write_stage_result(folder: Path, result: StageResult) -> StageResult:
     """Write down how a stage ended, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESULT, (json.dumps(asdict(result), indent=1) + "\n").encode())
+    write_atomically(folder / STAGE_RESULT, (json.dumps(asdict(result), indent=1) + "\n").encode())
     return result
 
 
-def read_result(folder: Path) -> Result | None:
+def read_stage_result(folder: Path) -> StageResult | None:
     """Return how a stage ended; None if it did not."""
-    path = folder / RESULT
-    return Result(**json.loads(path.read_text())) if path.is_file() else None
+    path = folder / STAGE_RESULT
+    return StageResult(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

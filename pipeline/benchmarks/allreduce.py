@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pipeline.benchmarks.measure import Measured, measure
-from pipeline.builders.meta import build_parts
-from pipeline.builders.meta import measure as built
-from pipeline.builders.student import student_named
+from pipeline.benchmarks.measure import Measurement, measure
+from pipeline.builders.meta import probe as built
+from pipeline.builders.meta import probe_models
+from pipeline.builders.student import student_spec
 from pipeline.config.recipe import LoadedRecipe
 from pipeline.diagnostics.network import bus_bandwidth
 from pipeline.distiller import Distiller
@@ -19,12 +19,12 @@ from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.training.accelerator import BUCKET_MIB
 
-MIB = 2**20
+_MIB = 2**20
 
 
 def measure_allreduce(
     loaded: LoadedRecipe, launch: Launch, device: torch.device, *, repeats: int, warmup: int, steps: int
-) -> list[Measured]:
+) -> list[Measurement]:
     """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them.
 
     Without the casts of compressed ones.
@@ -41,7 +41,7 @@ def measure_allreduce(
 
     def add_up() -> None:
         for bucket in sent:
-            collectives.add_over_ranks_(bucket)
+            collectives.all_reduce_(bucket)
 
     found = measure("gradients", add_up, device=device, repeats=repeats, warmup=warmup, steps=steps)
     total = sum(bucket.nbytes for bucket in sent)
@@ -52,15 +52,15 @@ def measure_allreduce(
 def sendings(loaded: LoadedRecipe) -> list[tuple[int, torch.dtype]]:
     """Return how many numbers of which type each of DDP's buckets sends."""
     recipe = loaded.recipe
-    facts = build_parts(recipe, [named.recipe for named in loaded.teachers], built).facts
-    student = student_named(recipe.student, recipe.taps.student).build(facts.num_classes)
+    facts = probe_models(recipe, [named.recipe for named in loaded.teachers], built).facts
+    student = student_spec(recipe.student, recipe.taps.student).build(facts.num_classes)
     distiller = Distiller(student, recipe.losses, facts)
     small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
     compressed = set(small.parameters()) if small else set()
     learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     return [
         (sum(x.numel() for x in bucket), torch.bfloat16 if compressed.issuperset(bucket) else torch.float32)
-        for bucket in buckets(learning, BUCKET_MIB * MIB)
+        for bucket in buckets(learning, BUCKET_MIB * _MIB)
     ]
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from pipeline.batch import Progress
-from pipeline.benchmarks.measure import Measured, measure
+from pipeline.benchmarks.measure import Measurement, measure
 from pipeline.builders.loader import build_loader
 from pipeline.builders.teacher import build_teacher, views_read
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
-from pipeline.data.pace import Pace
-from pipeline.data.requests import Plan, Request
+from pipeline.data.loader_settings import LoaderSettings
+from pipeline.data.requests import BatchSampler, SampleRequest
 from pipeline.distributed import collectives
 from pipeline.runs.identity import Run
 from pipeline.teachers.cached import CachedTeacher
@@ -32,7 +32,7 @@ Items = Generator[Any, None, None]
 """Micro-batches, or what becomes one, without an end."""
 
 
-def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
+def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measurement]:
     """Measure the parts of the loader apart, and the whole: ``steps`` micro-batches a repeat, after ``warmup`` others.
 
     ``read`` is order, geometry, encoded images in memory and rows of a teacher's cache; ``decode`` is pixels from what
@@ -48,9 +48,9 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
         "loader": stream(loader),
     }
     if run.recipe.data.loader == "dali":
-        from pipeline.data.native import native_images  # loads DALI
+        from pipeline.data.native import native_decoder  # loads DALI
 
-        parts["native reader"] = native_images(loader.plan, loader.pace, device)
+        parts["native reader"] = native_decoder(loader.plan, loader.pace, device)
     images = steps * loader.plan.micro_batch
     ahead = items_ahead(loader.pace)
     measured = measure_in_turn(
@@ -70,7 +70,7 @@ def measure_in_turn(
     steps: int,
     images: int,
     ahead: int,
-) -> list[Measured]:
+) -> list[Measurement]:
     """Measure each part's next ``steps`` items, one part after the other and all of them again: noise hits all alike.
 
     ``warmup`` items go before, each time: what was ready before anyone asked is no rate. After it a part is left alone
@@ -87,10 +87,10 @@ def measure_in_turn(
                 once = measure(name, lambda items=items: take(items, steps), device=device, repeats=1, warmup=0)
                 seconds[name] += once.seconds
                 time.sleep(once.median * ahead / steps)
-    return [Measured(name, each, images, steps=steps) for name, each in seconds.items()]
+    return [Measurement(name, each, images, steps=steps) for name, each in seconds.items()]
 
 
-def items_ahead(pace: Pace) -> int:
+def items_ahead(pace: LoaderSettings) -> int:
     """Return how many items a part may have ready or under way before anyone asks."""
     return 2 * pace.prefetch + 1
 
@@ -98,11 +98,11 @@ def items_ahead(pace: Pace) -> int:
 class Reading:
     """Requests without their decoding, and how many page faults waited for the storage on the way."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchSampler) -> None:
         self._plan = plan
         self._faults = 0
 
-    def requests(self) -> Generator[Request, None, None]:
+    def requests(self) -> Generator[SampleRequest, None, None]:
         """Yield a run's requests, for ever."""
         with closing(self._plan.training(_beginning(self._plan), EPOCHS)) as requests:
             while True:
@@ -140,11 +140,11 @@ def take(items: Iterator[Any], count: int) -> None:
     deque(islice(items, count), maxlen=0)
 
 
-def _beginning(plan: Plan) -> Progress:
+def _beginning(plan: BatchSampler) -> Progress:
     return Progress(plan.steps_per_epoch)
 
 
-def _kept(plan: Plan, count: int) -> list[Request]:
+def _kept(plan: BatchSampler, count: int) -> list[SampleRequest]:
     """Return the first requests of a run, no more than an epoch's, without a cache's rows, which nobody decodes."""
     with closing(replace(plan, columns=None).training(_beginning(plan), 1)) as requests:
         return list(islice(requests, count))

@@ -16,9 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.benchmarks.inputs import draw_batch, draw_outputs
-from pipeline.benchmarks.measure import Mark, Measured, measure_parts
-from pipeline.builders.meta import build_parts
-from pipeline.builders.meta import measure as built
+from pipeline.benchmarks.measure import Lap, Measurement, measure_parts
+from pipeline.builders.meta import probe as built
+from pipeline.builders.meta import probe_models
 from pipeline.builders.student import weights_layout
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.distiller import Distiller
@@ -36,25 +36,25 @@ PEAK, KEPT = "peak bytes", "kept bytes"
 
 def measure_losses(
     loaded: LoadedRecipe, launch: Launch, device: torch.device, *, repeats: int, warmup: int, steps: int
-) -> list[Measured]:
+) -> list[Measurement]:
     """Return two rows for each loss, forward and backward; the first says its memory and its parameters."""
     recipe = loaded.recipe
     torch.manual_seed(recipe.seed)
-    found: list[Measured] = []
+    found: list[Measurement] = []
     with error_context(display_path(loaded.path)):
-        facts = build_parts(recipe, [named.recipe for named in loaded.teachers], built).facts
+        facts = probe_models(recipe, [named.recipe for named in loaded.teachers], built).facts
         layout = weights_layout(recipe, launch)
         given = draw_given(recipe, facts, layout, device)
         images = len(given.batch.labels_B)
         for name, spec in recipe.losses.items():
-            alone = Alone(build(spec, facts, layout, device), given, facts.autocast)
+            alone = LossBenchmark(build(spec, facts, layout, device), given, facts.autocast)
             parts = measure_parts(alone.step, device=device, repeats=repeats, warmup=warmup, steps=steps, images=images)
             forward, backward = (part._replace(name=f"{name} {part.name}") for part in parts)
             found += [forward._replace(counts=alone.counts()), backward]
     return found
 
 
-class Given(NamedTuple):
+class LossInputs(NamedTuple):
     """What training would give the losses."""
 
     student: Outputs
@@ -72,7 +72,7 @@ def tensors(outputs: Outputs) -> list[Tensor]:
     return [outputs.logits_BK, *outputs.features.values()]
 
 
-def draw_given(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> Given:
+def draw_given(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> LossInputs:
     """Draw what a rank's micro-batch would be, and what the networks would answer to it."""
     assert facts.labels_by_id is not None
     batch = draw_batch(recipe, facts.labels_by_id, device)
@@ -82,12 +82,12 @@ def draw_given(recipe: Recipe, facts: Facts, layout: torch.memory_format, device
     for x in tensors(student):
         x.requires_grad_()
     if recipe.teacher is None:
-        return Given(student, None, batch)
-    if not recipe.teacher.is_asked:
+        return LossInputs(student, None, batch)
+    if not recipe.teacher.uses_live_model:
         precision = torch.float16
     elif not recipe.teacher.average:
         precision = (recipe.teacher.members or (recipe.teacher,))[0].torch_dtype(device)
-    return Given(student, draw(facts.teacher_shapes, dtype=precision, layout=torch.channels_last), batch)
+    return LossInputs(student, draw(facts.teacher_shapes, dtype=precision, layout=torch.channels_last), batch)
 
 
 def build(spec: LossSpec, facts: Facts, layout: torch.memory_format, device: torch.device) -> Distiller:
@@ -96,10 +96,10 @@ def build(spec: LossSpec, facts: Facts, layout: torch.memory_format, device: tor
     return distiller.to(memory_format=layout)  # type: ignore[call-overload]
 
 
-class Alone:
+class LossBenchmark:
     """One loss with what it is given."""
 
-    def __init__(self, distiller: Distiller, given: Given, dtype: torch.dtype | None) -> None:
+    def __init__(self, distiller: Distiller, given: LossInputs, dtype: torch.dtype | None) -> None:
         self.distiller = distiller
         self.given = given
         self.dtype = dtype
@@ -112,7 +112,7 @@ class Alone:
             parts = self.loss.parts(*self.given, Progress(steps_per_epoch=1))
             return torch.stack(list(parts.values())).sum()
 
-    def step(self, mark: Mark) -> None:
+    def step(self, mark: Lap) -> None:
         """Run forward and backward; that the loss takes the batch in belongs to the second."""
         total = self.forward()
         mark(FORWARD)

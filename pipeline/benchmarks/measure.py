@@ -10,11 +10,11 @@ import torch
 
 from pipeline.training.timer import StepTimer
 
-Mark = Callable[[str], None]
+Lap = Callable[[str], None]
 """Says that what has run since the last call was of that name."""
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """How long one thing took, again and again."""
 
     name: str
@@ -53,10 +53,10 @@ def measure(
     warmup: int,
     steps: int = 1,
     images: int = 0,
-) -> Measured:
+) -> Measurement:
     """Return how long ``steps`` calls of ``function`` take; ``images`` are those of one call."""
 
-    def marked(mark: Mark) -> None:
+    def marked(mark: Lap) -> None:
         function()
         mark(name)
 
@@ -65,14 +65,14 @@ def measure(
 
 
 def measure_parts(
-    function: Callable[[Mark], object],
+    function: Callable[[Lap], object],
     *,
     device: torch.device,
     repeats: int,
     warmup: int,
     steps: int = 1,
     images: int = 0,
-) -> list[Measured]:
+) -> list[Measurement]:
     """Return how long the parts of ``function`` take, by the device's clock; it marks each at its end.
 
     A repeat is ``steps`` calls, and within it the host does not wait for the device; ``warmup`` calls come before all.
@@ -85,7 +85,7 @@ def measure_parts(
     for _ in range(repeats):
         split.begin()
         for _ in range(steps):
-            function(split.mark)
+            function(split.lap)
         for name, seconds in split.read().items():
             by_name.setdefault(name, []).append(seconds)
-    return [Measured(name, seconds, steps * images, steps=steps) for name, seconds in by_name.items()]
+    return [Measurement(name, seconds, steps * images, steps=steps) for name, seconds in by_name.items()]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.benchmarks.record import Record
+from pipeline.benchmarks.record import BenchmarkRecord
 from pipeline.benchmarks.step import WHOLE
 from pipeline.plots.bars import Bar, draw_bars, draw_stack
 
 UNIT = "milliseconds a step"
 
 
-def draw(record: Record, path: Path) -> None:
+def draw_record(record: BenchmarkRecord, path: Path) -> None:
     """Write the picture as a PNG: a step as one stacked bar, anything else as a bar for each row, with its range."""
     title = f"{record.what} of {record.recipe}, {record.machine['gpu'] or record.machine['cpu']}"
     bars = [Bar(each.name, *each.milliseconds) for each in record.measured]

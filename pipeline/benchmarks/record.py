@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import PlainSerializer, ValidationError
 
-from pipeline.benchmarks.measure import Measured
+from pipeline.benchmarks.measure import Measurement
 from pipeline.benchmarks.step import WHOLE
 from pipeline.config.recipe import LoadedRecipe, dump_recipe
-from pipeline.data.pace import processor
+from pipeline.data.loader_settings import processor
 from pipeline.errors import RecipeError, display_path
+from pipeline.frozen_model import FrozenModel
 from pipeline.runs.files import write_json
 from pipeline.runs.versions import versions
 
 
-class Record(BaseModel):
+class BenchmarkRecord(FrozenModel):
     """A finished benchmark."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     what: str
     recipe: str
@@ -36,7 +35,7 @@ class Record(BaseModel):
     machine: dict[str, Any]
     versions: dict[str, Any]
     """Of Python and the packages, with the commit and whether something was uncommitted."""
-    measured: tuple[Annotated[Measured, PlainSerializer(lambda measured: measured._asdict())], ...]
+    measured: tuple[Annotated[Measurement, PlainSerializer(lambda measured: measured._asdict())], ...]
 
     def shares(self) -> dict[str, float]:
         """Return what each row is of the whole, by name; nothing where the rows are no parts of one."""
@@ -46,10 +45,10 @@ class Record(BaseModel):
 
 
 def new_record(
-    what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measured], ranks: int
-) -> Record:
+    what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measurement], ranks: int
+) -> BenchmarkRecord:
     """Return the record of what has just been measured here."""
-    return Record(
+    return BenchmarkRecord(
         what=what,
         recipe=display_path(loaded.path),
         resolved=dump_recipe(loaded.recipe),
@@ -71,7 +70,7 @@ def machine(ranks: int) -> dict[str, Any]:
     }
 
 
-def write_record(record: Record, folder: Path) -> Path:
+def write_record(record: BenchmarkRecord, folder: Path) -> Path:
     """Write the record into ``folder``, under a name of its own, and return its path."""
     when = datetime.fromisoformat(record.date).strftime("%Y%m%d-%H%M%S-%f")
     path = folder / f"{record.what}-{Path(record.recipe).stem}-{when}.json"
@@ -79,10 +78,10 @@ def write_record(record: Record, folder: Path) -> Path:
     return path
 
 
-def read_record(path: Path, what: str) -> Record:
+def read_record(path: Path, what: str) -> BenchmarkRecord:
     """Return a record of ``what``. Raises RecipeError for another, and for what is no record."""
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        record = BenchmarkRecord.model_validate_json(path.read_bytes())
     except OSError as error:
         raise RecipeError(f"--compare: {path} cannot be read: {error.strerror}; name an earlier record") from None
     except ValidationError:

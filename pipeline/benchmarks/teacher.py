@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from pipeline.benchmarks.inputs import draw_batch
-from pipeline.benchmarks.measure import Measured, measure
+from pipeline.benchmarks.measure import Measurement, measure
 from pipeline.builders.meta import training_labels
 from pipeline.builders.teacher import build_teacher
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.identity import Run
 
 
-def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measured]:
+def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measurement]:
     """Return how long the teacher takes for a rank's micro-batch of drawn images, in its own precision and chunks."""
     recipe = run.recipe
     with error_context(display_path(run.path)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.builders.student import build_student, load_start, student_named
+from pipeline.builders.student import build_student, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.losses._base import Facts
@@ -18,7 +18,7 @@ def build_distiller(
 ) -> Distiller:
     """Return the student with the recipe's losses, on the device, its weights in that memory format."""
     recipe, start = run.recipe, run.recipe.student.start
-    named = student_named(recipe.student, recipe.taps.student)
+    named = student_spec(recipe.student, recipe.taps.student)
     student = build_student(named, loader.num_classes, recipe.seed, layout)
     if start is not None:
         load_start(start, run.start, student, recipe.student.model, recipe.data)

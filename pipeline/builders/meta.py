@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.builders.named import Named
-from pipeline.builders.student import student_named
-from pipeline.builders.teacher import teachers_named
+from pipeline.builders.model_spec import ModelSpec
+from pipeline.builders.student import student_spec
+from pipeline.builders.teacher import teacher_specs
 from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
 from pipeline.distiller import Distiller
@@ -36,7 +36,7 @@ from shards.manifest import MANIFEST, Manifest
 from shards.read import SplitReader
 
 
-class Network(NamedTuple):
+class NetworkSummary(NamedTuple):
     """What a network is made of."""
 
     name: str
@@ -47,34 +47,34 @@ class Network(NamedTuple):
     """Of each tap that the losses read, and of the logits, without the batch."""
 
 
-Measured = tuple[Network, FeatureTaps]
+ProbedNetwork = tuple[NetworkSummary, FeatureTaps]
 
 
-class Built(NamedTuple):
+class ProbedModels(NamedTuple):
     """The networks of a recipe, and what they and the shards tell its losses."""
 
-    student: Measured
-    teachers: list[Measured]
+    student: ProbedNetwork
+    teachers: list[ProbedNetwork]
     facts: Facts
     note: str
     """What was not there to be told."""
 
 
-def build_parts(
+def probe_models(
     recipe: Recipe,
     sources: Sequence[Recipe],
-    measure: Callable[[Named, int, int], Measured],
+    measure: Callable[[ModelSpec, int, int], ProbedNetwork],
     manifest: Manifest | None = None,
-) -> Built:
+) -> ProbedModels:
     """Return the recipe's networks, each as ``measure`` builds it, and what they tell the losses.
 
     ``sources`` are the recipes of ``teacher.recipes``; ``manifest`` is the shards', where it was read already.
     """
     num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
-    student = measure(student_named(recipe.student, recipe.taps.student), num_classes, recipe.data.size)
-    named = teachers_named(recipe, sources)
+    student = measure(student_spec(recipe.student, recipe.taps.student), num_classes, recipe.data.size)
+    named = teacher_specs(recipe, sources)
     teachers = [measure(network, num_classes, recipe.data.size) for network in named]
-    shapes, norms = _answers(recipe.teacher, recipe, teachers)
+    shapes, norms = _cached_shapes(recipe.teacher, recipe, teachers)
     facts = Facts(
         num_classes=num_classes,
         student_shapes=student[0].shapes,
@@ -84,16 +84,16 @@ def build_parts(
         teacher_norms=norms,
         autocast=AUTOCAST[recipe.precision],
     )
-    return Built(student, teachers, facts, note)
+    return ProbedModels(student, teachers, facts, note)
 
 
-def _answers(
-    config: Config | None, recipe: Recipe, measured: list[Measured]
+def _cached_shapes(
+    config: Config | None, recipe: Recipe, measured: list[ProbedNetwork]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
     """Return the shapes of the teacher's answers, and the BatchNorms before its taps."""
     if config is None:
         return {}, {}
-    if config.cache is not None and not config.is_named:
+    if config.cache is not None and not config.has_model:
         with error_context("teacher.cache"):
             cache = Cache(Path(config.cache))
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
@@ -102,7 +102,7 @@ def _answers(
     return network.shapes, {} if config.average else _plain(taps.norms())
 
 
-class Answers(nn.Module):
+class FakeModel(nn.Module):
     """Stands for a network and answers tensors of its shapes: the losses need no more of it here."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -131,21 +131,21 @@ def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tup
 
 
 @cache  # the rows of a table share their networks
-def measure(named: Named, num_classes: int, image_size: int) -> Measured:
+def probe(named: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
     """Return what the network is made of, and the network."""
     try:
         with torch.device("meta"):
-            return run_once(named, num_classes, image_size)
+            return run_probe(named, num_classes, image_size)
     except Exception:  # it computes with numbers, which the meta device has none of; or what is wrong is so here, too
-        return run_once(named, num_classes, image_size)
+        return run_probe(named, num_classes, image_size)
 
 
-def run_once(named: Named, num_classes: int, image_size: int) -> Measured:
+def run_probe(named: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
     """Return what the network is made of, and the network, which is on torch's default device."""
     taps = named.build(num_classes)
     with FlopCounter() as counted:
         shapes = named.probe(taps, image_size)
-    return Network(named.model, count_parameters(taps), counted.flops / 2, shapes), taps
+    return NetworkSummary(named.model, count_parameters(taps), counted.flops / 2, shapes), taps
 
 
 def _plain(norms: dict[str, NormParameters]) -> dict[str, NormParameters]:
@@ -169,32 +169,32 @@ def image_flops(recipe: Recipe, sources: Sequence[Recipe] = (), manifest: Manife
     that calls ``.item()``, finds none there, and is None.
     """
     try:
-        with torch.device("meta"), collectives.alone():
-            parts = build_parts(recipe, sources, run_once, manifest)
-            return _of_student(recipe, parts) + _of_teachers(recipe, parts)
+        with torch.device("meta"), collectives.single_process():
+            parts = probe_models(recipe, sources, run_probe, manifest)
+            return _student_flops(recipe, parts) + _teacher_flops(recipe, parts)
     except Exception as error:
         reason = one_line(error, 200)
         print(f"note: the journal will not say TFLOP/s: what this recipe computes cannot be counted ({reason})")
         return None
 
 
-def _of_student(recipe: Recipe, parts: Built) -> float:
+def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     """Return the operations of a micro-batch's forward and backward, by image."""
     rows, size = recipe.batch // recipe.accumulation, recipe.data.size
     zeros_B = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {})
-    teacher = Answers(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
+    teacher = FakeModel(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
     distiller = Distiller(parts.student[1], recipe.losses, parts.facts).to("meta")
     with FlopCounter() as counted:
         distiller(batch, teacher, Progress(steps_per_epoch=1))["total"].backward()
     return counted.flops / rows
 
 
-def _of_teachers(recipe: Recipe, parts: Built) -> float:
+def _teacher_flops(recipe: Recipe, parts: ProbedModels) -> float:
     """Return the operations of the networks that are asked, by image."""
     config = recipe.teacher
-    if config is None or not config.is_asked:
+    if config is None or not config.uses_live_model:
         return 0.0
-    if config.cache is not None and not Cache(Path(config.cache)).lacking(recipe.taps.teacher):
+    if config.cache is not None and not Cache(Path(config.cache)).missing(recipe.taps.teacher):
         return 0.0
     return sum(2 * network.macs for network, _ in parts.teachers)

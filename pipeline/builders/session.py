@@ -32,11 +32,11 @@ from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Best, Checkpoints, exported_best
-from pipeline.training.evaluation import Accuracy, check_teacher, evaluate
-from pipeline.training.graph import GraphedStep, graphed
-from pipeline.training.journal import Journal
+from pipeline.training.evaluation import Accuracy, check_teacher_accuracy, evaluate
+from pipeline.training.graph import GraphedStep, maybe_graph
+from pipeline.training.journal import TrainingJournal
 from pipeline.training.step import Step
-from pipeline.training.stopping import Stopping
+from pipeline.training.stopping import StopCondition
 from pipeline.training.timer import StepTimer
 from pipeline.training.trackers import begin_trackers
 
@@ -58,10 +58,10 @@ class Session:
     averages: dict[str, EMA | EMATeacher]
     """Of the student's weights, by their names in a checkpoint."""
     checkpoints: Checkpoints
-    journal: Journal
+    journal: TrainingJournal
     guard: FiniteGuard
     step: Step | GraphedStep
-    stopping: Stopping
+    stopping: StopCondition
 
     @property
     def recipe(self) -> Recipe:
@@ -82,7 +82,7 @@ class Session:
     def micro_batches(self, state: State) -> Iterator[Batch]:
         """Yield this rank's micro-batches from where the run is; the time they take counts as ``data``."""
         batches = iter(()) if state.reason else self.loader.stream(state.progress, self.recipe.epochs)
-        return self.journal.waiting(batches)
+        return self.journal.timed(batches)
 
 
 @dataclass
@@ -131,8 +131,8 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
         checkpoints,
         journal,
         guard,
-        graphed(step, recipe.graph, recipe.accumulation),
-        Stopping(recipe.stop, recipe.checkpoints.poll_steps),
+        maybe_graph(step, recipe.graph, recipe.accumulation),
+        StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
     )
     return session, State(saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST))
 
@@ -144,7 +144,7 @@ def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, 
         teacher = build_teacher(run, device)
         loader = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
-        check_teacher(recipe.teacher, teacher, loader)
+        check_teacher_accuracy(recipe.teacher, teacher, loader)
     if not loader.validates:
         accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not validated")
     return loader, teacher, distiller
@@ -159,7 +159,7 @@ def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) 
     return averages
 
 
-def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progress) -> Journal:
+def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progress) -> TrainingJournal:
     """Return the journal, with its trackers and the clock of the steps."""
     # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
     purge = {"purge_step": progress.step + 1} if progress.step else {}
@@ -168,7 +168,7 @@ def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progr
     if accelerator.is_main_process:
         flops = image_flops(run.recipe, [below.recipe for below in run.teachers], run.manifest)
     by_ddp = collectives.world_size() > 1 and not launch.use_deepspeed
-    return Journal(
+    return TrainingJournal(
         run.folder,
         run.recipe,
         total_steps=run.recipe.epochs * progress.steps_per_epoch,

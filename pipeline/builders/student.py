@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.builders.named import Named
-from pipeline.config.recipe import Recipe, Start, Student
+from pipeline.builders.model_spec import ModelSpec
+from pipeline.config.recipe import Recipe, StartConfig, StudentConfig
 from pipeline.data.config import Config as Data
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
@@ -21,13 +21,13 @@ from pipeline.runs.files import STUDENT, check_student
 from pipeline.runs.identity import Run
 
 
-def student_named(config: Student, taps: frozenset[str]) -> Named:
+def student_spec(config: StudentConfig, taps: frozenset[str]) -> ModelSpec:
     """Return the student as the recipe names it, with those taps."""
-    return Named("student", config.model, frozenset((config.stages or {}).items()), taps)
+    return ModelSpec("student", config.model, frozenset((config.stages or {}).items()), taps)
 
 
 def build_student(
-    named: Named, num_classes: int, seed: int, layout: torch.memory_format = torch.contiguous_format
+    named: ModelSpec, num_classes: int, seed: int, layout: torch.memory_format = torch.contiguous_format
 ) -> FeatureTaps:
     """Return the student as the seed initialises it, its weights in that memory format."""
     torch.manual_seed(seed)
@@ -43,19 +43,21 @@ def weights_layout(recipe: Recipe, launch: Launch) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def load_start(start: Start, run: Run | None, student: FeatureTaps, model: str, data: Data) -> None:
+def load_start(start: StartConfig, run: Run | None, student: FeatureTaps, model: str, data: Data) -> None:
     """Load the weights that the student starts from: a file, published ones, or the last ones of a finished ``run``."""
     weights = start.weights or str(finished(run).folder / STUDENT)
     expected = None if is_file(weights) else published_normalization(model, weights)
     if expected is not None and expected != (data.mean, data.std):
         told = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
-        tell("student.start", f"{weights} of {model} was trained on images of another mean and std: {told} gives them")
+        print_note(
+            "student.start", f"{weights} of {model} was trained on images of another mean and std: {told} gives them"
+        )
     with error_context("student.start"):
         check_student(Path(weights))
-        tell("student.start", load_weights(student.model, weights, model, start.weights_key))
+        print_note("student.start", load_weights(student.model, weights, model, start.weights_key))
 
 
-def tell(place: str, note: str) -> None:
+def print_note(key: str, note: str) -> None:
     """Print, once for all ranks, what was chosen where the recipe left it open; nothing for an empty ``note``."""
     if note and collectives.is_main():
-        print(f"note: {place}: {note}", flush=True)
+        print(f"note: {key}: {note}", flush=True)

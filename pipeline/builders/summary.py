@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 
 from pipeline.batch import Batch, Progress
-from pipeline.builders.meta import Answers, Network, build_parts, count_parameters, measure
+from pipeline.builders.meta import FakeModel, NetworkSummary, count_parameters, probe, probe_models
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.distiller import Distiller
 from pipeline.errors import display_path, error_context
@@ -16,7 +16,7 @@ from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
 from pipeline.training.flops import FlopCounter
 
-FEW = 32
+_SAMPLE_ROWS = 32
 """Rows with which losses run on the CPU, where a batch's maps take memory."""
 
 
@@ -24,8 +24,8 @@ class Report(NamedTuple):
     """What a recipe is made of."""
 
     path: Path
-    student: Network
-    teachers: list[Network]
+    student: NetworkSummary
+    teachers: list[NetworkSummary]
     """None, one, or each member; taps are read of the first."""
     cache: str | None
     """Where the answers are that training takes instead of running them."""
@@ -60,30 +60,30 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def _described(role: str, network: Network) -> list[str]:
+def _described(role: str, network: NetworkSummary) -> list[str]:
     taps = [f"          {name:<16} {' × '.join(map(str, shape))}" for name, shape in network.shapes.items()]
     return [f"{role}   {network.name}, {network.parameters:,} parameters, {network.macs / 1e9:.3f} GMAC", *taps]
 
 
-def check(loaded: LoadedRecipe) -> Report:
+def summarize(loaded: LoadedRecipe) -> Report:
     """Build the recipe, run it once forward, and return what it is made of.
 
     Raises RecipeError for what training would refuse of networks, taps and losses.
     """
     recipe = loaded.recipe
-    built = build_parts(recipe, [named.recipe for named in loaded.teachers], measure)
-    losses = _tried(recipe, built.facts)
-    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.is_asked else None
+    built = probe_models(recipe, [named.recipe for named in loaded.teachers], probe)
+    losses = _try_losses(recipe, built.facts)
+    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None
     return Report(loaded.path, built.student[0], [network for network, _ in built.teachers], cache, *losses, built.note)
 
 
-def _tried(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:
+def _try_losses(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:
     """Return the names of the parts, each loss's parameters, and the losses' multiply-accumulates for one row."""
     try:
         with torch.device("meta"):
             return _run(recipe, facts, recipe.batch)
     except (RuntimeError, TypeError):  # a loss that computes with numbers
-        return _run(recipe, facts, min(recipe.batch, FEW))
+        return _run(recipe, facts, min(recipe.batch, _SAMPLE_ROWS))
 
 
 @torch.no_grad()
@@ -91,8 +91,8 @@ def _run(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dict[str, 
     """Run the losses forward on that many rows, on torch's default device."""
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     batch = Batch(images_BCHW, zeros_B, zeros_B, {})
-    student = cast(FeatureTaps, Answers(facts.student_shapes))
-    answers = Answers(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
+    student = cast(FeatureTaps, FakeModel(facts.student_shapes))
+    answers = FakeModel(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
     with error_context("losses"), FlopCounter() as counted:
         distiller = Distiller(student, recipe.losses, facts).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))

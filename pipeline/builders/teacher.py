@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.builders.named import Named
-from pipeline.builders.student import student_named, tell
+from pipeline.builders.model_spec import ModelSpec
+from pipeline.builders.student import print_note, student_spec
 from pipeline.config.recipe import Recipe
-from pipeline.data.loader import pixels
+from pipeline.data.loader import transform_fingerprint
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context
 from pipeline.models.weights import load_weights, weights_sha256
@@ -20,12 +20,12 @@ from pipeline.models.weights_file import is_file
 from pipeline.precision import AUTOCAST
 from pipeline.runs.dependencies import finished
 from pipeline.runs.files import IDENTITY, STUDENT, check_student
-from pipeline.runs.identity import Run, differences
+from pipeline.runs.identity import Run, differing_keys
 from pipeline.runs.weights import known_by_path
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
-from pipeline.teachers.config import Config, Network
+from pipeline.teachers.config import Config, TeacherNetwork
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Normalization, Teacher
 from shards.manifest import Manifest
@@ -42,12 +42,12 @@ def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
     if (run.folder / IDENTITY).is_file():
         for weights in known_by_path(run.identity):
             told = f"{run.folder} knows {weights} by its path; that it holds what it did then is not checked"
-            tell("weights", told)
+            print_note("weights", told)
     if config.cache is not None:
         with error_context("teacher.cache"):
             return _cached(run, config, Cache(Path(config.cache)), device)
     if config.average is not None:
-        named = student_named(recipe.student, recipe.taps.teacher)._replace(place="teacher")
+        named = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher")
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
         taps = named.build(run.manifest.num_classes)
@@ -67,36 +67,36 @@ def build_live_teacher(
     return TeacherEnsemble(teachers, combine=config.combine, temperature=config.temperature)
 
 
-def teacher_places(config: Config | None) -> dict[str, Network]:
+def teacher_networks(config: Config | None) -> dict[str, TeacherNetwork]:
     """Return what the recipe says of each of the teacher's networks, by the key where it says it."""
-    if config is None or not config.is_named:
+    if config is None or not config.has_model:
         return {}
     if config.members is None:
         return {"teacher": config}
     return {f"teacher.members.{index}": member for index, member in enumerate(config.members)}
 
 
-def teachers_named(recipe: Recipe, sources: Sequence[Recipe]) -> list[Named]:
+def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
     """Return the teacher's networks as the recipe, or those of ``sources`` that it stands on, name them.
 
     The first has the taps that the losses read. A moving average is the student's network. ``sources`` are the recipes
     of ``teacher.recipes``, in that order.
     """
     following, found = iter(sources), []
-    for place, network in teacher_places(recipe.teacher).items():
+    for place, network in teacher_networks(recipe.teacher).items():
         source = next(following).student if network.recipe is not None else network
         model = source.model or recipe.student.model
         own = network.stages or (source if source.model else recipe.student).stages or {}
         wanted = frozenset[str]() if found else recipe.taps.teacher
-        found.append(Named(place, model, frozenset(own.items()), wanted))
+        found.append(ModelSpec(place, model, frozenset(own.items()), wanted))
     return found
 
 
 class FrozenNetwork(NamedTuple):
     """One of a teacher's networks: what a recipe says of it, and where its weights are."""
 
-    named: Named
-    config: Network
+    spec: ModelSpec
+    config: TeacherNetwork
     run: Run | None
     """The one whose student it is."""
     weights: str
@@ -108,8 +108,8 @@ class FrozenNetwork(NamedTuple):
 def frozen_networks(run: Run, config: Config) -> list[FrozenNetwork]:
     """Return the teacher's networks; none where there is a cache alone."""
     following, found = iter(run.teachers), []
-    named = teachers_named(run.recipe, [below.recipe for below in run.teachers])
-    for each, network in zip(named, teacher_places(config).values(), strict=True):
+    named = teacher_specs(run.recipe, [below.recipe for below in run.teachers])
+    for each, network in zip(named, teacher_networks(config).values(), strict=True):
         below = next(following) if network.recipe is not None else None
         weights = network.weights or (str(below.folder / STUDENT) if below else "")
         data = (below or run).recipe.data
@@ -123,17 +123,17 @@ def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str
     data = run.recipe.data
     if network.run is not None:
         finished(network.run)
-    named = network.named._replace(taps=taps)
+    named = network.spec._replace(taps=taps)
     built = named.build(run.manifest.num_classes)
     named.probe(built, data.size)  # folding would run it on the same images, and not say what it cannot take
-    with error_context(f"{named.place}.weights"):
+    with error_context(f"{named.key}.weights"):
         check_student(Path(network.weights))
         note = load_weights(built.model, network.weights, named.model, network.config.weights_key)
-    tell(f"{named.place}.weights", note)
+    print_note(f"{named.key}.weights", note)
     given = Normalization(data.mean, data.std)
     if not is_file(network.weights) and network.expected != given:
         told = f"mean {list(network.expected.mean)} and std {list(network.expected.std)}"
-        tell(named.place, f"its images are brought to {told}, which {network.weights} of {named.model} expects")
+        print_note(named.key, f"its images are brought to {told}, which {network.weights} of {named.model} expects")
     teacher = Teacher(
         built,
         batch=config.batch or 1,
@@ -155,9 +155,9 @@ def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str
 def _cached(run: Run, config: Config, cache: Cache, device: torch.device) -> CachedTeacher:
     """Return the teacher that answers from the cache, and asks the network for what it lacks if the recipe says so."""
     recipe = run.recipe
-    refuse_others(cache, binding(run, config, device), config.accept)
+    check_provenance(cache, provenance(run, config, device), config.accept)
     check_sizes(cache, run.manifest)
-    lacking = cache.lacking(recipe.taps.teacher)
+    lacking = cache.missing(recipe.taps.teacher)
     if lacking and config.fallback is None:
         tap, kind = next(iter(lacking.items()))
         loss = next(name for name, spec in recipe.losses.items() if tap in cache.kinds(spec.config.taps().teacher))
@@ -175,7 +175,7 @@ def views_read(recipe: Recipe, cache: Cache) -> int:
     return min(recipe.data.views or cache.header.views, recipe.epochs)
 
 
-def binding(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any]:
+def provenance(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any]:
     """Return what a frozen teacher's answers follow from, besides id and view: networks, pixels and shards.
 
     None stands for what is not known: the network, where the recipe names a cache alone; the weights of a file that is
@@ -187,7 +187,7 @@ def binding(run: Run, config: Config, device: torch.device, *, published: bool =
     mixture = {"combine": config.combine, "temperature": config.temperature, **members}
     facts = {
         "teacher": (mixture if config.members else {"network": found[0]}) if found else None,
-        "data": pixels(run.recipe.data, run.manifest, device),
+        "data": transform_fingerprint(run.recipe.data, run.manifest, device),
         "shards": run.manifest.sha256,
     }
     return json.loads(json.dumps(facts))
@@ -197,7 +197,7 @@ def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, p
     (named, config, _, weights, expected) = network
     at_hand = Path(weights).is_file() if is_file(weights) else published
     if is_file(weights) and not at_hand and collectives.is_main():
-        print(f"note: {named.place}.weights: {weights} is not there; that the cache is of these weights is not checked")
+        print(f"note: {named.key}.weights: {weights} is not there; that the cache is of these weights is not checked")
     return {
         **({"compile": True} if config.compile else {}),
         "model": named.model,
@@ -220,10 +220,10 @@ def check_sizes(cache: Cache, manifest: Manifest) -> None:
         raise RecipeError(f"{cache.folder} has {logits.shape[0]} logits, and the shards {manifest.num_classes} classes")
 
 
-def refuse_others(cache: Cache, facts: dict[str, Any], accept: Iterable[str] = ()) -> None:
+def check_provenance(cache: Cache, facts: dict[str, Any], accept: Iterable[str] = ()) -> None:
     """Raise RecipeError if the cache is of other answers than those that follow from ``facts``, but in ``accept``."""
     theirs = cache.header.binding.model_dump()
-    differing = [key for key in differences(theirs, _known(facts, theirs)) if key not in accept]
+    differing = [key for key in differing_keys(theirs, _known(facts, theirs)) if key not in accept]
     if differing:
         told = ", ".join(f"{key}{_values(theirs, facts, key)}" for key in differing)
         raise RecipeError(

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.cache import DIGEST, DTYPE, Cache, seal
+from pipeline.teachers.cache import DIGEST, DTYPE, Cache, block_hasher
 
-RESERVE = 2**30
+_RESERVE = 2**30
 """Bytes of the disk that are left to others."""
 
 
@@ -93,10 +93,10 @@ def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
     needed = sum(min(size, _not_allocated(cache, *file)) for file, size in taken.items())
     there = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    if needed + RESERVE > free:
+    if needed + _RESERVE > free:
         raise OSError(
             f"{cache.folder} needs {shown_bytes(needed)} more; its disk has {shown_bytes(free)} free, of which "
-            f"{shown_bytes(RESERVE)} are left to others; write fewer views, or encode maps (encode={{last: 256}})"
+            f"{shown_bytes(_RESERVE)} are left to others; write fewer views, or encode maps (encode={{last: 256}})"
         )
     return taken.total()
 
@@ -110,7 +110,7 @@ def _not_allocated(cache: Cache, view: int, kind: str) -> int:
 def write_block(cache: Cache, block: Block, answers: Iterable[tuple[range, dict[str, NDArray[np.float16]]]]) -> None:
     """Write a block: for consecutive ranges of its ids the stored rows by kind, zeros for an id without a sample."""
     files = {kind: os.open(cache.path(block.view, kind), os.O_WRONLY) for kind in block.kinds}
-    seals = {kind: seal(block.view, kind, block.number) for kind in block.kinds}
+    seals = {kind: block_hasher(block.view, kind, block.number) for kind in block.kinds}
     first = {kind: _offset(cache.path(block.view, kind)) for kind in block.kinds}
     try:
         for ids, rows in answers:

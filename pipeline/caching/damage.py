@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.runs.folder import lock_folder
-from pipeline.teachers.cache import DIGEST, MEND, Cache
+from pipeline.teachers.cache import DIGEST, MEND_HINT, Cache
 from shards.manifest import write_atomically
 
 
 class Damage(NamedTuple):
     """What is wrong with the answers of one kind at one view."""
 
-    told: str
+    description: str
     """A line for the user."""
     view: int
     kind: str
@@ -24,7 +24,7 @@ class Damage(NamedTuple):
     """To be written again; none where that is marked already."""
 
 
-def damages(cache: Cache) -> Iterator[Damage]:
+def find_damage(cache: Cache) -> Iterator[Damage]:
     """Read everything and yield what is not as it was written, or not written."""
     every = tuple(range(cache.header.blocks))
     for kind in cache.header.kinds:
@@ -36,7 +36,7 @@ def damages(cache: Cache) -> Iterator[Damage]:
             try:
                 yield from _of_file(cache, view, kind)
             except (OSError, ValueError) as error:
-                yield Damage(_told(error), view, kind, every)
+                yield Damage(_message(error), view, kind, every)
 
 
 def _of_file(cache: Cache, view: int, kind: str) -> Iterator[Damage]:
@@ -57,12 +57,12 @@ def _lost_encoder(cache: Cache, kind: str) -> str | None:
     try:
         cache.encoder(kind)
     except (OSError, ValueError) as error:
-        return _told(error)
+        return _message(error)
     return None
 
 
-def _told(error: Exception) -> str:
-    return str(error).removesuffix(f"; {MEND}")
+def _message(error: Exception) -> str:
+    return str(error).removesuffix(f"; {MEND_HINT}")
 
 
 def lost_encoders(cache: Cache) -> list[str]:

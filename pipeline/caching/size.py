@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.builders.meta import measure, training_labels
-from pipeline.builders.teacher import teachers_named
+from pipeline.builders.meta import probe, training_labels
+from pipeline.builders.teacher import teacher_specs
 from pipeline.caching.blocks import shown_bytes
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
-from pipeline.teachers.cache import LOGITS, NAME, Encoded, Kind, resolved
+from pipeline.teachers.cache import LOGITS, NAME, CacheEntry, Encoding, resolved
 
 LIKELY = 8
 """Part of a map's channels that the table shows as encoded, where no other is asked for."""
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     """A kind of answer, and whether it is written."""
 
     name: str
-    kind: Kind
+    kind: CacheEntry
     """As a header has it, but for what only the teacher's answers tell."""
     written: bool
 
@@ -43,15 +43,15 @@ def choices(
     that cannot be.
     """
     num_classes = training_labels(recipe.data)[0]
-    named = teachers_named(recipe, sources)[0]
-    stages = list(measure(named._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
+    named = teacher_specs(recipe, sources)[0]
+    stages = list(probe(named._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
     ranks = _ranks(stages, encode)
     wanted = {LOGITS, *resolved(stages, [*recipe.taps.teacher, *kinds]).values(), *ranks}
     offered = {kind for kind in resolved(stages, ["embedding", "last"]).values() if kind in stages}
     taps = frozenset(wanted | offered) - {LOGITS}
     if odd := [kind for kind in sorted(taps) if not re.fullmatch(NAME, kind)]:
         raise RecipeError(f"teacher.stages: {odd[0]!r} becomes a file's name: small letters, digits and _, please")
-    shapes = measure(named._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
+    shapes = probe(named._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
     found: list[Choice] = []
     for name in sorted(shapes, key=lambda name: int(np.prod(shapes[name]))):
         found += _choices_of(name, shapes[name], name in wanted, ranks.get(name))
@@ -72,14 +72,14 @@ def _choices_of(name: str, shape: tuple[int, ...], wanted: bool, rank: int | Non
     """Return the kind as it is, and as it is or could be encoded."""
     if rank is not None and (name == LOGITS or not rank <= shape[0]):
         raise RecipeError(f"encode: {name} has {shape[0]} channels, and logits are kept whole; got {rank}")
-    whole = Choice(name, Kind(shape=shape), wanted and rank is None)
+    whole = Choice(name, CacheEntry(shape=shape), wanted and rank is None)
     if rank is None and len(shape) == 1:
         return [whole]
-    encoded = Encoded(rank=rank or max(shape[0] // LIKELY, 1), sha256="", unexplained=0.0)
-    return [whole, Choice(name, Kind(shape=shape, encoded=encoded), rank is not None)]
+    encoded = Encoding(rank=rank or max(shape[0] // LIKELY, 1), sha256="", unexplained=0.0)
+    return [whole, Choice(name, CacheEntry(shape=shape, encoded=encoded), rank is not None)]
 
 
-def table(recipe: Recipe, found: list[Choice], views: int) -> str:
+def size_table(recipe: Recipe, found: list[Choice], views: int) -> str:
     """Return what the kinds of answer take on disk, for that many views."""
     _, labels_by_id, note = training_labels(recipe.data)
     images = len(labels_by_id)

@@ -26,7 +26,7 @@ Part = tuple[NDArray[np.int64], int]
 """Some ids, and the view at which their images are looked at."""
 
 
-class Source(NamedTuple):
+class AnswerSource(NamedTuple):
     """A teacher whose taps are kinds of answer, and the images to ask it about."""
 
     teacher: Teacher | TeacherEnsemble
@@ -41,11 +41,11 @@ class Source(NamedTuple):
 
     def answers(self, parts: Iterable[Part]) -> Iterator[Outputs]:
         """Yield the teacher's answers to each part, which holds no more ids than it answers at once."""
-        for batch in self.loader.looks((self.row_by_id[ids], view) for ids, view in parts):
+        for batch in self.loader.views((self.row_by_id[ids], view) for ids, view in parts):
             yield self.teacher(batch)
 
 
-def open_source(run: Run, config: Config, kinds: Iterable[str], device: torch.device) -> Source:
+def open_source(run: Run, config: Config, kinds: Iterable[str], device: torch.device) -> AnswerSource:
     """Return the teacher's network, with those kinds of answer as its taps, and the run's training images."""
     teacher = build_live_teacher(run, config, set(kinds) - {LOGITS}, device)
     loader = create_loader(
@@ -62,7 +62,7 @@ def open_source(run: Run, config: Config, kinds: Iterable[str], device: torch.de
     ids = loader.plan.readers["train"].samples["id"]
     row_by_id = np.full(loader.id_count, -1)
     row_by_id[ids] = np.arange(len(ids))
-    return Source(teacher, loader, row_by_id)
+    return AnswerSource(teacher, loader, row_by_id)
 
 
 def stored(outputs: Outputs, kinds: Iterable[str], encoders: dict[str, Encoder]) -> dict[str, NDArray[np.float16]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.caching.source import Part, Source, stored
+from pipeline.caching.source import AnswerSource, Part, stored
 from pipeline.teachers.cache import Cache
 
 
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
         return f"{self.kind}: {told}, {self.images:,} images"
 
 
-def differences(cache: Cache, source: Source, sample: int, rng: np.random.Generator) -> list[Difference]:
+def compare_answers(cache: Cache, source: AnswerSource, sample: int, rng: np.random.Generator) -> list[Difference]:
     """Ask the teacher again about at least ``sample`` images of random views, and compare every kind.
 
     It is asked in the same company as when the answers were written: the last bits depend on it.
@@ -50,7 +50,7 @@ def differences(cache: Cache, source: Source, sample: int, rng: np.random.Genera
     return list(found.values())
 
 
-def _parts(cache: Cache, source: Source, sample: int, rng: np.random.Generator) -> Iterator[Part]:
+def _parts(cache: Cache, source: AnswerSource, sample: int, rng: np.random.Generator) -> Iterator[Part]:
     """Yield random chunks of ids, each at a random view, until they hold ``sample`` images or are all of a view's."""
     blocks = range(cache.header.blocks)
     chunks = [source.present(ids) for block in blocks for ids in cache.header.chunks(block)]

@@ -10,30 +10,31 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.batch import Outputs
-from pipeline.builders.teacher import refuse_others
+from pipeline.builders.teacher import check_provenance
 from pipeline.caching.blocks import Block, check_room, create_files, missing_blocks, shown_bytes, write_block
 from pipeline.caching.damage import lost_encoders, mark_blocks
-from pipeline.caching.source import Part, Source, stored
-from pipeline.data.config import MOST_VIEWS
+from pipeline.caching.source import AnswerSource, Part, stored
+from pipeline.data.config import MAX_VIEWS
 from pipeline.distributed import collectives, signals
 from pipeline.errors import RecipeError
 from pipeline.features import pca
 from pipeline.features.pca import Encoder
+from pipeline.frozen_model import FrozenModel
 from pipeline.runs.files import PREEMPTED
 from pipeline.runs.folder import lock_folder
 from pipeline.teachers.cache import (
     DTYPE,
-    Binding,
     Cache,
-    Encoded,
+    CacheEntry,
+    Encoding,
     Header,
-    Kind,
-    Norm,
+    Provenance,
+    StoredNorm,
     encoder_path,
     open_cache,
     write_header,
@@ -46,14 +47,12 @@ IN_A_LOG = 60.0
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
-class Asked(BaseModel):
+class CacheArguments(FrozenModel):
     """The command's own words."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    views: int | None = Field(default=None, gt=0, le=MOST_VIEWS)
+    views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     kinds: Names = ()
-    encode: dict[str, PositiveInt] = {}
+    encode: dict[str, PositiveInt] = Field(default={})
     block: int = Field(default=1024, gt=0, le=2**24)
     """Images that are written and marked as done together, about; a cache that is there keeps its own."""
     sample: int = Field(default=256, gt=0, le=10**6)
@@ -62,7 +61,13 @@ class Asked(BaseModel):
 
 
 def new_header(
-    views: int, batch: int, block: int, kinds: dict[str, Kind], stages: list[str], source: Source, facts: dict[str, Any]
+    views: int,
+    batch: int,
+    block: int,
+    kinds: dict[str, CacheEntry],
+    stages: list[str],
+    source: AnswerSource,
+    facts: dict[str, Any],
 ) -> Header:
     """Return the header of a folder in which there is nothing yet; encoders are still to be fitted.
 
@@ -75,21 +80,21 @@ def new_header(
         block=batch * max(block // batch, 1),
         stages=tuple(stages),
         kinds={name: kind.model_copy(update={"norm": _norm(source, name)}) for name, kind in kinds.items()},
-        binding=Binding.model_validate(facts),
+        binding=Provenance.model_validate(facts),
     )
 
 
-def _norm(source: Source, kind: str) -> Norm | None:
+def _norm(source: AnswerSource, kind: str) -> StoredNorm | None:
     norm = source.teacher.norms.get(kind)
-    return Norm(weight=tuple(norm.weight_C.tolist()), bias=tuple(norm.bias_C.tolist())) if norm else None
+    return StoredNorm(weight=tuple(norm.weight_C.tolist()), bias=tuple(norm.bias_C.tolist())) if norm else None
 
 
-def begin(folder: Path, new: Header, source: Source) -> list[Block]:
+def begin(folder: Path, new: Header, source: AnswerSource) -> list[Block]:
     """Make the folder ready and return what is to be written; nothing is touched in one that this cannot go on in."""
     lock_folder(folder)
     (folder / PREEMPTED).unlink(missing_ok=True)
     there = open_cache(folder)
-    header = extended(there, new) if there else new
+    header = extend(there, new) if there else new
     cache = Cache(folder, header)
     lost = lost_encoders(cache)
     blocks = missing_blocks(cache, lost)
@@ -102,9 +107,9 @@ def begin(folder: Path, new: Header, source: Source) -> list[Block]:
     return blocks
 
 
-def extended(cache: Cache, new: Header) -> Header:
+def extend(cache: Cache, new: Header) -> Header:
     """Return the cache's header with the views and kinds of ``new``; raise RecipeError where they do not fit."""
-    refuse_others(cache, new.binding.model_dump())
+    check_provenance(cache, new.binding.model_dump())
     old, folder = cache.header, cache.folder
     if old.id_count != new.id_count:
         raise RecipeError(f"{folder} has rows for {old.id_count:,} ids, and the shards have {new.id_count:,}")
@@ -119,7 +124,7 @@ def extended(cache: Cache, new: Header) -> Header:
     return old.model_copy(update={"views": max(old.views, new.views), "kinds": {**new.kinds, **old.kinds}})
 
 
-def with_encoders(folder: Path, header: Header, source: Source, lost: Collection[str]) -> Header:
+def with_encoders(folder: Path, header: Header, source: AnswerSource, lost: Collection[str]) -> Header:
     """Fit the encoders that are not there yet, or ``lost``, write them, and return the header that names them."""
     kinds = {
         name: kind.model_copy(update={"encoded": _fitted(folder, name, kind.encoded.rank, header.batch, source)})
@@ -130,7 +135,7 @@ def with_encoders(folder: Path, header: Header, source: Source, lost: Collection
     return header.model_copy(update={"kinds": kinds})
 
 
-def _fitted(folder: Path, kind: str, rank: int, batch: int, source: Source) -> Encoded:
+def _fitted(folder: Path, kind: str, rank: int, batch: int, source: AnswerSource) -> Encoding:
     """Fit an encoder on some images, write it, and return it with what it loses of others."""
     ids = np.random.default_rng(0).permutation(source.present(range(source.loader.id_count)))
     held_out = max(min(HELD_OUT, len(ids) // 5), 1)
@@ -139,14 +144,14 @@ def _fitted(folder: Path, kind: str, rank: int, batch: int, source: Source) -> E
         parts = ((ids[start : start + batch], 0) for start in range(0, len(ids), batch))
         return (outputs.features[kind] for outputs in source.answers(parts))
 
-    encoder = pca.fit(maps(ids[held_out : held_out + FITTED]), rank)
+    encoder = pca.fit_pca(maps(ids[held_out : held_out + FITTED]), rank)
     lost = pca.unexplained(encoder, maps(ids[:held_out]))
     print(f"{kind}: {rank} components lose {lost:.2%} of the variance of {held_out:,} images they were not fitted on")
-    sha256 = pca.save(encoder, encoder_path(folder, kind))
-    return Encoded(rank=rank, sha256=sha256, unexplained=lost)
+    sha256 = pca.save_encoder(encoder, encoder_path(folder, kind))
+    return Encoding(rank=rank, sha256=sha256, unexplained=lost)
 
 
-def write_blocks(cache: Cache, source: Source, blocks: list[Block]) -> bool:
+def write_blocks(cache: Cache, source: AnswerSource, blocks: list[Block]) -> bool:
     """Write this rank's share of the blocks, one at a time on every rank; return whether all were written.
 
     A notice to stop that any rank was given ends it between two blocks.
@@ -160,14 +165,14 @@ def write_blocks(cache: Cache, source: Source, blocks: list[Block]) -> bool:
     pause = 0.1 if sys.stderr.isatty() else IN_A_LOG
     with tqdm(total=images, unit="img", desc=title, disable=rank > 0, mininterval=pause, delay=pause) as bar:
         for turn in range(-(-len(blocks) // world)):
-            if collectives.any_rank(signals.given()):
+            if collectives.any_rank(signals.stop_requested()):
                 return False
             if turn < len(mine):
                 write_block(cache, mine[turn], _rows(cache, source, mine[turn], answers, encoders, bar))
     return True
 
 
-def _parts(cache: Cache, source: Source, blocks: Iterable[Block]) -> Iterator[Part]:
+def _parts(cache: Cache, source: AnswerSource, blocks: Iterable[Block]) -> Iterator[Part]:
     """Yield what the teacher is asked for some blocks, but for the chunks without a sample."""
     for block in blocks:
         for ids in cache.header.chunks(block.number):
@@ -177,7 +182,7 @@ def _parts(cache: Cache, source: Source, blocks: Iterable[Block]) -> Iterator[Pa
 
 def _rows(
     cache: Cache,
-    source: Source,
+    source: AnswerSource,
     block: Block,
     answers: Iterator[Outputs],
     encoders: dict[str, Encoder],

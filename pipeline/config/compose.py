@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.reading import DEEPEST, MOST_VALUES, is_plain, load_yaml, read_yaml
+from pipeline.config.reading import MAX_DEPTH, MAX_VALUES, is_plain, load_yaml, read_yaml
 from pipeline.errors import ROOT, RecipeError, display_path
 
 COMMAND_LINE = "command line"
-MOST_FILES = 100
+MAX_FILES = 100
 """Of ``base:`` that a recipe may stand on, each counted as often as it is named."""
 _TEXTS = ("folder", "path", "cache", "weights", "recipe", "model", "out")
 """Keys, whatever section they stand in, whose value is a name or a path."""
@@ -33,7 +33,7 @@ _UNDER = "${}"
 """Key of the slot that the other keys of its mapping lie over."""
 
 
-def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:
+def compose(path: Path, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:
     """Return what a recipe file, a whole one or a part, says with its ``base:`` files, overrides and constants.
 
     ``origins`` learns who said what. Raises RecipeError for what cannot be read or composed.
@@ -49,7 +49,7 @@ def composed(path: Path, overrides: Sequence[str] = (), origins: Origins | None 
     return filled
 
 
-def existing(path: Path) -> Path:
+def find_recipe(path: Path) -> Path:
     """Return a recipe file, absolute or from the current folder or the project's. Raises RecipeError."""
     for candidate in (path, ROOT / path):
         if candidate.is_file():
@@ -61,8 +61,8 @@ def _compose(path: Path, origins: Origins, above: tuple[Path, ...], files: list[
     if path in above:
         raise RecipeError(f"{display_path(path)}: base: the file is its own base, by way of {display_path(above[-1])}")
     files.append(path)
-    if len(files) > MOST_FILES:
-        raise RecipeError(f"{display_path(files[0])}: base: it stands on more than {MOST_FILES} files; name fewer")
+    if len(files) > MAX_FILES:
+        raise RecipeError(f"{display_path(files[0])}: base: it stands on more than {MAX_FILES} files; name fewer")
     own = read_yaml(path)
     if not isinstance(own, dict):
         raise RecipeError(f"{display_path(path)}: expected a mapping of keys, got {type(own).__name__}")
@@ -76,7 +76,7 @@ def _compose(path: Path, origins: Origins, above: tuple[Path, ...], files: list[
         if not base_path.is_file():
             raise RecipeError(f"{display_path(path)}: base: there is no file {base!r} beside it")
         _merge(tree, _compose(base_path, origins, (*above, path), files), None, origins)
-    _anchor_references(own, path)
+    _resolve_paths(own, path)
     _merge(tree, own, display_path(path), origins)
     return tree
 
@@ -131,15 +131,15 @@ class _Constants:
     def fill(self, value: Any, at: tuple[str, ...]) -> Any:
         """Return ``value``, which stands at that key, with every ``${name}`` in it replaced."""
         self.filled += 1
-        if self.filled > MOST_VALUES or len(at) + len(self.open) > DEEPEST:
-            kind = f"more than {MOST_VALUES:,} values" if self.filled > MOST_VALUES else f"deeper than {DEEPEST} levels"
-            raise RecipeError(f"{self.place(at)}: what the constants stand for is {kind}; name fewer of them")
+        if self.filled > MAX_VALUES or len(at) + len(self.open) > MAX_DEPTH:
+            kind = f"more than {MAX_VALUES:,} values" if self.filled > MAX_VALUES else f"deeper than {MAX_DEPTH} levels"
+            raise RecipeError(f"{self.location(at)}: what the constants stand for is {kind}; name fewer of them")
         if isinstance(value, dict):
             filled: dict[str, Any] = {}
             for key, below in value.items():
                 found = self.fill(below, at if key == _UNDER else (*at, str(key)))
                 if key == _UNDER and not isinstance(found, dict):
-                    raise RecipeError(f"{self.place(at)}: {below} is one value, {found!r}, and has no keys")
+                    raise RecipeError(f"{self.location(at)}: {below} is one value, {found!r}, and has no keys")
                 _merge(filled, found if key == _UNDER else {key: found}, None, {})
             return filled
         if isinstance(value, list):
@@ -150,16 +150,16 @@ class _Constants:
         """Return what ``text``, a slot, stands for; who said that is who said the value here."""
         slot = _SLOT.fullmatch(text)
         if slot is None:
-            raise RecipeError(f"{self.place(at)}: {text!r}: a constant stands for a whole value")
+            raise RecipeError(f"{self.location(at)}: {text!r}: a constant stands for a whole value")
         name = tuple(slot[1].split("."))
         found: Any = self.constants
         for part in name:
             if not isinstance(found, dict) or part not in found:
                 known = f"known are {', '.join(self.constants)}" if self.constants else "there are none"
-                raise RecipeError(f"{self.place(at)}: there is no constant {slot[1]!r}; {known}")
+                raise RecipeError(f"{self.location(at)}: there is no constant {slot[1]!r}; {known}")
             found = found[part]
         if name in self.open:
-            raise RecipeError(f"{self.place(at)}: the constant {slot[1]!r} stands for itself")
+            raise RecipeError(f"{self.location(at)}: the constant {slot[1]!r} stands for itself")
         self.used.add(name)
         for key, origin in list(self.origins.items()):
             if key[: len(name) + 1] == ("constants", *name):
@@ -170,7 +170,7 @@ class _Constants:
         self.open.pop()
         return filled
 
-    def place(self, at: tuple[str, ...]) -> str:
+    def location(self, at: tuple[str, ...]) -> str:
         """Return file and key as a message names them."""
         return f"{self.origins.get(at, self.file)}: {'.'.join(at)}"
 
@@ -214,14 +214,14 @@ def _override(word: str) -> dict[str, Any]:
     if not all(key.split(".")):
         raise RecipeError(f"{COMMAND_LINE}: {word[:80]!r}: no key before the =; overrides are written key=value")
     value = read_value(key, text)
-    if key.count(".") >= DEEPEST:
-        raise RecipeError(f"{COMMAND_LINE}: {key[:40]}…: deeper than {DEEPEST} levels")
+    if key.count(".") >= MAX_DEPTH:
+        raise RecipeError(f"{COMMAND_LINE}: {key[:40]}…: deeper than {MAX_DEPTH} levels")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def networks(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def network_sections(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the sections that describe a network: the student's, the teacher's and those of its members."""
     teacher = tree.get("teacher")
     members = teacher.get("members") if isinstance(teacher, dict) else None
@@ -232,7 +232,7 @@ def networks(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any], Any]]:
     """Yield every place, as container and key, that names another recipe."""
-    for network in networks(tree):
+    for network in network_sections(tree):
         for section in (network, network.get("start")):
             if isinstance(section, dict) and isinstance(section.get("recipe"), str):
                 yield section, "recipe"
@@ -240,7 +240,7 @@ def references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any
         yield from ((tree["compare"], index) for index in range(len(tree["compare"])))
 
 
-def _anchor_references(own: dict[str, Any], path: Path) -> None:
+def _resolve_paths(own: dict[str, Any], path: Path) -> None:
     """Make what a file says of other recipes relative to that file hold wherever the file is used as a base."""
     for container, key in references(own):
         beside = path.parent / str(container[key])

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import Origins
-from pipeline.config.values import said_at
+from pipeline.config.values import location_of
 from pipeline.errors import RecipeError
 from pipeline.losses._registry import LossSpec, find_loss, known_losses
 
@@ -23,9 +23,9 @@ def validation_message(
     for each in error.errors(include_url=False):
         found.setdefault(_key(each, tree), []).append(each)
     location, errors = next(iter(found.items()))
-    where = said_at(location, origins, file) if location else file
+    where = location_of(location, origins, file) if location else file
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{where}: {_explained(errors, location, kind)}{more}"
+    return f"{where}: {_describe_errors(errors, location, kind)}{more}"
 
 
 def check_nulls(kind: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str) -> None:
@@ -38,7 +38,7 @@ def check_nulls(kind: type[BaseModel], tree: dict[str, Any], origins: Origins, f
             continue
         known = _known_keys(kind, key[:-1])
         if known and key[-1] not in known:
-            raise RecipeError(f"{said_at(key, origins, file)}: {_unknown(key[-1], known)}")
+            raise RecipeError(f"{location_of(key, origins, file)}: {_unknown(key[-1], known)}")
 
 
 def _section(tree: Any, location: Iterable[str]) -> dict[str, Any] | None:
@@ -61,7 +61,7 @@ def _key(error: Any, tree: Any) -> tuple[str, ...]:
     return location
 
 
-def _explained(errors: list[Any], location: tuple[str, ...], kind: type[BaseModel]) -> str:
+def _describe_errors(errors: list[Any], location: tuple[str, ...], kind: type[BaseModel]) -> str:
     """Return what is wrong at a key; of several errors each is about another thing that might have stood there."""
     first = errors[0]
     if first["type"] == "extra_forbidden":

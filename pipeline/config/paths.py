@@ -16,7 +16,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config.compose import composed, existing
+from pipeline.config.compose import compose, find_recipe
 from pipeline.errors import ROOT, RecipeError, one_line
 
 
@@ -25,8 +25,8 @@ def main(words: Sequence[str]) -> None:
     recipes = [word for word in words if "=" not in word]
     if len(recipes) != 1:
         raise RecipeError("command line: name one recipe; overrides are written key=value")
-    path = existing(Path(recipes[0]))
-    tree = composed(path, [word for word in words if "=" in word])
+    path = find_recipe(Path(recipes[0]))
+    tree = compose(path, [word for word in words if "=" in word])
     shards = _text(tree, recipes[0], "data", "path")
     if not shards:
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")

@@ -14,19 +14,19 @@ import yaml
 
 from pipeline.errors import RecipeError, display_path
 
-MOST_VALUES = 10_000
+MAX_VALUES = 10_000
 """Keys and values of a text, those of an alias counted as often as it stands there."""
-DEEPEST = 50
+MAX_DEPTH = 50
 """Levels of mappings and lists within one another."""
-LONGEST = 2**20
+MAX_LENGTH = 2**20
 """Bytes of a text."""
 
 
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file; a repeated key, bad syntax and too much of it are a RecipeError."""
     try:
-        if path.stat().st_size > LONGEST:
-            raise RecipeError(f"{display_path(path)}: more than {LONGEST:,} bytes, which is no recipe")
+        if path.stat().st_size > MAX_LENGTH:
+            raise RecipeError(f"{display_path(path)}: more than {MAX_LENGTH:,} bytes, which is no recipe")
         return load_yaml(path.read_text())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -39,8 +39,8 @@ def read_yaml(path: Path) -> Any:
 
 def load_yaml(text: str) -> Any:
     """Return what a text says. Raises YAMLError, and ValueError for numbers, dates and tags that cannot be."""
-    if len(text) > LONGEST:
-        raise ValueError(f"more than {LONGEST:,} characters")
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"more than {MAX_LENGTH:,} characters")
     _measure(text)
     try:
         return yaml.load(text, _Yaml)
@@ -78,8 +78,8 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+def _error(problem: str, position: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=position)
 
 
 def _measure(text: str) -> None:
@@ -90,8 +90,8 @@ def _measure(text: str) -> None:
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((anchor, 1))
-            if len(opened) > DEEPEST + 1:
-                raise _error(f"deeper than {DEEPEST} levels", event.start_mark)
+            if len(opened) > MAX_DEPTH + 1:
+                raise _error(f"deeper than {MAX_DEPTH} levels", event.start_mark)
             continue
         size = 0
         if isinstance(event, yaml.CollectionEndEvent):
@@ -106,5 +106,5 @@ def _measure(text: str) -> None:
             sizes[anchor] = size
         above, total = opened[-1]
         opened[-1] = (above, total + size)
-        if total + size > MOST_VALUES:
-            raise _error(f"more than {MOST_VALUES:,} values", event.start_mark)
+        if total + size > MAX_VALUES:
+            raise _error(f"more than {MAX_VALUES:,} values", event.start_mark)

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from pipeline.config.compose import Origins, composed, existing, networks, references
+from pipeline.config.compose import Origins, compose, find_recipe, network_sections, references
 from pipeline.config.messages import check_nulls, validation_message
-from pipeline.config.values import check_switches, check_values
+from pipeline.config.values import check_numbers, check_switches
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
+from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Taps
 from pipeline.losses._registry import Losses
 from pipeline.optim.ema import Config as Averaging
@@ -28,13 +29,7 @@ from pipeline.optim.schedule import Schedule
 from pipeline.teachers.config import Config as TeacherConfig
 
 
-class Section(BaseModel):
-    """A part of a recipe: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class Start(Section):
+class StartConfig(FrozenModel):
     """Where a student begins: a weights file, or the student of another recipe's run."""
 
     weights: str | None = None
@@ -43,25 +38,25 @@ class Start(Section):
     recipe: str | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> Start:
+    def _one_source(self) -> StartConfig:
         if (self.weights is None) == (self.recipe is None):
             raise ValueError("give either weights (a file) or recipe (a run's student)")
         return self
 
 
-class Student(Section):
+class StudentConfig(FrozenModel):
     """The network that is trained."""
 
     model: str
     """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
-    start: Start | None = None
+    start: StartConfig | None = None
     compile: bool = False
     """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
 
 
-class Stop(Section):
+class StopConfig(FrozenModel):
     """Where this command ends early, resumably; not part of what the run is."""
 
     epoch: PositiveInt | None = None
@@ -69,7 +64,7 @@ class Stop(Section):
     minutes: float | None = Field(default=None, gt=0)
 
 
-class Checkpoints(Section):
+class CheckpointConfig(FrozenModel):
     """When the run is saved (0 is never), and how much is kept."""
 
     every_steps: NonNegativeInt = 0
@@ -79,7 +74,7 @@ class Checkpoints(Section):
     """How often the ranks agree on whether one of them was told to stop."""
 
 
-class Journal(Section):
+class JournalConfig(FrozenModel):
     """What is written down while training."""
 
     every_steps: PositiveInt = 50
@@ -87,10 +82,10 @@ class Journal(Section):
     """Trackers of Accelerate."""
 
 
-class Recipe(Section):
+class Recipe(FrozenModel):
     """Everything a run is made of."""
 
-    student: Student
+    student: StudentConfig
     teacher: TeacherConfig | None = None
     losses: Losses
     data: Data
@@ -113,9 +108,9 @@ class Recipe(Section):
     """Whether steps are replays of a CUDA graph, the same numbers. ``auto``: on one GPU, without accumulation."""
     compare: tuple[str, ...] = ()
     """Recipes whose results stand in the closing table; a run that is not there is made first."""
-    checkpoints: Checkpoints = Checkpoints()
-    journal: Journal = Journal()
-    stop: Stop = Stop()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
+    stop: StopConfig = StopConfig()
     folder: str | None = None
     """The run folder; default ``runs/<path of the recipe under configs/>/seed-<seed>``."""
 
@@ -153,7 +148,7 @@ class LoadedRecipe:
 
     recipe: Recipe
     path: Path
-    loaded: Loaded = field(default_factory=dict, repr=False, compare=False)
+    loaded: RecipeTree = field(default_factory=dict, repr=False, compare=False)
     """What this command has loaded."""
 
     @property
@@ -173,13 +168,13 @@ class LoadedRecipe:
         return tuple(map(self._named, self.recipe.compare))
 
     def _named(self, name: str) -> LoadedRecipe:
-        key = (existing(Path(name)), tuple(passed_on(self.recipe, name)))
+        key = (find_recipe(Path(name)), tuple(inherited_overrides(self.recipe, name)))
         if key not in self.loaded:
             self.loaded[key] = LoadedRecipe(_load_one(*key), key[0], self.loaded)
         return self.loaded[key]
 
 
-Loaded = dict[tuple[Path, tuple[str, ...]], LoadedRecipe]
+RecipeTree = dict[tuple[Path, tuple[str, ...]], LoadedRecipe]
 """Recipes by file and overrides."""
 
 
@@ -188,11 +183,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 
     Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
-    path = existing(Path(path))
+    path = find_recipe(Path(path))
     return LoadedRecipe(_load_one(path, overrides), path)
 
 
-def passed_on(recipe: Recipe, path: str) -> list[str]:
+def inherited_overrides(recipe: Recipe, path: str) -> list[str]:
     """Return the overrides with which ``recipe`` stands on the one at ``path``; where the shards lie comes first."""
     others = (*(recipe.teacher.recipes if recipe.teacher else ()), *recipe.compare)
     start = recipe.student.start
@@ -202,10 +197,10 @@ def passed_on(recipe: Recipe, path: str) -> list[str]:
 
 def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
     origins: Origins = {}
-    tree = composed(path, overrides, origins)
+    tree = compose(path, overrides, origins)
     _unpack_models(tree)
     _resolve_references(tree, path)
-    check_values(tree, origins, display_path(path))
+    check_numbers(tree, origins, display_path(path))
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -222,7 +217,7 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _unpack_models(tree: dict[str, Any]) -> None:
     """Turn ``model: {path: package.module:factory, stages: {…}}`` into the keys ``model`` and ``stages``."""
-    for section in networks(tree):
+    for section in network_sections(tree):
         own = section.get("model")
         if isinstance(own, dict) and own.keys() <= {"path", "stages"}:
             section |= {"model": own.get("path"), "stages": own.get("stages", section.get("stages"))}
@@ -231,6 +226,6 @@ def _unpack_models(tree: dict[str, Any]) -> None:
 def _resolve_references(tree: dict[str, Any], path: Path) -> None:
     for container, key in references(tree):
         try:
-            container[key] = display_path(existing(Path(str(container[key]))))
+            container[key] = display_path(find_recipe(Path(str(container[key]))))
         except RecipeError as error:
             raise RecipeError(f"{display_path(path)}: another recipe is named that is not there: {error}") from None

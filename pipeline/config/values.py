@@ -11,21 +11,21 @@ from pipeline.errors import RecipeError
 
 Key = tuple[str, ...]
 
-MOST = 10**6
+_LARGEST_INT = 10**6
 """Of a whole number in the sections that ask for memory, threads or loops by it."""
 _BOUNDED = ("losses", "data", "student", "teacher")
 _UNBOUNDED = ("seed", "samples", "classes")
 """Keys that ask for nothing."""
 
 
-def check_values(tree: dict[str, Any], origins: Origins, file: str) -> None:
+def check_numbers(tree: dict[str, Any], origins: Origins, file: str) -> None:
     """Raise RecipeError for a number that is not finite, and for one that no machine has the room for."""
     for key, value in _values(tree):
         if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{said_at(key, origins, file)}: expected a finite number, got {value}")
+            raise RecipeError(f"{location_of(key, origins, file)}: expected a finite number, got {value}")
         bounded = key[0] in _BOUNDED and key[-1] not in _UNBOUNDED
-        if bounded and isinstance(value, int) and value > MOST:
-            raise RecipeError(f"{said_at(key, origins, file)}: expected at most {MOST:,}, got {value:,}")
+        if bounded and isinstance(value, int) and value > _LARGEST_INT:
+            raise RecipeError(f"{location_of(key, origins, file)}: expected at most {_LARGEST_INT:,}, got {value:,}")
 
 
 def check_switches(tree: dict[str, Any], typed: dict[str, Any], origins: Origins, file: str) -> None:
@@ -33,10 +33,10 @@ def check_switches(tree: dict[str, Any], typed: dict[str, Any], origins: Origins
     known = dict(_values(typed))
     for key, value in _values(tree):
         if isinstance(value, bool) and isinstance(known.get(key), (int, float)) and not isinstance(known[key], bool):
-            raise RecipeError(f"{said_at(key, origins, file)}: expected a number, got {str(value).lower()}")
+            raise RecipeError(f"{location_of(key, origins, file)}: expected a number, got {str(value).lower()}")
 
 
-def said_at(key: Key, origins: Origins, file: str) -> str:
+def location_of(key: Key, origins: Origins, file: str) -> str:
     """Return who said the value at a key, and the key, as a message names them."""
     said = next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), file)
     return f"{said}: {'.'.join(key)}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-LAW = "philox4x32-10, 1"
+AUGMENT_VERSION = "philox4x32-10, 1"
 """Name of what is drawn and how: the number rises whenever a sample's crop or flip at some view is another."""
 
 # What a draw is for, so that an order and a crop of one seed share no numbers. Attempts at a crop count on from _CROP.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-MOST_PIXELS = 2**14
-MOST_VIEWS = 100_000
+from pipeline.frozen_model import FrozenModel
+
+MAX_PIXELS = 2**14
+MAX_VIEWS = 100_000
 Probability = Annotated[float, Field(ge=0, le=1)]
-Side = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
+Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 
 
-class Config(BaseModel):
+class Config(FrozenModel):
     """Which shards are read, and what becomes of an image on its way into a batch."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
     """Folder of shards, with its ``manifest.json``."""
@@ -38,7 +38,7 @@ class Config(BaseModel):
     """``random_resized``: least and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """``random_resized``: least and largest width over height."""
-    pad: int = Field(default=4, ge=0, le=MOST_PIXELS)
+    pad: int = Field(default=4, ge=0, le=MAX_PIXELS)
     """``pad``: pixels added on each side."""
     flip: Probability = 0.5
     """Probability of mirroring left to right."""
@@ -50,7 +50,7 @@ class Config(BaseModel):
     """Keys crops and flips; the recipe's ``seed`` keys the order."""
     shuffle_shards: NonNegativeInt = 0
     """Samples are shuffled within groups of that many shuffled shards; 0 shuffles the whole split."""
-    views: int | None = Field(default=None, gt=0, le=MOST_VIEWS)
+    views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     """Number of augmented looks at an image, taken in turn; null is a new one every epoch."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images a rank validates at a time; null is the size of its micro-batch."""

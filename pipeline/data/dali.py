@@ -20,9 +20,9 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipeline.data.config import Config
-from pipeline.data.pace import Pace
+from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.read_ahead import cuda_index
-from pipeline.data.requests import Request, place
+from pipeline.data.requests import SampleRequest, describe_sample
 from shards.read import SplitReader
 
 RESIZE = "linear, antialiased"
@@ -33,7 +33,7 @@ _dali: Any = nvidia.dali
 fn, types, feed_ndarray = _dali.fn, _dali.types, _dali.plugin.pytorch.feed_ndarray
 
 
-def facts(config: Config, device: torch.device) -> dict[str, Any]:
+def dali_fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
     """Return what a sample's pixels follow from, besides its geometry."""
     decoder = {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
     return decoder | ({"hw_decoder_load": config.hw_decoder_load} if device.type == "cuda" else {})
@@ -53,25 +53,27 @@ class Inputs(NamedTuple):
 class InFlight(NamedTuple):
     """A request that DALI is at. It keeps the inputs alive, which DALI reads without a copy."""
 
-    request: Request
+    request: SampleRequest
     inputs: Inputs
 
 
-class Decoder:
+class DaliDecoder:
     """Turns the requests of one split into images, with ``pace.prefetch`` batches in flight.
 
     ``batch`` is the largest number of images in a request.
     """
 
-    def __init__(self, reader: SplitReader, config: Config, batch: int, pace: Pace, device: torch.device) -> None:
+    def __init__(
+        self, reader: SplitReader, config: Config, batch: int, pace: LoaderSettings, device: torch.device
+    ) -> None:
         self._reader = reader
         self._config = config
         self._device = device
-        self._requests: Iterator[Request] = iter(())
+        self._requests: Iterator[SampleRequest] = iter(())
         self._in_flight: deque[InFlight] = deque()
         self._pipeline = create_pipeline(self._next_inputs, config, batch, pace, device)
 
-    def __call__(self, requests: Iterator[Request]) -> Generator[tuple[Request, Tensor], None, None]:
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
         """Yield each request with its images [B, C, H, W] in float32.
 
         Raises ValueError, one line, for an image that cannot be decoded.
@@ -101,7 +103,7 @@ class Decoder:
             if row is None:
                 raise
             raise ValueError(
-                f"data.path: {place(self._reader, row)} cannot be decoded; "
+                f"data.path: {describe_sample(self._reader, row)} cannot be decoded; "
                 f"shards/verify.py {self._reader.folder} lists what is wrong"
             ) from error
         return images.permute(0, 3, 1, 2) if self._config.channels_last else images
@@ -121,7 +123,7 @@ class Decoder:
         """Return the row of the first image in flight that fails by itself; DALI does not say which one it was."""
         singles = [single for flight in self._in_flight for single in _singles(flight)]
         source = iter(singles)
-        alone = Pace(threads=1, prefetch=1)
+        alone = LoaderSettings(threads=1, prefetch=1)
         probe = create_pipeline(lambda: next(source).inputs, self._config, 1, alone, torch.device("cpu"))
         for single in singles:
             try:
@@ -132,7 +134,7 @@ class Decoder:
 
 
 def create_pipeline(
-    source: Callable[[], Inputs], config: Config, batch: int, pace: Pace, device: torch.device
+    source: Callable[[], Inputs], config: Config, batch: int, pace: LoaderSettings, device: torch.device
 ) -> Pipeline:
     """Return DALI's pipeline from the inputs that ``source`` gives to normalised images; it is built when first run."""
     pipeline = new_pipeline(batch, pace, device)
@@ -160,7 +162,7 @@ def create_pipeline(
     return pipeline
 
 
-def new_pipeline(batch: int, pace: Pace, device: torch.device) -> Pipeline:
+def new_pipeline(batch: int, pace: LoaderSettings, device: torch.device) -> Pipeline:
     """Return a pipeline without operators."""
     return Pipeline(batch, pace.threads, cuda_index(device), prefetch_queue_depth=pace.prefetch)
 
@@ -199,7 +201,7 @@ def run(pipeline: Pipeline, device: torch.device) -> Tensor:
     return feed_ndarray(dense, copy, cuda_stream=stream)
 
 
-def _inputs(request: Request) -> Inputs:
+def _inputs(request: SampleRequest) -> Inputs:
     boxes, resized, crops, flips = request.geometry
     return Inputs(
         request.encoded,

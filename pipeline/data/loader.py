@@ -16,19 +16,19 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment, memory, synthetic
 from pipeline.data.config import Config
-from pipeline.data.pace import Pace, pace_of
+from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.read_ahead import read_ahead
-from pipeline.data.requests import Columns, Plan, Request, place
+from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
 from shards.manifest import Manifest
 from shards.read import SplitReader
 
-__all__ = ["Config", "Images", "Loader", "create_loader", "pixels"]
+__all__ = ["Config", "Decoder", "Loader", "create_loader", "transform_fingerprint"]
 
 
-class Images(Protocol):
+class Decoder(Protocol):
     """What a way of decoding is: it turns requests into normalised images on the device, in their order."""
 
-    def __call__(self, requests: Iterator[Request]) -> Generator[tuple[Request, Tensor], None, None]:
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
         """Yield each request with its images [B, C, H, W]. One call at a time."""
         ...
 
@@ -36,7 +36,9 @@ class Images(Protocol):
 class Loader:
     """The batches of this rank. Its whole state is the ``Progress`` it is given."""
 
-    def __init__(self, plan: Plan, images: dict[str, Images], pace: Pace, device: torch.device) -> None:
+    def __init__(
+        self, plan: BatchSampler, images: dict[str, Decoder], pace: LoaderSettings, device: torch.device
+    ) -> None:
         self.plan = plan
         self.images = images
         self.pace = pace
@@ -88,11 +90,11 @@ class Loader:
         """
         return self._batches(self.plan.validation(), self.images["val"])
 
-    def looks(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+    def views(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Yield what rows of the training split's sample table look like at a view, for each (rows, view)."""
-        return self._batches(self.plan.looks(parts), self.images["train"])
+        return self._batches(self.plan.views(parts), self.images["train"])
 
-    def _batches(self, requests: Generator[Request, None, None], images: Images) -> Iterator[Batch]:
+    def _batches(self, requests: Generator[SampleRequest, None, None], images: Decoder) -> Iterator[Batch]:
         ahead = read_ahead(requests, self.pace.prefetch, self.device)
         with closing(ahead), closing(images(ahead)) as decoded:
             for request, images_BCHW in decoded:
@@ -134,23 +136,25 @@ def create_loader(
             f"batch: {batch}; lower batch or prepare more"
         )
     encoded, pin = config.loader == "dali", device.type == "cuda"
-    plan = Plan(config, readers, batch, accumulation, seed, rank, world, columns, encoded, pin)
-    pace = pace_of(config, next(iter(readers.values())).manifest, device)
+    plan = BatchSampler(config, readers, batch, accumulation, seed, rank, world, columns, encoded, pin)
+    pace = loader_settings(config, next(iter(readers.values())).manifest, device)
     return Loader(plan, _create_images(plan, pace, device), pace, device)
 
 
-def pixels(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
+def transform_fingerprint(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
     """Return what a training image follows from, besides its shards, its id and the view."""
     of_crop = ("pad",) if config.crop == "pad" else ("scale", "ratio")
     names = ("size", "crop", *of_crop, "flip", "mean", "std", "seed")
     said = {name: getattr(config, name) for name in names}
-    return {**said, "law": augment.LAW, "decoder": _decoder_facts(config, manifest, device)}
+    return {**said, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
 
 
 def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
     if config.loader == "synthetic":
-        return synthetic.facts()
-    return memory.facts(manifest.image) if config.loader == "memory" else _dali().facts(config, device)
+        return synthetic.synthetic_fingerprint()
+    if config.loader == "memory":
+        return memory.memory_fingerprint(manifest.image)
+    return _dali().dali_fingerprint(config, device)
 
 
 def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
@@ -177,18 +181,19 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
         key = "loader: memory" if config.loader == "memory" else "crop: pad"
         width, height = samples["width"][odd[0]], samples["height"][odd[0]]
         raise ValueError(
-            f"data.{key} needs images of data.size: {config.size} × {config.size}, but {place(reader, int(odd[0]))} "
-            f"is {width} × {height}; set data.size, or data.loader: dali with data.crop: random_resized"
+            f"data.{key} needs images of data.size: {config.size} × {config.size}, "
+            f"but {describe_sample(reader, int(odd[0]))} is {width} × {height}; "
+            "set data.size, or data.loader: dali with data.crop: random_resized"
         )
 
 
-def _create_images(plan: Plan, pace: Pace, device: torch.device) -> dict[str, Images]:
+def _create_images(plan: BatchSampler, pace: LoaderSettings, device: torch.device) -> dict[str, Decoder]:
     config, batches = plan.config, {"train": plan.micro_batch, "val": plan.validation_batch}
     if config.loader == "synthetic":
-        return {split: synthetic.Synthetic(config, batches[split], device) for split in plan.readers}
+        return {split: synthetic.SyntheticDecoder(config, batches[split], device) for split in plan.readers}
     if config.loader == "memory":
-        return {split: memory.Memory(reader, config, device) for split, reader in plan.readers.items()}
-    decoder = _dali().Decoder
+        return {split: memory.MemoryDecoder(reader, config, device) for split, reader in plan.readers.items()}
+    decoder = _dali().DaliDecoder
     return {split: decoder(reader, config, batches[split], pace, device) for split, reader in plan.readers.items()}
 
 

@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.config import Config
-from pipeline.data.requests import Request, place
+from pipeline.data.requests import SampleRequest, describe_sample
 from shards.read import SplitReader
 
 _ROWS_AT_ONCE = 1024
 
 
-def facts(kind: str) -> dict[str, str]:
+def memory_fingerprint(kind: str) -> dict[str, str]:
     """Return what a sample's pixels follow from, besides its geometry; a PNG has only one decoding."""
     return {"backend": "memory"} if kind == "png" else {"backend": "memory", "pillow": PIL.__version__}
 
 
-class Memory:
+class MemoryDecoder:
     """One split as bytes on the device, with ``config.pad`` zeros around every image.
 
     Raises ValueError, one line, for an image that cannot be decoded.
@@ -38,18 +38,18 @@ class Memory:
     def __init__(self, reader: SplitReader, config: Config, device: torch.device) -> None:
         self._config = config
         self._device = device
-        images_NHWC = torch.from_numpy(decode(reader, config.size)).to(device)
+        images_NHWC = torch.from_numpy(decode_split(reader, config.size)).to(device)
         self._pixels_PC = F.pad(images_NHWC, (0, 0, *[config.pad] * 4)).flatten(0, 2)
         self._mean_C, self._std_C = (255 * torch.tensor(values, device=device) for values in (config.mean, config.std))
 
-    def __call__(self, requests: Iterator[Request]) -> Generator[tuple[Request, Tensor], None, None]:
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
         """Yield each request with its images [B, C, H, W] in float32."""
         for request in requests:
             images_BHWC = self._cropped(request).float().sub_(self._mean_C).div_(self._std_C)
             images_BCHW = images_BHWC.permute(0, 3, 1, 2)
             yield request, images_BCHW if self._config.channels_last else images_BCHW.contiguous()
 
-    def _cropped(self, request: Request) -> Tensor:
+    def _cropped(self, request: SampleRequest) -> Tensor:
         """Gather the crops, mirrored where the request says so, as uint8 [B, H, W, C]."""
         size, pad = self._config.size, self._config.pad
         geometry = request.geometry
@@ -67,7 +67,7 @@ class Memory:
         return self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
 
 
-def decode(reader: SplitReader, size: int) -> NDArray[np.uint8]:
+def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:
     """Return all images of a split in storage order, [N, H, W, C]. Raises ValueError for one that is broken."""
     images_NHWC = np.empty((len(reader.samples), size, size, 3), np.uint8)
 
@@ -79,7 +79,7 @@ def decode(reader: SplitReader, size: int) -> NDArray[np.uint8]:
                     images_NHWC[row] = np.asarray(image.convert("RGB"))
             except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
                 raise ValueError(
-                    f"data.path: {place(reader, row)} cannot be decoded ({error}); "
+                    f"data.path: {describe_sample(reader, row)} cannot be decoded ({error}); "
                     f"shards/verify.py {reader.folder} lists what is wrong"
                 ) from error
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from pipeline.data.config import Config
 from pipeline.data.dali import decoding, fn, new_pipeline, normalized, run, types
-from pipeline.data.pace import Pace
-from pipeline.data.requests import Plan
+from pipeline.data.loader_settings import LoaderSettings
+from pipeline.data.requests import BatchSampler
 from shards.read import SplitReader
 
 _SHUFFLED = 1024
 """Samples in the reader's buffer, out of which it draws."""
 
 
-def native_images(plan: Plan, pace: Pace, device: torch.device) -> Generator[Tensor, None, None]:
+def native_decoder(plan: BatchSampler, pace: LoaderSettings, device: torch.device) -> Generator[Tensor, None, None]:
     """Yield training images [B, H, W, C] or [B, C, H, W] in micro-batches for ever, cropped and mirrored at random."""
     config, reader = plan.config, plan.readers["train"]
     pipeline = new_pipeline(plan.micro_batch, pace, device)
@@ -35,7 +35,7 @@ def native_images(plan: Plan, pace: Pace, device: torch.device) -> Generator[Ten
         yield run(pipeline, device)
 
 
-def _read(reader: SplitReader, plan: Plan):
+def _read(reader: SplitReader, plan: BatchSampler):
     tars = [reader.folder / shard.url for shard in reader.split.shards]
     return fn.readers.webdataset(
         paths=[str(tar) for tar in tars],

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 CPU = torch.device("cpu")
 
 
-def read_ahead(items: Generator[T, None, None], depth: int, device: torch.device = CPU) -> Generator[T, None, None]:
+def read_ahead(items: Generator[_T, None, None], depth: int, device: torch.device = CPU) -> Generator[_T, None, None]:
     """Yield ``items``, which a thread computes up to ``depth`` ahead; its exceptions are raised here.
 
     Closing the generator ends the thread, after the item it is at, and closes ``items``. ``device`` is the one that the

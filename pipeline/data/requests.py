@@ -45,7 +45,7 @@ class Geometry(NamedTuple):
     flips_B: NDArray[np.bool_]
 
 
-class Request(NamedTuple):
+class SampleRequest(NamedTuple):
     """A micro-batch of one rank, but for its pixels. The tensors are on the host, pinned where they go to a GPU."""
 
     rows_B: NDArray[np.int64]
@@ -98,7 +98,7 @@ def _whole(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchSampler:
     """Which rows this rank takes of which global batch, and in how many micro-batches."""
 
     config: Config
@@ -130,7 +130,7 @@ class Plan:
         """Whole global batches in an epoch."""
         return len(self.readers["train"].samples) // self.batch
 
-    def training(self, progress: Progress, epochs: int) -> Generator[Request, None, None]:
+    def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
         """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
         shards = self.readers["train"].samples["shard"]
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
@@ -142,13 +142,13 @@ class Plan:
                     for part in np.split(rows, self.accumulation):
                         yield self._training_request(part, self.config.view(epoch), pool)
 
-    def looks(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Generator[Request, None, None]:
+    def views(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Generator[SampleRequest, None, None]:
         """Yield a request for each (rows of the training split, view)."""
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
             for rows, view in parts:
                 yield self._training_request(rows, view, pool)
 
-    def validation(self) -> Generator[Request, None, None]:
+    def validation(self) -> Generator[SampleRequest, None, None]:
         """Yield this rank's share of the validation split in storage order, as many requests on every rank.
 
         Where the split does not divide, a rank ends in a padded row: its id and its label are −1.
@@ -160,9 +160,9 @@ class Plan:
             for first in range(0, share, self.validation_batch):
                 yield self._validation_request(rows[first : first + self.validation_batch], count, pool)
 
-    def _training_request(self, rows: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> Request:
+    def _training_request(self, rows: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> SampleRequest:
         samples = self.readers["train"].samples[rows]
-        return Request(
+        return SampleRequest(
             rows,
             training_geometry(self.config, samples, view),
             self._encoded("train", rows, pool),
@@ -171,11 +171,11 @@ class Plan:
             self._extra(samples["id"], view, pool),
         )
 
-    def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> Request:
+    def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
         real = rows < count
         rows = np.minimum(rows, count - 1)
         samples = self.readers["val"].samples[rows]
-        return Request(
+        return SampleRequest(
             rows,
             validation_geometry(self.config, samples),
             self._encoded("val", rows, pool),
@@ -227,7 +227,7 @@ def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:
         view.take(np.arange(0, len(view) + _PAGE - 1, _PAGE), mode="clip")
 
 
-def place(reader: SplitReader, row: int) -> str:
+def describe_sample(reader: SplitReader, row: int) -> str:
     """Return where a sample lies, for an error: ``sample 42 in …/train-000000.tar``."""
     sample = reader.samples[row]
     return f"sample {sample['id']} in {reader.folder / reader.split.shards[sample['shard']].url}"

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from pipeline.data.config import Config
-from pipeline.data.requests import Request
+from pipeline.data.requests import SampleRequest
 
 
-def facts() -> dict[str, str]:
+def synthetic_fingerprint() -> dict[str, str]:
     """Return what the pixels follow from: a teacher's answers to noise are no other loader's."""
     return {"backend": "synthetic"}
 
 
-class Synthetic:
+class SyntheticDecoder:
     """The same images for every request, of which ``batch`` is the largest number in one."""
 
     def __init__(self, config: Config, batch: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Synthetic:
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         self._images_BCHW = images_BCHW if config.channels_last else images_BCHW.contiguous()
 
-    def __call__(self, requests: Iterator[Request]) -> Generator[tuple[Request, Tensor], None, None]:
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
         """Yield each request with as many images [B, C, H, W] in float32."""
         for request in requests:
             yield request, self._images_BCHW[: len(request.rows_B)]

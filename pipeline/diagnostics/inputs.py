@@ -16,10 +16,10 @@ import torchvision.models
 from PIL import Image
 
 from pipeline.builders.loader import training_splits
-from pipeline.builders.teacher import teacher_places, views_read
+from pipeline.builders.teacher import teacher_networks, views_read
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.data.config import Config
-from pipeline.data.pace import Pace
+from pipeline.data.loader_settings import LoaderSettings
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
@@ -30,41 +30,41 @@ from pipeline.teachers.config import Config as TeacherConfig
 from shards.manifest import MANIFEST, Shard, read_manifest
 from shards.read import SplitReader
 
-SIDE = 64
-LARGEST_DIFFERENCE = 8.0
+_SIDE = 64
+_LARGEST_DIFFERENCE = 8.0
 """Of a pixel, in 0 … 255: decoders of JPEG round alike, and blend colours at edges in ways of their own."""
-SECONDS = 3.0
+_SECONDS = 3.0
 CHUNK = 4 * 2**20
 
 
-def check_decoding(place: torch.device) -> Finding:
+def check_decoding(device: torch.device) -> Finding:
     """Decode a JPEG with DALI where training would, and compare it with Pillow's."""
     try:
         from pipeline.data.dali import Inputs, create_pipeline
     except ModuleNotFoundError as error:
         return fail(f"DALI is not there ({error})", "install the project's dependencies: launchers/uv sync")
     encoded, expected = _jpeg()
-    zero, side = np.zeros((1, 2), np.int32), np.full((1, 2), SIDE)
+    zero, side = np.zeros((1, 2), np.int32), np.full((1, 2), _SIDE)
     inputs = Inputs([encoded], zero, side.astype(np.int32), side.astype(np.float32), zero, np.zeros(1, np.int32))
-    config = Config(path="", size=SIDE, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
-    pipeline = create_pipeline(lambda: inputs, config, 1, Pace(threads=1, prefetch=1), place)
+    config = Config(path="", size=_SIDE, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+    pipeline = create_pipeline(lambda: inputs, config, 1, LoaderSettings(threads=1, prefetch=1), device)
     (images,) = pipeline.run()
     found = torch.from_dlpack(images.as_cpu().as_tensor()).numpy()[0]
-    return decoded_alike(found, expected, f"DALI on {place.type}")
+    return decoded_alike(found, expected, f"DALI on {device.type}")
 
 
 def decoded_alike(found: np.ndarray, expected: np.ndarray, who: str) -> Finding:
     """Judge the pixels of a decoder against Pillow's, in 0 … 255."""
     difference = float(np.abs(found - expected).max())
     told = f"{who} differs from Pillow by {difference:.1f} of 255"
-    if difference > LARGEST_DIFFERENCE:
+    if difference > _LARGEST_DIFFERENCE:
         return fail(told, "install DALI for this driver's CUDA, or set data.loader: memory")
     return ok(told, badness=difference)
 
 
 def _jpeg() -> tuple[np.ndarray, np.ndarray]:
     """Return a JPEG of a smooth image, encoded and as Pillow decodes it."""
-    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    y, x = np.mgrid[:_SIDE, :_SIDE] / _SIDE
     pixels = 255 * np.stack([x, y, 0.5 + 0.5 * np.sin(6 * x * y)], axis=-1)
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=95)
@@ -85,7 +85,7 @@ def check_shards(loaded: LoadedRecipe) -> Finding:
     return ok(f"{images}, {manifest.num_classes:,} classes, in {sum(len(s.split.shards) for s in splits):,} shards")
 
 
-def check_checksums(recipe: Recipe, count: int = 3, seconds: float = SECONDS) -> Finding:
+def check_checksums(recipe: Recipe, count: int = 3, seconds: float = _SECONDS) -> Finding:
     """Compare the sha256 of a few shards, others on each rank, for about that many seconds."""
     folder = Path(recipe.data.path)
     if not (folder / MANIFEST).is_file():
@@ -116,7 +116,7 @@ def _sha256(path: Path, deadline: float) -> str | None:
     return digest.hexdigest()
 
 
-def check_reading(recipe: Recipe, seconds: float = SECONDS) -> Finding:
+def check_reading(recipe: Recipe, seconds: float = _SECONDS) -> Finding:
     """Measure how fast this rank reads one shard, past the page cache where the file system lets it."""
     folder = Path(recipe.data.path)
     if not (folder / MANIFEST).is_file():
@@ -140,10 +140,10 @@ def _speed(path: Path, seconds: float) -> float:
     return read / (time.perf_counter() - began)
 
 
-def check_teacher(loaded: LoadedRecipe, launch: Launch) -> Finding:
+def check_teacher_source(loaded: LoadedRecipe, launch: Launch) -> Finding:
     """Look for the weights, the cache and the finished runs that the recipe names."""
     recipe, config = loaded.recipe, loaded.recipe.teacher
-    networks = teacher_places(config).values() if config and config.is_asked else ()
+    networks = teacher_networks(config).values() if config and config.uses_live_model else ()
     named = [(network.model or "", network.weights) for network in networks]
     named += [(recipe.student.model, recipe.student.start.weights)] if recipe.student.start else []
     found = [_find_weights(model, source) for model, source in named if source]
@@ -160,7 +160,7 @@ def check_teacher(loaded: LoadedRecipe, launch: Launch) -> Finding:
 def _needs_runs(recipe: Recipe) -> bool:
     """Whether other runs must be finished before this one: all that it names but a cached teacher's."""
     teacher, start = recipe.teacher, recipe.student.start
-    return bool((teacher and teacher.is_asked and teacher.recipes) or (start and start.recipe) or recipe.compare)
+    return bool((teacher and teacher.uses_live_model and teacher.recipes) or (start and start.recipe) or recipe.compare)
 
 
 def _all(found: list[Finding]) -> Finding:
@@ -184,12 +184,12 @@ def _find_cache(recipe: Recipe, config: TeacherConfig, folder: str) -> Finding:
     advice = "write it: python pipeline/cache_teacher.py with this recipe"
     try:
         cache = Cache(Path(folder))
-        lacking = set(cache.lacking(recipe.taps.teacher).values())
+        lacking = set(cache.missing(recipe.taps.teacher).values())
         held = {LOGITS, *cache.kinds(recipe.taps.teacher).values()} - lacking
         cache.whole(held, views_read(recipe, cache))
     except (OSError, ValueError) as error:
         return fail(str(error), advice)
-    if lacking and not config.is_asked:
+    if lacking and not config.uses_live_model:
         return fail(f"{folder} has no {', '.join(sorted(lacking))}, which a loss reads", advice)
     return ok(f"{folder}: {', '.join(sorted(held))} of {cache.header.views} views")
 

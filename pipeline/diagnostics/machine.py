@@ -25,7 +25,7 @@ LEAST_DISK = GIB
 """Of a run: a ResNet-50 with its momentum and average is 300 MB, and two checkpoints and one in the making are kept."""
 
 
-def device() -> torch.device:
+def gpu_device() -> torch.device:
     """Return the device on which this rank trains."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -58,7 +58,7 @@ def check_gpu() -> Finding:
     """Tell this rank's GPU and its free memory."""
     if not torch.cuda.is_available():
         return skip("none; this machine trains on its CPU")
-    place = device()
+    place = gpu_device()
     free, total = torch.cuda.mem_get_info(place)
     visible = f"{torch.cuda.device_count()} visible"
     told = f"{torch.cuda.get_device_name(place)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {visible}"
@@ -81,7 +81,7 @@ def check_precision(wanted: str | None) -> Finding:
 def _multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         return False
-    ones = torch.ones(64, 64, dtype=dtype, device=device())
+    ones = torch.ones(64, 64, dtype=dtype, device=gpu_device())
     return bool((ones @ ones == 64).all())
 
 

@@ -10,23 +10,23 @@ from datetime import timedelta
 
 import torch
 
-from pipeline.diagnostics.machine import device, software
+from pipeline.diagnostics.machine import gpu_device, software
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives, rendezvous
 from pipeline.distributed.launcher import Launch
 
-MIB = 2**20
+_MIB = 2**20
 LONGEST_WAIT = timedelta(minutes=1)
 LARGEST_CLOCK_DIFFERENCE = 2.0
 """Seconds; logs of several hosts still read in order, and the files of one do not come from another's future."""
-ALONE = "one rank has none to wait for"
+SINGLE_RANK = "one rank has none to wait for"
 
 
 def check_world(launch: Launch) -> Finding:
     """Join the ranks that the launcher started, and name every host."""
     # Of NCCL alone an abort of the process would be all there is to see of ranks that lose one another.
-    rendezvous.meet(launch, LONGEST_WAIT, gpus="cpu:gloo,cuda:nccl")
-    place = device()
+    rendezvous.init_process_group(launch, LONGEST_WAIT, gpus="cpu:gloo,cuda:nccl")
+    place = gpu_device()
     if place.type == "cuda":
         torch.cuda.set_device(place)
     asked, world = launch.world_size, collectives.world_size()
@@ -47,13 +47,13 @@ def check_same_versions() -> Finding:
             name = differing[0]
             told = f"rank {rank} has another {', '.join(differing)} than rank 0"
             return fail(told, f"install the same everywhere ({name}: {first.get(name)} and {other.get(name)})")
-    return ok("the same everywhere") if len(everyone) > 1 else skip(ALONE)
+    return ok("the same everywhere") if len(everyone) > 1 else skip(SINGLE_RANK)
 
 
 def check_clocks() -> Finding:
     """Compare the ranks' clocks at the moment when they leave a barrier."""
     if collectives.world_size() == 1:
-        return skip(ALONE)
+        return skip(SINGLE_RANK)
     collectives.barrier()
     return clocks_agree(collectives.gather_objects(time.time()))
 
@@ -73,23 +73,25 @@ def check_all_reduce() -> Finding:
     Bus bandwidth is what each link carries, whatever the number of ranks: bytes/seconds · 2(n − 1)/n for n ranks.
     """
     if collectives.world_size() == 1:
-        return skip(ALONE)
-    place = device()
-    sizes = (MIB, 8 * MIB, 64 * MIB) if place.type == "cuda" else (MIB // 16, MIB, 4 * MIB)
+        return skip(SINGLE_RANK)
+    place = gpu_device()
+    sizes = (_MIB, 8 * _MIB, 64 * _MIB) if place.type == "cuda" else (_MIB // 16, _MIB, 4 * _MIB)
     for size in sizes:
         found = _sum_of_ranks(size, place)
         if not right_sum(found, collectives.world_size()):
-            return fail(f"a sum of {_told(size)} over the ranks is wrong", "compare with NCCL_P2P_DISABLE=1 set")
+            return fail(
+                f"a sum of {_format_bytes(size)} over the ranks is wrong", "compare with NCCL_P2P_DISABLE=1 set"
+            )
     speeds = {size: bus_bandwidth(size, _seconds(size, place), collectives.world_size()) for size in sizes}
-    told = ", ".join(f"{_told(size)} {speed / 1e9:.2f} GB/s" for size, speed in speeds.items())
+    told = ", ".join(f"{_format_bytes(size)} {speed / 1e9:.2f} GB/s" for size, speed in speeds.items())
     return ok(f"{'NCCL' if place.type == 'cuda' else 'gloo'}: {told}", badness=-min(speeds.values()))
 
 
 def check_latency() -> Finding:
     """Measure an all-reduce of 8 bytes."""
     if collectives.world_size() == 1:
-        return skip(ALONE)
-    seconds = _seconds(8, device(), repeats=50)
+        return skip(SINGLE_RANK)
+    seconds = _seconds(8, gpu_device(), repeats=50)
     return ok(f"{1e6 * seconds:.0f} µs for 8 bytes", badness=seconds)
 
 
@@ -103,27 +105,27 @@ def bus_bandwidth(size: int, seconds: float, world: int) -> float:
     return size / seconds * 2 * (world - 1) / world
 
 
-def _sum_of_ranks(size: int, place: torch.device) -> torch.Tensor:
-    return collectives.add_over_ranks_(torch.full((size // 4,), collectives.rank() + 1.0, device=place))
+def _sum_of_ranks(size: int, device: torch.device) -> torch.Tensor:
+    return collectives.all_reduce_(torch.full((size // 4,), collectives.rank() + 1.0, device=device))
 
 
-def _seconds(size: int, place: torch.device, repeats: int = 5) -> float:
+def _seconds(size: int, device: torch.device, repeats: int = 5) -> float:
     """Return what an all-reduce of ``size`` bytes takes, the mean of ``repeats`` after two for warmth."""
-    zeros = torch.zeros(size // 4, device=place)
+    zeros = torch.zeros(size // 4, device=device)
     for _ in range(2):
-        collectives.add_over_ranks_(zeros)
+        collectives.all_reduce_(zeros)
     collectives.barrier()
-    began = _now(place)
+    began = _now(device)
     for _ in range(repeats):
-        collectives.add_over_ranks_(zeros)
-    return (_now(place) - began) / repeats
+        collectives.all_reduce_(zeros)
+    return (_now(device) - began) / repeats
 
 
-def _now(place: torch.device) -> float:
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _told(size: int) -> str:
-    return f"{size / MIB:g} MiB" if size >= MIB else f"{size // 1024} KiB"
+def _format_bytes(size: int) -> str:
+    return f"{size / _MIB:g} MiB" if size >= _MIB else f"{size // 1024} KiB"

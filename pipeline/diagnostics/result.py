@@ -37,7 +37,7 @@ def skip(reason: str) -> Finding:
     return Finding(SKIP, reason)
 
 
-def examined(check: Callable[[], Finding]) -> Finding:
+def run_check(check: Callable[[], Finding]) -> Finding:
     """Return what ``check`` finds; what it raises is a finding, too."""
     try:
         return check()

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from pipeline.distributed.norms import batch_norm
+from pipeline.frozen_model import FrozenModel
 
 Mixing = Literal["linear", "sqrt"]
 
 
-class Diffusion(BaseModel):
+class Diffusion(FrozenModel):
     """The forward process's noise, the time steps the sampler visits, and how the student comes in."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     time_steps: PositiveInt
     beta_start: PositiveFloat

@@ -33,13 +33,13 @@ class Convolution(nn.Conv2d):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         if self.slots is None:
             self.slots = self._slots(input.shape, dtype)
-        return _Use.apply(input.to(dtype), *next(self.slots))
+        return _ConvolutionCall.apply(input.to(dtype), *next(self.slots))
 
     def _slots(self, shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
         """Yield for each use what it needs besides its input: its ends, and weight and bias, cast once for all."""
         assert self.bias is not None
         cast = self.weight.detach().to(dtype), self.bias.detach().to(dtype)
-        ends = _Differentiated.apply(self.weight, self.bias, shape, dtype, self.uses)
+        ends = _BatchedWeightGrad.apply(self.weight, self.bias, shape, dtype, self.uses)
         return ((*pair, *cast) for pair in zip(ends[::2], ends[1::2], strict=True))
 
 
@@ -51,7 +51,7 @@ def convolve(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def differentiated_once(network: nn.Module, uses: int) -> Iterator[None]:
+def batched_weight_grad(network: nn.Module, uses: int) -> Iterator[None]:
     """Inside, the network runs at most ``uses`` times, and backward computes each convolution's gradient in one go.
 
     Of U passes of N rows the gradient is one product over U·N rows in place of U products that are then added up: the
@@ -67,7 +67,7 @@ def differentiated_once(network: nn.Module, uses: int) -> Iterator[None]:
             convolution.uses, convolution.slots = 0, None
 
 
-class _Use(torch.autograd.Function):
+class _ConvolutionCall(torch.autograd.Function):
     """One use of a weight. Its ends' gradients are what the weight's is made of: the input, and the output's own."""
 
     @staticmethod
@@ -82,7 +82,7 @@ class _Use(torch.autograd.Function):
         return _input_gradient(grad, x_BCHW, weight) if ctx.needs_input_grad[0] else None, x_BCHW, grad, None, None
 
 
-class _Differentiated(torch.autograd.Function):
+class _BatchedWeightGrad(torch.autograd.Function):
     """Two ends for each use of a weight, which hold no numbers; what comes back through them is all that it takes."""
 
     @staticmethod

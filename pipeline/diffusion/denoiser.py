@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.diffusion.config import Diffusion
-from pipeline.diffusion.convolution import Convolution, differentiated_once
+from pipeline.diffusion.convolution import Convolution, batched_weight_grad
 from pipeline.diffusion.equations import denoise, diffusion_loss, match_noise, reconstruction_loss
 from pipeline.diffusion.networks import Autoencoder, NoiseAdapter, NoisePredictor
-from pipeline.precision import recomputed, run_under
+from pipeline.precision import autocast_call, checkpointed
 
 
 class Draws(NamedTuple):
@@ -84,20 +84,20 @@ class Denoiser(nn.Module):
         alpha_bars_T = self.alpha_bars_on(student_BCHW.device)
         target, autoencoder_loss = self.encode(teacher_BCHW.detach())
         draws = draws or self.draw(target)
-        feature = self.run(self.projection, student_BCHW)
-        gamma_B = self.run(self.adapter, feature).softmax(1)[:, 0]
+        feature = self.autocast_call(self.projection, student_BCHW)
+        gamma_B = self.autocast_call(self.adapter, feature).softmax(1)[:, 0]
         start = match_noise(feature, draws.start_noise_BCHW, gamma_B, self.diffusion.mixing)
-        with differentiated_once(self.predictor, self.passes):
+        with batched_weight_grad(self.predictor, self.passes):
             denoised = denoise(self.predict_for_distance, start, self.diffusion.sampled, self.alpha_bars)
             loss = diffusion_loss(self.predict, target, draws.train_noise_BCHW, draws.train_t_B, alpha_bars_T)
-        return Denoised(self.run(self.output, denoised), target, loss, autoencoder_loss, gamma_B)
+        return Denoised(self.autocast_call(self.output, denoised), target, loss, autoencoder_loss, gamma_B)
 
     def encode(self, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the teacher's latent, without gradient, and the autoencoder's loss."""
         if self.autoencoder is None:
             return teacher_BCHW, None
-        latent = self.run(self.autoencoder["encoder"], teacher_BCHW)
-        rebuilt = self.run(self.autoencoder["decoder"], latent)
+        latent = self.autocast_call(self.autoencoder["encoder"], teacher_BCHW)
+        rebuilt = self.autocast_call(self.autoencoder["decoder"], latent)
         return latent.detach(), reconstruction_loss(rebuilt, teacher_BCHW)
 
     def draw(self, target_BCHW: Tensor) -> Draws:
@@ -119,7 +119,7 @@ class Denoiser(nn.Module):
 
     def predict(self, y_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Return Φ(y, t)."""
-        return self.run(self.predictor, y_BCHW, t_B)
+        return self.autocast_call(self.predictor, y_BCHW, t_B)
 
     def predict_for_distance(self, y_BCHW: Tensor, _t: int) -> Tensor:
         """Return Φ(y, t) for one t, which does not count; under ``detach_predictor`` Φ's parameters are constants."""
@@ -128,12 +128,12 @@ class Denoiser(nn.Module):
             constants = {name: parameter.detach() for name, parameter in self.predictor.named_parameters()}
             network = partial(functional_call, self.predictor, constants)
         if self.diffusion.checkpoint:
-            return recomputed(partial(self.run, network), y_BCHW)
-        return self.run(network, y_BCHW)
+            return checkpointed(partial(self.autocast_call, network), y_BCHW)
+        return self.autocast_call(network, y_BCHW)
 
-    def run(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+    def autocast_call(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
         """Return the network's answer, computed under the recipe's autocast, in the dtype of ``x``."""
-        return run_under(self.autocast, network, x, *more)
+        return autocast_call(self.autocast, network, x, *more)
 
     def alpha_bars_on(self, device: torch.device) -> Tensor:
         """Return ᾱ on that device, kept there for the next step."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pipeline.diffusion.convolution import Convolution
-from pipeline.distributed.norms import Norm
+from pipeline.distributed.norms import NormFactory
 
 
 class Bottleneck(nn.Module):
     """x + block(x): 1×1 to fewer channels, 3×3, 1×1 back; no ReLU after the sum."""
 
-    def __init__(self, channels: int, reduction: int, norm: Norm) -> None:
+    def __init__(self, channels: int, reduction: int, norm: NormFactory) -> None:
         super().__init__()
         inner = max(channels // reduction, 1)
         self.block = nn.Sequential(
@@ -34,7 +34,7 @@ class Autoencoder(nn.ModuleDict):
     The encoder's norm brings the latent to unit variance, which makes noise of unit variance commensurate with it.
     """
 
-    def __init__(self, channels: int, latent: int, norm: Norm) -> None:
+    def __init__(self, channels: int, latent: int, norm: NormFactory) -> None:
         encoder = nn.Sequential(Convolution(channels, latent), norm(latent))
         super().__init__({"encoder": encoder, "decoder": Convolution(latent, channels)})
 
@@ -70,22 +70,22 @@ class NoiseAdapter(nn.Module):
         return self.linear(self.network(x_BCHW).mean((2, 3)))
 
 
-def map_predictor(channels: int, reduction: int, norm: Norm) -> nn.Sequential:
+def map_predictor(channels: int, reduction: int, norm: NormFactory) -> nn.Sequential:
     """Return Φ's network for maps: two bottlenecks, a convolution, a norm."""
     bottlenecks = (Bottleneck(channels, reduction, norm), Bottleneck(channels, reduction, norm))
     return nn.Sequential(*bottlenecks, Convolution(channels, channels), norm(channels))
 
 
-def logit_predictor(channels: int, expansion: int, norm: Norm) -> nn.Sequential:
+def logit_predictor(channels: int, expansion: int, norm: NormFactory) -> nn.Sequential:
     """Return Φ's network for logits [B, K, 1, 1]: two expanding blocks, the second without a norm at its end."""
     return nn.Sequential(*_expanding(channels, expansion, norm), norm(channels), *_expanding(channels, expansion, norm))
 
 
-def logit_adapter(channels: int, expansion: int, norm: Norm) -> nn.Sequential:
+def logit_adapter(channels: int, expansion: int, norm: NormFactory) -> nn.Sequential:
     """Return the adapter's network for logits [B, K, 1, 1]: one expanding block."""
     return nn.Sequential(*_expanding(channels, expansion, norm), norm(channels))
 
 
-def _expanding(channels: int, expansion: int, norm: Norm) -> list[nn.Module]:
+def _expanding(channels: int, expansion: int, norm: NormFactory) -> list[nn.Module]:
     wide = channels * expansion
     return [Convolution(channels, wide), norm(wide), nn.ReLU(), Convolution(wide, channels)]

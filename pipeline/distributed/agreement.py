@@ -16,21 +16,21 @@ _NOTHING = "nothing"
 _LONGEST = 80
 
 
-def announce(store: Store, told: Mapping[str, Any]) -> None:
+def publish(store: Store, settings: Mapping[str, Any]) -> None:
     """Leave at the store what rank 0 was told; it does so before it says that it has come."""
-    store.set(_FIRST, json.dumps(_texts(told)))
+    store.set(_FIRST, json.dumps(_texts(settings)))
 
 
-def compare(store: Store, told: Mapping[str, Any], name: str) -> None:
+def compare_with_rank0(store: Store, settings: Mapping[str, Any], name: str) -> None:
     """Leave at the store where this rank, called ``name``, differs from rank 0, if it does."""
-    found = difference(json.loads(store.get(_FIRST)), _texts(told))
+    found = difference(json.loads(store.get(_FIRST)), _texts(settings))
     if found is not None:
         key, first, own = found
-        line = f"{name}: {key} is {_shown(own)} here and {_shown(first)} on rank 0"
+        line = f"{name}: {key} is {_shorten(own)} here and {_shorten(first)} on rank 0"
         store.set(_DIFFERENCE, f"{line}; start all ranks with the same command, shards, code and packages")
 
 
-def found_difference(store: Store) -> str | None:
+def read_difference(store: Store) -> str | None:
     """Return what a rank left, once all have compared."""
     return store.get(_DIFFERENCE).decode() if store.check([_DIFFERENCE]) else None
 
@@ -41,18 +41,18 @@ def difference(first: Mapping[str, str], own: Mapping[str, str]) -> tuple[str, s
     return next(((key, first.get(key, _NOTHING), own.get(key, _NOTHING)) for key in keys), None)
 
 
-def leaves(told: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys of nested mappings and what stands there."""
-    for key, value in told.items():
+    for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{above}{key}.")
+            yield from flatten(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 
 
-def _texts(told: Mapping[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value, default=str, ensure_ascii=False) for key, value in leaves(told)}
+def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value, default=str, ensure_ascii=False) for key, value in flatten(settings)}
 
 
-def _shown(value: str) -> str:
+def _shorten(value: str) -> str:
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"

@@ -13,7 +13,7 @@ What a rank hands to collectives, calls × bytes, where x is a tensor's bytes an
     global_sum                    1 × x               1 × x
     gather_rows                   1 × 8, 1 × x        1 × W·x
     gather_rows of equal shares   1 × x               1 × W·x
-    standardize, BatchNorm        1 × 8·(1 + 2C)      1 × 8·2C
+    standardize_columns, BatchNorm 1 × 8·(1 + 2C)      1 × 8·2C
     standardize_both of equal C   1 × 8·(1 + 4C)      1 × 8·2C
 
 N rows, C columns or channels, B batch, H W space.
@@ -35,9 +35,9 @@ from torch.distributed import GradBucket, PrefixStore, Store, TCPStore  # pyrigh
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-_alone = False
+_single_process = False
 
 
 def rank() -> int:
@@ -56,14 +56,14 @@ def is_main() -> bool:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Answer for a single rank inside the context, whatever the others do: for what is tried, not trained."""
-    global _alone
-    before, _alone = _alone, True
+    global _single_process
+    before, _single_process = _single_process, True
     try:
         yield
     finally:
-        _alone = before
+        _single_process = before
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def any_rank(flag: bool) -> bool:
 
 
 @contextmanager
-def averaged_buffers(module: nn.Module) -> Iterator[None]:
+def average_buffers(module: nn.Module) -> Iterator[None]:
     """Give ``module`` the mean of the ranks' floating-point buffers inside the context, and its own after it."""
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     if world_size() == 1 or not buffers:
@@ -124,7 +124,7 @@ def gather_rows(x: Tensor, *, equal: bool = False) -> Tensor:
     return _GatherRows.apply(x, [len(x)] * world_size() if equal else _of_all_ranks(len(x)))
 
 
-def standardize(x_NC: Tensor, eps: float, *, across_ranks: bool = True) -> Tensor:
+def standardize_columns(x_NC: Tensor, eps: float, *, across_ranks: bool = True) -> Tensor:
     """Return (x − mean)·(variance + eps)^(−1/2) of every column over the rows of all ranks, or of this one.
 
     The variance is the biased one and both statistics are differentiated through. One all-reduce forward and one
@@ -137,7 +137,7 @@ def standardize(x_NC: Tensor, eps: float, *, across_ranks: bool = True) -> Tenso
 def standardize_both(
     x_NC: Tensor, constant_NC: Tensor, eps: float, *, across_ranks: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return ``standardize`` of both, by the same all-reduces as of one; no gradient reaches the second."""
+    """Return ``standardize_columns`` of both, by the same all-reduces as of one; no gradient reaches the second."""
     return _Standardize.apply(x_NC, constant_NC, eps, across_ranks)
 
 
@@ -149,7 +149,9 @@ def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def start(backend: str, store: Store, rank: int, world: int, timeout: timedelta, local_gpu: int | None = None) -> None:
+def create_process_group(
+    backend: str, store: Store, rank: int, world: int, timeout: timedelta, local_gpu: int | None = None
+) -> None:
     """Join the ranks in a process group whose collectives wait for ``timeout``. Raises RuntimeError.
 
     With NCCL each rank has a GPU, by its number on the host.
@@ -162,7 +164,7 @@ def start(backend: str, store: Store, rank: int, world: int, timeout: timedelta,
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=gpu)
 
 
-def stop() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, if there is one."""
     if _is_up():
         dist.destroy_process_group()
@@ -174,7 +176,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_objects(one: T) -> list[T]:
+def gather_objects(one: _T) -> list[_T]:
     """Return every rank's object, by rank. The host waits for the answer."""
     if world_size() == 1:
         return [one]
@@ -183,7 +185,7 @@ def gather_objects(one: T) -> list[T]:
     return found
 
 
-def add_over_ranks_(x: Tensor) -> Tensor:
+def all_reduce_(x: Tensor) -> Tensor:
     """Replace ``x`` by the sum of the ranks' ``x``, as quickly as the network can; without gradient."""
     if world_size() > 1:
         dist.all_reduce(x)
@@ -213,7 +215,7 @@ def _averaged(compressed: set[nn.Parameter], bucket: GradBucket) -> Future[Tenso
 
 
 def _is_up() -> bool:
-    return dist.is_available() and dist.is_initialized() and not _alone
+    return dist.is_available() and dist.is_initialized() and not _single_process
 
 
 def _of_all_ranks(number: int) -> list[int]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed.collectives import standardize
+from pipeline.distributed.collectives import standardize_columns
 
-Norm = Callable[[int], nn.Module]
+NormFactory = Callable[[int], nn.Module]
 """Makes a normalisation of that many channels."""
 
 
@@ -46,5 +46,5 @@ class BatchNorm(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the normalised, scaled and shifted map."""
         x_BHWC = x_BCHW.movedim(1, -1)
-        normal_BHWC = standardize(x_BHWC.flatten(0, -2), self.eps).view(x_BHWC.shape)
+        normal_BHWC = standardize_columns(x_BHWC.flatten(0, -2), self.eps).view(x_BHWC.shape)
         return (normal_BHWC * self.weight + self.bias).movedim(-1, 1)

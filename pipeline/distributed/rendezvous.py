@@ -22,35 +22,35 @@ import torch
 
 from pipeline.distributed import agreement, collectives, signals
 from pipeline.distributed.launcher import Launch, number
-from pipeline.errors import RecipeError, Unfinished
+from pipeline.errors import Interrupted, RecipeError
 
-SECONDS = "PIPELINE_RENDEZVOUS_SECONDS"
+SECONDS_VARIABLE = "PIPELINE_RENDEZVOUS_SECONDS"
 """How long a rank waits for the others to come; ``DEFAULT_SECONDS`` where it is not set."""
 DEFAULT_SECONDS = 120.0
-PAUSE = 0.1
+POLL_SECONDS = 0.1
 """Seconds between two looks at the store."""
 LEAVE_SECONDS = 10.0
 """How long rank 0, which serves the store, stays for the others to read that they disagree."""
-COLLECTIVES = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a rank that has met the others waits for them in a collective."""
 
-DIRECT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a process that is started without an elastic agent must be told."""
 # How other launchers tell each of their processes how many there are.
-TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+TASK_COUNT_VARIABLES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
 
-def refuse_lone_ranks() -> None:
+def check_launcher() -> None:
     """Raise RecipeError, which tells the command that works, if several processes would each train alone.
 
     ``WORLD_SIZE=1`` says that this is what is wanted.
     """
-    told = "" if _in_a_shell_of_srun() else next((name for name in TASKS if os.environ.get(name)), "")
-    tasks, launcher = number(told, 1), TASKS.get(told, "")
+    told = "" if _in_a_shell_of_srun() else next((name for name in TASK_COUNT_VARIABLES if os.environ.get(name)), "")
+    tasks, launcher = number(told, 1), TASK_COUNT_VARIABLES.get(told, "")
     world = number("WORLD_SIZE", 0)
     if not world:
         if tasks > 1:
-            raise RecipeError(_untold(tasks, launcher))
+            raise RecipeError(_missing_environment_message(tasks, launcher))
         # Accelerate's launcher of a single process leaves these traces, the second where it was to start several.
         if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
             raise RecipeError(
@@ -62,7 +62,7 @@ def refuse_lone_ranks() -> None:
             f"{launcher} started {tasks} torchruns that do not see one another; give each: --nnodes {tasks} "
             "--rdzv_backend c10d --rdzv_endpoint HOST_OF_RANK_0:29500"
         )
-    elif world > 1 and (missing := [name for name in DIRECT if not os.environ.get(name)]):
+    elif world > 1 and (missing := [name for name in REQUIRED_VARIABLES if not os.environ.get(name)]):
         raise RecipeError(f"WORLD_SIZE is {world}, but not set: {', '.join(missing)}")
 
 
@@ -75,7 +75,7 @@ def _in_a_shell_of_srun() -> bool:
     return "SLURM_PTY_PORT" in os.environ and task[0] == "0" and task[1] != str(os.getpid())
 
 
-def _untold(tasks: int, launcher: str) -> str:
+def _missing_environment_message(tasks: int, launcher: str) -> str:
     names, host = {
         "srun": (
             ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
@@ -83,7 +83,7 @@ def _untold(tasks: int, launcher: str) -> str:
         ),
         "mpirun": (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"), "HOST_OF_RANK_0"),
     }[launcher]
-    told = " ".join(f"{name}=${source}" for name, source in zip(DIRECT[:3], names, strict=True))
+    told = " ".join(f"{name}=${source}" for name, source in zip(REQUIRED_VARIABLES[:3], names, strict=True))
     command = f"export {told} MASTER_ADDR={host} MASTER_PORT=29500; exec python {shlex.join(sys.argv)}"
     return (
         f"{launcher} started {tasks} processes and told none of the others; start them with: "
@@ -91,7 +91,7 @@ def _untold(tasks: int, launcher: str) -> str:
     )
 
 
-class Asked(NamedTuple):
+class Rendezvous(NamedTuple):
     """Where the ranks meet, and who comes."""
 
     rank: int
@@ -105,12 +105,12 @@ class Asked(NamedTuple):
         return f"rank {self.rank} of {self.world} on {platform.node()}"
 
 
-def meet(
+def init_process_group(
     launch: Launch,
-    timeout: timedelta = COLLECTIVES,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
     *,
     gpus: str = "nccl",
-    told: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Wait until all ranks are there and join them in a process group, of ``gpus`` or, on CPUs, gloo.
 
@@ -118,37 +118,37 @@ def meet(
     was ``told`` another thing than rank 0, and Unfinished after a signal to stop. A single rank, and ranks that are
     joined already, need nothing.
     """
-    refuse_lone_ranks()
+    check_launcher()
     if launch.world_size == 1 or collectives.world_size() > 1:
         return
-    asked = _asked(launch)
+    asked = _read_rendezvous(launch)
     deadline = time.monotonic() + asked.seconds
-    store = _reach(asked, deadline)
+    store = _connect_store(asked, deadline)
     try:
-        _agree(asked, store, deadline, {"device": "cpu" if launch.on_cpu else "cuda", **(told or {})})
+        _compare_ranks(asked, store, deadline, {"device": "cpu" if launch.on_cpu else "cuda", **(settings or {})})
     except RuntimeError:  # torch's word for a connection that broke
         raise ConnectionError(f"{asked}: rank 0, where the ranks meet, has ended; its own line says why") from None
     _join(asked, launch, store, timeout, gpus)
 
 
-def _agree(asked: Asked, store: collectives.Store, deadline: float, told: Mapping[str, Any]) -> None:
+def _compare_ranks(rdzv: Rendezvous, store: collectives.Store, deadline: float, settings: Mapping[str, Any]) -> None:
     """Wait until all ranks have come. Raises RecipeError, the same on all, if one was told another thing."""
-    if asked.rank == 0:
-        agreement.announce(store, told)
-    _await_all(asked, store, "meeting", deadline)
-    agreement.compare(store, told, str(asked))
-    _await_all(asked, store, "compared", time.monotonic() + asked.seconds)
-    if (difference := agreement.found_difference(store)) is None:
+    if rdzv.rank == 0:
+        agreement.publish(store, settings)
+    _wait_for_all(rdzv, store, "meeting", deadline)
+    agreement.compare_with_rank0(store, settings, str(rdzv))
+    _wait_for_all(rdzv, store, "compared", time.monotonic() + rdzv.seconds)
+    if (difference := agreement.read_difference(store)) is None:
         return
-    if asked.rank == 0:
+    if rdzv.rank == 0:
         with contextlib.suppress(ConnectionError):
-            _await_all(asked, store, "read", time.monotonic() + LEAVE_SECONDS)
+            _wait_for_all(rdzv, store, "read", time.monotonic() + LEAVE_SECONDS)
     else:
         store.add("read", 1)
     raise RecipeError(difference)
 
 
-def _join(asked: Asked, launch: Launch, store: collectives.Store, timeout: timedelta, gpus: str) -> None:
+def _join(rdzv: Rendezvous, launch: Launch, store: collectives.Store, timeout: timedelta, gpus: str) -> None:
     """Join the ranks, which have all come, in a process group."""
     gpu = None
     if not launch.on_cpu:
@@ -156,76 +156,76 @@ def _join(asked: Asked, launch: Launch, store: collectives.Store, timeout: timed
         # Accelerate takes it for the number of a visible GPU; a task that is bound to one sees that as number 0.
         os.environ["LOCAL_RANK"] = str(gpu)
     try:
-        collectives.start("gloo" if gpu is None else gpus, store, asked.rank, asked.world, timeout, gpu)
+        collectives.create_process_group("gloo" if gpu is None else gpus, store, rdzv.rank, rdzv.world, timeout, gpu)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"{asked}: all ranks came and cannot reach one another ({reason}); name the network that joins the hosts: "
+            f"{rdzv}: all ranks came and cannot reach one another ({reason}); name the network that joins the hosts: "
             "NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME (`ip address` lists them)"
         ) from None
 
 
-def _asked(launch: Launch) -> Asked:
+def _read_rendezvous(launch: Launch) -> Rendezvous:
     address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
-    text = os.environ.get(SECONDS) or str(DEFAULT_SECONDS)
+    text = os.environ.get(SECONDS_VARIABLE) or str(DEFAULT_SECONDS)
     try:
         seconds = float(text)
     except ValueError:
-        raise RecipeError(f"{SECONDS} is {text!r}, not a number of seconds") from None
-    return Asked(launch.rank, launch.world_size, address, port, seconds)
+        raise RecipeError(f"{SECONDS_VARIABLE} is {text!r}, not a number of seconds") from None
+    return Rendezvous(launch.rank, launch.world_size, address, port, seconds)
 
 
-def _reach(asked: Asked, deadline: float) -> collectives.Store:
+def _connect_store(rdzv: Rendezvous, deadline: float) -> collectives.Store:
     """Return the store at MASTER_ADDR:MASTER_PORT, which rank 0 or torchrun serves."""
     try:
-        socket.getaddrinfo(asked.address, asked.port)
+        socket.getaddrinfo(rdzv.address, rdzv.port)
     except (OSError, OverflowError) as error:
-        raise ConnectionError(f"{asked}: MASTER_ADDR={asked.address} MASTER_PORT={asked.port}: {error}") from None
+        raise ConnectionError(f"{rdzv}: MASTER_ADDR={rdzv.address} MASTER_PORT={rdzv.port}: {error}") from None
     found: list[collectives.Store | RuntimeError] = []
     # A thread, because torch knocks again and again, and waits for ever for what takes a call and says nothing.
-    knocking = Thread(target=_knock, args=(asked, found), daemon=True)
+    knocking = Thread(target=_open_store, args=(rdzv, found), daemon=True)
     knocking.start()
     while knocking.is_alive() and time.monotonic() < deadline:
-        knocking.join(PAUSE)
-        _heed_signals(asked)
+        knocking.join(POLL_SECONDS)
+        _check_signals(rdzv)
     if not found:
         raise ConnectionError(
-            f"{asked} found nobody at {asked.address}:{asked.port} for {asked.seconds:g} s; MASTER_ADDR is the host of "
-            f"rank 0 and MASTER_PORT a free port of it, the same for all ranks; {SECONDS} gives more time"
+            f"{rdzv} found nobody at {rdzv.address}:{rdzv.port} for {rdzv.seconds:g} s; MASTER_ADDR is the host of "
+            f"rank 0 and MASTER_PORT a free port of it, the same for all ranks; {SECONDS_VARIABLE} gives more time"
         )
     if isinstance(found[0], RuntimeError):
         reason = str(found[0]).partition("\n")[0]
-        raise ConnectionError(f"{asked}: MASTER_PORT: {reason}; give all ranks another, and each its own RANK")
+        raise ConnectionError(f"{rdzv}: MASTER_PORT: {reason}; give all ranks another, and each its own RANK")
     return found[0]
 
 
-def _knock(asked: Asked, found: list[collectives.Store | RuntimeError]) -> None:
+def _open_store(rdzv: Rendezvous, found: list[collectives.Store | RuntimeError]) -> None:
     try:
-        found.append(collectives.open_store(asked.address, asked.port, asked.rank, COLLECTIVES))
+        found.append(collectives.open_store(rdzv.address, rdzv.port, rdzv.rank, COLLECTIVE_TIMEOUT))
     except RuntimeError as error:
         found.append(error)
 
 
-def _await_all(asked: Asked, store: collectives.Store, place: str, deadline: float) -> None:
+def _wait_for_all(rdzv: Rendezvous, store: collectives.Store, stage: str, deadline: float) -> None:
     """Wait until all ranks have come to that place of the store, and nobody twice."""
-    if store.add(f"{place}/{asked.rank}", 1) > 1:
+    if store.add(f"{stage}/{rdzv.rank}", 1) > 1:
         raise RecipeError(
-            f"{asked}: another process has this RANK; each needs its own (for srun in single quotes: '$SLURM_PROCID')"
+            f"{rdzv}: another process has this RANK; each needs its own (for srun in single quotes: '$SLURM_PROCID')"
         )
-    come = store.add(place, 1)
-    while come < asked.world:
+    come = store.add(stage, 1)
+    while come < rdzv.world:
         if time.monotonic() > deadline:
-            missing = [str(rank) for rank in range(asked.world) if not store.check([f"{place}/{rank}"])]
+            missing = [str(rank) for rank in range(rdzv.world) if not store.check([f"{stage}/{rank}"])]
             raise ConnectionError(
-                f"{asked} waited {asked.seconds:g} s at {asked.address}:{asked.port} for {len(missing)} that did not "
+                f"{rdzv} waited {rdzv.seconds:g} s at {rdzv.address}:{rdzv.port} for {len(missing)} that did not "
                 f"come: {', '.join(missing[:8])}{' …' if missing[8:] else ''}; see how they ended, and give all the "
-                f"same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; {SECONDS} gives more time"
+                f"same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; {SECONDS_VARIABLE} gives more time"
             )
-        time.sleep(PAUSE)
-        _heed_signals(asked)
-        come = store.add(place, 0)
+        time.sleep(POLL_SECONDS)
+        _check_signals(rdzv)
+        come = store.add(stage, 0)
 
 
-def _heed_signals(asked: Asked) -> None:
-    if signals.given():
-        raise Unfinished(f"{asked} was stopped while it waited for the others; the same command continues")
+def _check_signals(rdzv: Rendezvous) -> None:
+    if signals.stop_requested():
+        raise Interrupted(f"{rdzv} was stopped while it waited for the others; the same command continues")

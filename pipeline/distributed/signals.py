@@ -17,45 +17,45 @@ from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ONE_KEY = 1.0
+SAME_KEY_PRESS_SECONDS = 1.0
 """Seconds within which two Ctrl-C are one: a launcher passes on what the terminal has sent to everybody already."""
-AT_ONCE = b"ended at once; what was saved last is whole, and the same command continues\n"
+KILLED_MESSAGE = b"ended at once; what was saved last is whole, and the same command continues\n"
 
-_given = False
-_followers: list[Callable[[], None]] = []
+_requested = False
+_forward_targets: list[Callable[[], None]] = []
 _watched = False
 
 
-def listen() -> None:
+def install() -> None:
     """Note the signals from now on, instead of ending by them, to the very end of the process."""
     for number in STOP_SIGNALS:
         # A shell lets what runs in its background ignore the terminal.
         if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _note)
+            signal.signal(number, _handle)
     _watch()
     atexit.register(_ignore)
 
 
-def leave_quietly() -> None:
+def exit_quietly_on_interrupt() -> None:
     """End by Ctrl-C in one line from now on: for a command that has nothing to save."""
     signal.signal(signal.SIGINT, _leave)
 
 
-def given() -> bool:
+def stop_requested() -> bool:
     """Whether this process was told to stop."""
-    return _given
+    return _requested
 
 
 @contextmanager
-def passed_on(tell: Callable[[], None]) -> Iterator[None]:
+def forward_to(forward: Callable[[], None]) -> Iterator[None]:
     """Call ``tell`` when a notice comes inside the context, and at once if it has come already. In any thread."""
-    _followers.append(tell)
+    _forward_targets.append(forward)
     try:
-        if _given:
-            tell()
+        if _requested:
+            forward()
         yield
     finally:
-        _followers.remove(tell)
+        _forward_targets.remove(forward)
 
 
 def _ignore() -> None:
@@ -64,12 +64,12 @@ def _ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _note(number: int, _frame: FrameType | None) -> None:
-    global _given
-    if number == signal.SIGINT and not _given and not _followers and _is_first() and os.isatty(2):
+def _handle(number: int, _frame: FrameType | None) -> None:
+    global _requested
+    if number == signal.SIGINT and not _requested and not _forward_targets and _is_first() and os.isatty(2):
         os.write(2, b"\nstopping at the next step, and saving; Ctrl-C once more ends at once\n")
-    _given = True
-    for tell in _followers.copy():  # other threads change it meanwhile
+    _requested = True
+    for tell in _forward_targets.copy():  # other threads change it meanwhile
         tell()
 
 
@@ -97,10 +97,10 @@ def _watch() -> None:
 def _end_by_the_second(signals: int) -> None:
     first = None
     while told := os.read(signals, 1):
-        if told[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) == _note:
+        if told[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) == _handle:
             now = time.monotonic()
             first = first or now
-            if now - first > ONE_KEY:
+            if now - first > SAME_KEY_PRESS_SECONDS:
                 if _is_first():
-                    os.write(2, AT_ONCE)
+                    os.write(2, KILLED_MESSAGE)
                 os._exit(128 + signal.SIGINT)

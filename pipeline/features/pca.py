@@ -47,7 +47,7 @@ class Encoder(NamedTuple):
 
 
 @torch.no_grad()
-def fit(maps: Iterable[Tensor], rank: int) -> Encoder:
+def fit_pca(maps: Iterable[Tensor], rank: int) -> Encoder:
     """Return the encoder of all positions of ``maps``, batches [B, C, H, W] of which one at a time is held.
 
     The same batches give the same encoder. Raises ValueError where there are no maps, where they are not finite, and
@@ -93,14 +93,14 @@ def unexplained(encoder: Encoder, maps: Iterable[Tensor]) -> float:
     return lost / total if total else 0.0
 
 
-def save(encoder: Encoder, path: Path) -> str:
+def save_encoder(encoder: Encoder, path: Path) -> str:
     """Write the encoder as safetensors, the whole file or nothing, and return its sha256."""
     content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in encoder._asdict().items()})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
-def load(path: Path) -> Encoder:
+def load_encoder(path: Path) -> Encoder:
     """Return the encoder that ``save`` wrote, on the CPU.
 
     Raises FileNotFoundError where there is none, and ValueError where the file holds something else.

@@ -24,7 +24,7 @@ TOKENS_BEFORE = ("cls_token", "class_token", "dist_token", "reg_token", "registe
 """What networks call the parameters that they put before the tokens of the image."""
 MOST_BEFORE = 32
 """Tokens of no place that are looked for where neither recipe nor network say how many there are."""
-PLACE = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>nhwc|{TOKENS}))?(:(?P<channels>\d+))?")
+TAP_SYNTAX = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>nhwc|{TOKENS}))?(:(?P<channels>\d+))?")
 
 
 class NormParameters(NamedTuple):
@@ -150,7 +150,7 @@ class FeatureTaps(nn.Module):
 
     def _watch(self, path: str, name: str) -> None:
         module = self._module_at(path, name)
-        if (place := PLACE.fullmatch(path)) is None:
+        if (place := TAP_SYNTAX.fullmatch(path)) is None:
             ending = path.partition(":")[2]
             raise ValueError(
                 f"stage {name!r}: {path!r} ends in {ending!r}; known are in, {', '.join(LAYOUTS)} and a number of "

@@ -2,6 +2,6 @@
 
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._wrapping import Wrapping
+from pipeline.losses._transform import LogitTransform
 
-__all__ = ["BatchLoss", "Facts", "Loss", "Taps", "Wrapping"]
+__all__ = ["BatchLoss", "Facts", "LogitTransform", "Loss", "Taps"]

@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.features.names import numbered
 from pipeline.features.taps import NormParameters
+from pipeline.frozen_model import FrozenModel
 from pipeline.optim.schedule import Ramp, ramp_factor
-from pipeline.precision import autocast, promoted, run_under
+from pipeline.precision import autocast, autocast_call, promote_to_float32
 
 
 class Taps(NamedTuple):
@@ -58,10 +58,8 @@ class Loss(nn.Module):
     ``parts`` instead and calls the other's ``parts``.
     """
 
-    class Config(BaseModel):
+    class Config(FrozenModel):
         """Every loss's config has a weight and a ramp; a paper's constants have no defaults and stand in recipes."""
-
-        model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
         weight: float = 1.0
         ramp: Ramp | None = None
@@ -86,16 +84,16 @@ class Loss(nn.Module):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return ``forward``'s parts × weight × ramp, computed in at least float32 with autocast off."""
         with autocast(student.logits_BK, None):
-            return self.scaled(self(*self.tapped(student, teacher), batch), progress)
+            return self.scaled(self(*self.select_features(student, teacher), batch), progress)
 
-    def tapped(self, student: Outputs, teacher: Outputs) -> tuple[Outputs, Outputs]:
+    def select_features(self, student: Outputs, teacher: Outputs) -> tuple[Outputs, Outputs]:
         """Return what the loss sees of both networks: logits and the taps that its config names, at least in float32.
 
         Another loss's maps are left alone: to promote them would be a copy of each, for every loss.
         """
         taps = self.config.taps()
-        of_teacher = promoted(only(teacher, taps.teacher)) if self.needs_teacher else teacher
-        return promoted(only(student, taps.student)), of_teacher
+        of_teacher = promote_to_float32(keep_taps(teacher, taps.teacher)) if self.needs_teacher else teacher
+        return promote_to_float32(keep_taps(student, taps.student)), of_teacher
 
     def commit(self) -> None:
         """Take in what ``forward`` saw of this global batch; called after its update, once, on every rank.
@@ -104,9 +102,9 @@ class Loss(nn.Module):
         loss's own buffers are the same on every rank, and a checkpoint holds them once.
         """
 
-    def run(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+    def autocast_call(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
         """Return an auxiliary network's answer under the recipe's autocast, in the dtype of ``x``."""
-        return run_under(self.facts.autocast, network, x, *more)
+        return autocast_call(self.facts.autocast, network, x, *more)
 
     def scaled(self, parts: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
         """Return ``parts`` × weight × ramp."""
@@ -114,7 +112,7 @@ class Loss(nn.Module):
         return {name: factor * value for name, value in parts.items()}
 
 
-def only(outputs: Outputs, taps: frozenset[str]) -> Outputs:
+def keep_taps(outputs: Outputs, taps: frozenset[str]) -> Outputs:
     """Return ``outputs`` with only the features that ``taps`` name, ``all`` meaning every stage."""
     kinds = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
     of_all = {name for kind in kinds for name in numbered(outputs.features, kind)}

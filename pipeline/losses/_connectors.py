@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed.norms import Norm, batch_norm
+from pipeline.distributed.norms import NormFactory, batch_norm
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._stages import Stages, channels, paired, stage_taps
+from pipeline.losses._stages import StageChoices, channels, pair_stages, stage_taps
 
 
-class Connecting(Loss):
+class ConnectorLoss(Loss):
     """A loss with networks between student and teacher, which hold BatchNorms."""
 
     scope = "statistics"
@@ -32,13 +32,13 @@ class Connecting(Loss):
         return batch_norm(width, self.config.stat_scope)
 
 
-class ConnectingPreActivations(Connecting):
+class PreactLoss(ConnectorLoss):
     """A loss of the pre-activations of several stages, with a connector for each: ``connectors``, of ``pairs``."""
 
-    class Config(Connecting.Config):
+    class Config(ConnectorLoss.Config):
         """Which stages."""
 
-        stages: Stages
+        stages: StageChoices
         """Stages of both networks, tapped before their last activation."""
 
         def taps(self) -> Taps:
@@ -47,7 +47,7 @@ class ConnectingPreActivations(Connecting):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.pairs = paired(config.stages, facts, ".preact")
+        self.pairs = pair_stages(config.stages, facts, ".preact")
         self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
 
     def connector(self, student: str, teacher: str) -> nn.Module:
@@ -55,13 +55,13 @@ class ConnectingPreActivations(Connecting):
         raise NotImplementedError
 
 
-def convolution_norm(in_channels: int, out_channels: int, size: int, norm: Norm) -> nn.Sequential:
+def convolution_norm(in_channels: int, out_channels: int, size: int, norm: NormFactory) -> nn.Sequential:
     """Return a convolution of odd size that keeps height and width, without the bias a norm takes away, and a norm."""
     convolution = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=False)
     return nn.Sequential(convolution, norm(out_channels))
 
 
-def regressor(facts: Facts, student: str, teacher: str, norm: Norm) -> nn.Sequential:
+def regressor(facts: Facts, student: str, teacher: str, norm: NormFactory) -> nn.Sequential:
     """Return a convolution from the student's tap to the shape of the teacher's, and a norm.
 
     FitNets' hint regressor as CRD's benchmark builds it (Tian et al., ICLR 2020, arXiv:1910.10699). Raises ValueError

@@ -25,17 +25,17 @@ def pool_to_smaller(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 TINY = 1e-12
 
 
-def ratio(x: Tensor, size: Tensor, eps: float = 0.0) -> Tensor:
+def safe_divide(x: Tensor, size: Tensor, eps: float = 0.0) -> Tensor:
     """Return x / (size + eps); where ``size`` is below 1e-12, zero, through which no gradient passes."""
     return x / (size + eps).masked_fill(size < TINY, float("inf"))
 
 
-def unit(x: Tensor, dim: int) -> Tensor:
+def l2_normalize(x: Tensor, dim: int) -> Tensor:
     """Return the directions of the vectors along ``dim``; that of a zero vector is zero and sends it no gradient.
 
     A division by max(length, 1e-12) has the same value there and would send it 1e12 times the gradient.
     """
-    return ratio(x, torch.linalg.vector_norm(x, dim=dim, keepdim=True))
+    return safe_divide(x, torch.linalg.vector_norm(x, dim=dim, keepdim=True))
 
 
 def distances(x_BD: Tensor) -> Tensor:

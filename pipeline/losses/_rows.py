@@ -58,28 +58,28 @@ class BatchLoss(Loss):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return ``forward``'s parts of the gathered rows, or the mean of those of the groups, × weight × ramp."""
         with autocast(student.logits_BK, None):
-            student, teacher = map(self.compared, self.tapped(student, teacher))
-            groups = self.groups(student, teacher, batch)
+            student, teacher = map(self.reduce, self.select_features(student, teacher))
+            groups = self.row_groups(student, teacher, batch)
             found = [self(*group) for group in groups]
             sizes = [len(of_group.labels_B) for _, _, of_group in groups]
             return self.scaled({name: mean_by_rows([p[name] for p in found], sizes) for name in found[0]}, progress)
 
-    def compared(self, outputs: Outputs) -> Outputs:
+    def reduce(self, outputs: Outputs) -> Outputs:
         """Return what is gathered of a network's outputs; a loss that needs less than its taps says so here."""
         return outputs
 
-    def groups(self, student: Outputs, teacher: Outputs, batch: Batch) -> list[tuple[Outputs, Outputs, Batch]]:
+    def row_groups(self, student: Outputs, teacher: Outputs, batch: Batch) -> list[tuple[Outputs, Outputs, Batch]]:
         """Return what each group of related rows consists of."""
         size = group_size(self.config.stat_scope, len(batch.labels_B))
         if size is None:
             labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1), equal=True).unbind(1)
-            return [(gathered(student), gathered(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
+            return [(gather_outputs(student), gather_outputs(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
         places = zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True)
         batches = [batch._replace(labels_B=labels_B, ids_B=ids_B) for labels_B, ids_B in places]
         return list(zip(split_rows(student, size), split_rows(teacher, size), batches, strict=True))
 
 
-def gathered(outputs: Outputs) -> Outputs:
+def gather_outputs(outputs: Outputs) -> Outputs:
     """Return the outputs of all ranks' rows, with gradient: one collective, whatever the number of features."""
     if world_size() == 1:
         return outputs

@@ -10,41 +10,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.batch import Outputs
 from pipeline.features.names import numbered
+from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Facts, Loss, Taps
 
 
-class StagePair(BaseModel):
+class StagePair(FrozenModel):
     """A stage of the student and one of the teacher."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     student: str
     teacher: str
 
 
-Stage = str | StagePair
-Stages = Literal["all"] | Annotated[tuple[Stage, ...], Field(min_length=1)]
+StageChoice = str | StagePair
+StageChoices = Literal["all"] | Annotated[tuple[StageChoice, ...], Field(min_length=1)]
 
 
-def stage_names(stage: Stage, kind: str = "") -> tuple[str, str]:
+def stage_names(stage: StageChoice, kind: str = "") -> tuple[str, str]:
     """Return the tap of the student and that of the teacher; ``kind`` is "" or ``.preact``."""
     student, teacher = (stage, stage) if isinstance(stage, str) else (stage.student, stage.teacher)
     return student + kind, teacher + kind
 
 
-def stage_taps(stages: Stages | Stage, kind: str = "") -> Taps:
+def stage_taps(stages: StageChoices | StageChoice, kind: str = "") -> Taps:
     """Return what a loss with these stages reads."""
     several = stages if isinstance(stages, tuple) else (stages,)
     pairs = [stage_names(stage, kind) for stage in several]
     return Taps(frozenset(student for student, _ in pairs), frozenset(teacher for _, teacher in pairs))
 
 
-def paired(stages: Stages, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
+def pair_stages(stages: StageChoices, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
     """Return the (student, teacher) taps that belong together, the shallowest first.
 
     Raises ValueError where ``all`` finds no stage.
@@ -65,13 +64,13 @@ def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
     return shapes[tap][0]
 
 
-class MapsLoss(Loss):
+class FeatureMapLoss(Loss):
     """A loss of the maps of several stages. Raises ValueError where a tap is no map."""
 
     class Config(Loss.Config):
         """``{stages: all}``."""
 
-        stages: Stages = "all"
+        stages: StageChoices = "all"
 
         def taps(self) -> Taps:
             """Return the stages."""
@@ -79,7 +78,7 @@ class MapsLoss(Loss):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.levels = paired(config.stages, facts)
+        self.levels = pair_stages(config.stages, facts)
         for student, teacher in self.levels:
             channels(facts.student_shapes, student)
             channels(facts.teacher_shapes, teacher)

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._connectors import ConnectingPreActivations, regressor, sum_halving
+from pipeline.losses._connectors import PreactLoss, regressor, sum_halving
 
 
 def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float) -> Tensor:
@@ -21,14 +21,14 @@ def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float) -> Ten
     return (margin - towards_BCHW).clamp(min=0).square().flatten(1).sum(1).mean()
 
 
-class AB(ConnectingPreActivations):
+class AB(PreactLoss):
     """Activation boundaries of every stage: the deepest counts 1, each one before it half of the next.
 
     Connectors are FitNets' regressors without the ReLU, as in CRD's benchmark (Tian et al., ICLR 2020,
     arXiv:1910.10699); where both shapes are equal there is none, as in the authors' code too.
     """
 
-    class Config(ConnectingPreActivations.Config):
+    class Config(PreactLoss.Config):
         """``{stages: all, margin: 1.0}``."""
 
         margin: PositiveFloat
@@ -43,6 +43,6 @@ class AB(ConnectingPreActivations):
         """Return ``ab``."""
         losses = []
         for (of_student, of_teacher), connector in zip(self.pairs, self.connectors, strict=True):
-            connected_BCHW = self.run(connector, student.features[of_student])
+            connected_BCHW = self.autocast_call(connector, student.features[of_student])
             losses.append(ab_loss(connected_BCHW, teacher.features[of_teacher], margin=self.config.margin))
         return {"ab": sum_halving(losses)}

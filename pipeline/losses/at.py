@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._functional import pool_to_smaller, unit
-from pipeline.losses._stages import MapsLoss
+from pipeline.losses._functional import l2_normalize, pool_to_smaller
+from pipeline.losses._stages import FeatureMapLoss
 
 
 def at_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, p: float) -> Tensor:
@@ -24,13 +24,13 @@ def at_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, p: float)
 
 def attention(map_BCHW: Tensor, p: float) -> Tensor:
     """Return the mean of |F|^p over the channels as a vector [B, HW] of length one."""
-    return unit(map_BCHW.abs().pow(p).mean(1).flatten(1), 1)
+    return l2_normalize(map_BCHW.abs().pow(p).mean(1).flatten(1), 1)
 
 
-class AT(MapsLoss):
+class AT(FeatureMapLoss):
     """Where the maps of several stages are large, which is what both networks attend to."""
 
-    class Config(MapsLoss.Config):
+    class Config(FeatureMapLoss.Config):
         """``{weight: 1000.0, p: 2.0}``."""
 
         p: float = Field(ge=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import CAM
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._functional import unit
+from pipeline.losses._functional import l2_normalize
 
 
 def cat_loss(student_BKHW: Tensor, teacher_BKHW: Tensor, *, resolution: int, normalize: bool) -> Tensor:
@@ -22,7 +22,7 @@ def cat_loss(student_BKHW: Tensor, teacher_BKHW: Tensor, *, resolution: int, nor
     """
     student, teacher = (F.adaptive_avg_pool2d(x, resolution) for x in (student_BKHW, teacher_BKHW.detach()))
     if normalize:
-        student, teacher = (unit(x.flatten(2), 2) for x in (student, teacher))
+        student, teacher = (l2_normalize(x.flatten(2), 2) for x in (student, teacher))
     return F.mse_loss(student, teacher)
 
 

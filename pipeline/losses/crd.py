@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import all_reduce_mean, gather_rows
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._stages import Stage, stage_names, stage_taps
-from pipeline.precision import recomputed
+from pipeline.losses._stages import StageChoice, stage_names, stage_taps
+from pipeline.precision import checkpointed
 
-EPS = 1e-7
+_EPS = 1e-7
 """ε of the published form."""
 LARGEST_MATRIX = 2**26
 LARGEST_GATHER = 2**24
@@ -48,12 +48,12 @@ def contrast(scores_BJ: Tensor, normalizer: Tensor, *, samples: int) -> Tensor:
     """
     noise = scores_BJ.shape[1] - 1
     kappa = noise / samples
-    logits_BJ = scores_BJ - normalizer.log() - log(kappa + EPS)
+    logits_BJ = scores_BJ - normalizer.log() - log(kappa + _EPS)
     own_B, noise_B = F.logsigmoid(logits_BJ[:, 0]), F.logsigmoid(-logits_BJ[:, 1:]).sum(1)
-    return noise * log1p(EPS / kappa) - (own_B + noise_B).mean()
+    return noise * log1p(_EPS / kappa) - (own_B + noise_B).mean()
 
 
-def similarities(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
+def bank_similarities(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
     """Return e·m of each anchor and its candidates [B, J], by way of what fits in memory."""
     if len(anchor_BD) * len(bank_ND) <= LARGEST_MATRIX:
         return by_matrix(anchor_BD, bank_ND, index_BJ)
@@ -70,7 +70,7 @@ def by_rows(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
     """Gather the candidates, a chunk of anchors at a time; the backward gathers again, and nothing is kept between."""
     rows = max(LARGEST_GATHER // (index_BJ.shape[1] * bank_ND.shape[1]), 1)
     chunks = zip(anchor_BD.split(rows), index_BJ.split(rows), strict=True)
-    return torch.cat([recomputed(_gathered, anchor, bank_ND, index) for anchor, index in chunks])
+    return torch.cat([checkpointed(_gathered, anchor, bank_ND, index) for anchor, index in chunks])
 
 
 def _gathered(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _gathered(anchor_BD: Tensor, bank_ND: Tensor, index_BJ: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def renew(bank_ND: Tensor, ids_B: Tensor, embeddings_BD: Tensor, momentum: float) -> None:
+def update_bank_(bank_ND: Tensor, ids_B: Tensor, embeddings_BD: Tensor, momentum: float) -> None:
     """Move the bank's rows of those ids towards the embeddings, in place, and back onto the sphere.
 
     Of an id that comes twice the last row counts, whatever the order of writing: all its rows write the same. A
@@ -91,7 +91,7 @@ def renew(bank_ND: Tensor, ids_B: Tensor, embeddings_BD: Tensor, momentum: float
     bank_ND.index_copy_(0, ids_B, torch.where(new_BD.isfinite().all(1, keepdim=True), new_BD, old_BD))
 
 
-class Others(nn.Module):
+class NegativeSampler(nn.Module):
     """Draws samples of other classes than a row's own, uniformly and with replacement."""
 
     ids_N: Tensor
@@ -118,7 +118,7 @@ class Others(nn.Module):
         return self.ids_N[place_BJ + own_B1 * (place_BJ >= first_B1)]
 
 
-class Seen(NamedTuple):
+class Pending(NamedTuple):
     """What a forward leaves for ``commit``."""
 
     ids_B: Tensor
@@ -138,7 +138,7 @@ class CRD(Loss):
     class Config(Loss.Config):
         """See ``configs/methods/crd.yaml``."""
 
-        stage: Stage = "embedding"
+        stage: StageChoice = "embedding"
         dim: PositiveInt
         """D."""
         negatives: PositiveInt
@@ -163,7 +163,7 @@ class CRD(Loss):
         self.student_tap, self.teacher_tap = stage_names(config.stage)
         self.student_head = nn.Linear(width(facts.student_shapes, self.student_tap), config.dim)
         self.teacher_head = nn.Linear(width(facts.teacher_shapes, self.teacher_tap), config.dim)
-        self.others = Others(facts.labels_by_id, facts.num_classes)
+        self.others = NegativeSampler(facts.labels_by_id, facts.num_classes)
         self.samples = len(self.others.ids_N)
         for name in ("student_bank", "teacher_bank"):
             # A variance of 1/D: rows of about the length one.
@@ -171,21 +171,21 @@ class CRD(Loss):
             self.register_buffer(name, bank_ND)
         self.register_buffer("normalizers", torch.zeros(2))
         self.settled = False
-        self.seen: list[Seen] = []
+        self.pending: list[Pending] = []
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``student`` and ``teacher``, the losses of their anchors."""
         c = self.config
-        student_BD = F.normalize(self.run(self.student_head, student.features[self.student_tap]))
-        teacher_BD = F.normalize(self.run(self.teacher_head, teacher.features[self.teacher_tap].detach()))
+        student_BD = F.normalize(self.autocast_call(self.student_head, student.features[self.student_tap]))
+        teacher_BD = F.normalize(self.autocast_call(self.teacher_head, teacher.features[self.teacher_tap].detach()))
         index_BJ = torch.cat([batch.ids_B.unsqueeze(1), self.others(batch.labels_B, c.negatives)], 1)
         scores = [
-            similarities(student_BD, self.teacher_bank, index_BJ) / c.temperature,
-            similarities(teacher_BD, self.student_bank, index_BJ) / c.temperature,
+            bank_similarities(student_BD, self.teacher_bank, index_BJ) / c.temperature,
+            bank_similarities(teacher_BD, self.student_bank, index_BJ) / c.temperature,
         ]
         normalizers_2 = self.normalizers_of(scores)
         if self.training:
-            self.seen.append(Seen(batch.ids_B, torch.cat([student_BD, teacher_BD], 1).detach(), normalizers_2))
+            self.pending.append(Pending(batch.ids_B, torch.cat([student_BD, teacher_BD], 1).detach(), normalizers_2))
         of_student, of_teacher = (
             contrast(scores_BJ, z, samples=self.samples) for scores_BJ, z in zip(scores, normalizers_2, strict=True)
         )
@@ -197,26 +197,26 @@ class CRD(Loss):
         if self.settled:
             return self.normalizers.clone()
         measured_2 = self.samples * all_reduce_mean(torch.stack([scores_BJ.exp().mean() for scores_BJ in scores]))
-        return self.kept_or(measured_2)
+        return self.stored_or(measured_2)
 
-    def kept_or(self, measured_2: Tensor) -> Tensor:
+    def stored_or(self, measured_2: Tensor) -> Tensor:
         """Return the normalisers that are kept, where there are any. The host need not know."""
         return torch.where(self.normalizers > 0, self.normalizers, measured_2.to(self.normalizers.dtype))
 
     @torch.no_grad()
     def commit(self) -> None:
         """Fix the normalisers, and put the global batch's embeddings into the banks, on every rank the same."""
-        if not self.seen:
+        if not self.pending:
             return
-        ids_B = gather_rows(torch.cat([seen.ids_B for seen in self.seen]), equal=True)
-        of_both_B2D = gather_rows(torch.cat([seen.embeddings_B2D for seen in self.seen]), equal=True)
+        ids_B = gather_rows(torch.cat([seen.ids_B for seen in self.pending]), equal=True)
+        of_both_B2D = gather_rows(torch.cat([seen.embeddings_B2D for seen in self.pending]), equal=True)
         of_student_BD, of_teacher_BD = of_both_B2D.chunk(2, 1)
-        renew(self.student_bank, ids_B, of_student_BD, self.config.momentum)
-        renew(self.teacher_bank, ids_B, of_teacher_BD, self.config.momentum)
-        self.normalizers.copy_(self.kept_or(torch.stack([seen.normalizers_2 for seen in self.seen]).mean(0)))
+        update_bank_(self.student_bank, ids_B, of_student_BD, self.config.momentum)
+        update_bank_(self.teacher_bank, ids_B, of_teacher_BD, self.config.momentum)
+        self.normalizers.copy_(self.stored_or(torch.stack([seen.normalizers_2 for seen in self.pending]).mean(0)))
         # Of this process: it spares the sum over the ranks from now on, without asking the device.
         self.settled = True
-        self.seen.clear()
+        self.pending.clear()
 
 
 def width(shapes: dict[str, tuple[int, ...]], tap: str) -> int:

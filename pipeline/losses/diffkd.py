@@ -12,26 +12,25 @@ B batch, C channels, H W space, K classes.
 from typing import Literal, Self
 
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.diffusion.config import Diffusion
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.networks import Autoencoder, Bottleneck, logit_adapter, logit_predictor, map_predictor
+from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._functional import pool_to_smaller
 from pipeline.losses._registry import InnerLoss
-from pipeline.losses._stages import Stage, channels, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, channels, stage_names, stage_taps
 from pipeline.precision import autocast
 
 
-class FeatureBranch(BaseModel):
+class FeatureBranch(FrozenModel):
     """The branch of a feature map."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    stage: Stage = "last"
+    stage: StageChoice = "last"
     """Tap of the networks; maps of different size are averaged down to the smaller."""
     latent: PositiveInt | Literal["auto"] | None = None
     """Width of the autoencoder's latent: ``auto`` is half the teacher's, at most 1024; none is no autoencoder."""
@@ -41,10 +40,8 @@ class FeatureBranch(BaseModel):
     """Weight of the distance, beside λ3; that of the logits stands in ``logit_distance``."""
 
 
-class LogitBranch(BaseModel):
+class LogitBranch(FrozenModel):
     """The branch of the logits, which are a map of K channels and one pixel to it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     predictor_expansion: PositiveInt
     adapter_expansion: PositiveInt
@@ -96,7 +93,7 @@ class DiffKD(Loss):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the branches' parts, × weight × ramp."""
         with autocast(student.logits_BK, None):
-            student, teacher = self.tapped(student, teacher)
+            student, teacher = self.select_features(student, teacher)
             parts = self.feature_parts(student, teacher) | self.logit_parts(student, teacher, batch, progress)
             return self.scaled(parts, progress)
 

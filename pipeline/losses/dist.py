@@ -15,7 +15,7 @@ from pipeline.distributed.collectives import global_sum
 from pipeline.losses._base import Loss
 from pipeline.losses._rows import StatScope, group_size, mean_by_rows
 
-EPS = 1e-8
+_EPS = 1e-8
 
 
 def dist_loss(student_BK: Tensor, teacher_BK: Tensor, *, beta: float, gamma: float, temperature: float) -> Tensor:
@@ -68,7 +68,7 @@ def cosine(product: Tensor, squares: Sequence[Tensor], noise: Sequence[Tensor]) 
     """
     equal = (squares[0] <= noise[0]) | (squares[1] <= noise[1])
     lengths = squares[0].clamp(min=noise[0]).sqrt() * squares[1].clamp(min=noise[1]).sqrt()
-    return product / (lengths + EPS).masked_fill(equal, float("inf"))
+    return product / (lengths + _EPS).masked_fill(equal, float("inf"))
 
 
 class DIST(Loss):

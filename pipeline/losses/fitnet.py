@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Taps
-from pipeline.losses._connectors import Connecting, regressor
-from pipeline.losses._stages import Stage, stage_names, stage_taps
+from pipeline.losses._connectors import ConnectorLoss, regressor
+from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
-class FitNet(Connecting):
+class FitNet(ConnectorLoss):
     """Mean squared distance of the student's map, through a regressor and a ReLU, from the teacher's."""
 
-    class Config(Connecting.Config):
+    class Config(ConnectorLoss.Config):
         """``{stage: stage2}``."""
 
-        stage: Stage
+        stage: StageChoice
         """Tap of both networks, after its activation: what ends in a ReLU never meets a negative number."""
 
         def taps(self) -> Taps:
@@ -33,5 +33,5 @@ class FitNet(Connecting):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``fitnet``."""
-        guess_BCHW = self.run(self.regressor, student.features[self.student_tap])
+        guess_BCHW = self.autocast_call(self.regressor, student.features[self.student_tap])
         return {"fitnet": F.mse_loss(guess_BCHW, teacher.features[self.teacher_tap].detach())}

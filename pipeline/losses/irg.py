@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Taps
-from pipeline.losses._functional import distances, ratio
+from pipeline.losses._functional import distances, safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import Stages, paired, stage_taps
+from pipeline.losses._stages import StageChoices, pair_stages, stage_taps
 
 
 def edges(x_BD: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def edges(x_BD: Tensor) -> Tensor:
     code takes it for a constant.
     """
     squares_BB = distances(x_BD).square()
-    return ratio(squares_BB, squares_BB.amax())
+    return safe_divide(squares_BB, squares_BB.amax())
 
 
 def transformation(shallow_BD: Tensor, deep_BE: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def transformation(shallow_BD: Tensor, deep_BE: Tensor) -> Tensor:
     width = min(shallow_BD.shape[1], deep_BE.shape[1])
     shallow_BD, deep_BE = (F.adaptive_avg_pool1d(x, width) for x in (shallow_BD, deep_BE))
     squares_B = (deep_BE - shallow_BD).square().sum(1)
-    return ratio(squares_B, squares_B.amax())
+    return safe_divide(squares_B, squares_B.amax())
 
 
 class IRG(BatchLoss):
@@ -57,7 +57,7 @@ class IRG(BatchLoss):
         """Of the edges' mean squared error, averaged over the levels."""
         transformation_weight: NonNegativeFloat
         """Of the mean squared error of the moves, averaged over the steps from level to level."""
-        stages: Stages = "all"
+        stages: StageChoices = "all"
 
         def taps(self) -> Taps:
             """Return the stages."""
@@ -65,9 +65,9 @@ class IRG(BatchLoss):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.levels = paired(config.stages, facts)
+        self.levels = pair_stages(config.stages, facts)
 
-    def compared(self, outputs: Outputs) -> Outputs:
+    def reduce(self, outputs: Outputs) -> Outputs:
         """Return the maps averaged over their pixels: ranks send each other vectors."""
         return outputs._replace(features={name: pooled(x) for name, x in outputs.features.items()})
 

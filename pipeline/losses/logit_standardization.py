@@ -7,8 +7,8 @@ B batch, K classes.
 
 from torch import Tensor
 
-from pipeline.losses._functional import ratio
-from pipeline.losses._wrapping import Wrapping
+from pipeline.losses._functional import safe_divide
+from pipeline.losses._transform import LogitTransform
 
 
 def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -16,12 +16,12 @@ def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
 
     A row of equal logits is zero and sends no gradient: a division by eps would send it ten million times its own.
     """
-    return ratio(logits_BK - logits_BK.mean(1, keepdim=True), logits_BK.std(1, keepdim=True), eps)
+    return safe_divide(logits_BK - logits_BK.mean(1, keepdim=True), logits_BK.std(1, keepdim=True), eps)
 
 
-class LogitStandardization(Wrapping):
+class LogitStandardization(LogitTransform):
     """Another loss of the logits, taken of both networks' standardised ones; its temperature is the base one."""
 
-    def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return both networks' logits, standardised."""
         return standardize(student_BK), standardize(teacher_BK)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._functional import pool_to_smaller, unit
-from pipeline.losses._stages import MapsLoss
+from pipeline.losses._functional import l2_normalize, pool_to_smaller
+from pipeline.losses._stages import FeatureMapLoss
 
 
 def nst_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
@@ -25,7 +25,7 @@ def nst_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
 
 def discrepancy(student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
     """Return the mean of k(t, t') + k(s, s') − 2·k(s, t) over the rows and all pairs of channels."""
-    s_BCN, t_BDN = unit(student_BCHW.flatten(2), 2), unit(teacher_BDHW.flatten(2), 2)
+    s_BCN, t_BDN = l2_normalize(student_BCHW.flatten(2), 2), l2_normalize(teacher_BDHW.flatten(2), 2)
     return mean_kernel(t_BDN, t_BDN) + mean_kernel(s_BCN, s_BCN) - 2 * mean_kernel(s_BCN, t_BDN)
 
 
@@ -42,7 +42,7 @@ def mean_kernel(a_BCN: Tensor, b_BDN: Tensor) -> Tensor:
     return pairs_BNN.sum((1, 2)).mean() / (channels_a * channels_b)
 
 
-class NST(MapsLoss):
+class NST(FeatureMapLoss):
     """How the channels of a map, as a set, respond over its pixels."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

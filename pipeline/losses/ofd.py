@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts
-from pipeline.losses._connectors import ConnectingPreActivations, convolution_norm, sum_halving
+from pipeline.losses._connectors import PreactLoss, convolution_norm, sum_halving
 from pipeline.losses._functional import pool_to_smaller
 from pipeline.losses._stages import channels
 
@@ -44,13 +44,13 @@ def margins(norm: NormParameters) -> Tensor:
     return torch.where(negative_C > RARE, shift_C - scale_C * density_C / negative_C, -3 * scale_C)
 
 
-class OFD(ConnectingPreActivations):
+class OFD(PreactLoss):
     """Partial L2 distance of every stage: the deepest counts 1, each one before it half of the next.
 
     The margins are numbers taken from the teacher once; the teacher itself stays outside and in evaluation mode.
     """
 
-    class Config(ConnectingPreActivations.Config):
+    class Config(PreactLoss.Config):
         """``{stages: all}``; maps of different size are averaged down to the smaller."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
@@ -70,7 +70,7 @@ class OFD(ConnectingPreActivations):
         """Return ``ofd``."""
         losses = []
         for level, (of_student, of_teacher) in enumerate(self.pairs):
-            connected_BCHW = self.run(self.connectors[level], student.features[of_student])
+            connected_BCHW = self.autocast_call(self.connectors[level], student.features[of_student])
             maps = pool_to_smaller(connected_BCHW, teacher.features[of_teacher])
             losses.append(partial_l2(*maps, self.get_buffer(f"margin{level}_C").to(connected_BCHW.dtype)))
         return {"ofd": sum_halving(losses)}

@@ -8,9 +8,9 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from pipeline.distributed.collectives import standardize, standardize_both
+from pipeline.distributed.collectives import standardize_both, standardize_columns
 from pipeline.losses._rows import StatScope, group_size
-from pipeline.losses._wrapping import Wrapping
+from pipeline.losses._transform import LogitTransform
 
 
 def perceive(logits_BK: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -18,10 +18,10 @@ def perceive(logits_BK: Tensor, *, eps: float = 1e-5) -> Tensor:
 
     Collective: every rank calls it. The variance is the biased one; both statistics are differentiated through.
     """
-    return standardize(logits_BK, eps)
+    return standardize_columns(logits_BK, eps)
 
 
-class Perception(Wrapping):
+class Perception(LogitTransform):
     """Another loss of the logits, taken of both networks' perception matrices.
 
     Under gradient accumulation the batch it standardises over is the micro-batch of all ranks.
@@ -29,14 +29,14 @@ class Perception(Wrapping):
 
     scope = "statistics"
 
-    class Config(Wrapping.Config):
+    class Config(LogitTransform.Config):
         """``{inner: {dkd: {…}}}``."""
 
         eps: PositiveFloat = 1e-5
         """Added to the variance; the paper has none and would divide by zero."""
         stat_scope: StatScope = "global"
 
-    def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return both perception matrices; one all-reduce serves both, and the backward's is the student's alone."""
         c = self.config
         size = group_size(c.stat_scope, len(student_BK))

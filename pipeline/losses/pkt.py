@@ -6,9 +6,9 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
-from pipeline.losses._functional import ratio
+from pipeline.losses._functional import safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import Stage, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
@@ -27,7 +27,7 @@ def neighbourhoods(x_BD: Tensor, eps: float) -> Tensor:
     A zero row has a cosine of 0 with every other and no gradient: a division by ε would send it ten million times its
     own.
     """
-    direction_BD = ratio(x_BD, torch.linalg.vector_norm(x_BD, dim=1, keepdim=True), eps)
+    direction_BD = safe_divide(x_BD, torch.linalg.vector_norm(x_BD, dim=1, keepdim=True), eps)
     # Rounding makes the cosine of opposite rows less than −1, and the logarithm has no negatives.
     kernel_BB = ((1 + direction_BD @ direction_BD.mT) / 2).clamp(min=0)
     return kernel_BB / kernel_BB.sum(1, keepdim=True)
@@ -41,7 +41,7 @@ class PKT(BatchLoss):
 
         eps: PositiveFloat
         """Added to lengths and to probabilities."""
-        stage: Stage = "embedding"
+        stage: StageChoice = "embedding"
 
         def taps(self) -> Taps:
             """Return the stage."""

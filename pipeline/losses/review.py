@@ -15,10 +15,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.distributed.norms import Norm
+from pipeline.distributed.norms import NormFactory
 from pipeline.losses._base import Facts, Taps
-from pipeline.losses._connectors import Connecting, convolution_norm
-from pipeline.losses._stages import Stages, channels, paired, stage_taps
+from pipeline.losses._connectors import ConnectorLoss, convolution_norm
+from pipeline.losses._stages import StageChoices, channels, pair_stages, stage_taps
 
 PYRAMID = (4, 2, 1)
 """Sides of the pooled maps that are compared beside the whole one."""
@@ -49,7 +49,7 @@ def _pyramid_distance(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
 class Fusion(nn.Module):
     """Attention-based fusion (section 3.3): a level's map, weighed against what the deeper levels left."""
 
-    def __init__(self, student_C: int, middle_C: int, teacher_C: int, norm: Norm, *, deepest: bool) -> None:
+    def __init__(self, student_C: int, middle_C: int, teacher_C: int, norm: NormFactory, *, deepest: bool) -> None:
         super().__init__()
         self.input = convolution_norm(student_C, middle_C, 1, norm)
         self.output = convolution_norm(middle_C, teacher_C, 3, norm)
@@ -67,13 +67,13 @@ class Fusion(nn.Module):
         return F.interpolate(fused_BCHW, list(size), mode="nearest")
 
 
-class Review(Connecting):
+class Review(ConnectorLoss):
     """Hierarchical context loss of the fused maps. The embedding's norms see one value a row: two rows are needed."""
 
-    class Config(Connecting.Config):
+    class Config(ConnectorLoss.Config):
         """See ``configs/methods/review.yaml``."""
 
-        stages: Stages
+        stages: StageChoices
         """Stages that are reviewed, besides the embedding. The teacher's are tapped before their last activation."""
         student_preact: bool
         """Whether the student's are too; otherwise after it."""
@@ -93,7 +93,7 @@ class Review(Connecting):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        stages = paired(config.stages, _without_kinds(facts))
+        stages = pair_stages(config.stages, _without_kinds(facts))
         self.pairs = [(s + config.student_kind, t + PREACT) for s, t in stages] + [(EMBEDDING, EMBEDDING)]
         middle = min(config.widest, facts.student_shapes[EMBEDDING][0])
         self.fusions = nn.ModuleList(self.fusion(*pair, middle) for pair in self.pairs)
@@ -112,9 +112,9 @@ class Review(Connecting):
         for (of_student, of_teacher), fusion in zip(reversed(self.pairs), reversed(self.fusions), strict=True):
             target_BCHW = _as_map(teacher.features[of_teacher])
             fuse = partial(fusion.fuse, size=target_BCHW.shape[2:])  # type: ignore[arg-type]
-            fused_BCHW = self.run(fuse, _as_map(student.features[of_student]), *residual)
+            fused_BCHW = self.autocast_call(fuse, _as_map(student.features[of_student]), *residual)
             residual = (fused_BCHW,)
-            students.append(self.run(fusion.output, fused_BCHW))  # type: ignore[arg-type]
+            students.append(self.autocast_call(fusion.output, fused_BCHW))  # type: ignore[arg-type]
             teachers.append(target_BCHW)
         return {"review": hcl_loss(students, teachers)}
 

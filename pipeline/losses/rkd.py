@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
-from pipeline.losses._functional import distances, ratio, unit
+from pipeline.losses._functional import distances, l2_normalize, safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import Stage, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
 def rkd_loss(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float, angle_weight: float) -> Tensor:
@@ -41,12 +41,12 @@ def relative_distances(x_BD: Tensor) -> Tensor:
     Where all rows are one point, there are no proportions and all are zero.
     """
     d_BB = distances(x_BD)
-    return ratio(d_BB, d_BB.sum() / max(len(d_BB) * (len(d_BB) - 1), 1))
+    return safe_divide(d_BB, d_BB.sum() / max(len(d_BB) * (len(d_BB) - 1), 1))
 
 
 def angles(x_BD: Tensor) -> Tensor:
     """Return the cosine of the angle at x_i between x_j and x_k [B, B, B]; zero where two of the points are one."""
-    direction_BBD = unit(x_BD.unsqueeze(0) - x_BD.unsqueeze(1), 2)
+    direction_BBD = l2_normalize(x_BD.unsqueeze(0) - x_BD.unsqueeze(1), 2)
     return torch.bmm(direction_BBD, direction_BBD.mT)
 
 
@@ -58,7 +58,7 @@ class RKD(BatchLoss):
 
         distance_weight: NonNegativeFloat
         angle_weight: NonNegativeFloat
-        stage: Stage = "embedding"
+        stage: StageChoice = "embedding"
 
         def taps(self) -> Taps:
             """Return the stage."""

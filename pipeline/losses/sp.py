@@ -5,9 +5,9 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
-from pipeline.losses._functional import unit
+from pipeline.losses._functional import l2_normalize
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import Stage, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def similarities(x_BD: Tensor) -> Tensor:
     """Return G [B, B]: the inner products of every row with all rows, scaled to length one."""
-    return unit(x_BD @ x_BD.mT, 1)
+    return l2_normalize(x_BD @ x_BD.mT, 1)
 
 
 class SP(BatchLoss):
@@ -29,7 +29,7 @@ class SP(BatchLoss):
     class Config(BatchLoss.Config):
         """``{weight: 3000.0}``."""
 
-        stage: Stage = "last"
+        stage: StageChoice = "last"
 
         def taps(self) -> Taps:
             """Return the stage."""

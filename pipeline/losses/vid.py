@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._functional import pool_to_smaller
-from pipeline.losses._stages import Stages, channels, paired, stage_taps
+from pipeline.losses._stages import StageChoices, channels, pair_stages, stage_taps
 
 
 def vid_loss(mean_BCHW: Tensor, teacher_BCHW: Tensor, variance_C: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class VID(Loss):
     class Config(Loss.Config):
         """``{stages: all, initial_variance: 5.0, eps: 1.0e-5}``."""
 
-        stages: Stages
+        stages: StageChoices
         """Taps of the networks; maps of different size are averaged down to the smaller."""
         initial_variance: PositiveFloat
         eps: PositiveFloat
@@ -50,7 +50,7 @@ class VID(Loss):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.pairs = paired(config.stages, facts)
+        self.pairs = pair_stages(config.stages, facts)
         widths = [(channels(facts.student_shapes, s), channels(facts.teacher_shapes, t)) for s, t in self.pairs]
         self.means = nn.ModuleList(mean_network(student_C, teacher_C) for student_C, teacher_C in widths)
         self.variances = nn.ModuleList(Variance(teacher_C, config) for _, teacher_C in widths)
@@ -60,7 +60,7 @@ class VID(Loss):
         losses = []
         for (of_student, of_teacher), network, variance in zip(self.pairs, self.means, self.variances, strict=True):
             maps = pool_to_smaller(student.features[of_student], teacher.features[of_teacher])
-            losses.append(vid_loss(self.run(network, maps[0]), maps[1], variance()))
+            losses.append(vid_loss(self.autocast_call(network, maps[0]), maps[1], variance()))
         return {"vid": torch.stack(losses).sum()}
 
 

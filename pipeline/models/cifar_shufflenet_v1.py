@@ -35,7 +35,7 @@ class CifarShuffleNetV1(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-class ShuffleUnit(nn.Module):
+class ShuffleUnitV1(nn.Module):
     """Squeeze by groups, shuffle, filter each channel, widen by groups; then joined with the input and activated.
 
     A unit of stride 2 appends the averaged input to its ``channels - channels_in`` own channels, another adds it.
@@ -60,8 +60,8 @@ class ShuffleUnit(nn.Module):
 
 
 def _stage(channels_in: int, channels: int, units: int) -> nn.Sequential:
-    first = ShuffleUnit(channels_in, channels, stride=2)
-    return nn.Sequential(first, *(ShuffleUnit(channels, channels, stride=1) for _ in range(units - 1)))
+    first = ShuffleUnitV1(channels_in, channels, stride=2)
+    return nn.Sequential(first, *(ShuffleUnitV1(channels, channels, stride=1) for _ in range(units - 1)))
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {"cifar_shufflenet_v1": CifarShuffleNetV1}

@@ -35,7 +35,7 @@ class CifarShuffleNetV2(nn.Module):
         return self.fc(self.avgpool(self.last(x)).flatten(1))
 
 
-class ShuffleUnit(InvertedResidual):
+class ShuffleUnitV2(InvertedResidual):
     """Torchvision's unit with its branches' last ReLU moved behind the shuffle.
 
     The half that a unit hands on was activated by the unit before, so the map is the same; but now the whole map exists
@@ -53,8 +53,8 @@ class ShuffleUnit(InvertedResidual):
 
 
 def _stage(channels_in: int, channels: int, units: int) -> nn.Sequential:
-    first = ShuffleUnit(channels_in, channels, stride=2)
-    return nn.Sequential(first, *(ShuffleUnit(channels, channels, stride=1) for _ in range(units - 1)))
+    first = ShuffleUnitV2(channels_in, channels, stride=2)
+    return nn.Sequential(first, *(ShuffleUnitV2(channels, channels, stride=1) for _ in range(units - 1)))
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {"cifar_shufflenet_v2": CifarShuffleNetV2}

@@ -32,7 +32,7 @@ from pipeline.models.cifar_wrn import CifarWideResNet
 from pipeline.models.mobilenet_v1 import MobileNetV1
 
 HEADS = ("fc", "classifier", "head", "heads")
-POOLS = ("avgpool", "global_pool")
+POOL_TYPES = ("avgpool", "global_pool")
 
 Paths = dict[str, str]
 Family = Callable[[nn.Module], Paths]
@@ -52,12 +52,12 @@ def head(model: nn.Module) -> Paths:
     first = len(layers) - 1
     while first and isinstance(layers[first - 1], nn.Dropout):  # what is compared is what was before the noise
         first -= 1
-    pool = _first(model, POOLS)
+    pool = _first(model, POOL_TYPES)
     averages = pool is not None and first == 0 and _is_global_average(model.get_submodule(pool))
     return ({"map": f"{pool}:in"} if averages else {}) | {"embedding": f"{places[first]}:in", "logits": places[-1]}
 
 
-def stage(number: int, output: str, preact: str | None = None, norm: str | None = None) -> Paths:
+def stage_entry(number: int, output: str, preact: str | None = None, norm: str | None = None) -> Paths:
     """Name a stage; without ``preact`` it ends linearly, without ``norm`` in no BatchNorm."""
     found = {f"stage{number}": output, f"stage{number}.preact": preact or output}
     return found | ({f"stage{number}.norm": norm} if norm else {})
@@ -71,7 +71,9 @@ def _ours(preact: str | None, norm: str | None) -> Family:
         for number in range(1, 5):
             if hasattr(model, f"stage{number}"):
                 last = _children(model, f"stage{number}")[-1]
-                found |= stage(number, f"stage{number}", *(place and f"{last}.{place}" for place in (preact, norm)))
+                found |= stage_entry(
+                    number, f"stage{number}", *(place and f"{last}.{place}" for place in (preact, norm))
+                )
         return found | head(model)
 
     return paths
@@ -84,7 +86,7 @@ def _resnet(model: nn.Module) -> Paths:
         if hasattr(model, f"layer{number}"):
             last = _children(model, f"layer{number}")[-1]
             norm = "bn3" if isinstance(model.get_submodule(last), Bottleneck) else "bn2"
-            found |= stage(number, f"layer{number}", f"{last}.relu:in", f"{last}.{norm}")
+            found |= stage_entry(number, f"layer{number}", f"{last}.relu:in", f"{last}.{norm}")
     return found | head(model)
 
 
@@ -92,7 +94,7 @@ def _cifar_wrn(model: nn.Module) -> Paths:
     """Name the activations, which stand at the head of the next stage's first block."""
     found = {"stem": "layer1.0.relu1"}
     for number, block in enumerate(("layer2.0.", "layer3.0.", ""), start=1):
-        found |= stage(number, f"{block}relu1", f"{block}bn1", f"{block}bn1")
+        found |= stage_entry(number, f"{block}relu1", f"{block}bn1", f"{block}bn1")
     return found | head(model)
 
 
@@ -106,10 +108,10 @@ def _mobile(model: nn.Module) -> Paths:
     found = {"stem": blocks[0]}
     for number, start in enumerate(halving[2:], start=1):
         end = blocks[start - 1]
-        found |= stage(number, end, norm=_last_norm(model, end))
+        found |= stage_entry(number, end, norm=_last_norm(model, end))
     last = blocks[-1]
     average = {} if hasattr(model, "avgpool") else {"map": last}  # MobileNetV2 averages without a module
-    return found | stage(4, last, f"{last}.2:in", f"{last}.1") | average | head(model)
+    return found | stage_entry(4, last, f"{last}.2:in", f"{last}.1") | average | head(model)
 
 
 def _vgg(model: nn.Module) -> Paths:
@@ -120,21 +122,21 @@ def _vgg(model: nn.Module) -> Paths:
     for number, pool in enumerate(pools[1:], start=1):
         relu, before = layers[pool - 1], layers[pool - 2]
         normed = isinstance(model.get_submodule(before), nn.BatchNorm2d)
-        found |= stage(number, relu, f"{relu}:in", before if normed else None)
+        found |= stage_entry(number, relu, f"{relu}:in", before if normed else None)
     return found | head(model)
 
 
 def _shufflenet_v2(model: nn.Module) -> Paths:
     """Name the stages; only the last has one tensor before its activation, the others activate each half alone."""
     found = {"stem": "conv1", "stage1": "maxpool", "stage2": "stage2", "stage3": "stage3", "map": "conv5"}
-    return found | stage(4, "conv5", "conv5.2:in", "conv5.1") | head(model)
+    return found | stage_entry(4, "conv5", "conv5.2:in", "conv5.1") | head(model)
 
 
 def _regnet(model: nn.Module) -> Paths:
     found = {"stem": "stem"}
     for number in range(1, 5):
         last = _children(model, f"trunk_output.block{number}")[-1]
-        found |= stage(number, f"trunk_output.block{number}", f"{last}.activation:in", f"{last}.f.c.1")
+        found |= stage_entry(number, f"trunk_output.block{number}", f"{last}.activation:in", f"{last}.f.c.1")
     return found | head(model)
 
 
@@ -142,14 +144,14 @@ def _densenet(model: nn.Module) -> Paths:
     """Name the dense blocks' signed concatenations: the network overwrites its last activation's input in place."""
     found = {"stem": "features.pool0"}
     for number in range(1, 5):
-        found |= stage(number, f"features.denseblock{number}")
+        found |= stage_entry(number, f"features.denseblock{number}")
     return found | head(model)
 
 
 def _convnext(model: nn.Module) -> Paths:
     found = {"stem": "features.0"}
     for number in range(1, 5):
-        found |= stage(number, f"features.{2 * number - 1}")
+        found |= stage_entry(number, f"features.{2 * number - 1}")
     return found | head(model)
 
 
@@ -157,8 +159,8 @@ def _swin(model: nn.Module) -> Paths:
     """Name the stages, channels last; the last one ends after the network's LayerNorm."""
     found = {"stem": "features.0:nhwc"}
     for number in range(1, 4):
-        found |= stage(number, f"features.{2 * number - 1}:nhwc")
-    return found | stage(4, "norm:nhwc") | head(model)
+        found |= stage_entry(number, f"features.{2 * number - 1}:nhwc")
+    return found | stage_entry(4, "norm:nhwc") | head(model)
 
 
 def _vision_transformer(model: nn.Module) -> Paths:
@@ -166,8 +168,8 @@ def _vision_transformer(model: nn.Module) -> Paths:
     layers = _children(model, "encoder.layers")
     found = {"stem": "conv_proj"}
     for number, end in enumerate(quarters(layers)[:-1], start=1):
-        found |= stage(number, f"{end}:tokens")
-    return found | stage(4, "encoder.ln:tokens") | head(model)
+        found |= stage_entry(number, f"{end}:tokens")
+    return found | stage_entry(4, "encoder.ln:tokens") | head(model)
 
 
 def quarters(layers: list[str]) -> list[str]:

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from pipeline.models.foreign_names import foreign_names
 from pipeline.models.from_timm import PREFIX, timms_own
-from pipeline.models.weights_file import ADVICE, mappings
+from pipeline.models.weights_file import WEIGHTS_ADVICE, mappings
 
 COUNTER = "num_batches_tracked"
 """Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it."""
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")
 """Heads of torchvision's GoogLeNet and Inception that only train them; ``create_model`` leaves them out."""
 COUNTED = ("total_ops", "total_params")
 """What thop, which counts operations, leaves in every module."""
 AVERAGED = "ema"
 
 
-class Found(NamedTuple):
+class Candidate(NamedTuple):
     """Tensors in a file that may be a network's, by its names."""
 
     key: str
@@ -41,7 +41,7 @@ class Fitted(NamedTuple):
     """What was chosen or left out; empty where there was no choice."""
 
 
-def fit(content: Any, model: nn.Module, source: str, name: str, key: str | None = None) -> Fitted:
+def fit_state(content: Any, model: nn.Module, source: str, name: str, key: str | None = None) -> Fitted:
     """Return the weights of ``model``, which is left as it is, in what a file holds.
 
     They may lie anywhere in it, all under one prefix, and under the names of well-known code. Where there are several
@@ -51,7 +51,7 @@ def fit(content: Any, model: nn.Module, source: str, name: str, key: str | None 
     wanted = {each: value for each, value in model.state_dict().items() if isinstance(value, Tensor)}
     everything = found = list(_candidates(content, model, wanted))
     if not everything:
-        raise ValueError(f"{source}: expected tensors by name, a state dict; {ADVICE}")
+        raise ValueError(f"{source}: expected tensors by name, a state dict; {WEIGHTS_ADVICE}")
     if key is not None:
         found = [each for each in found if each.key == key or each.key.startswith(f"{key}.")]
     if not found:
@@ -67,7 +67,7 @@ def fit(content: Any, model: nn.Module, source: str, name: str, key: str | None 
     return _chosen(fitting, source, key)
 
 
-def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) -> Iterator[Found]:
+def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) -> Iterator[Candidate]:
     """Yield what may be meant: every mapping with tensors, by every prefix, in our names and in well-known ones."""
     spaces = [{name: name for name in wanted}, foreign_names(model, wanted)]
     for place, mapping in mappings(content):
@@ -77,7 +77,7 @@ def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) ->
                 own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
                 state = {space.get(name, name): value for name, value in own.items() if not _needless(name, wanted)}
                 beside = [name for name in tensors if not name.startswith(prefix)]
-                yield Found(".".join(filter(None, (place, prefix.rstrip(".")))), state, beside)
+                yield Candidate(".".join(filter(None, (place, prefix.rstrip(".")))), state, beside)
 
 
 def _prefixes(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> list[str]:
@@ -94,7 +94,7 @@ def _prefixes(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> list[s
 def _needless(name: str, wanted: Mapping[str, Tensor]) -> bool:
     """Return whether a tensor that the network does not have may be left out."""
     last = name.rpartition(".")[2]
-    return name not in wanted and (name.startswith(AUXILIARY) or last in COUNTED)
+    return name not in wanted and (name.startswith(TRAINING_ONLY) or last in COUNTED)
 
 
 def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
@@ -128,9 +128,9 @@ def _timms_way(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict
     return None if _misfits(dict(found), wanted) else dict(found)
 
 
-def _chosen(fitting: list[Found], source: str, key: str | None) -> Fitted:
+def _chosen(fitting: list[Candidate], source: str, key: str | None) -> Fitted:
     """Return the only weights, the raw ones beside averaged ones, or those that ``key`` says."""
-    several: list[Found] = []
+    several: list[Candidate] = []
     for each in fitting:
         if not any(_same(each.state, other.state) for other in several):
             several.append(each)
@@ -174,14 +174,16 @@ def _refusal(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: 
     return f"{source}: weights of another architecture than {name}: {'; '.join(problems)}"
 
 
-def check_values(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+def check_finite(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
     """Raise ValueError, one line, for what no training leaves: other kinds of number, NaN, variances below 0."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     whole = model.state_dict()
     for name, value in state.items():
         own, place = whole[name], f"{source}: {name}"
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise ValueError(f"{place} is a {value.layout} {value.dtype} tensor without plain numbers; {ADVICE}")
+            raise ValueError(
+                f"{place} is a {value.layout} {value.dtype} tensor without plain numbers; {WEIGHTS_ADVICE}"
+            )
         kinds = (own.is_floating_point(), value.is_floating_point())
         if kinds[0] != kinds[1] or value.is_complex() != own.is_complex():
             raise ValueError(f"{place} holds {value.dtype}, expected {own.dtype}: no weights of a trained network")

@@ -18,13 +18,13 @@ from pipeline.models.cifar_shufflenet_v2 import CifarShuffleNetV2
 from pipeline.models.cifar_vgg import CifarVGG
 from pipeline.models.cifar_wrn import CifarWideResNet
 
-PAIR = ("conv", "bn")
+_PAIR = ("conv", "bn")
 """Of a ``Conv2dNormActivation``: its first module and its second."""
 
 
 def foreign_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return our name by theirs; empty for a network that has one set of names only."""
-    for family, theirs in FAMILIES.items():
+    for family, theirs in NAME_FAMILIES.items():
         if isinstance(model, family):
             return {theirs(name): name for name in names}
     return {}
@@ -64,7 +64,7 @@ def _mobilenet_v2(name: str) -> str:
 
 def _shufflenet(name: str) -> str:
     """Name what both have in common: the stem and the head."""
-    name = re.sub(r"^stem\.(\d)\.", lambda match: f"{PAIR[int(match[1])]}1.", name)
+    name = re.sub(r"^stem\.(\d)\.", lambda match: f"{_PAIR[int(match[1])]}1.", name)
     return name.replace("stage", "layer", 1).replace("fc.", "linear.")
 
 
@@ -72,7 +72,7 @@ def _shufflenet_v1(name: str) -> str:
     layers = {"squeeze": 1, "filter": 2, "widen": 3}
 
     def rename(match: re.Match[str]) -> str:
-        return f".{PAIR[int(match[2])]}{layers[match[1]]}."
+        return f".{_PAIR[int(match[2])]}{layers[match[1]]}."
 
     return re.sub(r"\.(squeeze|filter|widen)\.(\d)\.", rename, _shufflenet(name))
 
@@ -85,10 +85,10 @@ def _shufflenet_v2(name: str) -> str:
         unit, branch, index = match[1], match[2], int(match[3])
         number = 1 + (layers[branch][index] or 0) + (2 if unit == "0" and branch == "branch2" else 0)
         norm = index in ((1, 3) if branch == "branch1" else (1, 4, 6))
-        return f".{unit}.{PAIR[norm]}{number}."
+        return f".{unit}.{_PAIR[norm]}{number}."
 
     name = re.sub(r"\.(\d)\.(branch\d)\.(\d)\.", rename, _shufflenet(name))
-    return re.sub(r"^last\.(\d)\.", lambda match: f"{PAIR[int(match[1])]}2.", name)
+    return re.sub(r"^last\.(\d)\.", lambda match: f"{_PAIR[int(match[1])]}2.", name)
 
 
 def _resnet(name: str) -> str:
@@ -99,7 +99,7 @@ def _densenet(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))(\d\.)", r"\1.\2", name)
 
 
-FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
+NAME_FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
     CifarWideResNet: _wide_resnet,
     CifarVGG: _vgg,
     CifarMobileNetV2: _mobilenet_v2,

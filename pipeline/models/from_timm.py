@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.models.families import Paths, quarters
 
 PREFIX = "timm/"
-POOLS = ("global_pool", "head.global_pool")
+POOL_NAMES = ("global_pool", "head.global_pool")
 
 
 def create_timm_model(name: str, num_classes: int) -> nn.Module:
@@ -125,7 +125,7 @@ def _head(model: nn.Module) -> Paths:
 
 
 def _pool(model: nn.Module) -> str | None:
-    return next((path for path in POOLS if path in dict(model.named_modules())), None)
+    return next((path for path in POOL_NAMES if path in dict(model.named_modules())), None)
 
 
 def _normed(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch.hub import load_state_dict_from_url
 
 from pipeline.models.from_timm import PREFIX, timm_normalization, timm_weights
 
-Triple = tuple[float, float, float]
+_Triple = tuple[float, float, float]
 RESCALING = ("googlenet", "inception_v3")
 """Networks that torchvision lets turn images of ImageNet's mean and std into those of their weights, 0.5 and 0.5."""
 
@@ -19,8 +19,8 @@ RESCALING = ("googlenet", "inception_v3")
 class Published(NamedTuple):
     """Per-channel mean and standard deviation of the images that weights were trained on."""
 
-    mean: Triple
-    std: Triple
+    mean: _Triple
+    std: _Triple
 
 
 def published_weights(name: str, weights: str) -> Mapping[str, Tensor]:
@@ -54,7 +54,7 @@ def published_normalization(name: str, weights: str) -> Published | None:
     return Published(_triple(found.mean), _triple(found.std))
 
 
-def _triple(values: Iterable[float]) -> Triple:
+def _triple(values: Iterable[float]) -> _Triple:
     red, green, blue = map(float, values)
     return red, green, blue
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-VERSIONS = "versions"
+MODULE_VERSIONS = "versions"
 """Key of a file's metadata: JSON, a module's version by its path."""
 
 LENGTH = 8
@@ -50,7 +50,7 @@ def _loads_by_version(module: nn.Module) -> bool:
 def state_metadata(module: nn.Module) -> dict[str, str] | None:
     """Return what a file of the module's state says of it beside the tensors; None where there is nothing to say."""
     versions = module_versions(module)
-    return {VERSIONS: TypeAdapter(dict[str, int]).dump_json(versions).decode()} if versions else None
+    return {MODULE_VERSIONS: TypeAdapter(dict[str, int]).dump_json(versions).decode()} if versions else None
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def read_state(path: Path) -> VersionedState:
     """
     with safe_open(path, framework="pt") as file:
         state = VersionedState((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        told = (file.metadata() or {}).get(VERSIONS)
+        told = (file.metadata() or {}).get(MODULE_VERSIONS)
     versions = TypeAdapter(dict[str, int]).validate_json(told, strict=True) if told else {}
     state._metadata = {path: {"version": version} for path, version in versions.items()}
     return state

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.create import create_model
-from pipeline.models.fitting import Fitted, check_values, fit
+from pipeline.models.file_memo import memoized_by_file
+from pipeline.models.fitting import Fitted, check_finite, fit_state
 from pipeline.models.published import published_weights
-from pipeline.models.remembered import remembered
 from pipeline.models.weights_file import is_file, read_file
 
 
@@ -43,13 +43,15 @@ def weights_sha256(source: str, name: str, num_classes: int, key: str | None = N
     if not is_file(source):
         return _sha256(_fitted(_empty(name, num_classes), source, name, key).state)
     about = [name, num_classes, key]
-    return remembered(Path(source), about, lambda: _sha256(_fitted(_empty(name, num_classes), source, name, key).state))
+    return memoized_by_file(
+        Path(source), about, lambda: _sha256(_fitted(_empty(name, num_classes), source, name, key).state)
+    )
 
 
 def _fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:
     content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source)
-    fitted = fit(content, model, source, name, key)
-    check_values(fitted.state, model, source)
+    fitted = fit_state(content, model, source, name, key)
+    check_finite(fitted.state, model, source)
     return fitted
 
 

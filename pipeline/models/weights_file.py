@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 ENDINGS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar", ".th")
-ADVICE = "save model.state_dict() there"
+WEIGHTS_ADVICE = "save model.state_dict() there"
 
 
 def is_file(source: str) -> bool:
@@ -38,7 +38,7 @@ def read_file(path: Path) -> Any:
     try:
         return _read(path)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        raise ValueError(f"{path}: {_reason(error)}; {ADVICE}") from error
+        raise ValueError(f"{path}: {_reason(error)}; {WEIGHTS_ADVICE}") from error
 
 
 def _read(path: Path) -> Any:

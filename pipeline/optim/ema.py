@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.frozen_model import FrozenModel
 
-class Config(BaseModel):
+
+class Config(FrozenModel):
     """The recipe's ``ema``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     decay: float = Field(gt=0, lt=1)
 

@@ -50,7 +50,9 @@ class FiniteGuard:
         finite = torch.isfinite(torch.stack([value.detach().float() for value in losses.values()]))
         self._note(self.first_step_P[:-1], finite, step)
 
-    def arm(self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int | Tensor) -> None:
+    def skip_step_if_nonfinite(
+        self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int | Tensor
+    ) -> None:
         """Make the fused ``optimizer`` leave weights and momentum alone in ``step`` if its gradients are not finite.
 
         The gradients have been averaged over the ranks, and a non-finite total makes them non-finite (``poisoned``), so
@@ -88,6 +90,6 @@ class FiniteGuard:
             raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
 
 
-def poisoned(total: Tensor) -> Tensor:
+def propagate_nonfinite(total: Tensor) -> Tensor:
     """Return ``total`` with a gradient of NaN where it is not finite itself, so that averaging tells every rank."""
     return total * torch.where(torch.isfinite(total), 1.0, torch.nan).detach()

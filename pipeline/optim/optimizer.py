@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
+from pipeline.frozen_model import FrozenModel
 
-class Config(BaseModel):
+
+class Config(FrozenModel):
     """The recipe's ``optimizer``. The learning rate stands in ``schedule``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["sgd"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -82,7 +82,7 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rounded
 
 
-def keep_learning_rate_on(device: torch.device, optimizer: Any) -> None:
+def move_learning_rate_to(device: torch.device, optimizer: Any) -> None:
     """Keep the rate of all parameter groups in one tensor on the device, where a captured step reads it."""
     rate = torch.zeros((), dtype=torch.float32, device=device)
     for group in optimizer.param_groups:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from pipeline.batch import Progress
+from pipeline.frozen_model import FrozenModel
 
 
-class Schedule(BaseModel):
+class Schedule(FrozenModel):
     """The learning rate over a run: a linear warm-up into steps or a cosine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["step", "cosine", "constant"] = "constant"
     rate: PositiveFloat
@@ -52,10 +51,10 @@ def learning_rate(schedule: Schedule, progress: Progress, epochs: float) -> floa
     return schedule.rate
 
 
-class Ramp(BaseModel):
+class Ramp(FrozenModel):
     """How a loss weight grows, and when it holds, in epochs: ``{linear_epochs: 20}``, ``{from: 0, until: 30}``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     linear_epochs: NonNegativeFloat = 0.0
     """The factor is min(epoch / linear_epochs, 1) with epochs counted from 1, as in DKD's published warm-up."""

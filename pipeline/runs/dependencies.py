@@ -12,16 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe, passed_on
+from pipeline.config.recipe import LoadedRecipe, Recipe, inherited_overrides, load_recipe
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
-from pipeline.distributed.rendezvous import refuse_lone_ranks
-from pipeline.errors import ROOT, RecipeError, Told, Unfinished, display_path
+from pipeline.distributed.rendezvous import check_launcher
+from pipeline.errors import ROOT, AlreadyReported, Interrupted, RecipeError, display_path
 from pipeline.runs.folder import check_folder
-from pipeline.runs.identity import Run, refuse_circle, resolve
+from pipeline.runs.identity import Run, check_no_cycle, resolve
 from shards.manifest import MANIFEST
 
-USER_ERROR = 2
+_USER_ERROR = 2
 """Exit code of a command of this project that has said in one line what is wrong."""
 
 
@@ -31,18 +31,18 @@ def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
     What a finished run stood on is not asked for again. Under several ranks all must be there already: RecipeError
     names the command that makes it.
     """
-    refuse_circles(loaded)
+    check_no_cycles(loaded)
     prepare_shards(loaded, launch)
     run = resolve(loaded, launch)
     _ensure(run, launch)
     return run
 
 
-def refuse_circles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
+def check_no_cycles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
     """Raise RecipeError if a recipe stands on itself, before anything is made."""
-    refuse_circle(loaded, above)
+    check_no_cycle(loaded, above)
     for named in (*loaded.teachers, *([loaded.start] if loaded.start else []), *loaded.compare):
-        refuse_circles(named, (*above, loaded.path))
+        check_no_cycles(named, (*above, loaded.path))
 
 
 def _ensure(run: Run, launch: Launch) -> None:
@@ -57,12 +57,12 @@ def _ensure(run: Run, launch: Launch) -> None:
 def _make(run: Run, above: Recipe, path: str, launch: Launch) -> None:
     """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
     check_folder(run, f"move {run.folder} away")
-    place, *more = passed_on(above, path)
+    place, *more = inherited_overrides(above, path)
     elsewhere = load_recipe(path, more).recipe.data.path != above.data.path
     told = " ".join([run.command, *([shlex.quote(place)] if elsewhere else []), *more])
     _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told, launch)
     if run.result is None:
-        raise Unfinished(f"{told} was stopped before its end; the same command continues")
+        raise Interrupted(f"{told} was stopped before its end; the same command continues")
 
 
 def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True) -> None:
@@ -85,28 +85,30 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True
         raise RecipeError(f"{key}: {told} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
 
 
-def _execute(command: list[str], told: str, launch: Launch) -> None:
-    """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Unfinished.
+def _execute(command: list[str], message: str, launch: Launch) -> None:
+    """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Interrupted.
 
-    Raises Told where it said itself what is wrong, and RecipeError where it ended otherwise.
+    Raises AlreadyReported where it said itself what is wrong, and RecipeError where it ended otherwise.
     """
     if launch.world_size > 1:
-        raise RecipeError(f"this run stands on something that is not there yet and one process must make first: {told}")
-    refuse_lone_ranks()
-    print(f"$ {told}", flush=True)
+        raise RecipeError(
+            f"this run stands on something that is not there yet and one process must make first: {message}"
+        )
+    check_launcher()
+    print(f"$ {message}", flush=True)
     status = _status(command)
-    if signals.given():
-        raise Unfinished(f"{told} was stopped before its end; the same command continues")
-    if status == USER_ERROR:
-        raise Told(told)
+    if signals.stop_requested():
+        raise Interrupted(f"{message} was stopped before its end; the same command continues")
+    if status == _USER_ERROR:
+        raise AlreadyReported(message)
     if status != 0:
-        raise RecipeError(f"this run stands on another that ended with exit code {status}: {told}")
+        raise RecipeError(f"this run stands on another that ended with exit code {status}: {message}")
 
 
 def _status(command: list[str]) -> int:
     """Return a command's exit code; a notice to stop is passed on to it."""
-    signals.listen()
-    with subprocess.Popen(command) as process, signals.passed_on(process.terminate):
+    signals.install()
+    with subprocess.Popen(command) as process, signals.forward_to(process.terminate):
         return process.wait()
 
 

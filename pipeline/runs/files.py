@@ -12,18 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from shards.documents import DamagedFile, read_document
 from shards.manifest import sha256_of, write_atomically
 
-RESULT = "result.json"
+RESULT_FILE = "result.json"
 RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
-VERSIONS = "versions.json"
-JOURNAL = "journal.jsonl"
+VERSIONS_FILE = "versions.json"
+JOURNAL_FILE = "journal.jsonl"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
 STUDENT_FILES = (STUDENT, STUDENT_BEST, STUDENT_EMA)
 PREEMPTED = "preempted"
 """Left by a command that a signal ended, with all that it did saved; gone when the run goes on."""
-ANOTHER = "give folder=ANOTHER"
+NEW_FOLDER_HINT = "give folder=ANOTHER"
 
 Percent = Annotated[float, Field(ge=-1, le=100)]
 """Of the validation images; −1 where a best one is not known."""
@@ -49,28 +49,28 @@ class Result:
     """Of each file of the student's weights; a run of before there were any has none."""
 
 
-class _Facts(BaseModel):
+class _IdentitySection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class _Teacher(_Facts):
+class _TeacherIdentity(_IdentitySection):
     batch: PositiveInt | None = None
     cache: str | None = None
 
 
-class _Data(_Facts):
+class _DataIdentity(_IdentitySection):
     classes: str
     manifest: str
     views: PositiveInt | None = None
 
 
-class Identity(_Facts):
+class Identity(_IdentitySection):
     """What ``identity.json`` says: the recipe, of which only what is read here has a type."""
 
     student: dict[str, Any]
-    teacher: _Teacher | None
+    teacher: _TeacherIdentity | None
     losses: dict[str, Any]
-    data: _Data
+    data: _DataIdentity
 
     def values(self) -> dict[str, Any]:
         """Return all that the file says."""
@@ -79,12 +79,12 @@ class Identity(_Facts):
 
 def read_identity(folder: Path) -> Identity | None:
     """Return the identity of the run in a folder, None where none was begun. Raises DamagedFile."""
-    return _read(folder / IDENTITY, Identity, f"move {folder} away, or {ANOTHER}")
+    return _read(folder / IDENTITY, Identity, f"move {folder} away, or {NEW_FOLDER_HINT}")
 
 
 def read_result(folder: Path) -> Result | None:
     """Return what the finished run in a folder measured, None where it is not finished. Raises DamagedFile."""
-    return _read(folder / RESULT, Result, "delete it, and the run is measured again")
+    return _read(folder / RESULT_FILE, Result, "delete it, and the run is measured again")
 
 
 def student_sha256(folder: Path) -> dict[str, str]:
@@ -103,14 +103,14 @@ def check_student(path: Path) -> None:
     digest = result and result.sha256.get(path.name)
     if digest and digest != sha256_of(path):
         raise DamagedFile(
-            f"{path}: not the weights that this run wrote ({RESULT} has another sha256); give another file, or delete "
-            f"{RESULT} and make the run once more, which writes its last weights again"
+            f"{path}: not the weights that this run wrote ({RESULT_FILE} has another sha256); give another file, or "
+            f"delete {RESULT_FILE} and make the run once more, which writes its last weights again"
         )
 
 
 def read_versions(folder: Path) -> Versions | None:
     """Return the versions that the run was begun with, None where they are not known. Raises DamagedFile."""
-    return _read(folder / VERSIONS, Versions, "delete it, and the versions of today take its place")
+    return _read(folder / VERSIONS_FILE, Versions, "delete it, and the versions of today take its place")
 
 
 def _read(path: Path, schema: Any, advice: str) -> Any:

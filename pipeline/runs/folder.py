@@ -12,29 +12,29 @@ import yaml
 from pipeline.config.recipe import LoadedRecipe, dump_recipe, load_recipe
 from pipeline.errors import RecipeError, display_path
 from pipeline.runs.files import (
-    ANOTHER,
     IDENTITY,
+    NEW_FOLDER_HINT,
     PREEMPTED,
     RECIPE,
-    VERSIONS,
+    VERSIONS_FILE,
     read_identity,
     read_versions,
     write_json,
 )
-from pipeline.runs.identity import Run, differences
-from pipeline.runs.places import LOCK, check_run_place, remove_temporaries
+from pipeline.runs.identity import Run, differing_keys
+from pipeline.runs.ownership import LOCK, check_run_folder, remove_temporaries
 from pipeline.runs.versions import versions
 from shards.manifest import sync_path, write_atomically
 
 
-def check_folder(run: Run, advice: str = ANOTHER) -> None:
+def check_folder(run: Run, advice: str = NEW_FOLDER_HINT) -> None:
     """Raise RecipeError if the run folder cannot be written or is not this run's; ``advice`` says what to do then.
 
     Raises DamagedFile for a file of the run that is not what was written.
     """
-    check_run_place(run.folder, advice)
+    check_run_folder(run.folder, advice)
     saved = read_identity(run.folder)
-    differing = differences(saved.values(), run.identity) if saved else []
+    differing = differing_keys(saved.values(), run.identity) if saved else []
     if "data.classes" in differing:
         raise RecipeError(
             f"data.path: the classes of {run.recipe.data.path} are not those that {run.folder} was trained on; "
@@ -60,8 +60,8 @@ def open_folder(run: Run) -> None:
         write_atomically(run.folder / RECIPE, yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False).encode())
     now, begun = versions(), read_versions(run.folder)
     if begun is None:
-        write_json(run.folder / VERSIONS, now)
-    elif changed := differences(begun, now):
+        write_json(run.folder / VERSIONS_FILE, now)
+    elif changed := differing_keys(begun, now):
         print(f"warning: {run.folder} was begun with another {', '.join(changed)}; its numbers may differ")
 
 

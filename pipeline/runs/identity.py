@@ -55,10 +55,10 @@ class Run:
     def result(self) -> Result | None:
         """What the finished run of this identity measured; None if it is not there or not finished."""
         result = read_result(self.folder) if (self.folder / IDENTITY).exists() else None
-        return result if result and result.identity == self.digest else None
+        return result if result and result.identity == self.fingerprint else None
 
     @property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """The identity's sha256."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
@@ -71,7 +71,7 @@ class Run:
     def needed(self) -> dict[str, Run]:
         """The runs that must be finished before it, by the path it names them by: all but a cached teacher's."""
         teacher, start = self.recipe.teacher, self.recipe.student.start
-        live = teacher is not None and teacher.is_asked
+        live = teacher is not None and teacher.uses_live_model
         named = dict(zip(teacher.recipes, self.teachers, strict=True)) if teacher and live else {}
         named |= {start.recipe: self.start} if start and start.recipe and self.start else {}
         return named | dict(zip(self.recipe.compare, self.compare, strict=True))
@@ -98,7 +98,7 @@ def _resolve(
 
     ``above`` are the files that led to it. Raises RecipeError if a run stands on itself: its identity has no end.
     """
-    refuse_circle(loaded, above)
+    check_no_cycle(loaded, above)
     if id(loaded) in known:
         return known[id(loaded)]
 
@@ -110,14 +110,14 @@ def _resolve(
     with error_context(display_path(loaded.path)):
         sources = [run.recipe for run in teachers]
         recipe = _completed(with_normalization(loaded.recipe, sources), folder, launch)
-        own = identity(recipe, folder, manifest, teachers, start and start.digest)
+        own = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
     run = known[id(loaded)] = Run(
         recipe, loaded.path, folder, manifest, own, teachers, start, lambda: tuple(map(named, loaded.compare))
     )
     return run
 
 
-def refuse_circle(loaded: LoadedRecipe, above: tuple[Path, ...]) -> None:
+def check_no_cycle(loaded: LoadedRecipe, above: tuple[Path, ...]) -> None:
     """Raise RecipeError if the recipe is one of those that led to it."""
     if loaded.path in above:
         raise RecipeError(
@@ -175,7 +175,7 @@ def identity(
     teacher = tree["teacher"] or {}
     networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
     for section, below in zip(networks, teachers, strict=True):
-        section["recipe"] = below.digest
+        section["recipe"] = below.fingerprint
     name_by_content(tree, recipe, [below.recipe for below in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
@@ -193,9 +193,11 @@ def _without_unused(tree: Any) -> Any:
     return [_without_unused(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def differences(a: Any, b: Any, at: str = "") -> list[str]:
+def differing_keys(a: Any, b: Any, at: str = "") -> list[str]:
     """Return the dotted keys at which two identities differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(a.keys() | b.keys())
-        return [key for name in keys for key in differences(a.get(name), b.get(name), f"{at}.{name}" if at else name)]
+        return [
+            key for name in keys for key in differing_keys(a.get(name), b.get(name), f"{at}.{name}" if at else name)
+        ]
     return [] if a == b else [at]

@@ -13,7 +13,7 @@ from pipeline.models.published import published_normalization
 from pipeline.models.weights import weights_sha256
 from pipeline.models.weights_file import is_file
 from pipeline.runs.files import RECIPE, read_identity
-from pipeline.teachers.config import Config, Network
+from pipeline.teachers.config import Config, TeacherNetwork
 
 CONTENT = "sha256:"
 """Before the digest of a file's tensors, where an identity names weights."""
@@ -32,7 +32,7 @@ def with_normalization(recipe: Recipe, sources: Sequence[Recipe]) -> Recipe:
     return recipe.model_copy(update={"teacher": config.model_copy(update=update)})
 
 
-def _normalized(network: Network, origin: Recipe) -> Network:
+def _normalized(network: TeacherNetwork, origin: Recipe) -> TeacherNetwork:
     model = network.model or origin.student.model
     if not network.weights or is_file(network.weights):
         return network
@@ -42,7 +42,7 @@ def _normalized(network: Network, origin: Recipe) -> Network:
     return network.model_copy(update={key: getattr(network, key) or getattr(expected, key) for key in ("mean", "std")})
 
 
-def _networks(config: Config, sources: Sequence[Recipe]) -> Iterator[tuple[Network, Recipe | None]]:
+def _networks(config: Config, sources: Sequence[Recipe]) -> Iterator[tuple[TeacherNetwork, Recipe | None]]:
     """Yield each of the teacher's networks with the recipe whose student it is."""
     following = iter(sources)
     for network in config.members or (config,):
@@ -58,10 +58,10 @@ def name_by_content(
     began when files were known by their paths is still compared by them.
     """
     begun = read_identity(folder)
-    kept = _places(begun.values()) if begun else {}
+    kept = _weights_keys(begun.values()) if begun else {}
     networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
     models = [network.model or (source and source.student.model) for network, source in networks]
-    for (place, section), model in zip(_places(tree).items(), [recipe.student.model, *models], strict=True):
+    for (place, section), model in zip(_weights_keys(tree).items(), [recipe.student.model, *models], strict=True):
         weights, known = section.get("weights"), kept.get(place, {}).get("weights")
         if not (weights and model and is_file(weights)) or (known and not known.startswith(CONTENT)):
             continue
@@ -69,11 +69,11 @@ def name_by_content(
             with error_context(place):
                 found = weights_sha256(weights, model, classes, section["weights_key"])
             section |= {"weights": CONTENT + found, "weights_key": None}  # the digest says what the key chose
-        elif known and weights == _places(read_yaml(folder / RECIPE) or {}).get(place, {}).get("weights"):
+        elif known and weights == _weights_keys(read_yaml(folder / RECIPE) or {}).get(place, {}).get("weights"):
             section |= {"weights": known, "weights_key": None}
 
 
-def _places(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _weights_keys(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the sections of a recipe that may name weights, by the keys at which they do: start, then teachers."""
     teacher = tree.get("teacher") or {}
     found = {"student.start.weights": (tree.get("student") or {}).get("start") or {}}
@@ -84,5 +84,5 @@ def _places(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def known_by_path(identity: dict[str, Any]) -> list[str]:
     """Return the files of weights that an identity names by their paths."""
-    named = [section.get("weights") for section in _places(identity).values()]
+    named = [section.get("weights") for section in _weights_keys(identity).values()]
     return [weights for weights in named if weights and not weights.startswith(CONTENT) and is_file(weights)]

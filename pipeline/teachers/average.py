@@ -39,6 +39,6 @@ class EMATeacher(Teacher):
     def update(self) -> None:
         """Follow the student by one step; every rank calls it."""
         self.ema.update()
-        with collectives.averaged_buffers(self.ema.network):
+        with collectives.average_buffers(self.ema.network):
             for own, students in zip(self.taps.model.buffers(), self.ema.network.buffers(), strict=True):
                 own.copy_(students)

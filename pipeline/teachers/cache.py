@@ -20,11 +20,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import Field, PositiveInt, StringConstraints
 
 from pipeline.features import pca
 from pipeline.features.names import canonical, deep_stages
 from pipeline.features.pca import Encoder
+from pipeline.frozen_model import FrozenModel
 from shards.documents import read_document
 from shards.manifest import write_atomically
 
@@ -34,7 +35,7 @@ DTYPE = np.dtype("<f2")
 DIGEST = 32
 """Bytes of a block's sha256."""
 
-MEND = (
+MEND_HINT = (
     "copy the cache again, or mend it: cache_teacher.py --verify RECIPE marks what is damaged, "
     "and the same command without --verify writes that again"
 )
@@ -45,11 +46,7 @@ Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Shape = tuple[PositiveInt, ...]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Encoded(_Part):
+class Encoding(FrozenModel):
     """How a kind is stored that is not stored as it is."""
 
     rank: PositiveInt
@@ -60,20 +57,20 @@ class Encoded(_Part):
     """Share of the variance that they lose, of images that the encoder was not fitted on."""
 
 
-class Norm(_Part):
+class StoredNorm(FrozenModel):
     """The BatchNorm that ends a ``.preact``, as it was before folding: a number a channel."""
 
     weight: tuple[float, ...]
     bias: tuple[float, ...]
 
 
-class Kind(_Part):
+class CacheEntry(FrozenModel):
     """One kind of answer."""
 
     shape: Shape
     """Of an answer, without the batch."""
-    encoded: Encoded | None = None
-    norm: Norm | None = None
+    encoded: Encoding | None = None
+    norm: StoredNorm | None = None
 
     @property
     def stored(self) -> Shape:
@@ -86,7 +83,7 @@ class Kind(_Part):
         return DTYPE.itemsize * int(np.prod(self.stored))
 
 
-class Binding(_Part):
+class Provenance(FrozenModel):
     """What the answers follow from, besides id, view and batch; what differs here is another cache."""
 
     teacher: dict[str, Any]
@@ -95,7 +92,7 @@ class Binding(_Part):
     """Sha256 of their manifest."""
 
 
-class Header(_Part):
+class Header(FrozenModel):
     """What ``cache.json`` says."""
 
     version: Literal[1] = 1
@@ -107,8 +104,8 @@ class Header(_Part):
     """Rows that are written, checked and marked as done together."""
     stages: tuple[str, ...]
     """Names of the teacher's stages, for what a recipe may call them."""
-    kinds: Annotated[dict[Name, Kind], Field(min_length=1)]
-    binding: Binding
+    kinds: Annotated[dict[Name, CacheEntry], Field(min_length=1)]
+    binding: Provenance
 
     @property
     def blocks(self) -> int:
@@ -182,12 +179,12 @@ class Cache:
         """Read some blocks and yield those that are written and not as they were. Raises what ``rows`` does."""
         rows, digests, written = self.rows(view, kind), self.digests(view, kind), self.written(view, kind)
         for block in blocks:
-            ids, found = self.header.ids(block), seal(view, kind, block)
+            ids, found = self.header.ids(block), block_hasher(view, kind, block)
             found.update(np.ascontiguousarray(rows[ids.start : ids.stop]).data)
             if written[block] and found.digest() != digests[block].tobytes():
                 yield block
 
-    def lacking(self, taps: Iterable[str]) -> dict[str, str]:
+    def missing(self, taps: Iterable[str]) -> dict[str, str]:
         """Return those of the taps whose kind of answer is not here, and that kind."""
         return {tap: kind for tap, kind in self.kinds(taps).items() if kind not in self.header.kinds}
 
@@ -218,8 +215,8 @@ class Cache:
         if encoded is None:
             return None
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != encoded.sha256:
-            raise ValueError(f"{path} is not the encoder that {HEADER} names; {MEND}")
-        return pca.load(path)
+            raise ValueError(f"{path} is not the encoder that {HEADER} names; {MEND_HINT}")
+        return pca.load_encoder(path)
 
 
 def open_cache(folder: Path) -> Cache | None:
@@ -232,7 +229,7 @@ def encoder_path(folder: Path, kind: str) -> Path:
     return folder / f"{kind}.encoder.safetensors"
 
 
-def seal(view: int, kind: str, block: int) -> hashlib._Hash:
+def block_hasher(view: int, kind: str, block: int) -> hashlib._Hash:
     """Return the hash that a block's bytes are to be added to: it knows where they belong."""
     return hashlib.sha256(f"{view} {kind} {block}\n".encode())
 
@@ -252,13 +249,13 @@ def _read_header(path: Path) -> Header:
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {MEND}")
+        raise FileNotFoundError(f"{path} is missing; {MEND_HINT}")
     try:
         # Not np.load, which opens archives and pickles as well.
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header makes the parser raise nearly anything
         told = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read ({told}); {MEND}") from None
+        raise ValueError(f"{path} cannot be read ({told}); {MEND_HINT}") from None
     if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; {MEND}")
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; {MEND_HINT}")
     return array

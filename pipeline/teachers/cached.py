@@ -36,12 +36,12 @@ class CachedTeacher(nn.Module):
         live: Teacher | TeacherEnsemble | None = None,
     ) -> None:
         super().__init__()
-        held = cache.header.kinds
+        cached = cache.header.kinds
         self.cache = cache
         self.live = live
-        self.held = {tap: kind for tap, kind in taps.items() if kind in held}
+        self.held = {tap: kind for tap, kind in taps.items() if kind in cached}
         self.asked = [tap for tap in taps if tap not in self.held]
-        self.kinds = sorted({*self.held.values()} | {LOGITS} & held.keys())
+        self.kinds = sorted({*self.held.values()} | {LOGITS} & cached.keys())
         self.encoders = cache.encoders(device)
         allow_open_files(views * len(self.kinds))
         # Here and not where they are first read: Python 3.11 fails at times where threads parse headers side by side.

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from pipeline.frozen_model import FrozenModel
 from pipeline.optim.ema import Config as Averaging
 
-Triple = tuple[float, float, float]
+_Triple = tuple[float, float, float]
 
 
-class Network(BaseModel):
+class TeacherNetwork(FrozenModel):
     """A frozen network: which it is, with which weights, and how it computes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
     """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
@@ -36,9 +35,9 @@ class Network(BaseModel):
     """Whether BatchNorm is folded into the convolution before it."""
     compile: bool = False
     """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
-    mean: Triple | None = None
+    mean: _Triple | None = None
     """What the teacher's training images were normalised with; default: what published weights say, or the recipe's."""
-    std: Triple | None = None
+    std: _Triple | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -59,10 +58,10 @@ class Network(BaseModel):
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
 
 
-class Config(Network):
+class Config(TeacherNetwork):
     """The recipe's ``teacher``: a network; or several, ``members``; or the ``average`` of the student's own weights."""
 
-    members: tuple[Network, ...] | None = Field(default=None, min_length=1)
+    members: tuple[TeacherNetwork, ...] | None = Field(default=None, min_length=1)
     """Networks whose softened answers are mixed; features are those of the first."""
     combine: Literal["mean", "entropy", "confidence"] | None = None
     """How the members are weighed, as ``member_weights`` says."""
@@ -79,20 +78,20 @@ class Config(Network):
     """With ``live`` the network is asked for what the cache does not hold, instead of ending the command."""
     accept: tuple[str, ...] = ()
     """Keys, as the error names them, in which the cache may differ from what this run would ask."""
-    encode: dict[str, PositiveInt] = {}
+    encode: dict[str, PositiveInt] = Field(default={})
     """Principal components that ``cache_teacher.py`` keeps of a stage's channels, where it writes the cache."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         kind = next((key for key in _BESIDE if getattr(self, key) is not None), None)
         given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
-        allowed = {kind, *_BESIDE[kind]} if kind else {*Network.model_fields, "batch", "expect_top1", *_CACHE}
+        allowed = {kind, *_BESIDE[kind]} if kind else {*TeacherNetwork.model_fields, "batch", "expect_top1", *_CACHE}
         if stray := sorted(given - allowed):
             raise ValueError(f"{', '.join(stray)} cannot stand beside {kind or 'a single network, without members'}")
         if self.cache is None and (self.fallback or self.accept):
             raise ValueError("fallback and accept say something of a cache; name its folder, cache")
         if kind is None:
-            if self.cache is None or self.is_asked or self.model or self.recipe:
+            if self.cache is None or self.uses_live_model or self.model or self.recipe:
                 self.check_source()
         elif kind == "members" and (self.combine is None or self.temperature is None):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")
@@ -101,12 +100,12 @@ class Config(Network):
         return self
 
     @property
-    def is_asked(self) -> bool:
+    def uses_live_model(self) -> bool:
         """Whether training may ask the network itself."""
         return self.cache is None or self.fallback is not None
 
     @property
-    def is_named(self) -> bool:
+    def has_model(self) -> bool:
         """Whether there is a network, and not a cache alone."""
         return self.cache is None or bool(self.model or self.recipe or self.members)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import FeatureTaps
-from pipeline.precision import promoted
+from pipeline.precision import promote_to_float32
 from pipeline.teachers.frozen import Teacher
 
 
@@ -41,7 +41,7 @@ class TeacherEnsemble(nn.Module):
         """Return the mixture in at least float32, and the first member's features."""
         first, *others = (member(batch) for member in self.members)
         self.member_logits = [answer.logits_BK for answer in (first, *others)]
-        logits_MBK = torch.stack([promoted(answer).logits_BK for answer in (first, *others)])
+        logits_MBK = torch.stack([promote_to_float32(answer).logits_BK for answer in (first, *others)])
         weights_MB = member_weights(logits_MBK, batch.labels_B, self.combine)
         log_p_MBK = (logits_MBK / self.temperature).log_softmax(2) + weights_MB.log().unsqueeze(2)
         return Outputs(self.temperature * log_p_MBK.logsumexp(0), first.features)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models.folding import fold_batchnorms
-from pipeline.teachers.config import Triple
+from pipeline.teachers.config import _Triple
 
 TOLERANCE = 1e-3
 """Largest change of a tap by folding, relative to its largest value. Rounding changes 1e-6, a wrong fold about 1."""
@@ -23,8 +23,8 @@ TOLERANCE = 1e-3
 class Normalization(NamedTuple):
     """Per-channel mean and standard deviation that images in [0, 1] were brought to zero and one with."""
 
-    mean: Triple
-    std: Triple
+    mean: _Triple
+    std: _Triple
 
 
 class Teacher(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pipeline.distributed import collectives
-from pipeline.teachers.cache import MEND, Cache
+from pipeline.teachers.cache import MEND_HINT, Cache
 
 SAMPLED = 2**29
 """Bytes that all ranks together read and hash, about a second; but each at least a block."""
@@ -40,7 +40,7 @@ def _check(cache: Cache, blocks: Iterator[tuple[int, str, int]]) -> None:
         if list(cache.damaged(view, kind, [block])):
             ids = cache.header.ids(block)
             told = f"rows {ids.start} to {ids.stop - 1} are not what was written"
-            raise ValueError(f"{cache.path(view, kind)}: {told}; {MEND}")
+            raise ValueError(f"{cache.path(view, kind)}: {told}; {MEND_HINT}")
 
 
 def _at_random(files: Sequence[tuple[int, str]], blocks: int) -> Iterator[tuple[int, str, int]]:

@@ -31,7 +31,7 @@ parameters would be one of torch's 25 MB, sent when all is computed, and are two
 million are 20, each still long enough for a network to be busy with its bytes, not its latency."""
 
 
-FOREIGN = {
+FOREIGN_VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism of several dimensions",
@@ -57,7 +57,7 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
     if folder:
         _check_trackers(recipe.journal.trackers)
     plugin = zero.create_plugin(recipe, launch) if launch.use_deepspeed else None
-    rendezvous.meet(launch)
+    rendezvous.init_process_group(launch)
     accelerator = Accelerator(
         # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
         cpu=cpu and plugin is None,
@@ -90,7 +90,7 @@ def _check_environment(launch: Launch) -> None:
 
     What is the recipe's to say, as the precision and what torch compiles, is not followed.
     """
-    for name, what in FOREIGN.items():
+    for name, what in FOREIGN_VARIABLES.items():
         if is_set(name):
             raise RecipeError(
                 f"{name} asks for {what}, which is not done here; unset it, or take it out of Accelerate's "

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.batch import Progress
-from pipeline.config.recipe import Checkpoints as Config
+from pipeline.config.recipe import CheckpointConfig as Config
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, one_line
@@ -170,7 +170,7 @@ class Checkpoints:
         """Write weights, optimizer and scaler: the main process all, under ZeRO every rank its part."""
         if self.format != DDP:
             with saving(folder / zero.TAG, self.bytes):
-                zero.save(self.accelerator, folder)
+                zero.save_engine(self.accelerator, folder)
         elif self.accelerator.is_main_process:
             save_tensors(folder / "distiller.safetensors", self.distiller.state_dict(), self.distiller)
             save_pickled(folder / "optimizer.pt", optimizer_state(self.optimizer))
@@ -208,7 +208,7 @@ class Checkpoints:
     def _restore(self, folder: Path, world_size: int) -> None:
         """Load all that a checkpoint of so many ranks holds, but its ``state.json``."""
         if self.format != DDP:
-            zero.load(self.accelerator, folder)
+            zero.load_engine(self.accelerator, folder)
         else:
             load_state(self.distiller, read_state(folder / "distiller.safetensors"))
             self.optimizer.load_state_dict(load_pickled(folder / "optimizer.pt"))

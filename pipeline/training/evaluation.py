@@ -52,11 +52,11 @@ def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accele
 
     BatchNorm statistics are the ranks' mean; the student's mode and its own statistics are afterwards what they were.
     """
-    with evaluating(student), collectives.averaged_buffers(student), zero.autocast(accelerator):
+    with evaluating(student), collectives.average_buffers(student), zero.deepspeed_autocast(accelerator):
         return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
 
 
-def check_teacher(config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
+def check_teacher_accuracy(config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
     """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
 
     A cached one, which knows no validation image, was measured before its answers were written.

@@ -27,18 +27,18 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress
 from pipeline.distiller import Distiller
 from pipeline.errors import RecipeError, display_path, one_line
-from pipeline.optim.optimizer import keep_learning_rate_on
+from pipeline.optim.optimizer import move_learning_rate_to
 from pipeline.optim.schedule import WatchedProgress
-from pipeline.training.step import Done, Step
+from pipeline.training.step import Step, StepOutput
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 EAGER_STEPS = 3
 """Steps of a command that run kernel by kernel first: libraries choose and allocate in them what a capture may not."""
-ADVICE = "or give graph=false"
+_ADVICE = "or give graph=false"
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, accelerate))
 
 
-def graphed(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -> Step | GraphedStep:
+def maybe_graph(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -> Step | GraphedStep:
     """Return the step as a CUDA graph where that is wanted and possible; on a GPU, say which it is.
 
     Raises RecipeError where ``wanted`` is true and it is not possible.
@@ -81,9 +81,9 @@ class GraphedStep:
         self.calls = self.captured_at = self.in_a_row = 0
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         # The optimizer's state has been restored by now: that replaces the groups and their rate.
-        keep_learning_rate_on(device, step.optimizer)
+        move_learning_rate_to(device, step.optimizer)
 
-    def __call__(self, batch: Batch, progress: Progress) -> Done:
+    def __call__(self, batch: Batch, progress: Progress) -> StepOutput:
         """Learn from the batch of the step that begins at ``progress``.
 
         Raises RecipeError where the step cannot be captured.
@@ -97,7 +97,7 @@ class GraphedStep:
         torch._foreach_copy_(self.inputs, _tensors(batch))  # pyright: ignore[reportPrivateImportUsage]
         self.number.fill_(progress.step + 1)
         self.graph.replay()
-        self.step.timer.mark("graph")
+        self.step.timer.lap("graph")
         return self.done
 
     def _capture(self, batch: Batch, progress: Progress, changed: list[str]) -> None:
@@ -126,7 +126,7 @@ class Graph:
         self.stream = torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, function: Callable[[], T]) -> T:
+    def run(self, function: Callable[[], _T]) -> _T:
         """Return ``function()``, run on the stream, in order with what comes before and after it."""
         outside = torch.cuda.current_stream()
         self.stream.wait_stream(outside)
@@ -135,7 +135,7 @@ class Graph:
         outside.wait_stream(self.stream)
         return result
 
-    def capture(self, function: Callable[[], T]) -> T:
+    def capture(self, function: Callable[[], _T]) -> _T:
         """Return what ``function`` returns, and keep what it launches; nothing is computed yet."""
         if self.graph is not None:
             self.graph.reset()  # or the memory of both would be taken at once
@@ -159,7 +159,7 @@ def _no_host_draws() -> Iterator[None]:
         if state != before[name]:
             raise RecipeError(
                 f"graph: the step draws from {name}, and a graph would repeat what it drew; draw by torch on the "
-                f"device of the images, {ADVICE}"
+                f"device of the images, {_ADVICE}"
             )
 
 
@@ -186,7 +186,7 @@ def _explained(distiller: Distiller) -> Iterator[None]:
             first = first.__context__
         raise RecipeError(
             f"graph: the step cannot be captured, {_where(first, distiller)}: {one_line(first, 200)}; a captured step "
-            f"may not wait for the GPU, as .item() and masks do; change that line, {ADVICE}"
+            f"may not wait for the GPU, as .item() and masks do; change that line, {_ADVICE}"
         ) from error
 
 

@@ -23,16 +23,16 @@ from tqdm import tqdm
 from pipeline.batch import Progress
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
-from pipeline.runs.files import JOURNAL
+from pipeline.runs.files import JOURNAL_FILE
 from pipeline.training.flops import peak_flops
-from pipeline.training.step import Done
+from pipeline.training.step import StepOutput
 from pipeline.training.timer import StepTimer
 from shards.documents import DamagedFile, parse_document
 
-Item = TypeVar("Item")
+ItemT = TypeVar("ItemT")
 
 
-class Journal:
+class TrainingJournal:
     """Keeps the loss parts of a step on the device and writes every ``every_steps``-th; the host waits only then."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Journal:
         track: Callable[[dict[str, float], int], None],
         flops: float | None = None,
     ) -> None:
-        self.path = folder / JOURNAL
+        self.path = folder / JOURNAL_FILE
         self.every_steps = recipe.journal.every_steps
         self.batch = recipe.batch
         self.total_steps = total_steps
@@ -65,7 +65,7 @@ class Journal:
         """Images trained on by this process and the time that took, evaluations left out."""
 
     @contextmanager
-    def writing(self, progress: Progress, length: int) -> Iterator[None]:
+    def open(self, progress: Progress, length: int) -> Iterator[None]:
         """Open the journal, cut at ``length`` bytes, where the resumed checkpoint left it, and start the clock.
 
         Raises DamagedFile, on every rank, if the lines up to there are not those of a run.
@@ -102,14 +102,14 @@ class Journal:
                 "from the last checkpoint"
             ) from error
 
-    def waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
+    def timed(self, stream: Iterator[ItemT]) -> Iterator[ItemT]:
         """Yield what ``stream`` yields, and count the time it was waited for as ``data``."""
         for item in stream:
-            self.timer.mark("data")
+            self.timer.lap("data")
             yield item
-            self.timer.mark("rest")
+            self.timer.lap("rest")
 
-    def observe(self, done: Done) -> None:
+    def accumulate(self, done: StepOutput) -> None:
         """Keep the loss parts of a micro-batch for its step."""
         self.names = [*done.names, "gradient_norm"]
         self.micro_batches.append(done.parts_P)
@@ -144,7 +144,7 @@ class Journal:
         yield
         self._restart_clock(progress.step)
 
-    def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
+    def log_evaluation(self, progress: Progress, values: dict[str, float]) -> None:
         """Write down an evaluation."""
         self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
         if self.main:
@@ -174,7 +174,7 @@ class Journal:
 
         ``milliseconds`` are those of a step, by what took them; with a GPU as it saw them.
         """
-        self.timer.mark("rest")
+        self.timer.lap("rest")
         by_name, steps = self.timer.read(), step - self.since_step
         by_name["rest"] = by_name.pop("rest")  # the last, though the clock was started within it
         seconds, images = time.perf_counter() - self.since, steps * self.batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from pipeline.runs.files import RESULT, Result, student_sha256, write_json
+from pipeline.runs.files import RESULT_FILE, Result, student_sha256, write_json
 from pipeline.runs.identity import Run
 from pipeline.training.checkpoint import Best
 from pipeline.training.evaluation import Accuracy
@@ -20,7 +20,7 @@ def write_result(
 ) -> None:
     """Write what the finished run measured: accuracies in percent, parameters, training images per second."""
     result = Result(
-        identity=run.digest,
+        identity=run.fingerprint,
         model=run.recipe.student.model,
         parameters=parameters,
         top1=last.top1 if last else None,
@@ -32,7 +32,7 @@ def write_result(
         images_per_second=round(images_per_second, 1),
         sha256=student_sha256(run.folder),
     )
-    write_json(run.folder / RESULT, asdict(result))
+    write_json(run.folder / RESULT_FILE, asdict(result))
 
 
 def print_table(run: Run) -> None:

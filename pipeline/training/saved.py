@@ -7,25 +7,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.batch import Progress
+from pipeline.frozen_model import FrozenModel
 from pipeline.training.files import file_digests
 from shards.documents import DamagedFile, read_document
 
 STATE = "state.json"
 
 
-class SavedState(BaseModel):
+class SavedState(FrozenModel):
     """What the file holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     progress: Progress
     journal_bytes: NonNegativeInt
     format: str
     world_size: PositiveInt
-    sha256: dict[str, str] = {}
+    sha256: dict[str, str] = Field(default={})
     """Of every other file of the checkpoint, by its path from there. Earlier code wrote none."""
     state_sha256: str | None = None
     """Of all the values above."""

@@ -25,7 +25,7 @@ from pipeline.teachers.cached import AnyTeacher, half_answers
 from pipeline.training.timer import StepTimer
 
 
-class Done(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step leaves on the device for the journal."""
 
     names: tuple[str, ...]
@@ -61,7 +61,7 @@ class Step:
         self.guard = guard
         self.timer = timer
 
-    def __call__(self, batch: Batch, progress: Progress, number: Tensor | None = None) -> Done:
+    def __call__(self, batch: Batch, progress: Progress, number: Tensor | None = None) -> StepOutput:
         """Learn from a micro-batch of the step that begins at ``progress``.
 
         ``number`` is that step's, counted from 1, where it has to be on the device.
@@ -72,12 +72,12 @@ class Step:
             self.guard.watch(losses, current)
             parts_P = torch.stack([value.detach() for value in losses.values()])
             norm = self._update(current)
-            self.timer.mark("optimizer")
+            self.timer.lap("optimizer")
         if norm is not None:
             self.unwrapped.commit()  # the losses' banks take in the global batch
             for average in self.averages:
                 average.update()
-        return Done(tuple(losses), parts_P, norm)
+        return StepOutput(tuple(losses), parts_P, norm)
 
     def _forward_backward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of the loss of a micro-batch, with ``total``, whose gradients are added up."""
@@ -99,7 +99,7 @@ class Step:
         norm = None
         if self.accelerator.sync_gradients:
             norm = clip_gradients(self.accelerator, self.distiller, self.clip)
-            self.guard.arm(self.optimizer, norm, number)
+            self.guard.skip_step_if_nonfinite(self.optimizer, norm, number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

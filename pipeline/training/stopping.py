@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 
 from pipeline.batch import Progress
-from pipeline.config.recipe import Stop
+from pipeline.config.recipe import StopConfig
 from pipeline.distributed import collectives, signals
 
 SIGNAL = "a signal to stop"
 
 
-class Stopping:
+class StopCondition:
     """Whether to end this command before the run is over: ``stop:``, or a signal that a scheduler sent to any rank."""
 
-    def __init__(self, stop: Stop, poll_steps: int) -> None:
+    def __init__(self, stop: StopConfig, poll_steps: int) -> None:
         self.stop = stop
         self.poll_steps = poll_steps
         self.began = time.monotonic()
-        signals.listen()
+        signals.install()
 
-    def due(self, progress: Progress, *, beginning: bool = False) -> str | None:
+    def reason(self, progress: Progress, *, beginning: bool = False) -> str | None:
         """Return why to stop at this step, the same on every rank; None to go on.
 
         The ranks ask one another every ``poll_steps``, and at the ``beginning``, which took long enough for a signal.
@@ -31,7 +31,7 @@ class Stopping:
             return f"stop.steps={self.stop.steps}"
         if not (beginning or progress.step % self.poll_steps == 0 or collectives.world_size() == 1):
             return None
-        if collectives.any_rank(signals.given()):
+        if collectives.any_rank(signals.stop_requested()):
             return SIGNAL
         minutes = self.stop.minutes
         if minutes is not None and collectives.any_rank(time.monotonic() - self.began >= 60 * minutes):

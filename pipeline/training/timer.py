@@ -36,9 +36,9 @@ class StepTimer:
     def __call__(self, name: str) -> Iterator[None]:
         """Mark what runs inside the context as ``name``."""
         yield
-        self.mark(name)
+        self.lap(name)
 
-    def mark(self, name: str) -> None:
+    def lap(self, name: str) -> None:
         """Say that what has run since the last mark was ``name``."""
         if not self._paused:
             self._marks.append((name, self._now()))
@@ -60,9 +60,9 @@ class StepTimer:
         for them in a callback at the end of backward, which it queues on the way; one queued earlier runs earlier.
         """
         if self._by_ddp:
-            total.register_hook(lambda _: Variable._execution_engine.queue_callback(lambda: self.mark("backward")))
+            total.register_hook(lambda _: Variable._execution_engine.queue_callback(lambda: self.lap("backward")))
         yield
-        self.mark("communication" if self._by_ddp else "backward")
+        self.lap("communication" if self._by_ddp else "backward")
 
     def read(self) -> dict[str, float]:
         """Return the seconds by name since the clock was started or last read, in the order of their first marks."""

@@ -19,11 +19,11 @@ def begin_trackers(accelerator: Accelerator, project: str, options: dict[str, di
     for name in list(accelerator.log_with):
         accelerator.log_with, accelerator.trackers = [name], []
         if _attempt(str(name), lambda: accelerator.init_trackers(project, init_kwargs=options)):
-            begun += map(_Forgiven, accelerator.trackers)
+            begun += map(_TolerantTracker, accelerator.trackers)
     accelerator.trackers = begun
 
 
-class _Forgiven:
+class _TolerantTracker:
     """A tracker of Accelerate that is asked no more once it has failed."""
 
     def __init__(self, tracker: Any) -> None:

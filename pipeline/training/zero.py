@@ -29,7 +29,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.errors import ROOT, RecipeError, display_path
 from shards.documents import read_document
 
-FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+_SETTINGS_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 DDP = "ddp"
 TAG = "zero"
@@ -76,7 +76,7 @@ def settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
     return {**given, **own, "zero_force_ds_cpu_optimizer": False}
 
 
-def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+def deepspeed_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """Return the recipe's autocast: Accelerate's, or that of DeepSpeed's settings, which Accelerate does not read."""
     plugin = accelerator.deepspeed_plugin
     if plugin is None:
@@ -86,7 +86,7 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gather_parameters(module: nn.Module) -> Iterator[None]:
     """Give every rank the weights of ``module`` whole, to be read; ZeRO-3 keeps a part of each on each rank."""
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         yield
@@ -103,12 +103,12 @@ def checkpoint_format(accelerator: Accelerator) -> str:
     return DDP if plugin is None else f"zero-{plugin.zero_stage}"
 
 
-def save(accelerator: Accelerator, folder: Path) -> None:
+def save_engine(accelerator: Accelerator, folder: Path) -> None:
     """Write weights and optimizer, each rank its part; every rank calls it."""
     _engine(accelerator).save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
 
-def load(accelerator: Accelerator, folder: Path) -> None:
+def load_engine(accelerator: Accelerator, folder: Path) -> None:
     """Restore what ``save`` wrote on as many ranks; every rank calls it. Nothing in the files is executed.
 
     Raises FileNotFoundError where files are gone, and torch's error for one that names more than DeepSpeed's data.
@@ -147,10 +147,14 @@ def _engine(accelerator: Accelerator) -> Any:
 def _read(name: str | None) -> tuple[str, dict[str, Any]]:
     """Return the name of the launcher's file and what it says."""
     if not name:
-        raise RecipeError(f"{FILE}: DeepSpeed was asked for without settings; give launchers/deepspeed/zero2.json")
+        raise RecipeError(
+            f"{_SETTINGS_VARIABLE}: DeepSpeed was asked for without settings; give launchers/deepspeed/zero2.json"
+        )
     path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
     if path is None:
-        raise RecipeError(f"{FILE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own")
+        raise RecipeError(
+            f"{_SETTINGS_VARIABLE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own"
+        )
     advice = "it is a mapping of DeepSpeed's settings, as in launchers/deepspeed/zero2.json"
     return display_path(path), read_document(path, dict[str, Any], advice)
 

@@ -25,10 +25,10 @@ from training_on_ranks import run
 from pipeline import bench
 from pipeline.batch import Batch, Outputs
 from pipeline.benchmarks.allreduce import buckets, sendings
-from pipeline.benchmarks.compare import compare, ratio
+from pipeline.benchmarks.compare import comparison_table, speed_ratio
 from pipeline.benchmarks.losses import measure_losses
-from pipeline.benchmarks.measure import Measured, measure_parts
-from pipeline.benchmarks.record import Record, read_record
+from pipeline.benchmarks.measure import Measurement, measure_parts
+from pipeline.benchmarks.record import BenchmarkRecord, read_record
 from pipeline.benchmarks.step import cut
 from pipeline.cli import entry
 from pipeline.config.recipe import dump_recipe, load_recipe
@@ -61,7 +61,7 @@ class Done(NamedTuple):
 
     printed: str
     path: Path
-    record: Record
+    record: BenchmarkRecord
 
 
 def command(folder: Path, *words: str) -> Done:
@@ -158,7 +158,7 @@ def test_the_loader_is_measured_and_tuned(place: Path, step: Done, monkeypatch: 
     parts = command(place, "loader", "dkd.yaml", *QUICK).record.measured
     assert {"read", "decode", "loader"} <= {part.name for part in parts}
     assert all(part.images == 2 * 12 and part.steps == 2 for part in parts)
-    monkeypatch.setattr(bench, "tune", lambda loaded, device: [Measured("threads 1", [1.0], 12)])
+    monkeypatch.setattr(bench, "tune", lambda loaded, device: [Measurement("threads 1", [1.0], 12)])
     assert [each.name for each in command(place, "loader", "dkd.yaml", "--tune").record.measured] == ["threads 1"]
 
 
@@ -309,21 +309,21 @@ def test_an_epoch_that_ends_within_a_line_of_the_journal_cuts_it():
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
-def recorded(times: dict[str, list[float]], images: int = 10, **changed: Any) -> Record:
+def recorded(times: dict[str, list[float]], images: int = 10, **changed: Any) -> BenchmarkRecord:
     """Return a record of those seconds."""
     facts = {"what": "teacher", "recipe": "a.yaml", "resolved": {"batch": 10}, "words": (), "date": "2026-01-01"}
     facts |= {"machine": {"cpu": "a", "cores": 2}, "versions": {"torch": "2.11", "commit": "a"}}
-    return Record.model_validate(
-        {**facts, "measured": [Measured(name, each, images) for name, each in times.items()], **changed}
+    return BenchmarkRecord.model_validate(
+        {**facts, "measured": [Measurement(name, each, images) for name, each in times.items()], **changed}
     )
 
 
 NOISY = [1.00, 1.04, 0.97, 1.02, 0.99]
 
 
-def verdicts(old: Record, new: Record) -> dict[str, list[str]]:
+def verdicts(old: BenchmarkRecord, new: BenchmarkRecord) -> dict[str, list[str]]:
     """Return ratio, noise and verdict by name."""
-    lines = [re.split(" {2,}", line.strip()) for line in compare(old, new).splitlines() if " – " in line]
+    lines = [re.split(" {2,}", line.strip()) for line in comparison_table(old, new).splitlines() if " – " in line]
     return {name: columns for name, *columns in lines}
 
 
@@ -355,7 +355,7 @@ def test_noise_is_seldom_taken_for_a_difference():
     apart = 0
     for deal in deals:
         old, new = ([time for time, mine in zip(times, deal, strict=True) if mine is own] for own in (True, False))
-        found = ratio(Measured("a", old), Measured("a", new))
+        found = speed_ratio(Measurement("a", old), Measurement("a", new))
         assert found is not None
         apart += found.verdict != "no difference beyond noise"
     assert apart / len(deals) == pytest.approx(1 / 126)
@@ -367,7 +367,7 @@ def test_two_or_three_repeats_are_too_few_for_a_verdict():
 
 
 def test_speeds_are_of_images_where_there_are_any_and_of_steps_elsewhere():
-    old, new = ([Measured("a", [1.0], 10 * k), Measured("b", [1.0], steps=5 * k)] for k in (1, 2))
+    old, new = ([Measurement("a", [1.0], 10 * k), Measurement("b", [1.0], steps=5 * k)] for k in (1, 2))
     found = verdicts(recorded({}, measured=old), recorded({}, measured=new))
     assert [found["a"][0], found["b"][0]] == ["2.000", "2.000"]
 
@@ -375,7 +375,7 @@ def test_speeds_are_of_images_where_there_are_any_and_of_steps_elsewhere():
 def test_what_else_may_explain_a_difference_is_said():
     old = recorded({"a": [1.0], "gone": [1.0]})
     changed = {"machine": {"cpu": "b", "cores": 2}, "versions": {"torch": "2.12", "commit": "b"}}
-    told = compare(old, recorded({"a": [0.0], "come": [1.0]}, resolved={"batch": 20}, **changed))
+    told = comparison_table(old, recorded({"a": [0.0], "come": [1.0]}, resolved={"batch": 20}, **changed))
     assert told.splitlines()[:3] == [
         "another machine: cpu a, now b",
         "other packages: torch 2.11, now 2.12",
@@ -385,7 +385,7 @@ def test_what_else_may_explain_a_difference_is_said():
     assert lines["a"].endswith("too short to tell")
     assert lines["gone"].endswith("only in the old record")
     assert lines["come"].endswith("only in the new record")
-    assert "other" not in compare(old, old)
+    assert "other" not in comparison_table(old, old)
 
 
 def test_the_command_compares_with_an_earlier_record(losses: Done, place: Path):

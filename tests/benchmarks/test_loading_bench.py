@@ -14,11 +14,11 @@ from shard_factory import CPU, config_of, join, open_loader
 from pipeline.batch import Progress
 from pipeline.benchmarks import tune
 from pipeline.benchmarks.loader import measure_loading
-from pipeline.benchmarks.measure import Measured
+from pipeline.benchmarks.measure import Measurement
 from pipeline.builders.loader import build_loader
 from pipeline.config.recipe import LoadedRecipe, load_recipe
-from pipeline.data.native import native_images
-from pipeline.data.pace import Pace, cores, kept_path
+from pipeline.data.loader_settings import LoaderSettings, cores, tuned_path
+from pipeline.data.native import native_decoder
 from pipeline.errors import RecipeError
 from pipeline.runs.identity import Run
 from shards.manifest import read_manifest
@@ -61,7 +61,7 @@ def test_the_native_reader_does_the_same_work(small_shards: Path, keys: dict):
     """Where nothing is left to chance, its images are ours; only their order is not."""
     loader = open_loader(config_of(small_shards, flip=0.0, **keys), batch=10)
     ours = join(loader.stream(Progress(4), 3)).images_BCHW
-    with closing(native_images(loader.plan, loader.pace, CPU)) as batches:
+    with closing(native_decoder(loader.plan, loader.pace, CPU)) as batches:
         theirs = torch.cat(list(islice(batches, 5))).permute(0, 3, 1, 2)
     nearest = (theirs[:, None] - ours).abs().flatten(2).amax(2).min(1)
     assert nearest.values.max() == 0
@@ -71,19 +71,21 @@ def test_the_native_reader_does_the_same_work(small_shards: Path, keys: dict):
 def test_the_best_is_remembered_and_the_next_loader_takes_it(
     photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(tune, "SECONDS", 0.001)
+    monkeypatch.setattr(tune, "_SECONDS", 0.001)
     found = run(photo_shards)
     measured = tune.tune(found, CPU)
     *rates, conclusion = capsys.readouterr().out.splitlines()
     assert [each.name for each in measured] == [line.partition("  ")[0] for line in rates]
     assert measured[-3].name == "prefetch 1"
-    assert str(kept_path()) in conclusion
+    assert str(tuned_path()) in conclusion
     pace = build_loader(found.recipe, found.manifest, CPU, ("train",)).pace
     assert f"data.threads={pace.threads} data.prefetch={pace.prefetch} for" in conclusion
-    kept_path().write_text(kept_path().read_text().replace(f'"prefetch": {pace.prefetch}', '"prefetch": 7'))
-    assert build_loader(found.recipe, found.manifest, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=7)
+    tuned_path().write_text(tuned_path().read_text().replace(f'"prefetch": {pace.prefetch}', '"prefetch": 7'))
+    assert build_loader(found.recipe, found.manifest, CPU, ("train",)).pace == LoaderSettings(
+        threads=pace.threads, prefetch=7
+    )
     own = loaded(photo_shards, "data.prefetch=5").recipe
-    assert build_loader(own, found.manifest, CPU, ("train",)).pace == Pace(threads=pace.threads, prefetch=5)
+    assert build_loader(own, found.manifest, CPU, ("train",)).pace == LoaderSettings(threads=pace.threads, prefetch=5)
 
 
 def test_what_cannot_be_remembered_is_told(
@@ -99,7 +101,7 @@ def test_what_cannot_be_remembered_is_told(
 
 
 def test_the_share_of_the_jpeg_engine_is_never_remembered():
-    assert set(Pace.model_fields) == {"threads", "prefetch"}
+    assert set(LoaderSettings.model_fields) == {"threads", "prefetch"}
 
 
 def test_the_share_is_tried_on_a_gpu_alone_and_never_under_a_cache_which_is_of_one_share(photo_shards: Path):
@@ -111,8 +113,8 @@ def test_the_share_is_tried_on_a_gpu_alone_and_never_under_a_cache_which_is_of_o
 
 
 def test_the_least_of_the_best_is_taken():
-    def at(rate: float) -> Measured:
-        return Measured("", [1 / rate], 1)
+    def at(rate: float) -> Measurement:
+        return Measurement("", [1 / rate], 1)
 
     assert tune._least_of_the_best({1: at(50), 2: at(99), 4: at(100)}) == 2
     assert tune._least_of_the_best({1: at(50), 2: at(97), 4: at(100)}) == 4

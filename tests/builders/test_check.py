@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.builders.distiller import build_distiller
-from pipeline.builders.summary import check
-from pipeline.config.compose import composed
+from pipeline.builders.summary import summarize
+from pipeline.config.compose import compose
 from pipeline.config.recipe import load_recipe
 from pipeline.data.loader import Loader
 from pipeline.errors import ROOT, RecipeError
@@ -38,14 +38,14 @@ def test_every_file_beside_a_pair_says_its_command():
 
 def test_every_file_that_is_a_whole_recipe_says_its_command():
     others = [path for path in CONFIGS if str(path.relative_to(ROOT / "configs")) not in PARTS]
-    whole = {path for path in others if {"student", "losses", "data"} <= composed(path).keys()}
+    whole = {path for path in others if {"student", "losses", "data"} <= compose(path).keys()}
     assert len(whole) > 300
     assert whole <= set(RECIPES)
 
 
 @pytest.mark.parametrize(("dataset", "pair"), PAIRS)
 def test_the_tables_say_what_a_network_costs(dataset: str, pair: str):
-    report = check(load_recipe(ROOT / "configs" / dataset / pair / "kd.yaml"))
+    report = summarize(load_recipe(ROOT / "configs" / dataset / pair / "kd.yaml"))
     cells = TABLES["datasets"][dataset]["pairs"][pair]
     for role, network in {"student": report.student, "teacher": report.teachers[0]}.items():
         assert TABLES["networks"][cells[role]]["gmac"] == pytest.approx(network.macs / 1e9, rel=0.01)
@@ -56,7 +56,7 @@ MAPS = [place for cache in TABLES["caches"] if "last" in cache["kinds"] for plac
 
 @pytest.mark.parametrize("place", MAPS)
 def test_the_tables_say_how_large_the_last_map_of_a_cached_teacher_is(place: str):
-    report = check(load_recipe(ROOT / "configs" / place / "ddkd.yaml"))
+    report = summarize(load_recipe(ROOT / "configs" / place / "ddkd.yaml"))
     dataset, pair = place.split("/")
     teacher = TABLES["datasets"][dataset]["pairs"][pair]["teacher"]
     assert TABLES["networks"][teacher]["last"] == list(report.teachers[0].shapes["last"])
@@ -65,7 +65,7 @@ def test_the_tables_say_how_large_the_last_map_of_a_cached_teacher_is(place: str
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_of_the_tree_is_built(path: Path):
     loaded = load_recipe(path)
-    report = check(loaded)
+    report = summarize(loaded)
     # Each loss gives its parts, and what has parameters of its own says so.
     for name in loaded.recipe.losses:
         assert any(part == name or part.startswith(f"{name}/") for part in report.parts)
@@ -76,7 +76,7 @@ def test_every_recipe_of_the_tree_is_built(path: Path):
 
 
 def test_the_cost_of_ddkd_is_what_its_formulas_give():
-    report = check(load_recipe(ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"))
+    report = summarize(load_recipe(ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"))
     assert report.student.parameters == 4_231_976
     assert report.auxiliary["ddkd"] == 34_638_972
     assert report.auxiliary_macs == pytest.approx(1.394e9, rel=1e-3)
@@ -104,14 +104,14 @@ def test_a_check_says_what_training_would_refuse(recipes: Path, monkeypatch: pyt
         ("data.path=nowhere",): "data.classes: nowhere holds no shards",
     }.items():
         with pytest.raises(RecipeError) as caught:
-            check(load_recipe("ddkd.yaml", words))
+            summarize(load_recipe("ddkd.yaml", words))
         assert message in str(caught.value)
 
 
 def test_every_member_of_an_ensemble_is_measured_and_one_is_tapped(recipes: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(recipes)
     write_members(recipes, {"recipe": "teacher.yaml"}, {"model": "cifar_resnet32", "weights": "nowhere.pt"})
-    report = check(load_recipe("members.yaml"))
+    report = summarize(load_recipe("members.yaml"))
     assert [teacher.name for teacher in report.teachers] == ["cifar_resnet20", "cifar_resnet32"]
     assert [set(teacher.shapes) for teacher in report.teachers] == [{"last", "logits"}, {"logits"}]
     first, second = report.teachers
@@ -128,7 +128,7 @@ def test_a_member_that_training_would_refuse_is_refused(recipes: Path, monkeypat
     }.items():
         write_members(recipes, {"recipe": "teacher.yaml"}, {"model": model, "weights": "nowhere.pt"})
         with pytest.raises(RecipeError, match=f"^{message}"):
-            check(load_recipe("members.yaml"))
+            summarize(load_recipe("members.yaml"))
 
 
 def write_members(folder: Path, *members: dict[str, str]) -> None:
@@ -139,7 +139,7 @@ def write_members(folder: Path, *members: dict[str, str]) -> None:
 def test_a_moving_average_costs_a_forward_of_the_students_network(recipes: Path):
     teacher = {"recipe": None, "average": {"decay": 0.9}}
     (recipes / "average.yaml").write_text(yaml.safe_dump({"base": "ddkd.yaml", "teacher": teacher}))
-    report = check(load_recipe(recipes / "average.yaml"))
+    report = summarize(load_recipe(recipes / "average.yaml"))
     assert [teacher.name for teacher in report.teachers] == ["cifar_resnet8"]
     assert report.training_macs == 4 * report.student.macs + 3 * report.auxiliary_macs
 
@@ -157,7 +157,7 @@ def test_a_network_that_cannot_take_the_images_is_refused_in_one_line(
 ):
     monkeypatch.chdir(recipes)
     with pytest.raises(RecipeError, match=f"^student.model: {message}") as caught:
-        check(load_recipe("ce.yaml", (f"student.model={model}", "data.size=32")))
+        summarize(load_recipe("ce.yaml", (f"student.model={model}", "data.size=32")))
     assert "\n" not in str(caught.value)
 
 
@@ -182,7 +182,7 @@ class Wary(Loss):
 def test_what_computes_with_its_numbers_is_run_on_the_cpu(recipes: Path):
     recipe = {"base": "ce.yaml", "student": {"model": "small_networks:Careful"}, "losses": {f"{__name__}:Wary": {}}}
     (recipes / "own.yaml").write_text(yaml.safe_dump(recipe))
-    report = check(load_recipe(recipes / "own.yaml"))
+    report = summarize(load_recipe(recipes / "own.yaml"))
     assert report.student.parameters == 20 * 28
     assert report.student.macs == 20 * 27 * 14 * 14
     assert any(part.startswith(f"{__name__}:Wary") for part in report.parts)
@@ -190,11 +190,11 @@ def test_what_computes_with_its_numbers_is_run_on_the_cpu(recipes: Path):
 
 def test_what_is_counted_for_made_up_samples_is_said(recipes: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(recipes)
-    absent = check(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7")))
+    absent = summarize(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7")))
     assert str(absent).endswith("\nno shards at nowhere: what is kept of every sample is counted for 14 made-up ones")
-    said = check(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7", "data.samples=60")))
+    said = summarize(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7", "data.samples=60")))
     assert said.note.endswith("at nowhere: what is kept of every sample is counted for the 60 that data.samples says")
-    there = str(check(load_recipe("ddkd.yaml")))
+    there = str(summarize(load_recipe("ddkd.yaml")))
     assert "made-up" not in there
     assert "\ntraining  about 0." in there
 
@@ -205,13 +205,13 @@ def test_banks_are_counted_as_on_the_shards_where_the_recipe_says_how_many_sampl
     monkeypatch.chdir(recipes)
     crd = {"crd": {"dim": 8, "negatives": 5, "temperature": 0.07, "momentum": 0.5}}
     (recipes / "crd.yaml").write_text(yaml.safe_dump({"base": "ddkd.yaml", "losses": {"ddkd": None, **crd}}))
-    there = check(load_recipe("crd.yaml"))
+    there = summarize(load_recipe("crd.yaml"))
     nowhere = ("data.path=nowhere", "data.classes=20")
-    said = check(load_recipe("crd.yaml", (*nowhere, "data.samples=60")))
+    said = summarize(load_recipe("crd.yaml", (*nowhere, "data.samples=60")))
     assert said._replace(note="") == there
     # Both anchors are embedded from 64 channels, and compared with a bank.
     assert said.auxiliary_macs == 2 * (64 * 8 + 60 * 8)
-    assert check(load_recipe("crd.yaml", nowhere)).auxiliary_macs == 2 * (64 * 8 + 40 * 8)
+    assert summarize(load_recipe("crd.yaml", nowhere)).auxiliary_macs == 2 * (64 * 8 + 40 * 8)
 
 
 def test_how_many_samples_a_recipe_says_does_not_make_it_another_run(recipes: Path):

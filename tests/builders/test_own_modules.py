@@ -38,7 +38,7 @@ class Toy(Loss):
         self.head = nn.Linear(facts.student_shapes[config.stage][0], facts.num_classes)
 
     def forward(self, student, teacher, batch):
-        seen_BK = self.run(self.head, student.features[self.config.stage])
+        seen_BK = self.autocast_call(self.head, student.features[self.config.stage])
         return {"toy": toy_loss(seen_BK, teacher.logits_BK.detach())}
 '''
 NETWORK = '''

@@ -16,7 +16,7 @@ from tiny_runs import DATA, STRATEGY
 from torch import Tensor, nn
 
 from pipeline.batch import Batch
-from pipeline.builders.student import build_student, load_start, student_named
+from pipeline.builders.student import build_student, load_start, student_spec
 from pipeline.builders.teacher import build_teacher
 from pipeline.models import from_timm, published
 from pipeline.models.published import published_normalization
@@ -129,7 +129,7 @@ def test_a_start_says_which_images_it_expects_and_the_words_that_give_them(
 
     def said(words: list[str]) -> str:
         config = run_of(recipe, words).recipe
-        student = build_student(student_named(config.student, frozenset()), 20, 0)
+        student = build_student(student_spec(config.student, frozenset()), 20, 0)
         assert config.student.start is not None
         load_start(config.student.start, None, student, "resnet18", config.data)
         return capsys.readouterr().out

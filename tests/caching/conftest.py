@@ -16,7 +16,7 @@ from caching_on_ranks import BATCH, BLOCK, IMAGES, cache
 from one_core import one_core
 from safetensors.torch import save_file
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ VIEWS = 2
 
 
 def method(name: str) -> dict:
-    return composed(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"]
+    return compose(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline import cache_teacher
-from pipeline.caching.blocks import RESERVE
+from pipeline.caching.blocks import _RESERVE
 from pipeline.errors import RecipeError
 from pipeline.runs.folder import lock_folder
 from pipeline.teachers import sample
@@ -134,7 +134,7 @@ def test_a_cache_that_is_being_written_is_not_marked(copied: Path, capsys: pytes
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("pipeline.caching.damage.lock_folder", locked)
-        told = cache_teacher.marked(Cache(copied), [])
+        told = cache_teacher.mark_and_report(Cache(copied), [])
     assert "nothing is marked there (" in told
     assert "another process is writing" in told
     assert content(copied) == before
@@ -160,7 +160,7 @@ def test_what_is_written_again_takes_no_further_room(copied: Path, run_cache: Co
     for file in copied.glob("view-00.*.sha256.npy"):
         file.unlink()
     usage = shutil.disk_usage(copied)
-    monkeypatch.setattr("pipeline.caching.blocks.shutil.disk_usage", lambda _: usage._replace(free=RESERVE))
+    monkeypatch.setattr("pipeline.caching.blocks.shutil.disk_usage", lambda _: usage._replace(free=_RESERVE))
     run_cache(*WORDS)
 
 

@@ -18,7 +18,7 @@ from one_core import one_core
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.recipe import load_recipe
-from pipeline.diagnostics.inputs import check_teacher
+from pipeline.diagnostics.inputs import check_teacher_source
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError
 from pipeline.teachers.frozen import Teacher
@@ -231,7 +231,7 @@ def test_the_doctor_looks_for_all_that_the_recipe_reads_in_the_cache(copied: Pat
     run_cache("kd.yaml", "teacher.cache=logits")
 
     def status(*words: str) -> str:
-        return check_teacher(load_recipe("ddkd.yaml", words), Launch()).status
+        return check_teacher_source(load_recipe("ddkd.yaml", words), Launch()).status
 
     assert status("teacher.cache=cache") == "ok"
     assert status("teacher.cache=logits") == "FAIL"

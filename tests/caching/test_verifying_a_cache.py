@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.teachers.cache import seal
+from pipeline.teachers.cache import block_hasher
 
 Command = Callable[..., None]
 VERIFY = ("--verify", "all.yaml", "teacher.cache=cache", "sample=24")
@@ -103,7 +103,7 @@ def test_answers_that_are_no_numbers_are_caught(copied: Path, run_cache: Command
         np.save(copied / f"view-{view:02d}.logits.npy", rows)
         digests = np.load(copied / f"view-{view:02d}.logits.sha256.npy")
         for block, digest in enumerate(digests):
-            found = seal(view, "logits", block)
+            found = block_hasher(view, "logits", block)
             found.update(rows[24 * block : 24 * block + 24].tobytes())
             digest[:] = np.frombuffer(found.digest(), np.uint8)
         np.save(copied / f"view-{view:02d}.logits.sha256.npy", digests)

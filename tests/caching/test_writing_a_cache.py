@@ -55,7 +55,7 @@ def test_rows_are_the_teachers_answers_by_id_in_plain_numpy(written: Path, place
         logits, maps, before = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
         assert logits.shape == (IMAGES, 20)
         for start, batch in zip(
-            range(0, IMAGES, BATCH), loader.looks((part, view) for part in rows.reshape(-1, BATCH)), strict=True
+            range(0, IMAGES, BATCH), loader.views((part, view) for part in rows.reshape(-1, BATCH)), strict=True
         ):
             outputs, part = teacher(batch), ids[start : start + BATCH]
             assert batch.ids_B.tolist() == part.tolist()
@@ -94,7 +94,7 @@ def test_stopped_by_a_signal_it_leaves_word_that_it_wants_to_go_on_and_goes_on(
     assert end.value.code == 143
     assert len(blocks_written) == 1
     assert (place / "cache" / "preempted").is_file()
-    monkeypatch.setattr(signals, "_given", False)
+    monkeypatch.setattr(signals, "_requested", False)
     monkeypatch.setattr(writing, "write_block", write)
     run_cache(*words)
     assert content(place / "cache") == content(written)
@@ -198,7 +198,7 @@ def test_maps_are_kept_as_principal_components_where_asked(place: Path, run_cach
     codes = np.load(place / "cache" / "view-00.stage3.npy")
     assert codes.shape == (IMAGES, 16, 4, 4)
     assert 0 < kind["encoded"]["unexplained"] < 1
-    encoder = pca.load(place / "cache" / "stage3.encoder.safetensors")
+    encoder = pca.load_encoder(place / "cache" / "stage3.encoder.safetensors")
     run_cache("ddkd.yaml", "teacher.cache=whole")
     maps = torch.from_numpy(np.load(place / "whole" / "view-00.stage3.npy")).float()
     lost = pca.unexplained(encoder, [maps])

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from commands import BIN, ROOT, TRAIN, run, run_on_two_ranks, start
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.training.journal import trace
 
 
@@ -75,7 +75,7 @@ def test_losses_of_every_scope_train_on_two_ranks_of_accelerate_in_micro_batches
     place: Path, main_job: subprocess.CompletedProcess[str]
 ):
     methods = ROOT / "configs" / "methods"
-    losses = {name: composed(methods / f"{name}.yaml")["losses"][name] for name in ("ab", "sp", "review", "crd")}
+    losses = {name: compose(methods / f"{name}.yaml")["losses"][name] for name in ("ab", "sp", "review", "crd")}
     recipe = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "losses": {"ce": None, **losses}}
     (place / "scopes.yaml").write_text(yaml.safe_dump({**recipe, "accumulation": 2, "folder": "runs/scopes"}))
     accelerate = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]

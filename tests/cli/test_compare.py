@@ -162,7 +162,7 @@ def test_a_signal_stops_what_is_under_way_and_the_same_command_goes_on(
     assert not list(place.rglob("result.json"))
     assert not folders[2].exists()
 
-    monkeypatch.setattr(signals, "_given", False)  # the next command is another process
+    monkeypatch.setattr(signals, "_requested", False)  # the next command is another process
     entry(compare.main)
     results = [json.loads((folder / "result.json").read_text())["top1"] for folder in folders]
     told = capsys.readouterr().out
@@ -172,10 +172,10 @@ def test_a_signal_stops_what_is_under_way_and_the_same_command_goes_on(
 
 
 def test_a_signal_that_comes_before_a_run_can_hear_it_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(signals, "_given", True)
+    monkeypatch.setattr(signals, "_requested", True)
     run = run_of("ce.yaml")
     cores = sorted(os.sched_getaffinity(0))
-    assert compare.train(run, [], cores, quiet=True) is None
+    assert compare.train_run(run, [], cores, quiet=True) is None
     assert run.result is None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from pipeline.cli import entry
-from pipeline.config.arguments import own_words
+from pipeline.config.arguments import split_command_args
 from pipeline.errors import RecipeError
 from pipeline.models import create_model
 
@@ -127,7 +127,7 @@ def test_a_run_that_is_not_there_must_be_made_by_one_process_first(
 def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest.MonkeyPatch):
     run_train("ce.yaml", "stop.steps=1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("pipeline.distributed.rendezvous.meet", lambda launch, **_: None)
+    monkeypatch.setattr("pipeline.distributed.rendezvous.init_process_group", lambda launch, **_: None)
     monkeypatch.setattr(
         "pipeline.training.accelerator.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})
     )
@@ -193,9 +193,9 @@ def test_a_file_where_the_run_folder_would_be(run_train: Train, recipes: Path):
 
 def test_a_misspelt_word_of_the_commands_own():
     with pytest.raises(RecipeError, match="command line: repeat: unknown key; did you mean 'repeats'"):
-        own_words(["repeat=2"], ("repeats", "steps"))
+        split_command_args(["repeat=2"], ("repeats", "steps"))
     others = ["batch=2", "losses.kd.weight=1", "data.views=3"]
-    assert own_words(others, ("repeats", "views")) == ({}, others)
+    assert split_command_args(others, ("repeats", "views")) == ({}, others)
 
 
 def test_an_empty_mapping_that_would_change_nothing(run_train: Train):

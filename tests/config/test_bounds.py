@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from pipeline.config import paths
-from pipeline.config.arguments import typed_words
-from pipeline.config.compose import MOST_FILES, composed
-from pipeline.config.reading import DEEPEST, LONGEST, MOST_VALUES, read_yaml
+from pipeline.config.arguments import parse_command_args
+from pipeline.config.compose import MAX_FILES, compose
+from pipeline.config.reading import MAX_DEPTH, MAX_LENGTH, MAX_VALUES, read_yaml
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
 from shards import prepare_demo
@@ -52,12 +52,12 @@ def aliases(deep: int, wide: int) -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (aliases(9, 9), f"more than {MOST_VALUES:,} values"),
-        ("[" * 900, f"line 1: deeper than {DEEPEST} levels"),
-        ("a: " + "{b: " * 60 + "}" * 60, f"line 1: deeper than {DEEPEST} levels"),
+        (aliases(9, 9), f"more than {MAX_VALUES:,} values"),
+        ("[" * 900, f"line 1: deeper than {MAX_DEPTH} levels"),
+        ("a: " + "{b: " * 60 + "}" * 60, f"line 1: deeper than {MAX_DEPTH} levels"),
         ("a: &a [*a]", "line 1: there is no &a above"),
-        ("\n".join(f"k{n}: 1" for n in range(MOST_VALUES)), f"more than {MOST_VALUES:,} values"),
-        ("#" * (LONGEST + 1), f"more than {LONGEST:,} bytes"),
+        ("\n".join(f"k{n}: 1" for n in range(MAX_VALUES)), f"more than {MAX_VALUES:,} values"),
+        ("#" * (MAX_LENGTH + 1), f"more than {MAX_LENGTH:,} bytes"),
         ("a: " + "9" * 5000, "not a YAML file"),
         ("a: 2024-13-45", "not a YAML file"),
     ],
@@ -75,22 +75,22 @@ def test_aliases_that_stand_for_little_are_what_yaml_says(tmp_path: Path):
 def test_constants_that_stand_for_constants_are_counted(tmp_path: Path):
     constants = {f"c{n}": {f"k{i}": f"${{c{n - 1}}}" for i in range(9)} if n else 1 for n in range(9)}
     (tmp_path / "wide.yaml").write_text(yaml.safe_dump({"constants": constants, "value": "${c8}"}))
-    message = refused(composed, tmp_path / "wide.yaml")
-    assert f": what the constants stand for is more than {MOST_VALUES:,} values" in message
+    message = refused(compose, tmp_path / "wide.yaml")
+    assert f": what the constants stand for is more than {MAX_VALUES:,} values" in message
     chain = {f"c{n}": f"${{c{n - 1}}}" if n else 1 for n in range(2000)}
     (tmp_path / "deep.yaml").write_text(yaml.safe_dump({"constants": chain, "value": "${c1999}"}))
-    assert f"deeper than {DEEPEST} levels" in refused(composed, tmp_path / "deep.yaml")
+    assert f"deeper than {MAX_DEPTH} levels" in refused(compose, tmp_path / "deep.yaml")
 
 
 def test_bases_that_stand_on_bases_are_counted(tmp_path: Path):
     for n in range(9):
         (tmp_path / f"b{n}.yaml").write_text(yaml.safe_dump({"base": [f"b{n - 1}.yaml"] * 9} if n else {"a": 1}))
-    assert f"it stands on more than {MOST_FILES} files" in refused(composed, tmp_path / "b8.yaml")
+    assert f"it stands on more than {MAX_FILES} files" in refused(compose, tmp_path / "b8.yaml")
 
 
 def test_the_command_lines_keys_and_values_have_the_same_bounds(recipe: Path):
-    assert f"deeper than {DEEPEST} levels" in refused(load_recipe, recipe, [".".join("a" * 5000) + "=1"])
-    assert f"deeper than {DEEPEST} levels" in refused(load_recipe, recipe, ["losses=" + "[" * 900])
+    assert f"deeper than {MAX_DEPTH} levels" in refused(load_recipe, recipe, [".".join("a" * 5000) + "=1"])
+    assert f"deeper than {MAX_DEPTH} levels" in refused(load_recipe, recipe, ["losses=" + "[" * 900])
 
 
 # -- what a key holds -------------------------------------------------------------------------------------------------
@@ -146,10 +146,10 @@ def test_a_preparation_of_more_than_there_can_be_is_refused(option: str, tmp_pat
 
 def test_commands_own_words_have_bounds_too():
     from pipeline import bench
-    from pipeline.caching.write import Asked
+    from pipeline.caching.write import CacheArguments
 
-    for own, kind in (({"repeats": "1000000000"}, bench.Asked), ({"views": "1000000000"}, Asked)):
-        assert "less than or equal to" in refused(typed_words, own, kind)
+    for own, kind in (({"repeats": "1000000000"}, bench.BenchArguments), ({"views": "1000000000"}, CacheArguments)):
+        assert "less than or equal to" in refused(parse_command_args, own, kind)
 
 
 # -- text that YAML reads otherwise -----------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.arguments import split_words
-from pipeline.config.compose import composed
+from pipeline.config.arguments import parse_recipe_args
+from pipeline.config.compose import compose
 from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.errors import ROOT, RecipeError
 
@@ -220,10 +220,10 @@ def test_a_null_deletes_what_a_constant_says_too(recipe: Path, tmp_path: Path):
     child.write_text("base: [recipe.yaml, method.yaml]\nlosses: {kd: null}\n")
     assert list(load_recipe(child).recipe.losses) == ["ce"]
     child.write_text("base: method.yaml\nconstants: {kd: {weight: 0.5}}\n")
-    tree = composed(child, ["losses.kd.ramp=null"])
+    tree = compose(child, ["losses.kd.ramp=null"])
     assert tree == {"losses": {"kd": {"temperature": 4.0, "weight": 0.5}}}
     ddkd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "ddkd.yaml"
-    assert "latent" not in composed(ddkd, ["losses.ddkd.feature.latent=null"])["losses"]["ddkd"]["feature"]
+    assert "latent" not in compose(ddkd, ["losses.ddkd.feature.latent=null"])["losses"]["ddkd"]["feature"]
 
 
 def test_constants_may_stand_in_lists_and_in_other_constants(recipe: Path):
@@ -270,7 +270,7 @@ def test_a_users_own_model_may_be_written_as_one_mapping(recipe: Path):
 
 
 def test_the_command_line_is_a_recipe_and_overrides():
-    assert split_words(["a.yaml", "batch=3"]) == (Path("a.yaml"), ["batch=3"])
-    assert split_words(["batch=3"])[0] == ROOT / "configs" / "demo.yaml"
+    assert parse_recipe_args(["a.yaml", "batch=3"]) == (Path("a.yaml"), ["batch=3"])
+    assert parse_recipe_args(["batch=3"])[0] == ROOT / "configs" / "demo.yaml"
     with pytest.raises(RecipeError, match="expected one recipe"):
-        split_words(["a.yaml", "b.yaml"])
+        parse_recipe_args(["a.yaml", "b.yaml"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import ROOT
 
@@ -92,12 +92,12 @@ def test_a_pairs_constant_reaches_every_method_that_uses_it():
         "ddkd": ("ddkd", "logit_distance", "dkd"),
         "review_dkd": ("dkd",),
     }.items():
-        found: Any = composed(folder / f"{method}.yaml", ["constants.dkd.beta=3.5"])["losses"]
+        found: Any = compose(folder / f"{method}.yaml", ["constants.dkd.beta=3.5"])["losses"]
         for key in place:
             found = found[key]
         assert found["beta"] == 3.5
         assert found["ramp"] == {"linear_epochs": 20}
-    perceived = composed(folder / "perception.yaml")["losses"]["perception"]["inner"]["dkd"]
+    perceived = compose(folder / "perception.yaml")["losses"]["perception"]["inner"]["dkd"]
     assert (perceived["alpha"], perceived["beta"]) == (1.0, 8.0)
 
 
@@ -120,7 +120,7 @@ def test_dkds_beta_and_the_rate_of_every_pair_are_the_published_ones():
 def test_imagenet_rows_have_a_temperature_of_one_and_one_epoch_of_warm_up():
     for pair, beta in {"r34_r18": 0.5, "r50_mbv1": 2.0}.items():
         for method in ("dkd", "ddkd", "perception", "ddkd_perception"):
-            found: Any = composed(CONFIGS / "imagenet" / pair / f"{method}.yaml")["losses"]
+            found: Any = compose(CONFIGS / "imagenet" / pair / f"{method}.yaml")["losses"]
             text = yaml.safe_dump(found)
             assert "temperature: 4.0" not in text
             assert f"beta: {beta}" in text
@@ -167,11 +167,11 @@ CACHED = sorted(CONFIGS.rglob("*_cached.yaml"))
 
 @pytest.mark.parametrize("path", CACHED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_cached_row_is_its_row_with_a_cache_that_its_head_says_how_to_write(path: Path):
-    tree = composed(path)
+    tree = compose(path)
     views, folder = tree["data"].pop("views"), Path(tree["teacher"].pop("cache"))
     tree["teacher"].pop("encode", None)
     assert views > 0
-    assert tree == composed(path.with_name(f"{path.stem.removesuffix('_cached')}.yaml"))
+    assert tree == compose(path.with_name(f"{path.stem.removesuffix('_cached')}.yaml"))
     assert folder.parts[:2] == ("caches", path.relative_to(CONFIGS).parts[0])
     _, write, train, *_ = path.read_text().splitlines()
     assert f"pipeline/cache_teacher.py {path.relative_to(ROOT)}" in write
@@ -181,7 +181,7 @@ def test_a_cached_row_is_its_row_with_a_cache_that_its_head_says_how_to_write(pa
 def test_rows_that_share_a_cache_ask_the_same_teacher_for_the_same_views():
     by_folder: dict[str, list[dict[str, Any]]] = {}
     for path in CACHED:
-        tree = composed(path)
+        tree = compose(path)
         by_folder.setdefault(tree["teacher"]["cache"], []).append({key: tree[key] for key in ("teacher", "data")})
     assert len(by_folder) == 7
     for asked in by_folder.values():

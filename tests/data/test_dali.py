@@ -16,7 +16,7 @@ from torchvision.transforms import functional as reference
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment, dali
 from pipeline.data.config import Config
-from pipeline.data.pace import Pace
+from pipeline.data.loader_settings import LoaderSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "cc-by-images"
@@ -126,7 +126,9 @@ def test_an_image_decoded_whole_as_a_gpu_is_asked_to_has_the_pixels_of_the_box_a
 
     def decoded(device: torch.device) -> list[Tensor]:
         remaining = iter(inputs)
-        pipeline = dali.create_pipeline(lambda: next(remaining), config, 6, Pace(threads=1, prefetch=1), device)
+        pipeline = dali.create_pipeline(
+            lambda: next(remaining), config, 6, LoaderSettings(threads=1, prefetch=1), device
+        )
         return [dali.run(pipeline, cpu).clone() for _ in inputs]
 
     for part, whole in zip(decoded(cpu), decoded(torch.device("cuda", 0)), strict=True):

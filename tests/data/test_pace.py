@@ -10,11 +10,11 @@ from shard_factory import CPU, config_of, join, open_loader
 
 from pipeline.batch import Progress
 from pipeline.data.loader import Config
-from pipeline.data.pace import Pace, cores, kept_path, remember
+from pipeline.data.loader_settings import LoaderSettings, cores, remember, tuned_path
 from shards.manifest import read_manifest
 
-FOUND = Pace(threads=cores() + 2, prefetch=3)
-DEFAULT = Pace(threads=cores(), prefetch=2)
+FOUND = LoaderSettings(threads=cores() + 2, prefetch=3)
+DEFAULT = LoaderSettings(threads=cores(), prefetch=2)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def remembered_for(config: Config) -> None:
     remember(FOUND, config, read_manifest(Path(config.path)), CPU)
 
 
-def pace_in(config: Config, **keys: object) -> Pace:
+def pace_in(config: Config, **keys: object) -> LoaderSettings:
     return open_loader(config.model_copy(update=keys)).pace
 
 
@@ -39,8 +39,8 @@ def test_what_was_found_is_taken_and_what_the_recipe_says_itself_wins(config: Co
     assert pace_in(config) == DEFAULT
     remembered_for(config)
     assert pace_in(config) == FOUND
-    assert pace_in(config, threads=1) == Pace(threads=1, prefetch=3)
-    assert pace_in(config, prefetch=1) == Pace(threads=FOUND.threads, prefetch=1)
+    assert pace_in(config, threads=1) == LoaderSettings(threads=1, prefetch=3)
+    assert pace_in(config, prefetch=1) == LoaderSettings(threads=FOUND.threads, prefetch=1)
 
 
 def test_what_was_found_is_for_such_images_on_as_many_cores_alone(
@@ -52,7 +52,7 @@ def test_what_was_found_is_for_such_images_on_as_many_cores_alone(
     remembered_for(config.model_copy(update={"size": 24}))
     assert pace_in(config, size=24) == pace_in(config) == FOUND
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores() * 2))
-    assert pace_in(config) == Pace(threads=1, prefetch=2)
+    assert pace_in(config) == LoaderSettings(threads=1, prefetch=2)
 
 
 def test_a_task_that_slurm_binds_has_its_cores_for_itself(monkeypatch: pytest.MonkeyPatch):
@@ -71,25 +71,25 @@ def test_a_task_that_slurm_binds_has_its_cores_for_itself(monkeypatch: pytest.Mo
 def test_a_file_that_is_no_such_thing_is_passed_over_with_a_line(
     config: Config, content: str | None, capsys: pytest.CaptureFixture[str]
 ):
-    path = kept_path()
+    path = tuned_path()
     path.parent.mkdir(parents=True)
     path.write_text(content) if content is not None else path.mkdir()
     assert pace_in(config) == DEFAULT
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"note: {path} is passed over")
-    assert pace_in(config, threads=1, prefetch=1) == Pace(threads=1, prefetch=1)
+    assert pace_in(config, threads=1, prefetch=1) == LoaderSettings(threads=1, prefetch=1)
     assert capsys.readouterr().out == ""  # it was not asked
 
 
 def test_a_file_that_is_no_such_thing_is_written_anew(config: Config):
-    kept_path().parent.mkdir(parents=True)
-    kept_path().write_text("no JSON")
+    tuned_path().parent.mkdir(parents=True)
+    tuned_path().write_text("no JSON")
     remembered_for(config)
     assert pace_in(config) == FOUND
 
 
 def check_pixels(config: Config, device: torch.device) -> None:
-    def everything(**keys: object) -> tuple[Pace, list]:
+    def everything(**keys: object) -> tuple[LoaderSettings, list]:
         loader = open_loader(config.model_copy(update=keys), batch=6, device=device)
         batch = join(loader.stream(Progress(loader.steps_per_epoch), 2))
         return loader.pace, list(batch[:3])

@@ -19,7 +19,7 @@ from pipeline.batch import Progress
 from pipeline.data import augment
 from pipeline.data.config import Config
 from pipeline.data.read_ahead import read_ahead
-from pipeline.data.requests import Plan, Request, _read_into_memory, validation_geometry
+from pipeline.data.requests import BatchSampler, SampleRequest, _read_into_memory, validation_geometry
 from shards.read import SAMPLE_DTYPE, SplitReader
 
 quick = settings(
@@ -38,10 +38,10 @@ def plan_of(
     config = config_of(
         readers["train"].folder, **{key: keys.pop(key) for key in ("views", "shuffle_shards") if key in keys}
     )
-    return Plan(config, readers, batch, accumulation, 3, rank, world, **{"encoded": False, **keys})
+    return BatchSampler(config, readers, batch, accumulation, 3, rank, world, **{"encoded": False, **keys})
 
 
-def rows_of(requests: list[Request]) -> list[tuple]:
+def rows_of(requests: list[SampleRequest]) -> list[tuple]:
     """Return everything that decides the pixels, a tuple a row."""
     return [
         (int(request.ids_B[k]), int(request.labels_B[k]), *(column[k].tolist() for column in request.geometry))
@@ -138,7 +138,7 @@ def test_validation_holds_each_image_once_in_equally_many_batches_of_every_rank(
     for rank in range(world):
         plan = plan_of(readers, batch=12, rank=rank, world=world)
         config = plan.config.model_copy(update={"validation_batch": validation_batch})
-        shares.append(list(Plan(config, readers, 12, 1, 3, rank, world, encoded=False).validation()))
+        shares.append(list(BatchSampler(config, readers, 12, 1, 3, rank, world, encoded=False).validation()))
     sizes = [[len(request.rows_B) for request in share] for share in shares]
     assert sizes == [sizes[0]] * world
     rows = [row for share in shares for row in rows_of(share)]

@@ -11,7 +11,7 @@ from shard_factory import CPU, config_of, join, open_loader
 
 from pipeline.batch import Batch, Progress
 from pipeline.config.recipe import LoadedRecipe, load_recipe
-from pipeline.data.loader import Config, pixels
+from pipeline.data.loader import Config, transform_fingerprint
 from pipeline.distributed.launcher import Launch
 from pipeline.runs.identity import resolve
 from shards.manifest import read_manifest
@@ -68,7 +68,9 @@ def test_it_is_another_run_and_another_teachers_cache(photo_shards: Path):
     def loaded(loader: str) -> LoadedRecipe:
         return load_recipe(RECIPE, [f"data.path={photo_shards}", "data.size=16", f"data.loader={loader}"])
 
-    assert resolve(loaded("synthetic"), Launch()).digest != resolve(loaded("dali"), Launch()).digest
+    assert resolve(loaded("synthetic"), Launch()).fingerprint != resolve(loaded("dali"), Launch()).fingerprint
     manifest = read_manifest(photo_shards)
-    noise, real = (pixels(loaded(name).recipe.data, manifest, CPU)["decoder"] for name in ("synthetic", "dali"))
+    noise, real = (
+        transform_fingerprint(loaded(name).recipe.data, manifest, CPU)["decoder"] for name in ("synthetic", "dali")
+    )
     assert noise == {"backend": "synthetic"} != real

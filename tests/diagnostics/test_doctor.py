@@ -19,7 +19,7 @@ from gloo_ranks import Ranks
 from pipeline import doctor
 from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.diagnostics import inputs, machine, network
-from pipeline.diagnostics.result import Finding, examined, fail, line, ok, skip
+from pipeline.diagnostics.result import Finding, fail, line, ok, run_check, skip
 from pipeline.distributed import collectives, rendezvous
 from pipeline.distributed.launcher import Launch, read_launch
 
@@ -104,7 +104,7 @@ def test_a_line_names_the_worst_rank_and_says_what_to_do():
 
 
 def test_what_a_check_raises_is_its_finding():
-    failing(examined(lambda: Finding(str(1 / 0), "")), "ZeroDivisionError: division by zero", "PIPELINE_TRACEBACK=1")
+    failing(run_check(lambda: Finding(str(1 / 0), "")), "ZeroDivisionError: division by zero", "PIPELINE_TRACEBACK=1")
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_a_world_that_is_not_the_launchers(monkeypatch: pytest.MonkeyPatch, caps
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "FAIL  world           WORLD_SIZE is 2, but not set: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
     assert {text[:5] for text in told[1:]} == {"ok   ", "skip "}
-    monkeypatch.setattr(rendezvous, "meet", lambda launch, _, gpus: None)
+    monkeypatch.setattr(rendezvous, "init_process_group", lambda launch, _, gpus: None)
     failing(network.check_world(read_launch()), "1 rank: ", "the launcher started 2")
 
 
@@ -234,7 +234,7 @@ def test_shards_that_are_not_there(load: Callable[..., LoadedRecipe], monkeypatc
     assert "python shards/prepare_demo.py" in found.value
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     failing(inputs.check_shards(gone), "gone holds none", "one process must make it first: python shards/prepare_demo")
-    failing(examined(lambda: inputs.check_shards(load("ce.yaml", "data.path=gone", "data.prepare=[]"))), "gone", "")
+    failing(run_check(lambda: inputs.check_shards(load("ce.yaml", "data.path=gone", "data.prepare=[]"))), "gone", "")
 
 
 def test_a_corrupt_shard(load: Callable[..., LoadedRecipe]):
@@ -245,7 +245,7 @@ def test_a_corrupt_shard(load: Callable[..., LoadedRecipe]):
     assert inputs.check_shards(loaded).status == "ok"
     failing(inputs.check_checksums(loaded.recipe, count=99), f"{tar} has another sha256", "shards/verify.py shards")
     tar.write_bytes(tar.read_bytes()[:-1])
-    failing(examined(lambda: inputs.check_shards(loaded)), str(tar), "")
+    failing(run_check(lambda: inputs.check_shards(loaded)), str(tar), "")
 
 
 def test_shards_that_are_read_too_slowly_are_left_out(load: Callable[..., LoadedRecipe]):
@@ -261,15 +261,15 @@ def test_reading_is_measured(load: Callable[..., LoadedRecipe]):
 def test_a_missing_teacher(load: Callable[..., LoadedRecipe], monkeypatch: pytest.MonkeyPatch):
     own = "teacher={recipe: null, model: cifar_resnet20, weights: gone.pt}"
     failing(
-        inputs.check_teacher(load("ddkd.yaml", own, "compare=null"), Launch()),
+        inputs.check_teacher_source(load("ddkd.yaml", own, "compare=null"), Launch()),
         "there is no file gone.pt",
         "copy the file",
     )
     by_recipe = load("ddkd.yaml", "compare=null")
-    assert inputs.check_teacher(by_recipe, Launch()).status == "skip"
+    assert inputs.check_teacher_source(by_recipe, Launch()).status == "skip"
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     told = "one process must make it first: python pipeline/train.py"
-    failing(inputs.check_teacher(by_recipe, Launch()), "runs/teacher holds no finished run", told)
+    failing(inputs.check_teacher_source(by_recipe, Launch()), "runs/teacher holds no finished run", told)
 
 
 def test_published_weights_that_are_not_fetched_yet(
@@ -277,12 +277,12 @@ def test_published_weights_that_are_not_fetched_yet(
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     loaded = load("ddkd.yaml", "teacher={recipe: null, model: resnet18, weights: IMAGENET1K_V1}", "compare=null")
-    found = inputs.check_teacher(loaded, Launch())
+    found = inputs.check_teacher_source(loaded, Launch())
     assert found.status == "skip"
     kept = Path(found.value.rpartition(" to ")[2])
     kept.parent.mkdir()
     kept.touch()
-    assert inputs.check_teacher(loaded, Launch()) == ok(str(kept))
+    assert inputs.check_teacher_source(loaded, Launch()) == ok(str(kept))
 
 
 def test_a_batch_that_does_not_divide(load: Callable[..., LoadedRecipe], monkeypatch: pytest.MonkeyPatch):

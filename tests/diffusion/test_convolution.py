@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.diffusion.config import Diffusion
-from pipeline.diffusion.convolution import Convolution, differentiated_once
+from pipeline.diffusion.convolution import Convolution, batched_weight_grad
 from pipeline.diffusion.denoiser import Denoiser, Draws
 from pipeline.diffusion.networks import (
     Autoencoder,
@@ -62,7 +62,7 @@ def test_passes_differentiated_at_once_have_the_gradients_of_passes_differentiat
     network = Bottleneck(6, 2, DIFFUSION.norm).double()
     x = drawn(1, 3, 6, 4, 4).to(memory_format=layout)
     expected = passes(network, x, 4)
-    with differentiated_once(network, 5):  # one more than are run
+    with batched_weight_grad(network, 5):  # one more than are run
         found = passes(network, x, 4)
     for compared in (slice(None), slice(1, 2)):  # of all passes, and of what the second was made of
         of_all = gradients(network, *found[compared], retain_graph=True)
@@ -73,7 +73,7 @@ def test_passes_differentiated_at_once_have_the_gradients_of_passes_differentiat
 def test_the_input_of_a_pass_has_its_gradient_and_nothing_is_left_over_for_the_next_one():
     network = Bottleneck(6, 2, DIFFUSION.norm).double()
     x = drawn(1, 3, 6, 4, 4).requires_grad_()
-    with differentiated_once(network, 2):
+    with batched_weight_grad(network, 2):
         outputs = passes(network, x, 2)
     (alone,) = torch.autograd.grad(outputs[1].square().sum(), x, retain_graph=True)  # no weight asks for a gradient
     torch.testing.assert_close(
@@ -87,7 +87,7 @@ def test_under_autocast_weights_have_float32_gradients_near_their_own():
     network = nn.Sequential(Convolution(16, 8), nn.ReLU(), Convolution(8, 16, 3))
     x = drawn(1, 8, 16, 4, 4).float()
     expected = gradients(network, *passes(network, x, 3))
-    with torch.autocast("cpu", torch.bfloat16), differentiated_once(network, 3):
+    with torch.autocast("cpu", torch.bfloat16), batched_weight_grad(network, 3):
         found = passes(network, x, 3)
     for mine, other in zip(gradients(network, *found), expected, strict=True):
         assert mine.dtype == torch.float32

@@ -17,13 +17,18 @@ import pytest
 
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import collectives, rendezvous, signals
-from pipeline.distributed.agreement import difference, leaves
+from pipeline.distributed.agreement import difference, flatten
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import ROOT, Unfinished
-from pipeline.runs import told as telling
+from pipeline.errors import ROOT, Interrupted
+from pipeline.runs import rank_settings
 from pipeline.runs.identity import resolve
 
-LAUNCHERS = (*rendezvous.DIRECT, *rendezvous.TASKS, "GROUP_WORLD_SIZE", rendezvous.SECONDS)
+LAUNCHERS = (
+    *rendezvous.REQUIRED_VARIABLES,
+    *rendezvous.TASK_COUNT_VARIABLES,
+    "GROUP_WORLD_SIZE",
+    rendezvous.SECONDS_VARIABLE,
+)
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 Z2 = {"zero_optimization": {"stage": 2}}
 ADVICE = "; start all ranks with the same command, shards, code and packages"
@@ -43,7 +48,7 @@ def join(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(collectives, "start", join := mock.Mock())
+    monkeypatch.setattr(collectives, "create_process_group", join := mock.Mock())
     return join
 
 
@@ -52,8 +57,8 @@ def met(*tellings: dict[str, Any], world: int = 0) -> list[str]:
 
     def meet(rank: int, told: dict[str, Any]) -> str:
         try:
-            rendezvous.meet(Launch(rank, world or len(tellings), rank, use_cpu=True), told=told)
-        except (ValueError, OSError, Unfinished) as error:
+            rendezvous.init_process_group(Launch(rank, world or len(tellings), rank, use_cpu=True), settings=told)
+        except (ValueError, OSError, Interrupted) as error:
             return str(error)
         return "met"
 
@@ -65,7 +70,7 @@ def told(folder: Path, *words: str, recipe: str = "ce.yaml") -> dict[str, Any]:
     """Return what a rank of a training with those words was told."""
     loaded = load_recipe(folder / recipe, words)
     run = resolve(loaded, Launch())
-    return telling.shared_facts("train", run.recipe, run)
+    return rank_settings.shared_settings("train", run.recipe, run)
 
 
 def test_ranks_that_were_told_the_same_join(join: mock.Mock):
@@ -98,7 +103,7 @@ def test_a_rank_on_a_cpu_does_not_wait_for_one_on_a_gpu(join: mock.Mock):
 
 
 def test_a_signal_ends_the_waiting_for_other_ranks(join: mock.Mock, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(signals, "_given", True)
+    monkeypatch.setattr(signals, "_requested", True)
     (line,) = met({}, world=2)
     assert line.endswith("was stopped while it waited for the others; the same command continues")
 
@@ -116,7 +121,7 @@ def test_a_signal_ends_the_waiting_for_other_ranks(join: mock.Mock, monkeypatch:
     ],
 )
 def test_a_word_that_one_rank_alone_was_given_is_the_difference(recipes: Path, word: str, key: str):
-    mine, other = dict(leaves(told(recipes))), dict(leaves(told(recipes, word)))
+    mine, other = dict(flatten(told(recipes))), dict(flatten(told(recipes, word)))
     assert difference(mine, other) == (key, mine[key], other[key])
 
 
@@ -136,8 +141,8 @@ def test_other_shards_under_the_same_path_are_a_difference(recipes: Path, shards
 
 def test_other_code_and_other_packages_are_a_difference(recipes: Path, monkeypatch: pytest.MonkeyPatch):
     mine = told(recipes)
-    monkeypatch.setattr(telling, "code_digest", lambda: "other")
-    monkeypatch.setattr(telling, "packages", lambda: {"torch": "2.0"})
+    monkeypatch.setattr(rank_settings, "code_digest", lambda: "other")
+    monkeypatch.setattr(rank_settings, "packages", lambda: {"torch": "2.0"})
     other = told(recipes)
     assert {key for key in mine if mine[key] != other.get(key)} >= {"torch", "code (sha256)"}
 
@@ -169,7 +174,7 @@ def test_ranks_with_other_settings_of_deepspeed_do_not_join(
 
     def meet(rank: int, settings: object) -> str:
         try:
-            telling.meet(launch(rank, settings), "train", recipe)
+            rank_settings.join_ranks(launch(rank, settings), "train", recipe)
         except ValueError as error:
             return str(error)
         return "met"

@@ -175,9 +175,9 @@ def both_standardized(rank: int, world: int, rows: Rows, across_ranks: bool) -> 
 def test_two_standardized_together_are_each_standardized_alone(several_ranks: Ranks, across_ranks: bool):
     rows = Rows((4, 0, 3)).among(several_ranks.world)
     alone = rows.drawn(0, 1).requires_grad_()
-    h = collectives.standardize(alone, EPS)
+    h = collectives.standardize_columns(alone, EPS)
     h.pow(3).sum().backward()
-    other = collectives.standardize(rows.drawn(0, 1, 2, seed=1).flatten(1), EPS)
+    other = collectives.standardize_columns(rows.drawn(0, 1, 2, seed=1).flatten(1), EPS)
     one = {"rows h": h.detach(), "rows other": other, "rows grad": alone.grad}
     assert_ranks_equal_one([both_standardized(0, 1, rows, across_ranks)], one)
     if across_ranks:
@@ -187,7 +187,7 @@ def test_two_standardized_together_are_each_standardized_alone(several_ranks: Ra
 @pytest.mark.parametrize("across_ranks", [True, False])
 def test_the_gradient_of_standardize_is_exact(across_ranks: bool):
     x = Rows((5,), columns=4).drawn(0, 1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: collectives.standardize(x, EPS, across_ranks=across_ranks), [x])
+    assert torch.autograd.gradcheck(lambda x: collectives.standardize_columns(x, EPS, across_ranks=across_ranks), [x])
     assert torch.autograd.gradcheck(lambda x: collectives.standardize_both(x, x.detach(), 1.0)[0], [x])
 
 
@@ -195,7 +195,7 @@ def test_one_row_and_a_constant_column_give_zeros():
     one = Rows((1,)).drawn(0, 1).requires_grad_()
     constant = torch.full((4, 2), 1e3, dtype=torch.float32, requires_grad=True)
     for x in (one, constant):
-        h = collectives.standardize(x, EPS)
+        h = collectives.standardize_columns(x, EPS)
         h.sum().backward()
         assert h.abs().max() < 1e-3
         assert x.grad is not None
@@ -239,9 +239,9 @@ def sent(rank: int, world: int) -> dict[str, Any]:
         "global_sum": lambda: collectives.global_sum(x),
         "gather_rows, equal": lambda: collectives.gather_rows(x, equal=True),
         "gather_rows": lambda: collectives.gather_rows(x),
-        "standardize": lambda: collectives.standardize(x, EPS),
+        "standardize": lambda: collectives.standardize_columns(x, EPS),
         "standardize_both": lambda: collectives.standardize_both(x, x.detach(), EPS)[0],
-        "standardize, one rank": lambda: collectives.standardize(x, EPS, across_ranks=False),
+        "standardize, one rank": lambda: collectives.standardize_columns(x, EPS, across_ranks=False),
         "BatchNorm": lambda: norm(x[:, :, None, None]),
     }
     return {name: forward_and_backward(lambda act=act: act().square().sum()) for name, act in actions.items()}
@@ -276,7 +276,7 @@ def agreed(rank: int, world: int) -> dict[str, Any]:
     mine = torch.tensor([rank, 10 - rank])
     module = nn.BatchNorm1d(2)
     module.running_mean.fill_(float(rank))  # type: ignore[union-attr]
-    with Collectives() as averaging, collectives.averaged_buffers(module):
+    with Collectives() as averaging, collectives.average_buffers(module):
         inside = module.running_mean.clone()  # type: ignore[union-attr]
     return {
         "who": (collectives.rank(), collectives.world_size(), collectives.is_main()),

@@ -14,10 +14,10 @@ import pytest
 from architecture import ENTRY_POINTS
 
 from pipeline.batch import Progress
-from pipeline.config.recipe import Stop
+from pipeline.config.recipe import StopConfig
 from pipeline.distributed import signals
 from pipeline.errors import ROOT
-from pipeline.training.stopping import SIGNAL, Stopping
+from pipeline.training.stopping import SIGNAL, StopCondition
 
 Train = Callable[..., None]
 TRAIN = [sys.executable, str(ROOT / "pipeline" / "train.py")]
@@ -70,7 +70,7 @@ def test_a_signal_while_a_teacher_is_made_ends_both_and_the_run_wants_to_go_on(r
 STUCK = """
 import ctypes
 from pipeline.distributed import signals
-signals.listen()
+signals.install()
 print("up", flush=True)
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
@@ -87,21 +87,22 @@ def test_a_second_ctrl_c_ends_even_a_process_that_waits_within_a_library():
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # as a launcher repeats it
-        time.sleep(signals.ONE_KEY)
+        time.sleep(signals.SAME_KEY_PRESS_SECONDS)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", signals.AT_ONCE.decode())
+        assert process.communicate() == ("", signals.KILLED_MESSAGE.decode())
     assert process.returncode == 128 + signal.SIGINT
 
 
 def test_what_runs_in_the_background_of_a_shell_goes_on_ignoring_the_terminal():
-    code = "import signal; from pipeline.distributed import signals; signals.listen(); print(signal.getsignal(2).name)"
+    code = "import signal; from pipeline.distributed import signals; signals.install(); print(signal.getsignal(2).name)"
     command = ["bash", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, code]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "SIG_IGN\n"
 
 
 def test_a_command_with_nothing_to_save_ends_by_ctrl_c_in_one_line():
-    code = "import time; from pipeline.distributed import signals; signals.leave_quietly(); print(1, flush=True)"
+    code = "import time; from pipeline.distributed import signals; signals.exit_quietly_on_interrupt(); "
+    code += "print(1, flush=True)"
     command = [sys.executable, "-c", f"{code}; time.sleep(60)"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -114,7 +115,7 @@ def test_a_command_with_nothing_to_save_ends_by_ctrl_c_in_one_line():
 @pytest.mark.parametrize("name", sorted(ENTRY_POINTS))
 def test_every_command_hears_signals_before_it_loads_what_takes_time(name: str):
     head, _, _ = (ROOT / "pipeline" / f"{name}.py").read_text().partition("from collections.abc")
-    assert "    signals.listen()" in head or "    signals.leave_quietly()" in head
+    assert "    signals.install()" in head or "    signals.exit_quietly_on_interrupt()" in head
 
 
 def test_the_word_of_a_preemption_is_gone_when_the_run_goes_on(recipes: Path, run_train: Train):
@@ -126,10 +127,10 @@ def test_the_word_of_a_preemption_is_gone_when_the_run_goes_on(recipes: Path, ru
 
 
 def test_ranks_ask_at_the_beginning_and_every_poll_steps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(signals, "listen", lambda: None)
-    monkeypatch.setattr(signals, "_given", True)
+    monkeypatch.setattr(signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "_requested", True)
     monkeypatch.setattr("pipeline.distributed.collectives.world_size", lambda: 2)
     monkeypatch.setattr("pipeline.distributed.collectives.any_rank", lambda flag: flag)
-    stopping = Stopping(Stop(), poll_steps=10)
-    assert stopping.due(Progress(100, 7), beginning=True) == SIGNAL
-    assert [step for step in range(1, 31) if stopping.due(Progress(100, step))] == [10, 20, 30]
+    stopping = StopCondition(StopConfig(), poll_steps=10)
+    assert stopping.reason(Progress(100, 7), beginning=True) == SIGNAL
+    assert [step for step in range(1, 31) if stopping.reason(Progress(100, step))] == [10, 20, 30]

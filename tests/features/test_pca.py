@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.features.pca import Encoder, fit, load, save, unexplained
+from pipeline.features.pca import Encoder, fit_pca, load_encoder, save_encoder, unexplained
 
 CHANNELS = 6
 
@@ -37,7 +37,7 @@ def orthonormality(encoder: Encoder) -> Tensor:
 def test_components_are_the_leading_right_singular_vectors_of_the_centred_positions(rank: int):
     rows = positions(maps())
     _, _, expected = np.linalg.svd(rows - rows.mean(0))
-    encoder = fit([maps()], rank)
+    encoder = fit_pca([maps()], rank)
     assert encoder.mean_C.numpy() == pytest.approx(rows.mean(0), abs=1e-6)
     # A component is its vector up to the sign, and the sign is told by its largest entry.
     assert np.abs(encoder.basis_RC.numpy() @ expected[:rank].T) == pytest.approx(np.eye(rank), abs=1e-5)
@@ -50,11 +50,11 @@ def test_what_encoding_loses_is_the_share_of_the_discarded_eigenvalues(rank: int
     rows = positions(maps())
     eigenvalues = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
     share = eigenvalues[rank:].sum() / eigenvalues.sum()
-    assert unexplained(fit([maps()], rank), maps().split(3)) == pytest.approx(share, rel=1e-6, abs=1e-12)
+    assert unexplained(fit_pca([maps()], rank), maps().split(3)) == pytest.approx(share, rel=1e-6, abs=1e-12)
 
 
 def test_as_many_components_as_channels_lose_nothing():
-    encoder = fit([maps()], CHANNELS)
+    encoder = fit_pca([maps()], CHANNELS)
     again = encoder.decode(encoder.encode(maps()))
     assert torch.allclose(again, maps(), atol=1e-6)
     assert unexplained(encoder, [maps()]) < 1e-12
@@ -62,13 +62,13 @@ def test_as_many_components_as_channels_lose_nothing():
 
 def test_maps_without_variance_lose_none():
     flat = torch.full((4, CHANNELS, 2, 2), 3.0)
-    assert unexplained(fit([flat], 1), [flat]) == 0
+    assert unexplained(fit_pca([flat], 1), [flat]) == 0
 
 
 @given(st.lists(st.integers(1, 9), max_size=4))
 def test_batches_of_any_split_give_the_same_encoder(cuts: list[int]):
-    whole = fit([maps()], 4)
-    split = fit(maps().tensor_split(sorted(cuts)), 4)  # a batch may be empty
+    whole = fit_pca([maps()], 4)
+    split = fit_pca(maps().tensor_split(sorted(cuts)), 4)  # a batch may be empty
     for ours, theirs in zip(split, whole, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
@@ -76,15 +76,15 @@ def test_batches_of_any_split_give_the_same_encoder(cuts: list[int]):
 def test_one_batch_at_a_time_is_asked_for():
     asked = iter(maps().split(2))
     with pytest.raises(ValueError, match="components"):
-        fit(asked, CHANNELS + 1)
+        fit_pca(asked, CHANNELS + 1)
     assert len(list(asked)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32_even_under_autocast(dtype: torch.dtype):
     half = maps().to(dtype)
-    encoder = fit([half], 4)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder, fit([half.double()], 4), strict=True))
+    encoder = fit_pca([half], 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder, fit_pca([half.double()], 4), strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         codes = encoder.encode(half)
         again = encoder.decode(codes)
@@ -98,8 +98,8 @@ def test_half_precision_is_computed_in_float32_even_under_autocast(dtype: torch.
 def test_vectors_are_maps_of_one_position():
     vectors = maps()[:, :, 0, 0]
     as_maps = vectors[:, :, None, None]
-    encoder = fit([vectors], 4)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder, fit([as_maps], 4), strict=True))
+    encoder = fit_pca([vectors], 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder, fit_pca([as_maps], 4), strict=True))
     codes = encoder.encode(vectors)
     assert codes.shape == (10, 4)
     assert torch.allclose(codes, encoder.encode(as_maps)[:, :, 0, 0])
@@ -109,7 +109,7 @@ def test_vectors_are_maps_of_one_position():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_decoded_map_has_its_channels_last_in_memory(memory_format: torch.memory_format):
-    encoder = fit([maps()], 4)
+    encoder = fit_pca([maps()], 4)
     codes = encoder.encode(maps()).contiguous(memory_format=memory_format)
     assert encoder.decode(codes).is_contiguous(memory_format=torch.channels_last)
     assert encoder.decode(codes).shape == (10, CHANNELS, 3, 2)
@@ -118,20 +118,20 @@ def test_a_decoded_map_has_its_channels_last_in_memory(memory_format: torch.memo
 @pytest.mark.parametrize("rank", [0, -1, CHANNELS + 1])
 def test_a_rank_that_is_none_is_refused_in_one_line(rank: int):
     with pytest.raises(ValueError, match=f"^an encoder of 6 channels has 1 to 6 components, not {rank}$"):
-        fit([maps()], rank)
+        fit_pca([maps()], rank)
 
 
 def test_no_maps_and_maps_that_are_not_finite_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^there are no maps to fit an encoder to$"):
-        fit([], 4)
+        fit_pca([], 4)
     with pytest.raises(ValueError, match=r"^the maps hold numbers that are not finite; [^\n]*$"):
-        fit([maps(), torch.full((1, CHANNELS, 3, 2), torch.inf)], 4)
+        fit_pca([maps(), torch.full((1, CHANNELS, 3, 2), torch.inf)], 4)
 
 
 def test_an_encoder_comes_back_from_its_file_and_leaves_nothing_beside_it(tmp_path: Path):
-    encoder = fit([maps()], 4)
-    save(encoder.to("cpu"), tmp_path / "last.safetensors")
-    again = load(tmp_path / "last.safetensors")
+    encoder = fit_pca([maps()], 4)
+    save_encoder(encoder.to("cpu"), tmp_path / "last.safetensors")
+    again = load_encoder(tmp_path / "last.safetensors")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, encoder, strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
 
@@ -156,14 +156,14 @@ MEAN, BASIS = torch.zeros(CHANNELS), torch.eye(CHANNELS)[:4].contiguous()
 def test_a_file_of_other_tensors_is_refused_in_one_line(tmp_path: Path, held: dict[str, Tensor]):
     safetensors.torch.save_file(held, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors: not an encoder: expected [^\n]* found [^\n]+$"):
-        load(tmp_path / "other.safetensors")
+        load_encoder(tmp_path / "other.safetensors")
 
 
 def test_a_file_that_is_cut_short_is_refused_in_one_line(tmp_path: Path):
     path = tmp_path / "cut.safetensors"
-    save(fit([maps()], 4), path)
+    save_encoder(fit_pca([maps()], 4), path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"cut.safetensors: cannot be read as an encoder [^\n]*$"):
-        load(path)
+        load_encoder(path)
     with pytest.raises(FileNotFoundError):
-        load(tmp_path / "none.safetensors")
+        load_encoder(tmp_path / "none.safetensors")

@@ -39,10 +39,10 @@ Staged = Callable[..., None]
 @pytest.fixture
 def staged(half_hour: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Staged:
     """``staged(name="Python code", …)`` are the stages of command 1, of at most three seconds each."""
-    from stages import Stage
+    from stages import HalfHourStage
 
     def define(**codes: str) -> None:
-        stages = [Stage(name, 3.0, (sys.executable, "-c", code, "{folder}")) for name, code in codes.items()]
+        stages = [HalfHourStage(name, 3.0, (sys.executable, "-c", code, "{folder}")) for name, code in codes.items()]
         monkeypatch.setattr(half_hour, "stages_of", lambda command, options: stages)
 
     return define

@@ -27,9 +27,9 @@ from pipeline.errors import RecipeError
 
 Launch = Callable[..., None]
 TOLD = (
-    *rendezvous.DIRECT,
-    *rendezvous.TASKS,
-    rendezvous.SECONDS,
+    *rendezvous.REQUIRED_VARIABLES,
+    *rendezvous.TASK_COUNT_VARIABLES,
+    rendezvous.SECONDS_VARIABLE,
     "GROUP_WORLD_SIZE",
     "ACCELERATE_MIXED_PRECISION",
     "SLURM_PTY_PORT",
@@ -79,12 +79,12 @@ def by_accelerate(*words: str) -> dict[str, str]:
 
 def told(world_size: int, rank: int, port: int, seconds: float = 0.5) -> dict[str, object]:
     direct = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    return {**direct, "MASTER_PORT": port, rendezvous.SECONDS: seconds}
+    return {**direct, "MASTER_PORT": port, rendezvous.SECONDS_VARIABLE: seconds}
 
 
 def refused() -> str:
     with pytest.raises((RecipeError, ConnectionError)) as caught:
-        rendezvous.meet(read_launch())
+        rendezvous.init_process_group(read_launch())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -135,7 +135,7 @@ def test_accelerates_launcher_that_starts_one_process_of_two(launched: Launch, t
 
 def test_accelerates_launcher_of_one_process_is_no_mistake(launched: Launch):
     launched(**by_accelerate("--cpu", "--num_processes", "1"))
-    rendezvous.meet(read_launch())
+    rendezvous.init_process_group(read_launch())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_tasks_that_are_not_told_of_one_another(launched: Launch, variable: str,
     assert f"start them with: {command} bash -c 'export RANK=$" in message
     assert "WORLD_SIZE=$" in message
     launched(WORLD_SIZE=1)
-    rendezvous.meet(read_launch())
+    rendezvous.init_process_group(read_launch())
 
 
 def test_torchruns_that_do_not_see_one_another(launched: Launch, port: int):
@@ -195,7 +195,10 @@ def test_a_rank_that_is_none_of_the_world(launched: Launch, port: int):
         ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
         ({"PMI_SIZE": "x", "WORLD_SIZE": ""}, "PMI_SIZE is 'x', not a number"),
         ({"GROUP_WORLD_SIZE": "x"}, "GROUP_WORLD_SIZE is 'x', not a number"),
-        ({rendezvous.SECONDS: "a minute"}, f"{rendezvous.SECONDS} is 'a minute', not a number of seconds"),
+        (
+            {rendezvous.SECONDS_VARIABLE: "a minute"},
+            f"{rendezvous.SECONDS_VARIABLE} is 'a minute', not a number of seconds",
+        ),
     ],
 )
 def test_a_variable_that_is_no_number_is_named(launched: Launch, port: int, wrong: dict[str, object], message: str):
@@ -205,7 +208,7 @@ def test_a_variable_that_is_no_number_is_named(launched: Launch, port: int, wron
 
 def test_an_empty_variable_of_another_launcher_says_nothing(launched: Launch):
     launched(PMI_SIZE="", OMPI_COMM_WORLD_SIZE="", WORLD_SIZE="")
-    rendezvous.meet(read_launch())
+    rendezvous.init_process_group(read_launch())
 
 
 SHELL = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_PTY_PORT": 40123, "SLURM_PROCID": 0, "SLURM_TASK_PID": 1}
@@ -214,7 +217,7 @@ SHELL = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_PTY_PORT": 40123, "SLURM_PROCID": 0, 
 
 def test_a_command_in_the_interactive_shell_of_a_step_of_many_tasks_is_one_process(launched: Launch, port: int):
     launched(**SHELL)
-    rendezvous.meet(read_launch())
+    rendezvous.init_process_group(read_launch())
     # And so is a torchrun that is started there: its ranks meet.
     launched(**told(8, 0, port), GROUP_WORLD_SIZE=1)
     assert "did not come" in refused()
@@ -255,7 +258,7 @@ def test_the_ranks_that_never_came_are_named(launched: Launch, port: int):
 
 
 def test_two_processes_of_one_rank(launched: Launch, port: int):
-    served = collectives.open_store("127.0.0.1", port, 0, rendezvous.COLLECTIVES)
+    served = collectives.open_store("127.0.0.1", port, 0, rendezvous.COLLECTIVE_TIMEOUT)
     launched(**told(3, 1, port))
     assert "did not come: 0, 2;" in refused()
     assert "another process has this RANK; each needs its own" in refused()
@@ -264,17 +267,19 @@ def test_two_processes_of_one_rank(launched: Launch, port: int):
 
 def test_ranks_whose_first_has_gone(launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch):
     launched(**told(2, 1, port))
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock(add=mock.Mock(side_effect=RuntimeError("reset"))))
+    monkeypatch.setattr(
+        rendezvous, "_connect_store", lambda *_: mock.Mock(add=mock.Mock(side_effect=RuntimeError("reset")))
+    )
     assert "rank 0, where the ranks meet, has ended" in refused()
 
 
 def test_what_an_attempt_said_in_torchruns_store_is_not_heard_in_the_next(port: int, monkeypatch: pytest.MonkeyPatch):
-    first = collectives.open_store("127.0.0.1", port, 0, rendezvous.COLLECTIVES)
+    first = collectives.open_store("127.0.0.1", port, 0, rendezvous.COLLECTIVE_TIMEOUT)
     first.set("key", "of the first")
-    again = collectives.open_store("127.0.0.1", port, 1, rendezvous.COLLECTIVES)
+    again = collectives.open_store("127.0.0.1", port, 1, rendezvous.COLLECTIVE_TIMEOUT)
     assert again.check(["key"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    second = collectives.open_store("127.0.0.1", port, 1, rendezvous.COLLECTIVES)
+    second = collectives.open_store("127.0.0.1", port, 1, rendezvous.COLLECTIVE_TIMEOUT)
     assert not second.check(["key"])
 
 
@@ -285,26 +290,26 @@ def test_a_task_is_at_its_own_gpu_and_one_that_sees_a_single_one_at_that(
     launched(**told(8, 3, port))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock())
-    monkeypatch.setattr(rendezvous, "_agree", mock.Mock())
+    monkeypatch.setattr(rendezvous, "_connect_store", lambda *_: mock.Mock())
+    monkeypatch.setattr(rendezvous, "_compare_ranks", mock.Mock())
     monkeypatch.setattr(torch.distributed, "init_process_group", join := mock.Mock())
     monkeypatch.setenv("TORCH_DIST_USE_NCCL2", "as the user says")
-    rendezvous.meet(read_launch())
+    rendezvous.init_process_group(read_launch())
     assert join.call_args.args == ("nccl",)
     assert join.call_args.kwargs["device_id"] == torch.device("cuda", gpu)
     assert (os.environ["LOCAL_RANK"], os.environ["TORCH_DIST_USE_NCCL2"]) == (str(gpu), "as the user says")
     monkeypatch.delenv("TORCH_DIST_USE_NCCL2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock())
-    rendezvous.meet(read_launch())
+    monkeypatch.setattr(rendezvous, "_connect_store", lambda *_: mock.Mock())
+    rendezvous.init_process_group(read_launch())
     assert (join.call_args.args, join.call_args.kwargs["device_id"]) == (("gloo",), None)
 
 
 def test_ranks_that_came_and_cannot_reach_one_another(launched: Launch, port: int, monkeypatch: pytest.MonkeyPatch):
     launched(**told(2, 1, port))
-    monkeypatch.setattr(rendezvous, "_reach", lambda *_: mock.Mock())
-    monkeypatch.setattr(rendezvous, "_agree", mock.Mock())
-    monkeypatch.setattr(collectives, "start", mock.Mock(side_effect=RuntimeError("no route\nframe #0")))
+    monkeypatch.setattr(rendezvous, "_connect_store", lambda *_: mock.Mock())
+    monkeypatch.setattr(rendezvous, "_compare_ranks", mock.Mock())
+    monkeypatch.setattr(collectives, "create_process_group", mock.Mock(side_effect=RuntimeError("no route\nframe #0")))
     assert "cannot reach one another (no route); name the network that joins the hosts" in refused()
 
 

@@ -20,7 +20,16 @@ from pipeline.batch import Batch, Outputs
 from pipeline.losses import crd
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import load_spec
-from pipeline.losses.crd import CRD, EPS, Others, by_matrix, by_rows, contrast, renew, similarities
+from pipeline.losses.crd import (
+    _EPS,
+    CRD,
+    NegativeSampler,
+    bank_similarities,
+    by_matrix,
+    by_rows,
+    contrast,
+    update_bank_,
+)
 
 quick = settings(max_examples=20, derandomize=True, deadline=None)
 # Classes of unequal size, and holes at both ends and in the middle.
@@ -58,7 +67,7 @@ def published(scores_BJ: Tensor, normalizer: Tensor, samples: int) -> Tensor:
     p_BJ = scores_BJ.exp() / normalizer
     kappa = (scores_BJ.shape[1] - 1) / samples
     own_B, noise_BK = p_BJ[:, 0], p_BJ[:, 1:]
-    return -((own_B / (own_B + kappa + EPS)).log() + (kappa / (noise_BK + kappa + EPS)).log().sum(1)).mean()
+    return -((own_B / (own_B + kappa + _EPS)).log() + (kappa / (noise_BK + kappa + _EPS)).log().sum(1)).mean()
 
 
 @quick
@@ -86,7 +95,7 @@ def test_scores_whose_exponentials_overflow_stay_finite():
 def test_noise_is_uniform_over_the_samples_of_other_classes_and_never_a_hole():
     torch.manual_seed(0)
     number = 30_000
-    drawn_BJ = Others(LABELS, 3)(torch.tensor([0, 1, 2]), number)
+    drawn_BJ = NegativeSampler(LABELS, 3)(torch.tensor([0, 1, 2]), number)
     for label, row in enumerate(drawn_BJ):
         counts = np.bincount(row.numpy(), minlength=len(LABELS))
         others = [i for i in PRESENT if LABELS[i] != label]
@@ -101,7 +110,7 @@ def test_noise_is_uniform_over_the_samples_of_other_classes_and_never_a_hole():
 @given(labels=st.lists(st.integers(-1, 4), min_size=2, max_size=30).filter(lambda x: len(set(x) - {-1}) > 1))
 def test_noise_is_of_another_class_whatever_the_data_set(labels: list[int]):
     torch.manual_seed(0)
-    found = Others(np.array(labels), 5)(torch.tensor(labels).clamp(min=0), 50)
+    found = NegativeSampler(np.array(labels), 5)(torch.tensor(labels).clamp(min=0), 50)
     for label, row in zip(labels, found, strict=True):
         assert not {labels[i] for i in row.tolist()} & {-1, max(label, 0)}
 
@@ -109,7 +118,7 @@ def test_noise_is_of_another_class_whatever_the_data_set(labels: list[int]):
 @pytest.mark.parametrize("labels", [[1, 1, -1, 1], [-1, -1], []])
 def test_a_data_set_of_one_class_is_refused_in_one_line(labels: list[int]):
     with pytest.raises(ValueError, match=r"^crd: its negatives are samples of other classes, and all .* are of one$"):
-        Others(np.array(labels, dtype=np.int64), 3)
+        NegativeSampler(np.array(labels, dtype=np.int64), 3)
 
 
 @pytest.mark.parametrize("largest", [1, 24, 2**24])
@@ -130,13 +139,13 @@ def test_scores_by_the_whole_bank_and_by_gathered_rows_are_the_same(largest: int
 def test_a_bank_too_big_to_compare_with_whole_is_gathered_from(largest: int, way: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(crd, "LARGEST_MATRIX", largest)
     with mock.patch.object(crd, way) as used:
-        similarities(torch.empty(8, 2), torch.empty(8, 2), torch.empty(8, 3, dtype=torch.int64))
+        bank_similarities(torch.empty(8, 2), torch.empty(8, 2), torch.empty(8, 3, dtype=torch.int64))
     used.assert_called_once()
 
 
 def test_each_row_of_a_bank_moves_once_and_back_onto_the_sphere():
     bank, before, e = drawn(5, 3), drawn(5, 3), drawn(2, 3, seed=1)
-    renew(bank, torch.tensor([3, 0]), e, 0.75)
+    update_bank_(bank, torch.tensor([3, 0]), e, 0.75)
     for i, row in ((3, e[0]), (0, e[1])):
         moved = 0.75 * before[i] + 0.25 * row
         torch.testing.assert_close(bank[i], moved / moved.norm(), rtol=1e-12, atol=1e-12)
@@ -146,8 +155,8 @@ def test_each_row_of_a_bank_moves_once_and_back_onto_the_sphere():
 def test_of_an_id_that_comes_twice_the_last_row_counts():
     twice, once = drawn(5, 3), drawn(5, 3)
     e = drawn(5, 3, seed=1)
-    renew(twice, torch.tensor([2, 4, 2, 1, 2]), e, 0.5)
-    renew(once, torch.tensor([4, 1, 2]), e[[1, 3, 4]], 0.5)
+    update_bank_(twice, torch.tensor([2, 4, 2, 1, 2]), e, 0.5)
+    update_bank_(once, torch.tensor([4, 1, 2]), e[[1, 3, 4]], 0.5)
     assert torch.equal(twice, once)
 
 
@@ -155,7 +164,7 @@ def test_of_an_id_that_comes_twice_the_last_row_counts():
 def test_an_embedding_that_is_not_finite_changes_no_bank(bad: float):
     bank, before, e = drawn(5, 3), drawn(5, 3), drawn(2, 3, seed=1)
     e[0, 1] = bad
-    renew(bank, torch.tensor([3, 0]), e, 0.5)
+    update_bank_(bank, torch.tensor([3, 0]), e, 0.5)
     assert torch.equal(bank[[1, 2, 3, 4]], before[[1, 2, 3, 4]])
     assert not torch.equal(bank[0], before[0])
 
@@ -194,9 +203,9 @@ def test_micro_batches_make_the_banks_of_their_whole():
 
 def test_the_normalisers_are_those_of_the_first_batch_ever_after():
     loss = loss_of()
-    with mock.patch.object(crd, "similarities", wraps=similarities) as seen:
+    with mock.patch.object(crd, "bank_similarities", wraps=bank_similarities) as seen:
         total_of(loss, [1, 2, 4])
-        scores = [similarities(*call.args) / 0.1 for call in seen.call_args_list]
+        scores = [bank_similarities(*call.args) / 0.1 for call in seen.call_args_list]
     loss.commit()
     first = loss.normalizers.clone()
     torch.testing.assert_close(first, torch.stack([len(PRESENT) * x.exp().mean() for x in scores]).detach())

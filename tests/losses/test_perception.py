@@ -22,7 +22,7 @@ def parts_of_a_rank(rank: int, world: int, counts: tuple[int, ...]) -> dict[str,
     student, teacher = both if world == 1 else both.split(counts, 1)[rank]
     loss = load_spec("perception", KL_ON_MATRICES).build(Facts(CLASSES))
     own = student.clone().requires_grad_()
-    seen, target = loss.changed(own, teacher)  # type: ignore[operator]
+    seen, target = loss.transform(own, teacher)  # type: ignore[operator]
     log_p, log_q = (x.log_softmax(1) for x in (target, seen))
     value = (log_p.exp() * (log_p - log_q)).sum()
     value.backward()
@@ -42,7 +42,7 @@ def test_ranks_of_any_size_see_the_matrix_of_one_process(counts: tuple[int, ...]
 
 def perceived(stat_scope: str, x: torch.Tensor) -> torch.Tensor:
     loss = load_spec("perception", {**config_of("perception"), "stat_scope": stat_scope}).build(Facts(CLASSES))
-    return loss.changed(x, x)[0]  # type: ignore[operator]
+    return loss.transform(x, x)[0]  # type: ignore[operator]
 
 
 def test_ghost_batches_are_consecutive_rows_standardised_apart():

@@ -12,7 +12,7 @@ from torchvision.models.shufflenetv2 import InvertedResidual
 
 from pipeline.models import create_model, known_models
 from pipeline.models.cifar_mobilenet_v2 import LinearBottleneck
-from pipeline.models.cifar_shufflenet_v2 import ShuffleUnit
+from pipeline.models.cifar_shufflenet_v2 import ShuffleUnitV2
 from pipeline.models.create import OWN
 from pipeline.models.weights import load_weights
 
@@ -114,7 +114,7 @@ def test_the_first_shuffle_unit_does_not_divide_the_stems_channels():
 
 def test_the_second_shuffle_network_computes_what_torchvisions_units_do():
     torch.manual_seed(0)
-    ours = ShuffleUnit(8, 8, stride=1)
+    ours = ShuffleUnitV2(8, 8, stride=1)
     torchvisions = InvertedResidual(8, 8, stride=1)
     torchvisions.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 8, 5, 5).relu()

@@ -20,7 +20,7 @@ def guard() -> FiniteGuard:
 def scaled(guard: FiniteGuard, scale: float) -> None:
     """Let a GradScaler have come to that scale."""
     scaler = mock.Mock(get_scale=lambda: scale)
-    guard.arm(SimpleNamespace(scaler=scaler), tensor(INF), 1)  # type: ignore[arg-type]
+    guard.skip_step_if_nonfinite(SimpleNamespace(scaler=scaler), tensor(INF), 1)  # type: ignore[arg-type]
 
 
 def test_the_part_that_began_it_is_named_with_its_step(guard: FiniteGuard):

@@ -13,7 +13,7 @@ import yaml
 from resolved import run_of
 from safetensors.torch import load_file
 
-from pipeline.builders.student import build_student, load_start, student_named
+from pipeline.builders.student import build_student, load_start, student_spec
 from pipeline.builders.teacher import build_teacher
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed.launcher import read_launch
@@ -87,9 +87,9 @@ def test_a_students_first_stage_has_its_seed(run_train: Train, two_stages: Path,
 
     second = run_of("second.yaml", ["seed=3"])
     first = run_of("first.yaml", ["seed=3"])
-    assert second.identity["student"]["start"]["recipe"] == first.digest
+    assert second.identity["student"]["start"]["recipe"] == first.fingerprint
     config = second.recipe.student
-    student = build_student(student_named(config, frozenset()), 20, seed=3)
+    student = build_student(student_spec(config, frozenset()), 20, seed=3)
     assert config.start is not None
     load_start(config.start, second.start, student, config.model, second.recipe.data)
     weights = load_file(start / "student.safetensors")["fc.weight"]
@@ -98,22 +98,22 @@ def test_a_students_first_stage_has_its_seed(run_train: Train, two_stages: Path,
 
 def test_a_teacher_keeps_its_own_seed(chain: Path):
     identity = run_of("assistant.yaml", ["seed=3"]).identity
-    assert identity["teacher"]["recipe"] == run_of("teacher.yaml").digest
+    assert identity["teacher"]["recipe"] == run_of("teacher.yaml").fingerprint
 
 
 def test_a_first_stage_that_is_also_the_teacher_is_one_run_with_its_own_seed(two_stages: Path):
     own = {"base": "second.yaml", "teacher": {"recipe": "first.yaml"}, "losses": KD}
     (two_stages / "both.yaml").write_text(yaml.safe_dump(own))
     identity = run_of("both.yaml", ["seed=3"]).identity
-    first = run_of("first.yaml").digest
+    first = run_of("first.yaml").fingerprint
     assert (identity["teacher"]["recipe"], identity["student"]["start"]["recipe"]) == (first, first)
 
 
 def test_the_end_of_a_chain_is_part_of_what_every_run_below_it_is(chain: Path):
-    before = [run_of(f"{name}.yaml").digest for name in ("student", "assistant", "ce")]
+    before = [run_of(f"{name}.yaml").fingerprint for name in ("student", "assistant", "ce")]
     other = yaml.safe_load((chain / "teacher.yaml").read_text()) | {"seed": 3}
     (chain / "teacher.yaml").write_text(yaml.safe_dump(other))
-    after = [run_of(f"{name}.yaml").digest for name in ("student", "assistant", "ce")]
+    after = [run_of(f"{name}.yaml").fingerprint for name in ("student", "assistant", "ce")]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
 
 

@@ -63,6 +63,6 @@ def test_what_a_finished_teacher_was_compared_with_is_not_asked_for_again(run_tr
     folder = recipes / "runs" / "teacher"
     known = identity.resolve(recipe.load_recipe("teacher.yaml"), Launch())
     result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps({**result, "identity": known.digest}))
+    (folder / "result.json").write_text(json.dumps({**result, "identity": known.fingerprint}))
     run_train("ddkd.yaml", "epochs=1", "compare=null")
     assert (recipes / "runs" / "ddkd" / "result.json").is_file()

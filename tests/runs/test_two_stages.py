@@ -9,12 +9,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.errors import ROOT
 
 
 def test_the_second_stage_begins_with_the_first_ones_weights(run_train: Callable[..., None], recipes: Path):
-    losses = composed(ROOT / "configs" / "methods" / "ab.yaml")["losses"]
+    losses = compose(ROOT / "configs" / "methods" / "ab.yaml")["losses"]
     stages = {
         "first": {"teacher": {"recipe": "teacher.yaml"}, "losses": {"ce": None, **losses}},
         "second": {"student": {"start": {"recipe": "first.yaml"}}},

@@ -78,7 +78,7 @@ def test_the_same_weights_elsewhere_and_in_a_wrapping_are_the_same_run(place: Pa
     write("elsewhere.ckpt", 1, epoch=7)
     again = run_of(f"{name}.yaml", [moved(name)])
     check_folder(again)
-    assert again.digest == run.digest
+    assert again.fingerprint == run.fingerprint
 
 
 MEASURED = {"model": "cifar_resnet8", "parameters": 1, "top1": 5.0, "best_top1": 5.0, "images_per_second": 9.0}
@@ -87,7 +87,7 @@ MEASURED = {"model": "cifar_resnet8", "parameters": 1, "top1": 5.0, "best_top1":
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_finished_run_whose_weights_are_gone_is_finished_still(place: Path, name: str):
     run = begun(name)
-    (run.folder / "result.json").write_text(json.dumps({"identity": run.digest, **MEASURED}))
+    (run.folder / "result.json").write_text(json.dumps({"identity": run.fingerprint, **MEASURED}))
     (place / "w.pt").unlink()
     assert run_of(f"{name}.yaml").result is not None
     assert run_of(f"{name}.yaml", [moved(name)]).result is None  # not there either, and another file
@@ -100,11 +100,11 @@ def test_a_key_that_chooses_is_part_of_the_run_by_what_it_chooses(place: Path):
         states.append(create_model("cifar_resnet8", 20).state_dict())
     torch.save({"model": states[0], "model_ema": states[1]}, "w.pt")
     raw = begun("teacher")
-    assert run_of("teacher.yaml", ["teacher.weights_key=model"]).digest == raw.digest
+    assert run_of("teacher.yaml", ["teacher.weights_key=model"]).fingerprint == raw.fingerprint
     averaged = run_of("teacher.yaml", ["teacher.weights_key=model_ema"])
-    assert averaged.digest != raw.digest
+    assert averaged.fingerprint != raw.fingerprint
     write("w.pt", 2)
-    assert run_of("teacher.yaml").digest == averaged.digest
+    assert run_of("teacher.yaml").fingerprint == averaged.fingerprint
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -14,7 +14,7 @@ import pytest
 from pipeline import bench, compare
 from pipeline.errors import RecipeError
 from pipeline.runs.folder import lock_folder, mark_preempted
-from pipeline.runs.places import check_cache_place, check_run_place
+from pipeline.runs.ownership import check_cache_folder, check_run_folder
 
 Train = Callable[..., None]
 
@@ -66,7 +66,7 @@ def test_a_folder_with_other_things_is_refused_before_anything_is_written(
 def test_the_line_says_what_is_there(names: tuple[str, ...], told: str, tmp_path: Path):
     filled(tmp_path, names)
     with pytest.raises(RecipeError, match=told):
-        check_run_place(tmp_path)
+        check_run_folder(tmp_path)
 
 
 def test_a_folder_that_no_run_was_begun_in_is_trained_in(run_train: Train, recipes: Path):
@@ -93,12 +93,12 @@ def test_a_run_killed_while_its_folder_was_begun_goes_on(run_train: Train, recip
 def test_no_cache_is_begun_in_another_folder(names: tuple[str, ...], tmp_path: Path):
     filled(tmp_path, names)
     with pytest.raises(RecipeError, match=r", and not a teacher's cache: .* give teacher\.cache=ANOTHER"):
-        check_cache_place(tmp_path)
+        check_cache_folder(tmp_path)
 
 
 def test_a_cache_killed_before_its_header_is_begun_again(tmp_path: Path):
     filled(tmp_path, ("stage3.encoder.safetensors", "preempted", "cache.json.7.tmp"))
-    check_cache_place(tmp_path)
+    check_cache_folder(tmp_path)
 
 
 def test_a_comparison_refuses_the_folder_before_it_makes_a_teacher(recipes: Path, monkeypatch: pytest.MonkeyPatch):

@@ -30,7 +30,7 @@ def main(words):
 """
 
 
-@pytest.mark.parametrize(("module", "start"), [("shards.command", "run_command"), ("pipeline.cli", "entry")])
+@pytest.mark.parametrize(("module", "start"), [("shards.command", "run_main"), ("pipeline.cli", "entry")])
 def test_a_tar_that_is_cut_while_it_is_read_ends_a_command_with_the_line_that_read_it(tmp_path, module, start):
     script = CUT_UNDER_A_MAP.format(module=module, start=start)
     done = subprocess.run(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pictures import decode
 
-from shards.drawing import CLASSES, draw
+from shards.drawing import DRAWN_CLASSES, draw_image
 from shards.manifest import read_manifest
 from shards.prepare_demo import main
 from shards.read import SplitReader
@@ -50,13 +50,13 @@ def test_more_images_leave_those_before_as_they_were(tmp_path):
 
 
 def test_there_are_twenty_classes_of_shape_and_texture():
-    assert len(set(CLASSES)) == 20
-    assert {name.count("-") for name in CLASSES} == {1}
+    assert len(set(DRAWN_CLASSES)) == 20
+    assert {name.count("-") for name in DRAWN_CLASSES} == {1}
 
 
 @pytest.mark.parametrize("side", [32, 64, 100])
 def test_the_same_draw_differs_between_any_two_classes(side):
-    drawn = np.stack([draw(name, side, generator(3)) for name in CLASSES]).astype(int)
+    drawn = np.stack([draw_image(name, side, generator(3)) for name in DRAWN_CLASSES]).astype(int)
     assert drawn.shape == (20, side, side, 3)
     difference = abs(drawn[:, None] - drawn[None]).mean((2, 3, 4))
     assert (difference + 100 * np.eye(20)).min() > 1

@@ -61,7 +61,7 @@ def test_looking_copies_nothing_and_finds_only_what_is_whole(
     stage.main([*words, "--look"])
     assert capsys.readouterr().out == f"{source}\n"
     assert not list(tmp_path.iterdir())
-    copy = stage.stage(source, tmp_path)
+    copy = stage.stage_shards(source, tmp_path)
     stage.main([*words, "--look"])
     assert capsys.readouterr().out == f"{copy}\n"
     next(copy.glob("*.tar")).write_bytes(b"cut")
@@ -76,7 +76,7 @@ def test_a_copy_that_was_stopped_in_the_middle_goes_on_with_what_is_missing(
     copy = stage.copy_of(source, tmp_path)
     # One file at a time, and slowly, so that there is a middle.
     slow = "import runpy, sys, time, shards.stage as s; s.STREAMS = 1; real = s._copy\n"
-    slow += "s._copy = lambda *a: (real(*a), time.sleep(0.2)); s.run_command(s.main)"
+    slow += "s._copy = lambda *a: (real(*a), time.sleep(0.2)); s.run_main(s.main)"
     command = [sys.executable, "-c", slow, str(source), str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and len(list(copy.glob("*.tar"))) < 2:
@@ -87,7 +87,7 @@ def test_a_copy_that_was_stopped_in_the_middle_goes_on_with_what_is_missing(
     (copy / "train-000000.tar.tmp").write_bytes(b"half a file")
     kept = {path.name: path.stat().st_ino for path in copy.glob("*.tar")}
     assert 0 < len(kept) < len(list(source.glob("*.tar")))
-    assert stage.stage(source, tmp_path) == copy
+    assert stage.stage_shards(source, tmp_path) == copy
     assert contents(copy) == contents(source)
     assert all((copy / name).stat().st_ino == inode for name, inode in kept.items())
 
@@ -95,7 +95,7 @@ def test_a_copy_that_was_stopped_in_the_middle_goes_on_with_what_is_missing(
 def test_without_room_the_shared_folder_is_read_and_one_line_says_so(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(stage.RESERVE))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(stage._RESERVE))
     assert stage.main([str(source), str(tmp_path)]) == 0
     told = capsys.readouterr()
     assert told.out == f"{source}\n"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.benchmarks.measure import Measured, measure
+from pipeline.benchmarks.measure import Measurement, measure
 from pipeline.diffusion.denoiser import Denoiser, Draws
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import load_spec
@@ -134,13 +134,13 @@ def peak_megabytes(run: Callable[[], object]) -> float:
     return most / 1e6
 
 
-def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> list[Measured]:
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> list[Measurement]:
     """Return how long each takes, all of them in turn."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             found[name] += measure(name, run, device=CPU, repeats=1, warmup=0).seconds
-    return [Measured(name, seconds) for name, seconds in found.items()]
+    return [Measurement(name, seconds) for name, seconds in found.items()]
 
 
 def in_bfloat16(run: Callable[[], object]) -> Callable[[], object]:

@@ -32,10 +32,10 @@ from torchvision.transforms.v2 import functional as v2
 
 from pipeline.batch import Progress
 from pipeline.builders.loader import build_loader
-from pipeline.config.arguments import own_words
+from pipeline.config.arguments import split_command_args
 from pipeline.config.recipe import load_recipe
 from pipeline.data.config import Config
-from pipeline.data.requests import Plan
+from pipeline.data.requests import BatchSampler
 from pipeline.errors import ROOT
 from shards.read import SplitReader
 
@@ -83,7 +83,7 @@ class Images(Dataset):
 class Places:
     """Batches of places, in the order in which training takes them."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BatchSampler) -> None:
         self.plan = replace(plan, encoded=False)
 
     def __iter__(self) -> Iterator[list[Place]]:
@@ -92,7 +92,7 @@ class Places:
             yield [Place(*each) for each in zip(request.rows_B, request.labels_B.tolist(), boxes, flips, strict=True)]
 
 
-def theirs(plan: Plan, decode: Callable[[bytearray], Image.Image | Tensor]) -> Iterator[Tensor]:
+def theirs(plan: BatchSampler, decode: Callable[[bytearray], Image.Image | Tensor]) -> Iterator[Tensor]:
     """Yield images [B, C, H, W] of two workers that never end."""
     workers = DataLoader(
         Images(plan.config, decode), batch_sampler=Places(plan), num_workers=2, multiprocessing_context="spawn"
@@ -123,7 +123,7 @@ def told(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    own, words = own_words(sys.argv[1:], ("seconds", "blocks"))
+    own, words = split_command_args(sys.argv[1:], ("seconds", "blocks"))
     recipe = load_recipe(RECIPE, ["batch=60", "data.threads=2", "data.prefetch=2", *words]).recipe
     loader = build_loader(recipe, torch.device("cpu"), ("train",))
     ours = "our loader, 2 threads"

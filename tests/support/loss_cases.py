@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
@@ -77,7 +77,7 @@ def config_of(name: str) -> dict[str, Any]:
     """Return the loss's entry in its method's recipe."""
     path = METHODS / f"{name}.yaml"
     assert path.is_file(), f"the loss {name} has no recipe configs/methods/{name}.yaml"
-    return composed(path)["losses"][name]
+    return compose(path)["losses"][name]
 
 
 def with_global_statistics(spec: LossSpec) -> LossSpec:

@@ -36,7 +36,8 @@ def perception_dkd(case: Case) -> Outcome:
 
 def logit_standardization_kd(case: Case) -> Outcome:
     return of_logits(
-        case, lambda student, teacher, **hyper: kd_loss(standardize(student), standardize(teacher), **hyper)
+        case,
+        lambda student, teacher, **hyper: kd_loss(standardize(student), standardize(teacher), **hyper),
     )
 
 

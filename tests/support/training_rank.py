@@ -44,7 +44,7 @@ def trained(rank: int, world: int, folder: Path, words: Sequence[str], settings:
 
 @contextlib.contextmanager
 def _command(rank: int, world: int, folder: Path, settings: str | None) -> Any:
-    chosen = {"ACCELERATE_USE_DEEPSPEED": "true", zero.FILE: settings} if settings else {}
+    chosen = {"ACCELERATE_USE_DEEPSPEED": "true", zero._SETTINGS_VARIABLE: settings} if settings else {}
     # The end of a training would end the process group, and with it the weights that ZeRO-3 has in parts.
     standing = mock.patch.object(Accelerator, "end_training")
     with launched(rank, world, **chosen), contextlib.chdir(folder), standing:
@@ -66,7 +66,7 @@ def _kept() -> Any:
 
 
 def _weights(distiller: Distiller) -> dict[str, Tensor]:
-    with zero.gathered(distiller):
+    with zero.gather_parameters(distiller):
         return {name: x.clone(memory_format=torch.contiguous_format) for name, x in distiller.state_dict().items()}
 
 

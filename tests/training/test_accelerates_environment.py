@@ -10,7 +10,7 @@ import torch
 
 from pipeline.distributed.launcher import NUMBERS
 from pipeline.errors import RecipeError
-from pipeline.training.accelerator import FOREIGN
+from pipeline.training.accelerator import FOREIGN_VARIABLES
 
 Train = Callable[..., None]
 
@@ -39,7 +39,7 @@ def test_its_word_for_none_needs_no_line(
     assert "note" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(FOREIGN))
+@pytest.mark.parametrize("name", sorted(FOREIGN_VARIABLES))
 def test_what_is_not_done_here_is_refused_in_one_line(run_train: Train, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setenv(name, "true")
     with pytest.raises(RecipeError, match=f"{name} asks for .*, which is not done here; unset it"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from training_rank import Training, trained
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
@@ -66,7 +66,7 @@ class Place:
 
 
 def method(name: str) -> dict[str, Any]:
-    return composed(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"]
+    return compose(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"]
 
 
 DATA = {
@@ -315,7 +315,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     def write(stage: int = 2, **more: Any) -> None:
         (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, **more}))
 
-    monkeypatch.setenv(zero.FILE, str(tmp_path / "own.json"))
+    monkeypatch.setenv(zero._SETTINGS_VARIABLE, str(tmp_path / "own.json"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     return write
 
@@ -363,14 +363,14 @@ def test_what_disagrees_or_is_not_done_is_refused_in_one_line(recipe, settings, 
 
 
 def test_a_file_that_is_not_there_and_one_that_is_no_json_are_named(recipe, tmp_path, monkeypatch):
-    monkeypatch.delenv(zero.FILE, raising=False)
-    with pytest.raises(RecipeError, match=f"{zero.FILE}: DeepSpeed was asked for without settings"):
+    monkeypatch.delenv(zero._SETTINGS_VARIABLE, raising=False)
+    with pytest.raises(RecipeError, match=f"{zero._SETTINGS_VARIABLE}: DeepSpeed was asked for without settings"):
         zero.settings(recipe(), read_launch())
-    monkeypatch.setenv(zero.FILE, "absent.json")
-    with pytest.raises(RecipeError, match=f"{zero.FILE}: there is no file absent.json"):
+    monkeypatch.setenv(zero._SETTINGS_VARIABLE, "absent.json")
+    with pytest.raises(RecipeError, match=f"{zero._SETTINGS_VARIABLE}: there is no file absent.json"):
         zero.settings(recipe(), read_launch())
     (tmp_path / "own.json").write_text("{stage: 2}")
-    monkeypatch.setenv(zero.FILE, str(tmp_path / "own.json"))
+    monkeypatch.setenv(zero._SETTINGS_VARIABLE, str(tmp_path / "own.json"))
     with pytest.raises(DamagedFile, match=r"own\.json: Invalid JSON: .*; it is a mapping of DeepSpeed's settings"):
         zero.settings(recipe(), read_launch())
 
@@ -389,7 +389,7 @@ def test_a_file_that_is_not_there_and_one_that_is_no_json_are_named(recipe, tmp_
 )
 def test_settings_of_another_shape_are_refused_in_one_line(recipe, tmp_path, monkeypatch, content: str, told: str):
     (tmp_path / "own.json").write_text(content)
-    monkeypatch.setenv(zero.FILE, str(tmp_path / "own.json"))
+    monkeypatch.setenv(zero._SETTINGS_VARIABLE, str(tmp_path / "own.json"))
     with pytest.raises((RecipeError, DamagedFile)) as raised:
         zero.settings(recipe(), read_launch())
     assert told in str(raised.value)
@@ -400,7 +400,7 @@ def test_settings_of_another_shape_are_refused_in_one_line(recipe, tmp_path, mon
 def test_the_settings_that_are_shipped_are_found_from_anywhere(recipe, tmp_path, monkeypatch, stage: int):
     monkeypatch.chdir(tmp_path)
     shipped = yaml.safe_load((ROOT / "launchers" / "accelerate" / f"zero{stage}.yaml").read_text())
-    monkeypatch.setenv(zero.FILE, shipped["deepspeed_config"]["deepspeed_config_file"])
+    monkeypatch.setenv(zero._SETTINGS_VARIABLE, shipped["deepspeed_config"]["deepspeed_config_file"])
     assert zero.settings(recipe(), read_launch())["zero_optimization"]["stage"] == stage
 
 

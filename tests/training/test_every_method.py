@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.errors import ROOT
 from pipeline.models import create_model
 from pipeline.training.journal import trace
@@ -25,7 +25,7 @@ def test_a_method_trains_and_goes_on_bit_for_bit_where_it_was_stopped(
     torch.manual_seed(0)
     torch.save(create_model("cifar_resnet20", 20).state_dict(), recipes / "teacher.pt")
     teacher = None if method in ("ce", "ab_ce") else {"model": "cifar_resnet20", "weights": "teacher.pt"}
-    losses = composed(ROOT / "configs" / "methods" / f"{method}.yaml")["losses"]
+    losses = compose(ROOT / "configs" / "methods" / f"{method}.yaml")["losses"]
     whole = {"base": "ce.yaml", "teacher": teacher, "losses": {"ce": None, **losses}, "epochs": 1}
     (recipes / "method.yaml").write_text(yaml.safe_dump(whole))
     # Losses whose weights are for long runs of larger networks would throw a few steps of a tiny one off.

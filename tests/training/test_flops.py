@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.builders import meta as counting
 from pipeline.builders.meta import image_flops
-from pipeline.builders.summary import check
+from pipeline.builders.summary import summarize
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.distributed import collectives
 from pipeline.errors import ROOT
 from pipeline.models import create_model
 from pipeline.training.flops import FlopCounter, peak_of
-from pipeline.training.journal import Journal
+from pipeline.training.journal import TrainingJournal
 from pipeline.training.timer import StepTimer
 
 IMAGENET = ROOT / "configs" / "imagenet" / "r50_mbv1"
@@ -104,7 +104,7 @@ def test_an_image_costs_the_student_three_times_and_a_teacher_that_is_asked_once
 
 
 def test_a_denoisers_backward_is_counted_as_it_is():
-    report = check(load_recipe(IMAGENET / "ddkd.yaml"))
+    report = summarize(load_recipe(IMAGENET / "ddkd.yaml"))
     found = flops_of(IMAGENET / "ddkd.yaml")
     assert found is not None
     # The teacher's map, which enters the autoencoder and (encoded) a noise predictor, is a constant, and so are noises.
@@ -124,7 +124,7 @@ def test_a_cache_that_lacks_nothing_leaves_the_network_unasked(recipes: Path, mo
         def __init__(self, folder: Path) -> None:
             assert folder == Path("answers")
 
-        def lacking(self, taps: frozenset[str]) -> dict[str, str]:
+        def missing(self, taps: frozenset[str]) -> dict[str, str]:
             return self.lacks
 
     monkeypatch.chdir(recipes)
@@ -210,7 +210,7 @@ def peak_of_all(rank: int, world: int, folder: Path, recipe: Path) -> float | No
         device = torch.device("cpu")
         timer = StepTimer(device)
         track: Any = lambda values, step: None  # noqa: E731
-        return Journal(folder, recipe_of(recipe), total_steps=1, timer=timer, device=device, track=track).peak
+        return TrainingJournal(folder, recipe_of(recipe), total_steps=1, timer=timer, device=device, track=track).peak
 
 
 def test_several_ranks_could_do_as_many_times_as_much(ranks: Ranks, recipes: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.benchmarks.step import split
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.errors import ROOT, RecipeError
 from pipeline.losses import Loss
 from pipeline.models import create_model
@@ -57,7 +57,7 @@ def recipe(recipes: Path) -> Callable[..., str]:
     def write(method: str, **changes: Any) -> str:
         torch.manual_seed(0)
         torch.save(create_model("cifar_resnet20", 20).state_dict(), recipes / "teacher.pt")
-        losses = composed(ROOT / "configs" / "methods" / f"{method}.yaml")["losses"]
+        losses = compose(ROOT / "configs" / "methods" / f"{method}.yaml")["losses"]
         teacher = None if method in ("ce", "ab_ce") else {"model": "cifar_resnet20", "weights": "teacher.pt"}
         tree = {"base": "ce.yaml", "teacher": teacher, "losses": {"ce": None, **losses}, **changes}
         (recipes / "method.yaml").write_text(yaml.safe_dump(tree))

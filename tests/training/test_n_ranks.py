@@ -18,7 +18,7 @@ from gloo_ranks import Ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config.compose import composed
+from pipeline.config.compose import compose
 from pipeline.training.journal import trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ ROUNDING = 1e-11
 
 
 def method(name: str) -> dict[str, Any]:
-    return composed(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"][name]
+    return compose(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"][name]
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ def test_time_is_added_up_by_the_name_of_the_mark_that_ends_it(monkeypatch: pyte
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
     split = StepTimer(CPU)
     for name in ("data", "teacher", "data"):
-        split.mark(name)
+        split.lap(name)
     assert split.read() == {"data": 1.5, "teacher": 2.0}
-    split.mark("teacher")  # the clock went on
+    split.lap("teacher")  # the clock went on
     assert split.read() == {"teacher": 6.5}
 
 
@@ -127,10 +127,10 @@ def test_on_a_gpu_it_is_the_devices_time_and_events_are_used_again():
     a = torch.randn(4096, 4096, device=device)
     split = StepTimer(device)
     for _ in range(3):
-        split.mark("data")
+        split.lap("data")
         for _ in range(20):
             a @ a
-        split.mark("teacher")
+        split.lap("teacher")
         found = split.read()
         assert found["teacher"] > 10 * found["data"]
     assert len(split._spare) <= 3

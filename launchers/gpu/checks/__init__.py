@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-Answer = dict[str, Any]
+CheckAnswer = dict[str, Any]
 
 
-def answer(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wrong: Sequence[str] = ()) -> Answer:
+def answer(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], wrong: Sequence[str] = ()) -> CheckAnswer:
     """Return what a check found; ``wrong`` says what it did not pass for."""
     return {"passed": not wrong, "title": title, "columns": columns, "rows": rows, "notes": "; ".join(wrong)}
 
 
-def device() -> torch.device:
+def cuda_device() -> torch.device:
     """Return where this process computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train(folder: Path, *words: str) -> list[dict[str, Any]]:
+def train_short(folder: Path, *words: str) -> list[dict[str, Any]]:
     """Train in this process as ``train.py`` does with those words and that run folder; return the journal's lines."""
     from pipeline import train
 

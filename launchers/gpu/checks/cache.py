@@ -10,13 +10,13 @@ from pathlib import Path
 from options import Options
 from stages import short_run
 
-from checks import Answer, answer, forget_accelerator, losses_of, train
+from checks import CheckAnswer, answer, forget_accelerator, losses_of, train_short
 from pipeline import cache_teacher
 
-LARGEST_DIFFERENCE = 1e-2
+_LARGEST_DIFFERENCE = 1e-2
 
 
-def check(options: Options, folder: Path) -> Answer:
+def check(options: Options, folder: Path) -> CheckAnswer:
     """Write two views, verify them, and compare a few steps."""
     for name in ("cache", "live", "cached"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -31,8 +31,8 @@ def check(options: Options, folder: Path) -> Answer:
                 last = printed.getvalue().splitlines()[-1:]
                 return answer("Teacher's cache", ["", ""], [["verified", *last]], ["the cache is not verified", *last])
     steps = f"stop.steps={4 if options.rehearse else 20}"
-    live, ours = (losses_of(train(folder / name, *w, steps)) for name, w in (("live", words), ("cached", cached)))
+    live, ours = (losses_of(train_short(folder / name, *w, steps)) for name, w in (("live", words), ("cached", cached)))
     difference = max(abs(a - b) / abs(a) for a, b in zip(live, ours, strict=True))
-    wrong = [] if difference <= LARGEST_DIFFERENCE else [f"cached differs from live by {difference:.1e}"]
+    wrong = [] if difference <= _LARGEST_DIFFERENCE else [f"cached differs from live by {difference:.1e}"]
     rows = [["verified", printed.getvalue().splitlines()[-1]], ["largest difference of the loss", f"{difference:.1e}"]]
     return answer("Teacher's cache", ["", ""], rows, wrong)

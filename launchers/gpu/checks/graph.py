@@ -8,19 +8,19 @@ from pathlib import Path
 from options import Options
 from stages import all_methods, short_run
 
-from checks import Answer, answer, deterministic, device, losses_of, milliseconds, saved_weights, train
+from checks import CheckAnswer, answer, cuda_device, deterministic, losses_of, milliseconds, saved_weights, train_short
 from pipeline.training.graph import EAGER_STEPS
 
-STEPS = 24
+_STEPS = 24
 PRECISE = ("kd", "crd", "ddkd")
 """Methods that are tried in half precision, too."""
 
 
-def check(options: Options, folder: Path) -> Answer:
+def check(options: Options, folder: Path) -> CheckAnswer:
     """Train a few steps of each both ways, and compare. Where there is no GPU both are without a graph."""
     methods = ["kd", "review"] if options.rehearse else all_methods()
     cases = [(method, "fp32") for method in methods]
-    if device().type == "cuda":
+    if cuda_device().type == "cuda":
         cases += [(method, precision) for method in methods if method in PRECISE for precision in ("bf16", "fp16")]
     rows, wrong = [], []
     with deterministic():
@@ -41,12 +41,12 @@ def check(options: Options, folder: Path) -> Answer:
 
 def _both(options: Options, folder: Path, method: str, precision: str) -> tuple[float, float, bool]:
     """Return the milliseconds of a step without a graph and with one, and whether both runs are the same."""
-    steps, found = (EAGER_STEPS + 3 if options.rehearse else STEPS), []
+    steps, found = (EAGER_STEPS + 3 if options.rehearse else _STEPS), []
     for graph in ("false", "auto"):
         run = folder / graph
         shutil.rmtree(run, ignore_errors=True)
         words = [*short_run(options, method), f"precision={precision}", f"graph={graph}", f"stop.steps={steps}"]
-        lines = train(run, *words)
+        lines = train_short(run, *words)
         found.append((milliseconds(lines, after=EAGER_STEPS + 1), losses_of(lines), saved_weights(run, steps)))
     (eager, *first), (graphed, *second) = found
     return eager, graphed, first == second

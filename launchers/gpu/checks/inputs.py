@@ -12,21 +12,21 @@ import torch
 from options import Options
 from PIL import Image
 
-from checks import Answer, answer
+from checks import CheckAnswer, answer
 from pipeline.models import create_model
 from shards.manifest import Manifest, Split, read_manifest, write_manifest
 from shards.write import ShardWriter, write_samples
 
-ROOT = Path(__file__).resolve().parents[3]
+_ROOT = Path(__file__).resolve().parents[3]
 
 
-def check(options: Options, _: Path) -> Answer:
+def check(options: Options, _: Path) -> CheckAnswer:
     """Draw what is missing, and say what there is."""
     options.inputs.mkdir(parents=True, exist_ok=True)
     few = options.rehearse
     if options.cifar is None:
-        draw(options.inputs / "cifar", 128 if few else 10_000, 32 if few else 2_000, 32)
-    draw(options.inputs / "demo", 100 if few else 5_000, 50 if few else 1_000, 64)
+        draw_inputs(options.inputs / "cifar", 128 if few else 10_000, 32 if few else 2_000, 32)
+    draw_inputs(options.inputs / "demo", 100 if few else 5_000, 50 if few else 1_000, 64)
     write_shards(options.inputs / "imagenet", 1000, 64 if few else 2_048, (64, 64))
     if options.jpegs is None:
         write_shards(options.inputs / "jpegs", 20, 32 if few else 256, (500, 375))
@@ -42,10 +42,10 @@ def check(options: Options, _: Path) -> Answer:
     return answer("Inputs", ["", "from"], [*rows, ["JPEGs", str(options.jpegs or "drawn")]])
 
 
-def draw(folder: Path, train: int, val: int, size: int) -> None:
+def draw_inputs(folder: Path, train: int, val: int, size: int) -> None:
     """Write a drawn classification task, if it is not there."""
     words = [str(folder), "--train", str(train), "--val", str(val), "--size", str(size)]
-    subprocess.run([sys.executable, str(ROOT / "shards" / "prepare_demo.py"), *words], check=True)
+    subprocess.run([sys.executable, str(_ROOT / "shards" / "prepare_demo.py"), *words], check=True)
 
 
 def write_weights(path: Path, model: str, classes: int) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from options import Options
 
-from checks import Answer, answer
+from checks import CheckAnswer, answer
 from pipeline.runs.versions import versions
 
 QUERY = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,ecc.mode.current,power.limit"
 
 
-def check(options: Options, folder: Path) -> Answer:
+def check(options: Options, folder: Path) -> CheckAnswer:
     """Return the machine's facts; none of them is wrong."""
     rows = [[name, str(value)] for name, value in versions().items() if value is not None]
     rows += [["cores", str(len(os.sched_getaffinity(0)))], ["bf16", str(_has_bf16())]]

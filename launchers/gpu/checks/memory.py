@@ -8,30 +8,32 @@ from pathlib import Path
 
 import torch
 from options import Options
-from stages import IMAGENET, imagenet_words
+from stages import IMAGENET_PAIR, imagenet_words
 
-from checks import Answer, answer, device, train
+from checks import CheckAnswer, answer, cuda_device, train_short
 
 
-def check(options: Options, folder: Path) -> Answer:
+def check(options: Options, folder: Path) -> CheckAnswer:
     """Train a few steps of each on noise, and return the most memory that was allocated."""
     rows, wrong = [], []
     for method in ("kd", "ddkd") if options.rehearse else ("ce", "kd", "crd", "review", "ddkd"):
         shutil.rmtree(folder / "run", ignore_errors=True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        words = [f"{IMAGENET}/{method}.yaml", *imagenet_words(options, method), *_precision()]
+        words = [f"{IMAGENET_PAIR}/{method}.yaml", *imagenet_words(options, method), *_precision()]
         try:
-            train(folder / "run", *words, "stop.steps=3", "checkpoints={every_steps: 0, every_epochs: 0}")
+            train_short(folder / "run", *words, "stop.steps=3", "checkpoints={every_steps: 0, every_epochs: 0}")
         except Exception as error:
             wrong.append(f"{method}: {' '.join(str(error).split())[:160]}")
         rows.append([method, f"{_peak() / 1e9:.2f}"])
     title = f"Peak memory in GB, ResNet-50 → MobileNetV1, B {options.imagenet_batch}, {options.imagenet_size} px"
-    return answer(title, ["method", "GB on the GPU" if device().type == "cuda" else "GB of this process"], rows, wrong)
+    return answer(
+        title, ["method", "GB on the GPU" if cuda_device().type == "cuda" else "GB of this process"], rows, wrong
+    )
 
 
 def _precision() -> list[str]:
-    return [] if device().type == "cuda" else ["precision=fp32"]
+    return [] if cuda_device().type == "cuda" else ["precision=fp32"]
 
 
 def _peak() -> float:

@@ -14,15 +14,15 @@ import torch
 from options import Options
 from stages import all_methods, short_run
 
-from checks import Answer, answer, device, losses_of, milliseconds, train
-from pipeline.training.step import Done, Step
+from checks import CheckAnswer, answer, cuda_device, losses_of, milliseconds, train_short
+from pipeline.training.step import Step, StepOutput
 
-STEPS = 12
+_STEPS = 12
 
 
-def check(options: Options, folder: Path) -> Answer:
+def check(options: Options, folder: Path) -> CheckAnswer:
     """Train a few steps of each, and return its milliseconds a step."""
-    on_gpu = device().type == "cuda"
+    on_gpu = cuda_device().type == "cuda"
     precisions = ("fp32", "bf16", "fp16") if on_gpu else ("fp32",)
     methods = ["ce", "kd", "ddkd"] if options.rehearse else all_methods()
     rows, wrong = [], []
@@ -44,7 +44,9 @@ def _milliseconds(options: Options, run: Path, method: str, precision: str, stri
     shutil.rmtree(run, ignore_errors=True)
     words = [*short_run(options, method), f"precision={precision}", "graph=false"]
     with _no_waiting() if strict else mock.MagicMock():
-        lines = train(run, *words, f"stop.steps={4 if options.rehearse else STEPS}", "checkpoints.every_epochs=0")
+        lines = train_short(
+            run, *words, f"stop.steps={4 if options.rehearse else _STEPS}", "checkpoints.every_epochs=0"
+        )
     if not all(map(math.isfinite, losses_of(lines))):
         raise ValueError("the loss is not finite")
     return f"{milliseconds(lines, after=2):.2f}"
@@ -55,7 +57,7 @@ def _no_waiting() -> Iterator[None]:
     """Let torch raise where a step has the host wait for the GPU, from the third on."""
     call, calls = Step.__call__, 0
 
-    def strict(*args: Any) -> Done:
+    def strict(*args: Any) -> StepOutput:
         nonlocal calls
         calls += 1
         torch.cuda.set_sync_debug_mode("error" if calls > 2 else "default")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from options import Options
 
-from checks import Answer, answer, device
+from checks import CheckAnswer, answer, cuda_device
 from pipeline.data.config import Config
 from pipeline.data.loader import create_loader
 
@@ -16,21 +16,21 @@ LARGEST_MEAN_DIFFERENCE = 0.5
 """Of 255, of an image."""
 
 
-def check(options: Options, _: Path) -> Answer:
+def check(options: Options, _: Path) -> CheckAnswer:
     """Decode the same images in three orders and batch sizes, and on the CPU."""
     config = Config(
         path=str(options.jpeg_shards), size=64 if options.rehearse else 224, mean=(0, 0, 0), std=(1 / 255,) * 3
     )
     rng = np.random.default_rng(0)
-    first = _decode(config, device(), 8, None)
+    first = _decode(config, cuda_device(), 8, None)
     rows, wrong = [], []
     for batch, order in ((8, rng), (3, rng), (16, None)):
-        other = _decode(config, device(), batch, order)
+        other = _decode(config, cuda_device(), batch, order)
         difference = (other - first).abs().max().item()
         rows.append([f"batches of {batch}, {'shuffled' if order else 'in order'}", f"{difference:.3g}", ""])
         if difference:
             wrong.append(f"pixels follow from the batch: {difference:.3g} of 255")
-    if device().type == "cuda":
+    if cuda_device().type == "cuda":
         change = (_decode(config, torch.device("cpu"), 8, None) - first).abs()
         mean = change.mean((1, 2, 3)).max().item()
         rows.append(["the CPU's decoder", f"{change.max().item():.3g}", f"{mean:.3g}"])
@@ -48,6 +48,6 @@ def _decode(config: Config, device: torch.device, batch: int, rng: np.random.Gen
     rows = np.arange(count) if rng is None else rng.permutation(count)
     parts = [rows[start : start + batch] for start in range(0, count, batch)]
     images = torch.empty(count, 3, config.size, config.size)
-    for part, found in zip(parts, loader.looks((part, 0) for part in parts), strict=True):
+    for part, found in zip(parts, loader.views((part, 0) for part in parts), strict=True):
         images[part] = found.images_BCHW.float().cpu()
     return images

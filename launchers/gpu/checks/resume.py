@@ -8,10 +8,10 @@ from pathlib import Path
 from options import Options
 from stages import short_run
 
-from checks import Answer, answer, deterministic, losses_of, saved_weights, train
+from checks import CheckAnswer, answer, deterministic, losses_of, saved_weights, train_short
 
 
-def check(options: Options, folder: Path) -> Answer:
+def check(options: Options, folder: Path) -> CheckAnswer:
     """Train each method whole, and stopped in the middle and continued."""
     rows, wrong = [], []
     half, steps = options.steps // 2 + 1, options.steps
@@ -20,9 +20,9 @@ def check(options: Options, folder: Path) -> Answer:
             words = short_run(options, method)
             for name in ("whole", "stopped"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-            whole = losses_of(train(folder / "whole", *words, f"stop.steps={steps}"))
-            train(folder / "stopped", *words, f"stop.steps={half}")
-            stopped = losses_of(train(folder / "stopped", *words, f"stop.steps={steps}"))
+            whole = losses_of(train_short(folder / "whole", *words, f"stop.steps={steps}"))
+            train_short(folder / "stopped", *words, f"stop.steps={half}")
+            stopped = losses_of(train_short(folder / "stopped", *words, f"stop.steps={steps}"))
             weights = [saved_weights(folder / name, steps) for name in ("whole", "stopped")]
             same = whole == stopped and weights[0] == weights[1]
             rows.append([method, f"{half} of {steps}", "equal" if same else "differ"])

@@ -8,7 +8,7 @@ import torch
 from options import Options
 from torch import Tensor
 
-from checks import Answer, answer, device
+from checks import CheckAnswer, answer, cuda_device
 from pipeline.batch import Batch
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
@@ -21,7 +21,7 @@ LARGEST_CHANGE = 2e-2
 LEAST_AGREEMENT = 99.8
 
 
-def check(options: Options, _: Path) -> Answer:
+def check(options: Options, _: Path) -> CheckAnswer:
     """Compare both on the same images: noise, which no statistics were fitted on but those of drawn weights."""
     given = options.weights or options.inputs / "resnet56.pt"
     shards = {"resnet56": options.cifar_shards, "resnet50": options.inputs / "imagenet"}
@@ -43,18 +43,18 @@ def check(options: Options, _: Path) -> Answer:
 
 
 def _half() -> torch.dtype:
-    return torch.float16 if device().type == "cuda" else torch.float32
+    return torch.float16 if cuda_device().type == "cuda" else torch.float32
 
 
 def _compare(name: str, weights: Path, classes: int, size: int, images: int) -> tuple[float, float]:
     """Return the largest change of the last map and the logits, relative to their largest, and the equal classes."""
-    batch = Batch(torch.randn(images, 3, size, size, device=device()), *(torch.zeros(images),) * 2, {})
+    batch = Batch(torch.randn(images, 3, size, size, device=cuda_device()), *(torch.zeros(images),) * 2, {})
     found = []
     for dtype, fold in ((torch.float32, False), (_half(), True)):
         model = create_model(name, classes)
         load_weights(model, str(weights), name)
         taps = FeatureTaps(model, stages(model), frozenset({"last"}))
-        found.append(Teacher(taps, batch=16, image_size=size, dtype=dtype, device=device(), fold=fold)(batch))
+        found.append(Teacher(taps, batch=16, image_size=size, dtype=dtype, device=cuda_device(), fold=fold)(batch))
     (plain, half) = found
     pairs = [(plain.logits_BK, half.logits_BK), (plain.features["last"], half.features["last"])]
     same_B = plain.logits_BK.argmax(1) == half.logits_BK.argmax(1)

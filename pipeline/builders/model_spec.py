@@ -10,10 +10,10 @@ from pipeline.models import create_model
 from pipeline.models.stages import stages
 
 
-class Named(NamedTuple):
+class ModelSpec(NamedTuple):
     """A network as a recipe names it."""
 
-    place: str
+    key: str
     """The key where it does."""
     model: str
     stages: frozenset[tuple[str, str]]
@@ -23,12 +23,12 @@ class Named(NamedTuple):
 
     def build(self, num_classes: int) -> FeatureTaps:
         """Return the network, freshly initialised."""
-        with error_context(f"{self.place}.model"):
+        with error_context(f"{self.key}.model"):
             model = create_model(self.model, num_classes)
-        with error_context(f"{self.place}.stages"):
+        with error_context(f"{self.key}.stages"):
             return FeatureTaps(model, stages(model) | dict(self.stages), self.taps)
 
     def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
         """Return ``tap_shapes`` of the network on images of that size."""
-        with error_context(f"{self.place}.model"):
+        with error_context(f"{self.key}.model"):
             return tap_shapes(network, image_size)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed import rendezvous
-from pipeline.distributed.agreement import leaves
+from pipeline.distributed.agreement import flatten
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import ROOT
 from pipeline.runs.identity import Run
@@ -21,13 +21,15 @@ _OF_A_MACHINE = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
 """Keys of ``data`` that may differ from host to host: where the shards were staged to, and how they are decoded."""
 
 
-def meet(launch: Launch, command: str, recipe: Recipe, run: Run | None = None, **words: object) -> None:
+def join_ranks(launch: Launch, command: str, recipe: Recipe, run: Run | None = None, **words: object) -> None:
     """Join the ranks that the launcher started. Raises RecipeError, the same on all, if they were told other things.
 
     ``words`` are the command's own. An entry point calls it before the long work of building; one rank needs nothing.
     """
     if launch.world_size > 1:
-        rendezvous.meet(launch, told={**shared_facts(command, recipe, run, **words), **_deepspeed(launch)})
+        rendezvous.init_process_group(
+            launch, settings={**shared_settings(command, recipe, run, **words), **_deepspeed(launch)}
+        )
 
 
 def _deepspeed(launch: Launch) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def _deepspeed(launch: Launch) -> dict[str, Any]:
     return found
 
 
-def shared_facts(command: str, recipe: Recipe, run: Run | None = None, **words: object) -> dict[str, Any]:
+def shared_settings(command: str, recipe: Recipe, run: Run | None = None, **words: object) -> dict[str, Any]:
     """Return what must be the same on all ranks, by the names that a message gives it."""
     return {"command": command, **words, **_recipe(recipe, run), **packages(), "code (sha256)": code_digest()}
 
@@ -57,12 +59,12 @@ def _recipe(recipe: Recipe, run: Run | None) -> dict[str, Any]:
     tree = dump_recipe(recipe)
     for key in _OF_A_MACHINE:
         del tree["data"][key]
-    found: dict[str, Any] = dict(leaves(tree))
+    found: dict[str, Any] = dict(flatten(tree))
     if run is None:
         return found
     # In the recipe these are paths, which may be a host's own; what lies there is in the identity.
     found = {key: value for key, value in found.items() if not key.endswith((".weights", "teacher.cache"))}
-    for key, value in leaves(_named(run.identity)):
+    for key, value in flatten(_named(run.identity)):
         if found.get(key) != value:
             found[key if key not in found else f"{key} (sha256)"] = value
     return {**found, "folder": str(run.folder)}

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.errors import RecipeError
-from pipeline.runs.files import ANOTHER, IDENTITY, PREEMPTED
+from pipeline.runs.files import IDENTITY, NEW_FOLDER_HINT, PREEMPTED
 from pipeline.teachers.cache import HEADER
 from shards.manifest import MANIFEST
 
@@ -25,17 +25,17 @@ ENCODERS = ("*.encoder.safetensors",)
 _KINDS = {IDENTITY: "a run", HEADER: "a teacher's cache", MANIFEST: "shards"}
 
 
-def check_run_place(folder: Path, advice: str = ANOTHER) -> None:
+def check_run_folder(folder: Path, advice: str = NEW_FOLDER_HINT) -> None:
     """Raise RecipeError if ``folder`` cannot be written, or holds anything but a run and no run was begun there."""
     check_writable(folder, "folder", advice)
-    _check_own(folder, IDENTITY, TRACKERS, advice)
+    _check_contents(folder, IDENTITY, TRACKERS, advice)
 
 
-def check_cache_place(folder: Path) -> None:
+def check_cache_folder(folder: Path) -> None:
     """Raise RecipeError if ``folder`` cannot be written, or holds anything and no teacher's cache was begun there."""
     advice = "give teacher.cache=ANOTHER"
     check_writable(folder, "teacher.cache", advice)
-    _check_own(folder, HEADER, ENCODERS, advice)
+    _check_contents(folder, HEADER, ENCODERS, advice)
 
 
 def check_writable(folder: Path, key: str, advice: str) -> None:
@@ -46,21 +46,21 @@ def check_writable(folder: Path, key: str, advice: str) -> None:
         raise RecipeError(f"{key}: {folder} cannot be written ({reason}); {advice}")
 
 
-def _check_own(folder: Path, mark: str, also: Collection[str], advice: str) -> None:
+def _check_contents(folder: Path, marker: str, also: Collection[str], advice: str) -> None:
     """Raise RecipeError if the folder has files but not ``mark``, which is the first that is written in one's own."""
-    if not folder.is_dir() or (folder / mark).exists():
+    if not folder.is_dir() or (folder / marker).exists():
         return
-    names = sorted(path.name for path in folder.iterdir() if not _is_anybodys(path.name))
+    names = sorted(path.name for path in folder.iterdir() if not _is_ignorable(path.name))
     strange = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in also)]
     if not strange:
         return
     named = next((kind for name, kind in _KINDS.items() if name in strange), None)
     more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-    told = f"holds {named or ', '.join(strange[:3]) + more}, and not {_KINDS[mark]}"
+    told = f"holds {named or ', '.join(strange[:3]) + more}, and not {_KINDS[marker]}"
     raise RecipeError(f"{folder}: {told}: nothing is written there; {advice}")
 
 
-def _is_anybodys(name: str) -> bool:
+def _is_ignorable(name: str) -> bool:
     """Whether a folder with that in it may still be an empty one: a hidden file, word of a signal, a log, a torso."""
     return name.startswith(".") or name == PREEMPTED or name.endswith(LOGS) or bool(TEMPORARY.fullmatch(name))
 

@@ -22,7 +22,7 @@ SETTLED = 2.0
 """Seconds since a file was last written after which a further write shows in its time, on any file system."""
 
 
-def remembered(path: Path, about: list[Any], compute: Callable[[], str]) -> str:
+def memoized_by_file(path: Path, key: list[Any], compute: Callable[[], str]) -> str:
     """Return ``compute()``, a digest of the file that depends on ``about`` too, or what it was of the file as it is.
 
     Raises what ``compute`` does.
@@ -31,8 +31,8 @@ def remembered(path: Path, about: list[Any], compute: Callable[[], str]) -> str:
         before = path.stat()
     except OSError:  # it is for ``compute`` to say
         return compute()
-    facts = [str(path.resolve()), before.st_size, before.st_mtime_ns, before.st_ctime_ns, about]
-    note = _folder() / f"{_sha256([facts[0], about])[:32]}.json"
+    facts = [str(path.resolve()), before.st_size, before.st_mtime_ns, before.st_ctime_ns, key]
+    note = _folder() / f"{_sha256([facts[0], key])[:32]}.json"
     with suppress(OSError, ValueError, TypeError):
         kept = json.loads(note.read_bytes())
         if kept["facts"] == facts and kept["check"] == _sha256([facts, kept["digest"]]):

@@ -10,7 +10,7 @@ from pipeline.losses._registry import InnerLoss
 from pipeline.precision import autocast
 
 
-class Wrapping(Loss):
+class LogitTransform(Loss):
     """Another loss, ``inner``, of logits that were changed first; weight and ramp multiply the inner loss's own."""
 
     class Config(Loss.Config):
@@ -26,14 +26,14 @@ class Wrapping(Loss):
         super().__init__(config, facts)
         self.inner = config.inner.build(facts)
 
-    def changed(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits that the inner loss sees, of student and teacher."""
         raise NotImplementedError
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the inner loss's parts on the changed logits, × weight × ramp."""
         with autocast(student.logits_BK, None):
-            student, teacher = self.tapped(student, teacher)
-            student_BK, teacher_BK = self.changed(student.logits_BK, teacher.logits_BK.detach())
+            student, teacher = self.select_features(student, teacher)
+            student_BK, teacher_BK = self.transform(student.logits_BK, teacher.logits_BK.detach())
             seen = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
             return self.scaled(self.inner.parts(*seen, batch, progress), progress)

@@ -14,17 +14,16 @@ import re
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from pipeline.data.config import Config
 from pipeline.distributed import collectives
+from pipeline.frozen_model import FrozenModel
 from shards.manifest import Manifest, write_atomically
 
 
-class Pace(BaseModel):
+class LoaderSettings(FrozenModel):
     """What making images takes of a machine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     threads: PositiveInt
     """That decode."""
@@ -32,27 +31,27 @@ class Pace(BaseModel):
     """Batches that are read, and batches that are decoded, ahead of the one in use."""
 
 
-Kept = TypeAdapter(dict[str, Pace])
+TunedSettings = TypeAdapter(dict[str, LoaderSettings])
 
 
-def pace_of(config: Config, manifest: Manifest, device: torch.device) -> Pace:
+def loader_settings(config: Config, manifest: Manifest, device: torch.device) -> LoaderSettings:
     """Return the recipe's own values, in their place the remembered ones, and in theirs the default."""
-    default = Pace(threads=cores(), prefetch=2)
+    default = LoaderSettings(threads=cores(), prefetch=2)
     if config.loader == "dali" and None in (config.threads, config.prefetch):
-        default = _kept().get(work(config, manifest, device), default)
-    return Pace(threads=config.threads or default.threads, prefetch=config.prefetch or default.prefetch)
+        default = _kept().get(workload_key(config, manifest, device), default)
+    return LoaderSettings(threads=config.threads or default.threads, prefetch=config.prefetch or default.prefetch)
 
 
-def remember(pace: Pace, config: Config, manifest: Manifest, device: torch.device) -> Path:
+def remember(pace: LoaderSettings, config: Config, manifest: Manifest, device: torch.device) -> Path:
     """Keep what is best for such work on this machine, and return the file; OSError where it cannot be written."""
-    path = kept_path()
-    kept = {**_kept(), work(config, manifest, device): pace}
+    path = tuned_path()
+    kept = {**_kept(), workload_key(config, manifest, device): pace}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({name: each.model_dump() for name, each in kept.items()}, indent=1).encode())
     return path
 
 
-def work(config: Config, manifest: Manifest, device: torch.device) -> str:
+def workload_key(config: Config, manifest: Manifest, device: torch.device) -> str:
     """Return what the best pace depends on: processor, cores of a rank, kind and size of images in and out."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     kib = sum(shard.filesize for shard in shards) / sum(shard.nsamples for shard in shards) / 1024
@@ -69,17 +68,17 @@ def cores() -> int:
     return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def kept_path() -> Path:
+def tuned_path() -> Path:
     """Return the file in which paces are kept."""
     # Not Path.home(), which raises where a user has none.
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "distillation-pipeline" / "loader.json"
 
 
-def _kept() -> dict[str, Pace]:
-    path = kept_path()
+def _kept() -> dict[str, LoaderSettings]:
+    path = tuned_path()
     try:
-        return Kept.validate_json(path.read_bytes())
+        return TunedSettings.validate_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
