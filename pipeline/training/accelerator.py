@@ -1,4 +1,4 @@
-"""The promised Accelerator: a recipe's precision, accumulation, trackers and DDP, and every core for one process."""
+"""Creation of a recipe's Accelerator: precision, accumulation, trackers, DDP options and the cores of one process."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ from pipeline.errors import RecipeError
 from pipeline.training import zero
 
 BUCKET_MIB = 8
-"""Of gradients that DDP sends together. What backward overlaps with is all buckets but the last: the 16 MB of 4 million
-parameters would be one of torch's 25 MB, sent when all is computed, and are two or three of these. The 160 MB of 40
-million are 20, each still long enough for a network to be busy with its bytes, not its latency."""
+"""Size in MiB of the buckets in which DDP sends gradients.
 
+Backward overlaps with the all-reduce of every bucket but the last. The 16 MB of 4 million parameters would fit into one
+of torch's 25 MB buckets, which is sent after backward. Here they are two or three buckets. The 160 MB of 40 million
+parameters are 20 buckets. Each is still large enough that its bytes take the time, not the network's latency.
+"""
 
 FOREIGN_VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism of several dimensions",
 }
-"""What Accelerate can be told to do and no recipe knows, by the variable that turns it on."""
+"""Features of Accelerate that no recipe supports, by the environment variable that enables each."""
 
 
 def use_all_cores(launch: Launch) -> None:
-    """Give one process on a CPU every core it may use: Accelerate's launcher sets OMP_NUM_THREADS to 1."""
+    """Let a single process use every core it may run on: Accelerate's launcher sets OMP_NUM_THREADS to 1."""
     if launch.world_size == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
@@ -48,7 +50,7 @@ def use_all_cores(launch: Launch) -> None:
 def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = None) -> Accelerator:
     """Return the Accelerator of a recipe, with its trackers if there is a run ``folder``.
 
-    Raises RecipeError where the machine cannot do what is asked, or where the ranks do not see one another.
+    Raises RecipeError if the machine cannot do what the recipe needs, or if the ranks cannot see each other.
     """
     cpu = launch.on_cpu
     if cpu and recipe.precision == "fp16":
@@ -59,68 +61,73 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
     plugin = zero.create_plugin(recipe, launch) if launch.use_deepspeed else None
     rendezvous.init_process_group(launch)
     accelerator = Accelerator(
-        # Told of a CPU, Accelerate would forget DeepSpeed, which has the precision among its settings.
+        # With cpu=True Accelerate would ignore the DeepSpeed plugin.
         cpu=cpu and plugin is None,
         deepspeed_plugin=plugin,
+        # DeepSpeed's own settings contain the precision.
         mixed_precision="no" if plugin or recipe.precision == "fp32" else recipe.precision,
-        # The loader gives whole global batches, so accumulation never has to end early at a loader's end.
+        # The loader yields complete global batches only, so accumulation never has to end early with the loader.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.accumulation, sync_with_dataloader=False
         ),
         step_scheduler_with_optimizer=False,
+        # Only the recipe decides what torch compiles (``student.compile``).
         dynamo_backend="no",
         log_with=(list(recipe.journal.trackers) or None) if folder else None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)) if folder else None,
         kwargs_handlers=[
             _ddp_options(),
-            # Accelerate chooses the backend, but for DeepSpeed on a CPU: without the name each rank would be alone.
+            # Accelerate chooses the backend itself, except for DeepSpeed on a CPU.
+            # Without "gloo" each rank would then run alone.
             InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),
         ],
     )
     if accelerator.num_processes != launch.world_size:
         raise RecipeError(
             f"the launcher started {launch.world_size} ranks and each sees {accelerator.num_processes}; "
-            "start them with torchrun --nproc_per_node N pipeline/train.py, or with each its own LOCAL_RANK"
+            "start them with torchrun --nproc_per_node N pipeline/train.py, or set a different LOCAL_RANK for each"
         )
     return accelerator
 
 
 def _check_environment(launch: Launch) -> None:
-    """Raise RecipeError for what Accelerate's environment or its configuration asks for and this pipeline does not do.
+    """Raise RecipeError if Accelerate's environment or configuration enables a feature that is not supported here.
 
-    What is the recipe's to say, as the precision and what torch compiles, is not followed.
+    Settings that belong to the recipe, such as precision and compilation, are ignored.
     """
-    for name, what in FOREIGN_VARIABLES.items():
+    for name, feature in FOREIGN_VARIABLES.items():
         if is_set(name):
             raise RecipeError(
-                f"{name} asks for {what}, which is not done here; unset it, or take it out of Accelerate's "
-                "configuration (accelerate launch --config_file launchers/accelerate/ddp.yaml has none of it)"
+                f"{name} enables {feature}, which is not supported here; unset it, or use an Accelerate configuration "
+                "without it (accelerate launch --config_file launchers/accelerate/ddp.yaml)"
             )
     if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
         raise RecipeError(
-            f"ACCELERATE_TORCH_DEVICE={device}: unset it; CUDA_VISIBLE_DEVICES or ACCELERATE_USE_CPU=true choose"
+            f"ACCELERATE_TORCH_DEVICE={device}: unset it; choose the device with CUDA_VISIBLE_DEVICES or "
+            "ACCELERATE_USE_CPU=true"
         )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() not in ("", "no") and launch.is_main:
-        print(f"note: ACCELERATE_DYNAMO_BACKEND={compiler} is not followed; student.compile=true lets torch compile")
+        print(f"note: ACCELERATE_DYNAMO_BACKEND={compiler} is ignored; student.compile=true turns on torch.compile")
 
 
 def _ddp_options() -> DistributedDataParallelKwargs:
-    # Accelerate has no field yet for the name that torch would rather have.
+    # torch deprecates this argument, but Accelerate has no field for its successor yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return DistributedDataParallelKwargs(
+        # Each rank keeps its own BatchNorm statistics; evaluation and export take their mean over the ranks.
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        # A parameter may do without a gradient, as a head does where only features are compared. Of the ways to say so
-        # this one alone keeps its buckets: others make them anew after a command's first steps, and three ranks' sum in
-        # other buckets has other last bits, so that no resumed run would be the same.
+        # A parameter may have no gradient, such as the head's if the losses compare only features. The other options
+        # for this rebuild DDP's buckets after a command's first steps. With three ranks, a sum in other buckets differs
+        # in its last bits, and a resumed run would differ from an uninterrupted one.
         find_unused_parameters=True,
         bucket_cap_mb=BUCKET_MIB,
     )
 
 
 def _check_trackers(names: Sequence[str]) -> None:
-    """Raise RecipeError for a tracker that Accelerate would leave out without a word."""
+    """Raise RecipeError for an unknown or missing tracker, which Accelerate would ignore silently."""
     known, installed = list(map(str, LoggerType)), list(map(str, [LoggerType.ALL, *get_available_trackers()]))
     for name in names:
         if name not in known:

@@ -1,13 +1,13 @@
-"""Checkpoints, whole or not there, and plain weights of the student.
+"""Checkpoints of a run, written completely or not at all, and the student's plain weights.
 
 A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced and renamed:
 
-    distiller.safetensors    student, losses and auxiliary modules, of rank 0
+    distiller.safetensors    student, losses and auxiliary modules, from rank 0
     optimizer.pt  scaler.pt
-    zero/                    instead of these three, under ZeRO: DeepSpeed's own files, one or more of each rank
+    zero/                    instead of these three, under ZeRO: DeepSpeed's own files, one or more per rank
     buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
-    ema.safetensors  teacher.safetensors (the student's moving average as its teacher)
-    state.json               progress, the journal's length, world size, format, the sha256 of every other file
+    ema.safetensors  teacher.safetensors (the student's moving average, used as its teacher)
+    state.json               progress, journal length, world size, format, sha256 of every other file
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.optim.optimizer import optimizer_state
 from pipeline.teachers.average import EMATeacher
 from pipeline.training import zero
 from pipeline.training.files import (
-    OF_THE_MACHINE,
+    MACHINE_ERRORS,
     first_damaged,
     folder_bytes,
     load_pickled,
@@ -63,14 +63,14 @@ class Best:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a run is: what a checkpoint holds besides tensors. The best accuracy stands in the best weights' file."""
+    """The state of a run besides its tensors. The best accuracy is stored in the file of the best weights."""
 
     progress: Progress
     journal_bytes: int = 0
 
 
 class Checkpoints:
-    """Saves and restores a run, and keeps the last ``keep`` checkpoints."""
+    """The checkpoints of a run, which saves and restores it; only the last ``keep`` are kept."""
 
     def __init__(
         self,
@@ -89,10 +89,10 @@ class Checkpoints:
         self.averages = averages
         self.format = zero.checkpoint_format(accelerator)
         self.bytes = 0
-        """Of a checkpoint, once there was one."""
+        """Size of a checkpoint, 0 until one was written or read."""
 
     def due(self, progress: Progress) -> bool:
-        """Whether the run is to be saved after this step."""
+        """Return whether a checkpoint is due after this step."""
         every_steps, every_epochs = self.config.every_steps, self.config.every_epochs
         if every_steps and progress.step % every_steps == 0:
             return True
@@ -101,10 +101,10 @@ class Checkpoints:
     def save(self, state: CheckpointState) -> None:
         """Write a checkpoint; every rank calls it at the same step.
 
-        Raises UnwritableFile, and leaves those before as they are, where it cannot be written.
+        Raises UnwritableFile if it cannot be written; earlier checkpoints are not touched.
         """
         final = self.folder / f"step-{state.progress.step}"
-        with self._written(final, state) as temporary:
+        with self._temporary_checkpoint(final, state) as temporary:
             if self.accelerator.is_main_process:
                 temporary.rename(final)
                 sync_path(self.folder)
@@ -112,43 +112,43 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
 
     def load(self, steps_per_epoch: int, total_steps: int) -> CheckpointState:
-        """Restore the newest checkpoint and return its state. A fresh state, if there is none, is saved once for proof.
+        """Restore the newest checkpoint and return its state; without one, test saving and return a fresh state.
 
-        Raises RecipeError for a checkpoint of another format and, under ZeRO, of another number of ranks; DamagedFile
-        and RecipeError for one that is not what was written; UnwritableFile where there is no room for the next.
+        Raises RecipeError if the checkpoint has another format or, under ZeRO, another number of ranks. Raises
+        DamagedFile or RecipeError if its files are damaged, and UnwritableFile if the next one has no space.
         """
         if self.accelerator.is_main_process:
-            for left in self.folder.glob(".tmp-*"):
-                shutil.rmtree(left)
+            for leftover in self.folder.glob(".tmp-*"):
+                shutil.rmtree(leftover)
         steps = checkpoint_folders(self.folder)
         if not steps:
             state = CheckpointState(Progress(steps_per_epoch))
-            self._prove(state)
+            self._test_saving(state)
         else:
             *earlier, folder = steps
-            goes_on = f"goes on from {earlier[-1].name}" if earlier else "begins anew"
-            mend = f"move {folder} away, and the run {goes_on}"
-            saved = read_saved(folder, steps_per_epoch, total_steps, mend)
-            self._check(folder, saved, mend)
-            with readable(folder, mend):
+            continues = f"continues from {earlier[-1].name}" if earlier else "starts from the beginning"
+            advice = f"move {folder} away, and the run {continues}"
+            saved = read_saved(folder, steps_per_epoch, total_steps, advice)
+            self._check(folder, saved, advice)
+            with readable(folder, advice):
                 self._restore(folder, saved.world_size)
             self.bytes = folder_bytes(folder)
             state = CheckpointState(saved.progress, saved.journal_bytes)
         if self.accelerator.is_main_process:
-            self._prune()  # a command that was killed before it did so may have been the last to save
+            self._prune()  # the previous command may have been killed between saving and pruning
             if state.progress.step < total_steps:
                 self._check_room(len(checkpoint_folders(self.folder)))
         return state
 
     def _prune(self) -> None:
-        """Remove all but the last ``keep`` checkpoints."""
+        """Delete all but the last ``keep`` checkpoints."""
         for old in checkpoint_folders(self.folder)[: -self.config.keep]:
-            # Renamed first: a name without .tmp is always a whole checkpoint.
+            # Rename first, so that a folder without .tmp in its name is always a complete checkpoint.
             shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
 
     @contextmanager
-    def _written(self, final: Path, state: CheckpointState) -> Iterator[Path]:
-        """Give the folder in which all of a checkpoint stands, on the disk; what is left of it is taken away."""
+    def _temporary_checkpoint(self, final: Path, state: CheckpointState) -> Iterator[Path]:
+        """Yield a temporary folder with the complete checkpoint, synced to disk; an error deletes the folder."""
         temporary = self.folder / f".tmp-{final.name}"
         try:
             if self.accelerator.is_main_process:
@@ -167,7 +167,7 @@ class Checkpoints:
             raise
 
     def _save_weights(self, folder: Path) -> None:
-        """Write weights, optimizer and scaler: the main process all, under ZeRO every rank its part."""
+        """Write weights, optimizer and scaler: the main process all of them; under ZeRO every rank its part."""
         if self.format != DDP:
             with saving(folder / zero.TAG, self.bytes):
                 zero.save_engine(self.accelerator, folder)
@@ -178,35 +178,36 @@ class Checkpoints:
                 save_pickled(folder / "scaler.pt", self.accelerator.scaler.state_dict())
 
     def _complete(self, folder: Path, state: CheckpointState) -> None:
-        """Add what the ranks have in common, and bring all of it to the disk."""
+        """Add the files that the ranks share, and sync every file to disk."""
         for name, average in self.averages.items():
             module = average if isinstance(average, nn.Module) else None
             save_tensors(folder / f"{name}.safetensors", average.state_dict(), module)
+        # Last, because it contains the digest of every other file.
         with saving(folder / STATE, 0):
             write_saved(folder, state.progress, state.journal_bytes, self.format, collectives.world_size())
         for path in [*folder.rglob("*"), folder]:
             with saving(path, 0):
                 sync_path(path)
 
-    def _prove(self, state: CheckpointState) -> None:
-        """Save what the run begins with and load it back, so that what cannot be is known before the first step."""
+    def _test_saving(self, state: CheckpointState) -> None:
+        """Save the initial state and load it back, so that a run that cannot be saved fails before its first step."""
         run = self.folder.parent
         try:
-            with self._written(self.folder / "step-0", state) as folder:
+            with self._temporary_checkpoint(self.folder / "step-0", state) as folder:
                 self.accelerator.wait_for_everyone()
                 self._restore(folder, collectives.world_size())
                 self.bytes = folder_bytes(folder)
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
                     shutil.rmtree(folder)
-        except (UnwritableFile, *OF_THE_MACHINE):
+        except (UnwritableFile, *MACHINE_ERRORS):
             raise
         except Exception as error:
-            told = f"{type(error).__name__}: {one_line(error, 200)}"
-            raise RecipeError(f"{run}: what it would save cannot be saved and loaded back ({told})") from error
+            reason = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise RecipeError(f"{run}: its state cannot be saved and loaded back ({reason})") from error
 
     def _restore(self, folder: Path, world_size: int) -> None:
-        """Load all that a checkpoint of so many ranks holds, but its ``state.json``."""
+        """Load everything in a checkpoint of ``world_size`` ranks except ``state.json``."""
         if self.format != DDP:
             zero.load_engine(self.accelerator, folder)
         else:
@@ -222,51 +223,54 @@ class Checkpoints:
             else:
                 average.load_state_dict(state)
 
-    def _check(self, folder: Path, saved: SavedState, mend: str) -> None:
-        """Raise RecipeError for a checkpoint that is not this run's to restore, or not what was written."""
+    def _check(self, folder: Path, saved: SavedState, advice: str) -> None:
+        """Raise RecipeError if this run cannot restore the checkpoint, and DamagedFile if a file was changed."""
         if saved.format != self.format:
             raise RecipeError(
-                f"{folder}: its format is {saved.format} and this run's is {self.format}; continue it as it began"
+                f"{folder}: its format is {saved.format} and this run's is {self.format}; "
+                "start with the same DeepSpeed settings as before"
             )
         before, now = saved.world_size, collectives.world_size()
         if self.format != DDP and before != now:
             raise RecipeError(
-                f"{folder}: its format is {self.format}, which {before} ranks wrote and {now} cannot read; "
+                f"{folder}: its format is {self.format}, which {before} ranks wrote and {now} ranks cannot read; "
                 f"start {before} ranks"
             )
         damaged = first_damaged(folder, saved.sha256, self.accelerator.device)
         if damaged is not None:
-            raise DamagedFile(f"{folder / damaged}: is gone, or not what was written (another sha256); {mend}")
+            raise DamagedFile(f"{folder / damaged}: is missing or was changed (its sha256 differs); {advice}")
 
-    def _check_room(self, there: int) -> None:
-        """Raise UnwritableFile where the next checkpoint has no room; say so where all that are kept have none."""
+    def _check_room(self, existing: int) -> None:
+        """Raise UnwritableFile if the next checkpoint does not fit on the disk; warn if not all kept ones will fit."""
         with writing(self.folder, self.bytes):
             free = free_bytes(self.folder)
         keep = self.config.keep
-        more = max(keep + 1 - there, 1)
+        # One more than are kept: an old checkpoint is deleted only after the new one is complete.
+        more = max(keep + 1 - existing, 1)
         if free is not None and free < more * self.bytes:
             print(
-                f"warning: {self.folder}: {free:,} bytes are free, and {more} more checkpoints of {self.bytes:,} are "
-                f"to come (checkpoints.keep={keep}, and the next); make room there, or lower checkpoints.keep"
+                f"warning: {self.folder}: {free:,} bytes are free, but {more} more checkpoints of {self.bytes:,} bytes "
+                f"will follow (checkpoints.keep={keep} plus the next); free space there, or lower checkpoints.keep"
             )
 
     def _load_buffers(self, folder: Path, world_size: int) -> None:
-        """Restore this rank's buffers; on another number of ranks start from the mean of those that were."""
+        """Restore this rank's buffers; if the number of ranks changed, use the mean of all stored ones."""
         ranks = [collectives.rank()] if world_size == collectives.world_size() else range(world_size)
         files = [read_state(folder / f"buffers-{rank}.safetensors") for rank in ranks]
+        # Integer buffers, such as BatchNorm's num_batches_tracked, are equal on all ranks.
         for name, buffer in rank_buffers(self.distiller).items():
             stack = torch.stack([file[name] for file in files])
             buffer.copy_(stack.mean(0) if stack.is_floating_point() else stack[0])
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the whole checkpoints, oldest first. What was moved away to another name beside them is none."""
+    """Return the complete checkpoints, oldest first; a folder that was renamed to another name is ignored."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def rank_buffers(distiller: Distiller) -> dict[str, Tensor]:
-    """Return the saved buffers that differ between the ranks: all but those that a loss itself holds, as banks are."""
+    """Return the saved buffers that differ between ranks: all except a loss's own ones, such as memory banks."""
     losses = [module for module in distiller.modules() if isinstance(module, Loss)]
     shared = {id(buffer) for loss in losses for buffer in loss.buffers(recurse=False)}
     saved = distiller.state_dict().keys()
@@ -276,15 +280,15 @@ def rank_buffers(distiller: Distiller) -> dict[str, Tensor]:
 def export_student(model: nn.Module, path: Path, best: Best | None = None) -> None:
     """Write the plain weights of ``model``, which load into the same architecture with ``strict=True``.
 
-    ``best`` goes into the file's metadata, so that weights and accuracy never part. Raises UnwritableFile where the
-    file cannot be written; the one before stays.
+    ``best`` is stored in the file's metadata, so weights and accuracy always belong together. Raises UnwritableFile if
+    the file cannot be written; the previous file is kept.
     """
     metadata = (state_metadata(model) or {}) | ({"best": json.dumps(asdict(best))} if best else {})
     write_atomically(path, file_bytes(model.state_dict(), metadata))
 
 
 def exported_best(path: Path) -> Best:
-    """Return the accuracy that ``export_student`` wrote with the best weights; none yet where there is no file."""
+    """Return the accuracy that ``export_student`` stored with the best weights, or ``Best()`` if there is no file."""
     if not path.is_file():
         return Best()
     with readable(path, "move it away; the next best weights take its place"), safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Exact accuracy over any number of ranks, of a student and of its teacher."""
+"""Exact accuracy of a student and of its teacher, over any number of ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Accuracy(NamedTuple):
 
 
 def count_correct(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Return int64 [3]: right at first, right among the first five, rows. A padded row (label −1) counts nowhere."""
+    """Return int64 [3]: top-1 hits, top-5 hits, rows. A padded row (label −1) is not counted."""
     real_B1 = (labels_B >= 0)[:, None]
     hits_B5 = (logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]) & real_B1
     return torch.stack([hits_B5[:, 0].sum(), hits_B5.sum(), real_B1.sum()])
@@ -36,21 +36,21 @@ def count_correct(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(answer: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Accuracy:
-    """Return the accuracy of ``answer``, which gives logits [B, K], over all ranks' ``batches``."""
+    """Return the accuracy of ``answer``, which returns logits [B, K], over all ranks' ``batches``."""
     counts_3 = sum_over_ranks(count_correct(answer(batch), batch.labels_B) for batch in batches)
     top1, top5, samples = counts_3.tolist()
     return Accuracy(100 * top1 / samples, 100 * top5 / samples, samples)
 
 
 def sum_over_ranks(counts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of integer ``counts`` of one shape, over all of them and all ranks; the host waits once."""
+    """Return the sum of integer ``counts`` of one shape, over all batches and all ranks; the host waits once."""
     return collectives.all_reduce_sum(torch.stack(list(counts)).sum(0))
 
 
 def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accelerator) -> Accuracy:
     """Return the accuracy of ``student`` in eval mode under the recipe's autocast.
 
-    BatchNorm statistics are the ranks' mean; the student's mode and its own statistics are afterwards what they were.
+    BatchNorm uses the mean of the ranks' statistics. The student's mode and its own statistics are restored afterwards.
     """
     with evaluating(student), collectives.average_buffers(student), zero.deepspeed_autocast(accelerator):
         return accuracy(lambda batch: student(batch.images_BCHW).logits_BK, batches)
@@ -59,25 +59,25 @@ def evaluate(student: FeatureTaps, batches: Iterable[Batch], accelerator: Accele
 def check_teacher_accuracy(config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
     """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
 
-    A cached one, which knows no validation image, was measured before its answers were written.
+    A cached teacher has no answers for validation images. It was checked before its cache was written.
     """
     expected = config.expect_top1 if config else None
     if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
         return
     if not loader.validates:
         folder = loader.plan.config.path
-        raise RecipeError(f"teacher.expect_top1: {folder} has no validation images to measure it with")
+        raise RecipeError(f"teacher.expect_top1: {folder} has no validation images to measure the teacher on")
     measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
     if measured < expected:
         raise RecipeError(
             f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {expected}; "
-            "are its weights, mean, std and classes the right ones?"
+            "check its weights, mean, std and classes"
         )
 
 
 @torch.no_grad()
 def agreement(student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch], accelerator: Accelerator) -> float:
-    """Return on how many of the validation images, in percent, student and teacher give the same class."""
+    """Return the percentage of validation images for which student and teacher predict the same class."""
 
     def count(batch: Batch) -> Tensor:
         same_B = student(batch.images_BCHW).logits_BK.argmax(1) == teacher(batch).logits_BK.argmax(1)

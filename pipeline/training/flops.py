@@ -1,4 +1,4 @@
-"""Floating-point operations: those of what runs, counted, and those that a GPU could do in a second."""
+"""A counter of floating-point operations, and the peak rates of known GPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.utils.flop_counter import flop_registry
 
 
 class FlopCounter(TorchDispatchMode):
-    """``with FlopCounter() as counted:`` adds up in ``counted.flops`` the operations of what runs, on any device.
+    """A context that counts the floating-point operations of the code inside it, on any device.
 
-    They are those of convolutions and of matrix products, attention's among them, a multiplication and an addition
-    being two: the convention of "model FLOPs". Nothing else is counted, and neither is what has no kernel of torch's.
+    ``with FlopCounter() as counter:`` adds them up in ``counter.flops``. Convolutions and matrix products are counted,
+    including those of attention. A multiplication and an addition are two operations, as usual for "model FLOPs".
+    Nothing else is counted, nor are kernels that do not belong to torch.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,8 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = FORMULAS.get(func._overloadpacket)
-        if formula is None and torch.is_inference_mode_enabled():  # there alone conv2d comes as such
+        # Only in inference mode does conv2d arrive as one operation that must be decomposed first.
+        if formula is None and torch.is_inference_mode_enabled():
             with self:
                 composed = func.decompose(*args, **kwargs)
             if composed is not NotImplemented:
@@ -37,13 +39,13 @@ class FlopCounter(TorchDispatchMode):
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, *more: Any, out_val: tuple[Tensor | None, ...], **_: Any
+    grad: Tensor, x: Tensor, weight: Tensor, *options: Any, out_val: tuple[Tensor | None, ...], **_: Any
 ) -> int:
-    """Return the operations of the gradients that were asked for, each as many as the convolution has.
+    """Return the operations of the computed gradients, each as many as the forward convolution has.
 
-    torch's own formula takes a grouped convolution's gradient for a dense one's: 32 × for 32 depthwise channels.
+    torch's own formula treats a grouped convolution's gradient as dense: 32 times too many for 32 depthwise channels.
     """
-    transposed = more[4]
+    transposed = options[4]  # bias_sizes, stride, padding, dilation, transposed, …
     return 2 * (x if transposed else grad).numel() * weight[0].numel() * sum(x is not None for x in out_val[:2])
 
 
@@ -51,16 +53,17 @@ FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: _convolution_b
 
 
 class Peak(NamedTuple):
-    """TFLOP/s of a GPU's tensor cores by a recipe's precision: dense, summed in float32; None where it has none."""
+    """Peak TFLOP/s of a GPU's tensor cores by recipe precision: dense, float32 sums; None if unsupported."""
 
     fp16: float
     bf16: float | None
     fp32: float
-    """In TF32, in which torch convolves by default where there is any; else in float32."""
+    """TF32, which torch uses for convolutions by default, if the GPU has it; otherwise float32."""
 
 
-# NVIDIA's data sheets and, for the GeForces, the white papers of their architectures. Where those give the rate of
-# sparse matrices, half of it. A row is for GPUs with all of its words in their names, the first that fits.
+# The sources are NVIDIA's data sheets and, for GeForce GPUs, the white papers of their architectures. Where a source
+# gives the rate for sparse matrices, the table has half of it. The first row whose words all occur in the GPU's name
+# applies.
 PEAKS = {
     "B200": Peak(2250, 2250, 1125),
     "H200 NVL": Peak(835.5, 835.5, 417.5),
@@ -82,18 +85,18 @@ PEAKS = {
     "V100": Peak(125, None, 15.7),
     "T4": Peak(65, None, 8.1),
 }
-OTHERS = {"MIG", "Laptop", "D", "Ti", "FHHL"}
-"""A word of these names another GPU, or a part of one."""
+OTHER_VARIANTS = {"MIG", "Laptop", "D", "Ti", "FHHL"}
+"""Words in a GPU's name that mean another GPU than the table's, or only a part of one."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return what the device could do in a second, None where that is not known."""
+    """Return the device's peak FLOP/s in a precision, None if unknown."""
     return peak_of(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def peak_of(name: str, precision: str) -> float | None:
-    """Return what a GPU of that name could do in a second in that precision: fp32, bf16 or fp16."""
+    """Return the peak FLOP/s of the named GPU in fp32, bf16 or fp16, None if unknown."""
     words = set(re.split("[ -]", name))
     peak = next((peak for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
-    teraflops = getattr(peak, precision) if peak and not words & OTHERS else None
+    teraflops = getattr(peak, precision) if peak and not words & OTHER_VARIANTS else None
     return 1e12 * teraflops if teraflops else None

@@ -1,11 +1,11 @@
 """A training step as a CUDA graph: captured once, then started by one call of the host.
 
-A small student's step is hundreds of kernels of two microseconds, and the host needs several times as long to launch
+A small student's step is hundreds of kernels of two microseconds each. The host needs several times as long to launch
 them one by one. A replay launches all of them at once and computes the same numbers.
 
-What a replay takes from outside lies in tensors that are filled before it: the batch, the learning rate, the step's
-number and, in torch's generator, the seed. Everything else is as it was at the capture. The factors of the losses'
-ramps are such constants: where one changes, the step is captured anew.
+The inputs of a replay are written before it. The batch, the learning rate and the step's number are tensors; the seed
+is set in torch's generator. Everything else is a constant of the capture. The factors of the losses' ramps are such
+constants: when one changes, the step is captured again.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from pipeline.training.step import Step, StepOutput
 
 _T = TypeVar("_T")
 EAGER_STEPS = 3
-"""Steps of a command that run kernel by kernel first: libraries choose and allocate in them what a capture may not."""
+"""Steps at the start of a command without a graph: in them libraries choose and allocate, which a capture forbids."""
 _ADVICE = "or give graph=false"
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, accelerate))
 
 
 def maybe_graph(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -> Step | GraphedStep:
-    """Return the step as a CUDA graph where that is wanted and possible; on a GPU, say which it is.
+    """Return the step, as a CUDA graph if that is wanted and possible; on a GPU, print the decision.
 
-    Raises RecipeError where ``wanted`` is true and it is not possible.
+    Raises RecipeError if ``wanted`` is true and a graph is not possible.
     """
     accelerator = step.accelerator
     if wanted is False:
@@ -58,7 +58,7 @@ def maybe_graph(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -
 
 
 def _obstacle(accelerator: Accelerator, accumulation: int) -> str | None:
-    """Return what a run has that keeps its step from being captured."""
+    """Return the property of the run that prevents a capture, None if there is none."""
     if accelerator.device.type != "cuda":
         return "no GPU"
     if accelerator.num_processes > 1:
@@ -71,50 +71,57 @@ def _obstacle(accelerator: Accelerator, accumulation: int) -> str | None:
 class GraphedStep:
     """A ``Step`` that is captured after ``EAGER_STEPS`` calls and replayed from then on.
 
-    Each replay leaves its results in the same tensors: they hold until the next call.
+    Each replay writes its results into the same tensors, so they are valid only until the next call.
     """
 
     def __init__(self, step: Step) -> None:
         device = step.accelerator.device
         self.step = step
         self.graph = Graph()
-        self.calls = self.captured_at = self.in_a_row = 0
-        self.number = torch.zeros((), dtype=torch.int64, device=device)
-        # The optimizer's state has been restored by now: that replaces the groups and their rate.
+        self.calls = self.captured_at = self.captures_in_a_row = 0
+        # On the device, because a number of the host would be a constant of the capture.
+        self.step_number = torch.zeros((), dtype=torch.int64, device=device)
+        # Only now, after a checkpoint was loaded: loading replaces the parameter groups and so their learning rate.
         move_learning_rate_to(device, step.optimizer)
 
     def __call__(self, batch: Batch, progress: Progress) -> StepOutput:
-        """Learn from the batch of the step that begins at ``progress``.
+        """Train on the batch of the step that begins at ``progress``.
 
-        Raises RecipeError where the step cannot be captured.
+        Raises RecipeError if the step cannot be captured.
         """
         self.calls += 1
         if self.calls <= EAGER_STEPS:
+            # On the graph's own stream, as torch requires of the steps that warm up a capture.
             return self.graph.run(lambda: self.step(batch, progress))
         changed = self.constants.changed(progress) if self.captured_at else ["all"]
         if changed:
             self._capture(batch, progress, changed)
-        torch._foreach_copy_(self.inputs, _tensors(batch))  # pyright: ignore[reportPrivateImportUsage]
-        self.number.fill_(progress.step + 1)
+        torch._foreach_copy_(self.inputs, _batch_tensors(batch))  # pyright: ignore[reportPrivateImportUsage]
+        self.step_number.fill_(progress.step + 1)
+        # Also right after a capture, which computes nothing.
         self.graph.replay()
         self.step.timer.lap("graph")
-        return self.done
+        return self.output
 
     def _capture(self, batch: Batch, progress: Progress, changed: list[str]) -> None:
-        self.in_a_row = self.in_a_row + 1 if self.captured_at == self.calls - 1 else 1
-        if self.in_a_row > 2:  # two there are where an epoch ends, and a ramp rises, right after the first
-            raise RecipeError(f"graph: the losses read {changed[0]}, which is another at every step; give graph=false")
+        self.captures_in_a_row = self.captures_in_a_row + 1 if self.captured_at == self.calls - 1 else 1
+        # Two in a row are normal: an epoch may end, and a ramp rise, right after the command's first capture.
+        if self.captures_in_a_row > 2:
+            raise RecipeError(f"graph: the losses read {changed[0]}, which changes at every step; give graph=false")
         self.captured_at = self.calls
+        # Records what the losses read of the progress, because a graph keeps these values.
         self.constants = WatchedProgress(progress)
         extra = {name: x.clone() for name, x in batch.extra.items()}
-        own = Batch(batch.images_BCHW.clone(), batch.labels_B.clone(), batch.ids_B.clone(), extra)
-        self.inputs = _tensors(own)
-        with _explained(self.step.unwrapped), _no_host_draws(), self.step.timer.paused():
+        # The graph reads these copies: every replay finds its batch at the same addresses.
+        static_batch = Batch(batch.images_BCHW.clone(), batch.labels_B.clone(), batch.ids_B.clone(), extra)
+        self.inputs = _batch_tensors(static_batch)
+        # The timer is paused, because its events would be recorded into the graph.
+        with _capture_errors(self.step.unwrapped), _no_host_draws(), self.step.timer.paused():
             watched = cast(Progress, self.constants)
-            self.done = self.graph.capture(lambda: self.step(own, watched, self.number))
+            self.output = self.graph.capture(lambda: self.step(static_batch, watched, self.step_number))
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
+def _batch_tensors(batch: Batch) -> list[Tensor]:
     """Return the tensors of a batch, always in the same order."""
     return [batch.images_BCHW, batch.labels_B, batch.ids_B, *(batch.extra[name] for name in sorted(batch.extra))]
 
@@ -127,82 +134,87 @@ class Graph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, function: Callable[[], _T]) -> _T:
-        """Return ``function()``, run on the stream, in order with what comes before and after it."""
-        outside = torch.cuda.current_stream()
-        self.stream.wait_stream(outside)
+        """Run ``function`` on the graph's stream, ordered with all work before and after it, and return its result."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             result = function()
-        outside.wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return result
 
     def capture(self, function: Callable[[], _T]) -> _T:
-        """Return what ``function`` returns, and keep what it launches; nothing is computed yet."""
+        """Record the kernels that ``function`` launches, and return its result; nothing is computed yet."""
         if self.graph is not None:
-            self.graph.reset()  # or the memory of both would be taken at once
+            self.graph.reset()  # otherwise both graphs' memory would be allocated at once
         self.graph = torch.cuda.CUDAGraph()
-        # Another thread reads ahead and may allocate pinned memory meanwhile, which the default mode forbids.
+        # The loader's thread reads ahead and may allocate pinned memory meanwhile, which the default mode forbids.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:
-        """Compute what was captured."""
+        """Run the captured kernels."""
         assert self.graph is not None
         self.graph.replay()
 
 
 @contextmanager
 def _no_host_draws() -> Iterator[None]:
-    """Raise RecipeError if the host draws random numbers inside the context: each replay would have the same ones."""
+    """Raise RecipeError if the host draws random numbers inside the context: every replay would reuse them."""
     before = _host_states()
     yield
     for name, state in _host_states().items():
         if state != before[name]:
             raise RecipeError(
-                f"graph: the step draws from {name}, and a graph would repeat what it drew; draw by torch on the "
-                f"device of the images, {_ADVICE}"
+                f"graph: the step draws from {name}, and every replay would reuse these numbers; draw them with torch "
+                f"on the images' device, {_ADVICE}"
             )
 
 
 def _host_states() -> dict[str, object]:
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - not drawn from: watched
-    torchs = torch.default_generator.get_state().numpy().tobytes()
+    """Return the states of all generators on the host, by the name that a message gives them."""
+    # torch's generator of the GPU is missing here on purpose: a graph reads its seed anew at every replay.
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - only read, never drawn from
+    torch_state = torch.default_generator.get_state().numpy().tobytes()
     return {
         "random": random.getstate(),
         "numpy.random": (kind, np.asarray(keys).tobytes(), *rest),
-        "torch's CPU": torchs,
+        "torch's CPU generator": torch_state,
     }
 
 
 @contextmanager
-def _explained(distiller: Distiller) -> Iterator[None]:
-    """Raise RecipeError, with the loss and the line, for what cannot be captured inside the context."""
+def _capture_errors(distiller: Distiller) -> Iterator[None]:
+    """Raise RecipeError, with the loss and the source line, if code inside the context cannot be captured."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        # Ending the failed capture raises another error; the first one in the chain is the cause.
         first: BaseException = error
-        while first.__context__ is not None:  # that the capture ended badly is raised on top of why
+        while first.__context__ is not None:
             first = first.__context__
         raise RecipeError(
-            f"graph: the step cannot be captured, {_where(first, distiller)}: {one_line(first, 200)}; a captured step "
+            f"graph: the step cannot be captured, {_source_line(first, distiller)}: {one_line(first, 200)}; a capture "
             f"may not wait for the GPU, as .item() and masks do; change that line, {_ADVICE}"
         ) from error
 
 
-def _where(error: BaseException, distiller: Distiller) -> str:
-    """Return the loss that was computed when the error came, if one was, and the line."""
+def _source_line(error: BaseException, distiller: Distiller) -> str:
+    """Return the loss in which the error was raised, if it was in one, and the source line."""
     frames = list(_frames(error))
     names = {id(loss): f"losses.{name}" for name, loss in distiller.losses.items()}
-    owners = [names[id(frame.f_locals.get("self"))] for frame, _ in frames if id(frame.f_locals.get("self")) in names]
-    own = [(frame, line) for frame, line in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
-    frame, line = (own or frames)[-1]
+    losses = [names[id(frame.f_locals.get("self"))] for frame, _ in frames if id(frame.f_locals.get("self")) in names]
+    # The last line outside torch and Accelerate is the one that a user can change.
+    outside = [(frame, line) for frame, line in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
+    frame, line = (outside or frames)[-1]
     path = Path(frame.f_code.co_filename)
     source = linecache.getline(str(path), line).strip()
-    return f"{', '.join([*owners[-1:], f'{display_path(path)}:{line}'])}, {source!r}"
+    return f"{', '.join([*losses[-1:], f'{display_path(path)}:{line}'])}, {source!r}"
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """Yield each frame of an error's traceback with its line number, the outermost first."""
     traceback = error.__traceback__
     while traceback is not None:
         yield traceback.tb_frame, traceback.tb_lineno

@@ -1,7 +1,7 @@
-"""What a run writes down: JSON lines, trackers and a progress bar.
+"""The journal of a run: JSON lines, trackers and a progress bar.
 
-A line of ``journal.jsonl`` holds one step's own values; what depends on the machine stands under ``timing``. The loss
-trace of a run is every line without ``timing``, and is the same however often the run was interrupted.
+A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``. The
+loss trace of a run is all lines without ``timing``. It is the same however often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ ItemT = TypeVar("ItemT")
 
 
 class TrainingJournal:
-    """Keeps the loss parts of a step on the device and writes every ``every_steps``-th; the host waits only then."""
+    """A journal that keeps loss parts on the device and writes every ``every_steps``-th step.
+
+    The host waits for the device only when a step is written.
+    """
 
     def __init__(
         self,
@@ -53,24 +56,24 @@ class TrainingJournal:
         self.track = track
         self.main = collectives.is_main()
         self.flops = flops
-        """Operations that an image takes, if that is known."""
+        """Floating-point operations per image, if known."""
         peak = peak_flops(device, recipe.precision)
         self.peak = peak and collectives.world_size() * peak
-        """What all ranks could compute in a second, if they are alike."""
+        """Peak FLOP/s of all ranks together, if known; all ranks are taken to have the same GPU."""
         self.micro_batches: list[Tensor] = []
-        """The loss parts [P] of each micro-batch of the step under way, on the device."""
+        """The loss parts [P] of each micro-batch of the current step, on the device."""
         self.bar: tqdm[Any] | None = None
         self.timer = timer
         self.images = self.seconds = 0.0
-        """Images trained on by this process and the time that took, evaluations left out."""
+        """Images trained on by this process, and the seconds that took, without evaluations."""
 
     @contextmanager
     def open(self, progress: Progress, length: int) -> Iterator[None]:
-        """Open the journal, cut at ``length`` bytes, where the resumed checkpoint left it, and start the clock.
+        """Open the journal, cut to its ``length`` in bytes at the resumed checkpoint, and start the clock.
 
-        Raises DamagedFile, on every rank, if the lines up to there are not those of a run.
+        Raises DamagedFile, on every rank, if a line up to there is not valid.
         """
-        length, lost = _checked(self.path, length)
+        length, lost = _valid_length(self.path, length)
         self._restart_clock(progress.step)
         if not self.main:
             yield
@@ -78,14 +81,14 @@ class TrainingJournal:
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
         with self.path.open("a") as self.file, bar as self.bar:
             if lost:
-                print(f"note: {self.path} has lost lines since the checkpoint; it goes on without them")
+                print(f"note: {self.path} has lost lines since the checkpoint; the journal continues without them")
             self.file.truncate(length)
             self.file.seek(length)
             yield
 
     @property
     def length(self) -> int:
-        """Bytes written so far, all of them on disk."""
+        """Bytes written so far, all of them synced to disk."""
         if not self.main:
             return 0
         with self._on_disk():
@@ -98,54 +101,54 @@ class TrainingJournal:
             yield
         except OSError as error:
             raise OSError(
-                f"{self.path}: a line could not be written ({error.strerror}); make room, and the same command goes on "
-                "from the last checkpoint"
+                f"{self.path}: a line could not be written ({error.strerror}); make room there, and the same command "
+                "continues from the last checkpoint"
             ) from error
 
     def timed(self, stream: Iterator[ItemT]) -> Iterator[ItemT]:
-        """Yield what ``stream`` yields, and count the time it was waited for as ``data``."""
+        """Yield the items of ``stream``, and count the wait for them as ``data``."""
         for item in stream:
             self.timer.lap("data")
             yield item
             self.timer.lap("rest")
 
     def accumulate(self, done: StepOutput) -> None:
-        """Keep the loss parts of a micro-batch for its step."""
+        """Keep the loss parts of a micro-batch until its step is recorded."""
         self.names = [*done.names, "gradient_norm"]
         self.micro_batches.append(done.parts_P)
 
     def due(self, progress: Progress) -> bool:
-        """Whether the step that ended at ``progress`` is written down."""
+        """Return whether the step that ended at ``progress`` is to be written."""
         return progress.step % self.every_steps == 0 or progress.step == 1 or progress.step == self.total_steps
 
     def record(self, progress: Progress, rate: float, gradient_norm: Tensor) -> None:
-        """Close a step, and write it down if it is due; then every rank takes part."""
+        """Close a step, and write it if it is due; every rank calls it."""
         micro_batches, self.micro_batches = self.micro_batches, []
         if not self.due(progress):
             return
         means_P = torch.cat([torch.stack(micro_batches).mean(0), gradient_norm.reshape(1)])
         values = dict(zip(self.names, collectives.all_reduce_mean(means_P).tolist(), strict=True))
         timing = self._count(progress.step)
-        # A rank that waits for its images is waited for by the others: theirs would show as communication.
+        # The longest wait of all ranks: the others wait for that rank, and count their wait as communication.
         waits = torch.tensor(timing["data_wait"], dtype=torch.float64, device=gradient_norm.device)
         timing["data_wait"] = collectives.all_reduce_max(waits).item()
-        place = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
-        self._write({**place, "rate": rate, **values, "timing": timing}, progress.step)
+        position = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
+        self._write({**position, "rate": rate, **values, "timing": timing}, progress.step)
         if self.bar is not None:
             speed, wait = timing["images_per_second"], timing["data_wait"]
-            told = f"loss {values['total']:.3f} top1 {values['top1']:.1f} {speed:.0f} img/s wait {wait:.0%}"
-            self.bar.set_postfix_str(told, refresh=False)
+            text = f"loss {values['total']:.3f} top1 {values['top1']:.1f} {speed:.0f} img/s wait {wait:.0%}"
+            self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(progress.step - self.bar.n)
 
     @contextmanager
     def pause(self, progress: Progress) -> Iterator[None]:
-        """Leave what happens inside out of the training rates."""
+        """Exclude the time inside the context from the training rates."""
         self._count(progress.step)
         yield
         self._restart_clock(progress.step)
 
     def log_evaluation(self, progress: Progress, values: dict[str, float]) -> None:
-        """Write down an evaluation."""
+        """Write the values of an evaluation."""
         self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
         if self.main:
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
@@ -153,7 +156,7 @@ class TrainingJournal:
     def _write(self, line: dict[str, Any], step: int) -> None:
         if not self.main:
             return
-        # JSON has no infinity: the gradient of a step that a GradScaler skips.
+        # JSON has no infinity, which is the gradient norm of a step that a GradScaler skips.
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
         }
@@ -170,13 +173,13 @@ class TrainingJournal:
         self.timer.begin()
 
     def _count(self, step: int) -> dict[str, Any]:
-        """Count the time since the clock was started as training, start it again, and return this rank's rates of it.
+        """Add the time since the clock was started to the training time, restart it, and return this rank's rates.
 
-        ``milliseconds`` are those of a step, by what took them; with a GPU as it saw them.
+        ``milliseconds`` are those of one step by the timer's names; on a GPU they are the device's time.
         """
         self.timer.lap("rest")
         by_name, steps = self.timer.read(), step - self.since_step
-        by_name["rest"] = by_name.pop("rest")  # the last, though the clock was started within it
+        by_name["rest"] = by_name.pop("rest")  # moved to the end: after a restart of the clock it may come first
         seconds, images = time.perf_counter() - self.since, steps * self.batch
         self._restart_clock(step)
         self.images += images
@@ -189,9 +192,9 @@ class TrainingJournal:
         }
 
     def _utilization(self, images_per_second: float) -> dict[str, float]:
-        """Return the ranks' ``teraflops`` a second at that rate, and ``mfu``, their share of what the GPUs could do.
+        """Return the ranks' ``teraflops`` per second at that rate, and ``mfu``, their share of the GPUs' peak.
 
-        Both count what the model takes, not what a GPU computes for it. What is not known is left out.
+        Both count the model's operations, not those that a GPU executes for it. Unknown values are left out.
         """
         if self.flops is None:
             return {}
@@ -201,12 +204,12 @@ class TrainingJournal:
 
     @property
     def images_per_second(self) -> float:
-        """Training rate of this process's share of the run."""
+        """Images per second of the part of the run that this process trained."""
         return self.images / self.seconds if self.seconds else 0.0
 
 
 class Line(BaseModel):
-    """What every line of a journal says; whatever else it does are numbers of that step."""
+    """A line of a journal: the keys that every line has; all other keys are numbers of that step."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -215,34 +218,33 @@ class Line(BaseModel):
 
 
 def read_journal(path: Path, end: int | None = None) -> list[dict[str, Any]]:
-    """Return the whole lines of a journal, of its first ``end`` bytes where that is given.
+    """Return the complete lines of a journal, or of its first ``end`` bytes.
 
-    Raises DamagedFile, with file and line, for one that is no line of a run, or whose step is before that of the line
-    above.
+    Raises DamagedFile, with file and line, if a line is not valid or its step is smaller than that of the line above.
     """
-    advice = "move the journal away, and the run goes on with a new one"
+    advice = "move the journal away, and the run continues with a new one"
     content = path.read_bytes()[:end]
-    *lines, _torn = content.split(b"\n")
-    found, last = [], 0
+    *lines, _incomplete = content.split(b"\n")
+    parsed_lines, last = [], 0
     for number, line in enumerate(lines, 1):
-        place = f"{path}: line {number}"
-        parsed = parse_document(line, place, Line, advice)
+        location = f"{path}: line {number}"
+        parsed = parse_document(line, location, Line, advice)
         if parsed.step < last:
-            raise DamagedFile(f"{place}: step: {parsed.step} comes after {last}; {advice}")
+            raise DamagedFile(f"{location}: step: {parsed.step} comes after {last}; {advice}")
         last = parsed.step
-        found.append(parsed.model_dump(exclude_unset=True))
-    return found
+        parsed_lines.append(parsed.model_dump(exclude_unset=True))
+    return parsed_lines
 
 
-def _checked(path: Path, length: int) -> tuple[int, bool]:
-    """Return how many bytes of a journal a run goes on behind, and whether that is less than ``length``, its own."""
+def _valid_length(path: Path, length: int) -> tuple[int, bool]:
+    """Return the length of the complete lines in a journal's first ``length`` bytes, and whether it is shorter."""
     if not length or not path.exists():
         return 0, length > 0
     read_journal(path, length)
     with path.open("rb") as file:
         content = file.read(length)
-    whole = content.rfind(b"\n") + 1
-    return whole, whole < length
+    complete = content.rfind(b"\n") + 1
+    return complete, complete < length
 
 
 def trace(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A finished run's ``result.json`` and the table that closes a command."""
+"""A finished run's ``result.json``, and the table that a command prints at its end."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def write_result(
 
 
 def print_table(run: Run) -> None:
-    """Print the run beside the runs it stands on: teacher, the student's first stage, compared students, itself."""
-    others = [("teacher", below) for below in run.teachers]
-    others += [("start", run.start)] if run.start else []
-    others += [("student", below) for below in run.compare]
-    own = "student" if run.recipe.teacher or run.recipe.student.start else "network"
-    rows = [_row(role, one) for role, one in [*others, (own, run)]]
+    """Print a table of the run and its dependencies: teacher, the student's first stage, compared students."""
+    runs = [("teacher", teacher) for teacher in run.teachers]
+    runs += [("start", run.start)] if run.start else []
+    runs += [("student", student) for student in run.compare]
+    runs += [("student" if run.recipe.teacher or run.recipe.student.start else "network", run)]
+    rows = [_row(role, each) for role, each in runs]
     print(aligned([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
 
 
 def _row(role: str, run: Run) -> list[str]:
     result, losses = run.result, " + ".join(run.recipe.losses)
-    if result is None:  # a finished run needs what it stood on no more
+    if result is None:  # a finished run no longer needs its dependencies, so one may have been deleted
         return [role, losses, run.recipe.student.model, "", "gone", "", "", str(run.folder)]
     return [
         role,
@@ -62,12 +62,12 @@ def _row(role: str, run: Run) -> list[str]:
 
 
 def percent(value: float | None) -> str:
-    """Return an accuracy as tables show it; a run on shards without validation images measured none."""
+    """Return an accuracy as text for a table; None, from a run without validation images, is a dash."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Return the rows as lines, the first above a rule, with columns as wide as their widest cell."""
+    """Return the rows as a text table: columns as wide as their widest cell, a rule below the first row."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:]])

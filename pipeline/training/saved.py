@@ -1,4 +1,4 @@
-"""``state.json`` of a checkpoint: where the run was, how the rest was written, and the digests of all of it."""
+"""``state.json`` of a checkpoint: the run's progress, the checkpoint's format, and digests of all files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ STATE = "state.json"
 
 
 class SavedState(FrozenModel):
-    """What the file holds."""
+    """The content of ``state.json``."""
 
     progress: Progress
     journal_bytes: NonNegativeInt
     format: str
     world_size: PositiveInt
     sha256: dict[str, str] = Field(default={})
-    """Of every other file of the checkpoint, by its path from there. Earlier code wrote none."""
+    """SHA-256 of every other file in the checkpoint, by relative path; empty if earlier code wrote it."""
     state_sha256: str | None = None
-    """Of all the values above."""
+    """SHA-256 of all values above; None if earlier code wrote the file."""
 
 
 def write_saved(folder: Path, progress: Progress, journal_bytes: int, form: str, world_size: int) -> None:
-    """Write the file into a folder that holds everything else."""
+    """Write ``state.json`` into a folder that already contains all other files."""
     state = SavedState(
         progress=progress,
         journal_bytes=journal_bytes,
@@ -43,21 +43,24 @@ def write_saved(folder: Path, progress: Progress, journal_bytes: int, form: str,
     (folder / STATE).write_text(json.dumps({**values, "state_sha256": _digest(values)}, indent=2) + "\n")
 
 
-def read_saved(folder: Path, steps_per_epoch: int, total_steps: int, mend: str) -> SavedState:
+def read_saved(folder: Path, steps_per_epoch: int, total_steps: int, advice: str) -> SavedState:
     """Return the state in ``folder``, which is named after its step.
 
-    Raises DamagedFile, with what to do, where the file is not what was written, or of no step of this run.
+    Raises DamagedFile, with ``advice``, if the file was changed or its step does not fit this run.
     """
     path = folder / STATE
-    state = read_document(path, SavedState, mend)
+    state = read_document(path, SavedState, advice)
+    # Earlier code wrote neither digest, so a file that has only sha256 was changed.
     if state.state_sha256 not in (None, _digest(_values(state))) or (state.sha256 and state.state_sha256 is None):
-        raise DamagedFile(f"{path}: is not what was written (another state_sha256); {mend}")
+        raise DamagedFile(f"{path}: was changed (its state_sha256 differs); {advice}")
     progress = state.progress
     if folder.name != f"step-{progress.step}" or not 0 < progress.step <= total_steps:
-        raise DamagedFile(f"{path}: progress.step: {progress.step} in {folder.name}, of {total_steps} steps; {mend}")
+        raise DamagedFile(
+            f"{path}: progress.step: {progress.step} does not fit {folder.name} of {total_steps} steps; {advice}"
+        )
     if progress.steps_per_epoch != steps_per_epoch or progress.samples_seen < progress.step:
-        told = f"{progress.steps_per_epoch} steps an epoch and {progress.samples_seen} samples"
-        raise DamagedFile(f"{path}: progress: {told}, where the data gives {steps_per_epoch} steps; {mend}")
+        found = f"{progress.steps_per_epoch} steps per epoch and {progress.samples_seen} samples"
+        raise DamagedFile(f"{path}: progress: {found}, but the data has {steps_per_epoch} steps per epoch; {advice}")
     return state
 
 

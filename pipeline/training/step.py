@@ -1,7 +1,7 @@
 """A training step: forward and backward of a micro-batch, and the update that ends a global batch.
 
-It asks the host nothing and returns tensors only, so that it can be captured as a CUDA graph (``graph.py``). What ZeRO
-does otherwise is hidden here.
+The host reads no value in it, and it returns only tensors, so that it can be captured as a CUDA graph (``graph.py``).
+The differences of ZeRO are hidden here.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from pipeline.training.timer import StepTimer
 
 
 class StepOutput(NamedTuple):
-    """What a step leaves on the device for the journal."""
+    """The results of a step, on the device, for the journal."""
 
     names: tuple[str, ...]
     parts_P: Tensor
     """The weighted parts of the micro-batch's loss, with ``total`` and ``top1``, in the order of ``names``."""
     gradient_norm: Tensor | None
-    """Before clipping; None within a global batch."""
+    """Norm before clipping; None unless the micro-batch ends a global batch."""
 
 
 class Step:
-    """What the device does with a micro-batch: teacher, student, losses, backward and, where a global batch ends, the
-    update, and what follows the weights.
+    """The work on a micro-batch: teacher, student, losses and backward.
+
+    The end of a global batch adds the optimizer step, the losses' memory banks and the moving averages.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Step:
         self.timer = timer
 
     def __call__(self, batch: Batch, progress: Progress, number: Tensor | None = None) -> StepOutput:
-        """Learn from a micro-batch of the step that begins at ``progress``.
+        """Train on a micro-batch of the step that begins at ``progress``.
 
-        ``number`` is that step's, counted from 1, where it has to be on the device.
+        ``number`` is the step's number, counted from 1, as a tensor: a captured step needs it on the device.
         """
         current = progress.step + 1 if number is None else number
+        # Within a global batch this context turns off DDP's all-reduce.
         with self.accelerator.accumulate(self.distiller):
             losses = self._forward_backward(batch, progress)
             self.guard.watch(losses, current)
@@ -74,14 +76,14 @@ class Step:
             norm = self._update(current)
             self.timer.lap("optimizer")
         if norm is not None:
-            self.unwrapped.commit()  # the losses' banks take in the global batch
+            self.unwrapped.commit()  # the losses' memory banks store the global batch
             for average in self.averages:
                 average.update()
         return StepOutput(tuple(losses), parts_P, norm)
 
     def _forward_backward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return the parts of the loss of a micro-batch, with ``total``, whose gradients are added up."""
-        self.guard.half_answers = {}  # whose memory the next ones may take
+        """Accumulate the gradients of a micro-batch, and return the parts of its loss, with ``total``."""
+        self.guard.half_answers = {}  # frees the previous ones, so that the teacher can reuse their memory
         with self.timer("teacher"):
             answers = self.teacher(batch) if self.teacher else None
         if self.teacher and answers:
@@ -92,29 +94,32 @@ class Step:
         return losses
 
     def _update(self, number: int | Tensor) -> Tensor | None:
-        """Move the weights where a global batch ends, and return the norm their gradients had before clipping.
+        """Update the weights at the end of a global batch, and return the gradients' norm before clipping.
 
-        Within a global batch nothing is done, and there is None. Where a gradient is not finite the weights stay.
+        Return None within a global batch. The weights do not change if a gradient is not finite.
         """
         norm = None
         if self.accelerator.sync_gradients:
             norm = clip_gradients(self.accelerator, self.distiller, self.clip)
+            # Sets a flag on the device that the optimizer reads: an ``if`` would make the host wait.
             self.guard.skip_step_if_nonfinite(self.optimizer, norm, number)
+        # Accelerate's wrapper ignores both calls within a global batch.
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
 
 def clip_gradients(accelerator: Accelerator, distiller: nn.Module, largest: float | None) -> Tensor:
-    """Scale the gradients down to the ``largest`` norm, if there is one, and return the norm they had."""
+    """Scale the gradients down to the norm ``largest``, unless it is None, and return their norm before that."""
     if accelerator.deepspeed_plugin is not None:
-        # DeepSpeed, which has clipped and stepped in backward, gives a number.
+        # DeepSpeed has already clipped and stepped inside backward; this call only reads its norm, a Python number.
         norm = accelerator.clip_grad_norm_(distiller.parameters(), math.inf if largest is None else largest)
         return torch.as_tensor(norm, device=accelerator.device)
     accelerator.unscale_gradients()
     gradients = [parameter.grad for parameter in distiller.parameters() if parameter.grad is not None]
     norm = gradient_norm(gradients)
     if largest is not None:
+        # ``clip_grad_norm_`` would compute the norm a second time, in float32.
         nn.utils.clip_grads_with_norm_(distiller.parameters(), largest, norm)
     return norm
 
@@ -122,28 +127,34 @@ def clip_gradients(accelerator: Accelerator, distiller: nn.Module, largest: floa
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the norm of all gradients as one vector, in float32 and exact to its last bit.
 
-    Few kernels, which a CUDA graph can capture; ``nn.utils.get_total_norm`` copies from memory of the host that is not
-    pinned. The squares are added in float64: over one long vector a CPU's float32 loses digits. Each gradient is taken
-    as it lies in memory: rows of a map with channels last would be copied first.
+    It takes few kernels, all of which a CUDA graph can capture. ``nn.utils.get_total_norm`` copies from host memory
+    that is not pinned, which cannot be captured. The squares are added in float64, because float32 on a CPU loses
+    digits over a long vector.
     """
-    vector = torch.cat([_as_it_lies(gradient) for gradient in gradients])
+    vector = torch.cat([_flatten_in_memory_order(gradient) for gradient in gradients])
     return torch.linalg.vector_norm(vector, dtype=torch.float64).float()
 
 
-def _as_it_lies(x: Tensor) -> Tensor:
-    """Return the numbers of a tensor as a vector, in the order of its memory and nothing copied where it is dense."""
+def _flatten_in_memory_order(x: Tensor) -> Tensor:
+    """Return the elements of a tensor as a vector, without a copy if the tensor is dense."""
+    # ``flatten`` keeps the order of the indices, so it would copy every channels-last gradient. A norm needs no order.
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.as_strided((x.numel(),), (1,)) if extent == x.numel() else x.flatten()
 
 
 def seed_draws(seed: int, step: int) -> None:
-    """Seed torch's default generators for one step: the draws of a run repeat, and none of their state needs saving.
+    """Seed torch's default generators for one step: the CPU's and that of this rank's GPU.
 
-    The CPU's and this rank's GPU's. ``torch.manual_seed`` gives the same draws, and takes many times as long: it looks
-    for every kind of device that there is none of.
+    A resumed run therefore repeats the draws of an uninterrupted one, and no generator state needs to be saved. The
+    micro-batches of a step draw one after the other from the same seed.
     """
-    numbers = np.random.SeedSequence([seed, step, collectives.rank()]).generate_state(1, np.uint64)
-    number = int(numbers[0])
-    torch.default_generator.manual_seed(number)
+    # SeedSequence mixes the three numbers: with a plain sum, step 1 of seed 0 would draw like step 0 of seed 1. The rank
+    # is one of them, so that the ranks draw different noise for their different images.
+    mixed = np.random.SeedSequence([seed, step, collectives.rank()]).generate_state(1, np.uint64)
+    step_seed = int(mixed[0])
+    # ``torch.manual_seed`` gives the same draws but takes many times as long: it also looks for other kinds of devices.
+    torch.default_generator.manual_seed(step_seed)
+    # A process that trains on its CPU must not initialize CUDA here.
     if torch.cuda.is_initialized():
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
+        # A graph reads this generator's seed at every replay, so a captured step draws what an eager step would.
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(step_seed)

@@ -1,4 +1,4 @@
-"""When a command ends before its run is over, and what it leaves for the scheduler that ended it."""
+"""The condition on which a command ends before its run is complete."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ SIGNAL = "a signal to stop"
 
 
 class StopCondition:
-    """Whether to end this command before the run is over: ``stop:``, or a signal that a scheduler sent to any rank."""
+    """A condition to end this command early: the recipe's ``stop``, or a signal from a scheduler to any rank."""
 
     def __init__(self, stop: StopConfig, poll_steps: int) -> None:
         self.stop = stop
         self.poll_steps = poll_steps
-        self.began = time.monotonic()
+        self.started = time.monotonic()
         signals.install()
 
     def reason(self, progress: Progress, *, beginning: bool = False) -> str | None:
-        """Return why to stop at this step, the same on every rank; None to go on.
+        """Return why to stop at this step, the same on every rank; None to continue.
 
-        The ranks ask one another every ``poll_steps``, and at the ``beginning``, which took long enough for a signal.
+        The ranks exchange signals and elapsed time every ``poll_steps`` steps. They also do so at the ``beginning``,
+        because a signal may have arrived while the run was built.
         """
+        # These two need no exchange: every rank has the same progress.
         if self.stop.epoch is not None and progress.fraction >= self.stop.epoch:
             return f"stop.epoch={self.stop.epoch}"
         if self.stop.steps is not None and progress.step >= self.stop.steps:
@@ -34,6 +36,6 @@ class StopCondition:
         if collectives.any_rank(signals.stop_requested()):
             return SIGNAL
         minutes = self.stop.minutes
-        if minutes is not None and collectives.any_rank(time.monotonic() - self.began >= 60 * minutes):
+        if minutes is not None and collectives.any_rank(time.monotonic() - self.started >= 60 * minutes):
             return f"stop.minutes={minutes}"
         return None

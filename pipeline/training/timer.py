@@ -1,4 +1,4 @@
-"""Where a step's time goes, by the device's own clock: no mark makes the host wait for the device."""
+"""A timer for the parts of a step by the device's own clock; a lap never makes the host wait for the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.autograd import Variable
 
 
 class StepTimer:
-    """The time between marks, added up by the name of the mark that ends it.
+    """A stopwatch: the time between laps, added up by the name of the lap that ends it.
 
-    On a GPU a mark is an event in torch's stream: what is measured is the device's time, its waiting for the host
-    included. ``read`` is for moments at which the host has waited for the device anyway.
+    On a GPU a lap is an event in torch's current stream. The times are then the device's, including its waiting for the
+    host. Call ``read`` where the host has waited for the device anyway.
 
-    ``by_ddp`` says that backward ends with DDP's average over several ranks.
+    ``by_ddp`` means that backward ends with DDP's all-reduce over several ranks.
     """
 
     def __init__(self, device: torch.device, *, by_ddp: bool = False) -> None:
@@ -29,23 +29,23 @@ class StepTimer:
         self.begin()
 
     def begin(self) -> None:
-        """Start the clock anew; what was not read is forgotten."""
-        self._marks = [("", self._now())]
+        """Start the clock again, and forget the laps that were not read."""
+        self._laps = [("", self._now())]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Mark what runs inside the context as ``name``."""
+        """Count the time inside the context as ``name``."""
         yield
         self.lap(name)
 
     def lap(self, name: str) -> None:
-        """Say that what has run since the last mark was ``name``."""
+        """Count the time since the last lap as ``name``."""
         if not self._paused:
-            self._marks.append((name, self._now()))
+            self._laps.append((name, self._now()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Mark nothing inside the context: what happens there takes its time later, or is someone else's to mark."""
+        """Ignore laps inside the context; its time counts for the next lap after it."""
         self._paused = True
         try:
             yield
@@ -54,25 +54,27 @@ class StepTimer:
 
     @contextmanager
     def backward(self, total: Tensor) -> Iterator[None]:
-        """Mark what ``total.backward()`` inside the context computes, and then what it waits for other ranks.
+        """Count the computation of ``total.backward()`` inside the context as ``backward``.
 
-        The second, ``communication``, is as much of DDP's all-reduces as the rest of backward did not hide. DDP waits
-        for them in a callback at the end of backward, which it queues on the way; one queued earlier runs earlier.
+        Its wait for other ranks counts as ``communication``: the part of DDP's all-reduces that backward did not hide.
         """
         if self._by_ddp:
+            # DDP waits for its all-reduces in a callback that it queues during backward. Callbacks run in order at the
+            # end of backward, so this one, queued at the start, runs just before that wait.
             total.register_hook(lambda _: Variable._execution_engine.queue_callback(lambda: self.lap("backward")))
         yield
         self.lap("communication" if self._by_ddp else "backward")
 
     def read(self) -> dict[str, float]:
-        """Return the seconds by name since the clock was started or last read, in the order of their first marks."""
+        """Return the seconds by name since the clock was started or last read, in the order of their first laps."""
         if self._on_gpu:
-            self._marks[-1][1].synchronize()  # type: ignore[union-attr]
+            self._laps[-1][1].synchronize()  # type: ignore[union-attr]
         seconds: dict[str, float] = defaultdict(float)
-        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
-            seconds[name] += _between(before, after)
-        self._spare += [moment for _, moment in self._marks[:-1] if isinstance(moment, torch.cuda.Event)]
-        self._marks = self._marks[-1:]
+        for (_, before), (name, after) in zip(self._laps, self._laps[1:], strict=False):
+            seconds[name] += _seconds_between(before, after)
+        # Events are used again, so a long run does not create one for every lap.
+        self._spare += [moment for _, moment in self._laps[:-1] if isinstance(moment, torch.cuda.Event)]
+        self._laps = self._laps[-1:]
         return dict(seconds)
 
     def _now(self) -> float | torch.cuda.Event:
@@ -83,8 +85,8 @@ class StepTimer:
         return event
 
 
-def _between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    """Return the seconds between two moments of one clock."""
+def _seconds_between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    """Return the seconds between two readings of one clock."""
     if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
         return before.elapsed_time(after) / 1000
     assert isinstance(before, float)

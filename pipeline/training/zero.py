@@ -1,11 +1,11 @@
-"""What DeepSpeed's ZeRO does otherwise than DDP: its settings, weights that lie in parts, its checkpoints.
+"""Differences of DeepSpeed's ZeRO from DDP: its settings, partitioned weights and its checkpoints.
 
-The launcher's environment alone chooses it (``ACCELERATE_USE_DEEPSPEED`` and a file such as
-``launchers/deepspeed/zero2.json``); a recipe knows nothing of it. The only file that imports DeepSpeed.
+Only the launcher's environment selects it (``ACCELERATE_USE_DEEPSPEED`` and a file such as
+``launchers/deepspeed/zero2.json``); a recipe contains nothing about it. Only this file imports DeepSpeed.
 
-DeepSpeed steps within ``accelerator.backward``. It divides by the accumulation and clips like DDP's loop, and leaves a
-step out by itself, on every rank, when the gradient's norm is not finite. In one thing it differs: a parameter that no
-loss reaches has a gradient of zero, not none, and so decays.
+DeepSpeed steps inside ``accelerator.backward``. Like DDP's loop, it divides by the accumulation and clips. If the
+gradient norm is not finite, it skips the step itself, on every rank. One thing differs: a parameter that no loss uses
+has a gradient of zero instead of None, so weight decay still changes it.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ _SETTINGS_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 DDP = "ddp"
 TAG = "zero"
-"""The folder, within a checkpoint, of what DeepSpeed writes."""
+"""Folder of DeepSpeed's files inside a checkpoint."""
 
 
 def create_plugin(recipe: Recipe, launch: Launch) -> DeepSpeedPlugin:
-    """Return Accelerate's plugin for DeepSpeed with the ``settings``; RecipeError where it cannot run."""
+    """Return Accelerate's plugin for DeepSpeed with the ``settings``. Raises RecipeError if DeepSpeed cannot run."""
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise RecipeError(f"DeepSpeed was asked for and {missing[0]} is not installed; install the extra: deepspeed")
+        raise RecipeError(f"DeepSpeed is enabled and {missing[0]} is not installed; install the extra: deepspeed")
     if launch.local_rank is None:
-        raise RecipeError("DeepSpeed was asked for without ranks; start them with torchrun or accelerate launch")
+        raise RecipeError("DeepSpeed is enabled without ranks; start them with torchrun or accelerate launch")
     if launch.use_cpu:
-        raise RecipeError("ACCELERATE_USE_CPU turns DeepSpeed off without a word; unset it, it needs no GPU")
+        raise RecipeError("ACCELERATE_USE_CPU turns DeepSpeed off silently; unset it: DeepSpeed needs no GPU")
     plugin = DeepSpeedPlugin(hf_ds_config=settings(recipe, launch))
     _keep_gloo()
     return plugin
 
 
 def settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
-    """Return the launcher's file of DeepSpeed settings, completed by what stands in the recipe.
+    """Return the DeepSpeed settings of the launcher's file, completed with those of the recipe.
 
-    Raises RecipeError where the two disagree, or where ZeRO cannot do what the recipe asks for.
+    Raises RecipeError if the two disagree, or if ZeRO does not support a setting of the recipe.
     """
-    path, given = _read(launch.deepspeed_file)
-    zero = given.get("zero_optimization", {})
+    path, from_file = _read(launch.deepspeed_file)
+    zero = from_file.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise RecipeError(
             f'{path}: zero_optimization: expected a mapping such as {{"stage": 2}}, got {json.dumps(zero)}'
@@ -64,20 +64,23 @@ def settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
     stage = zero.get("stage")
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise RecipeError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; DDP needs no DeepSpeed")
-    _refuse(recipe, stage)
-    own = _of_recipe(recipe, launch)
-    for key in sorted(given.keys() & own.keys()):
-        if given[key] not in ("auto", own[key]):
-            raise RecipeError(f"{path}: {key}: {given[key]} here and {own[key]} by the recipe; leave it to the recipe")
+    _check_recipe(recipe, stage)
+    from_recipe = _recipe_settings(recipe, launch)
+    for key in sorted(from_file.keys() & from_recipe.keys()):
+        if from_file[key] not in ("auto", from_recipe[key]):
+            raise RecipeError(
+                f"{path}: {key}: {from_file[key]} here and {from_recipe[key]} by the recipe; "
+                "remove it, the recipe sets it"
+            )
     for key in ("optimizer", "scheduler"):
-        if key in given:
-            raise RecipeError(f"{path}: {key}: leave it to the recipe")
-    # Accelerate would otherwise turn whatever optimizer is to step on the CPU into Adam.
-    return {**given, **own, "zero_force_ds_cpu_optimizer": False}
+        if key in from_file:
+            raise RecipeError(f"{path}: {key}: remove it, the recipe sets it")
+    # With optimizer offload to the CPU, Accelerate would otherwise replace any optimizer with Adam.
+    return {**from_file, **from_recipe, "zero_force_ds_cpu_optimizer": False}
 
 
 def deepspeed_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """Return the recipe's autocast: Accelerate's, or that of DeepSpeed's settings, which Accelerate does not read."""
+    """Return the recipe's autocast: Accelerate's, or the one in DeepSpeed's settings, which Accelerate ignores."""
     plugin = accelerator.deepspeed_plugin
     if plugin is None:
         return accelerator.autocast()
@@ -87,7 +90,8 @@ def deepspeed_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
 
 @contextmanager
 def gather_parameters(module: nn.Module) -> Iterator[None]:
-    """Give every rank the weights of ``module`` whole, to be read; ZeRO-3 keeps a part of each on each rank."""
+    """Gather the complete weights of ``module`` on every rank, to be read; ZeRO-3 partitions them over the ranks."""
+    # ZeRO-3 sets ``ds_id`` on every parameter that it partitions.
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         yield
         return
@@ -104,26 +108,27 @@ def checkpoint_format(accelerator: Accelerator) -> str:
 
 
 def save_engine(accelerator: Accelerator, folder: Path) -> None:
-    """Write weights and optimizer, each rank its part; every rank calls it."""
+    """Write this rank's part of weights and optimizer; every rank calls it."""
     _engine(accelerator).save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
 
 def load_engine(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what ``save`` wrote on as many ranks; every rank calls it. Nothing in the files is executed.
+    """Restore what ``save_engine`` wrote on the same number of ranks; every rank calls it. No file is executed.
 
-    Raises FileNotFoundError where files are gone, and torch's error for one that names more than DeepSpeed's data.
+    Raises FileNotFoundError if files are missing, and torch's error if one contains more than DeepSpeed's data.
     """
-    with _data_alone():
-        found, _ = _engine(accelerator).load_checkpoint(str(folder), tag=TAG)
-    if found is None:
-        raise FileNotFoundError(f"DeepSpeed finds not all of its files in {folder / TAG}")
+    with _safe_loading():
+        path, _ = _engine(accelerator).load_checkpoint(str(folder), tag=TAG)
+    if path is None:
+        raise FileNotFoundError(f"DeepSpeed's files in {folder / TAG} are incomplete")
 
 
 @contextmanager
-def _data_alone() -> Iterator[None]:
-    """Have every ``torch.load`` inside take tensors, plain values and the classes that DeepSpeed stores, no others.
+def _safe_loading() -> Iterator[None]:
+    """Let every ``torch.load`` inside accept only tensors, plain values and the classes that DeepSpeed stores.
 
-    DeepSpeed asks for ``weights_only=False``, which would run whatever a file names; torch's own switch overrules it.
+    DeepSpeed passes ``weights_only=False``, which would run any code that a file names. torch's environment variable
+    overrides that.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -145,12 +150,12 @@ def _engine(accelerator: Accelerator) -> Any:
 
 
 def _read(name: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the name of the launcher's file and what it says."""
+    """Return the display path and the content of the launcher's settings file."""
     if not name:
         raise RecipeError(
-            f"{_SETTINGS_VARIABLE}: DeepSpeed was asked for without settings; give launchers/deepspeed/zero2.json"
+            f"{_SETTINGS_VARIABLE}: DeepSpeed is enabled without settings; give launchers/deepspeed/zero2.json"
         )
-    path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
+    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
         raise RecipeError(
             f"{_SETTINGS_VARIABLE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own"
@@ -159,40 +164,41 @@ def _read(name: str | None) -> tuple[str, dict[str, Any]]:
     return display_path(path), read_document(path, dict[str, Any], advice)
 
 
-def _refuse(recipe: Recipe, stage: int) -> None:
-    """Raise RecipeError for what is not done under ZeRO."""
+def _check_recipe(recipe: Recipe, stage: int) -> None:
+    """Raise RecipeError for settings that this ZeRO stage does not support."""
     if recipe.precision == "fp16":
-        raise RecipeError("precision: fp16 is not done under DeepSpeed; give precision=bf16 or precision=fp32")
+        raise RecipeError("precision: fp16 is not supported under DeepSpeed; give precision=bf16 or precision=fp32")
     if recipe.compress:
-        raise RecipeError("compress: DeepSpeed sends the gradients, and in float32; leave the key out, or take DDP")
-    compiled = _compiled(dump_recipe(recipe.model_copy(update={"teacher": None})))  # a frozen teacher is whole
+        raise RecipeError("compress: DeepSpeed sends the gradients itself, in float32; remove the key, or use DDP")
+    # The frozen teacher is left out: ZeRO does not partition it.
+    compiled = _compiled_key(dump_recipe(recipe.model_copy(update={"teacher": None})))
     if stage == 3 and compiled:
-        raise RecipeError(f"{compiled}: under ZeRO-3 no weight is whole when torch compiles; leave the key out")
+        raise RecipeError(f"{compiled}: under ZeRO-3 the weights are partitioned when torch compiles; remove the key")
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
-        raise RecipeError(f"{average}: under ZeRO-3 no rank has the weights to average; take zero2.json, or DDP")
+        raise RecipeError(f"{average}: under ZeRO-3 no rank has all weights to average; use zero2.json, or DDP")
 
 
-def _compiled(tree: dict[str, Any], above: str = "") -> str | None:
-    """Return the first key at which torch is told to compile."""
+def _compiled_key(tree: dict[str, Any], above: str = "") -> str | None:
+    """Return the first key that turns on torch.compile, None if there is none."""
     for key, value in tree.items():
         name = f"{above}{key}"
         if key == "compile" and value:
             return name
-        if isinstance(value, dict) and (found := _compiled(value, f"{name}.")):
+        if isinstance(value, dict) and (found := _compiled_key(value, f"{name}.")):
             return found
     return None
 
 
-def _of_recipe(recipe: Recipe, launch: Launch) -> dict[str, Any]:
-    """Return DeepSpeed's settings of batch, accumulation, clipping and precision."""
+def _recipe_settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
+    """Return the recipe's batch, accumulation, clipping and precision as settings of DeepSpeed."""
     return {
         "train_batch_size": recipe.batch,
         "train_micro_batch_size_per_gpu": rows_per_rank(recipe.batch, launch.world_size, recipe.accumulation),
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.clip or 0.0,
-        # Not bf16.enabled, which casts the weights: BatchNorm takes no bf16 weights beside float32 statistics. Where no
-        # module is named as safe, gradients travel in float32, as under DDP.
+        # Not bf16.enabled, which casts the weights: BatchNorm accepts no bf16 weights with float32 statistics. With no
+        # module listed as safe, gradients are sent in float32, as under DDP.
         "torch_autocast": {
             "enabled": recipe.precision == "bf16",
             "dtype": "bfloat16",
@@ -204,7 +210,7 @@ def _of_recipe(recipe: Recipe, launch: Launch) -> dict[str, Any]:
 
 
 def _keep_gloo() -> None:
-    """Spare ranks on a CPU the compiler: as it starts, DeepSpeed would build an all-reduce of its own for them."""
+    """Keep gloo for ranks on a CPU: DeepSpeed would otherwise compile an all-reduce of its own when it starts."""
     if not torch.cuda.is_available():
         import deepspeed.ops
 

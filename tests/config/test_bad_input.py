@@ -158,9 +158,9 @@ def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
 
 
 DAMAGED = {
-    "checkpoints/step-2/distiller.safetensors": "step-2 away, and the run goes on from step-1",
-    "checkpoints/step-2/optimizer.pt": "step-2 away, and the run goes on from step-1",
-    "checkpoints/step-2/state.json": "step-2 away, and the run goes on from step-1",
+    "checkpoints/step-2/distiller.safetensors": "step-2 away, and the run continues from step-1",
+    "checkpoints/step-2/optimizer.pt": "step-2 away, and the run continues from step-1",
+    "checkpoints/step-2/state.json": "step-2 away, and the run continues from step-1",
 }
 
 

@@ -212,7 +212,7 @@ def test_a_journal_with_other_lines_is_named_by_line_and_a_new_one_goes_on(
     spoilt = journal.read_bytes()
     message = refused(place, "part")
     assert "part/journal.jsonl: line " in message
-    assert message.endswith("; move the journal away, and the run goes on with a new one")
+    assert message.endswith("; move the journal away, and the run continues with a new one")
     assert journal.read_bytes() == spoilt
     journal.rename(journal.with_name("journal.old"))
     train(place, "part")

@@ -54,7 +54,7 @@ def refused(run_train: Train) -> str:
 
 def follow(advice: str, run: Path) -> None:
     """Do what every message about a checkpoint says."""
-    assert advice.endswith("move runs/ce/checkpoints/step-2 away, and the run goes on from step-1")
+    assert advice.endswith("move runs/ce/checkpoints/step-2 away, and the run continues from step-1")
     step = run / "checkpoints" / "step-2"
     step.rename(step.with_name("step-2.damaged"))
 
@@ -139,7 +139,7 @@ def test_every_rank_tells_of_the_file_that_one_of_them_found(recipes: Path, rank
     flip(recipes / "runs" / "ce" / "checkpoints" / "step-2" / "buffers-1.safetensors", 0.5)
     one, other = (each.error for each in ranks(trained, recipes, words))
     assert one is not None
-    assert one.startswith("runs/ce/checkpoints/step-2/buffers-1.safetensors: is gone, or not what was written")
+    assert one.startswith("runs/ce/checkpoints/step-2/buffers-1.safetensors: is missing or was changed")
     assert one == other
 
 
@@ -148,7 +148,7 @@ def test_a_value_of_the_state_that_was_changed_within_its_bounds(run_train: Trai
     state = json.loads(path.read_text())
     path.write_text(json.dumps({**state, "journal_bytes": state["journal_bytes"] - 9}))
     told = refused(run_train)
-    assert "state.json: is not what was written" in told
+    assert "state.json: was changed" in told
     follow(told, run)
 
 

@@ -230,11 +230,11 @@ def test_another_number_of_ranks_or_another_format_is_refused_in_one_line(place:
     assert place.train("refused", "vid.yaml", "stop.steps=1", stage=2)[0].error is None
     checkpoint = place.folder / "runs" / "refused" / "checkpoints" / "step-1"
     for stage, own in ((None, "ddp"), (1, "zero-1"), (3, "zero-3")):
-        told = f"its format is zero-2 and this run's is {own}; continue it as it began"
+        told = f"its format is zero-2 and this run's is {own}; start with the same DeepSpeed settings as before"
         for rank in place.train("refused", "vid.yaml", stage=stage):
             assert rank.error == f"runs/refused/checkpoints/step-1: {told}"
     without_digests(checkpoint, world_size=4)
-    told = "its format is zero-2, which 4 ranks wrote and 2 cannot read; start 4 ranks"
+    told = "its format is zero-2, which 4 ranks wrote and 2 ranks cannot read; start 4 ranks"
     assert place.train("refused", "vid.yaml", stage=2)[1].error == f"runs/refused/checkpoints/step-1: {told}"
 
 
@@ -262,7 +262,7 @@ def test_nothing_in_deepspeeds_files_is_executed(place: Place, stage: int, kind:
     for rank in place.train(run, *words, stage=stage):
         assert rank.error is not None
         assert told in rank.error
-        assert rank.error.endswith("/step-2 away, and the run goes on from step-1")
+        assert rank.error.endswith("/step-2 away, and the run continues from step-1")
     assert not (place.folder / "hatched").exists()
     checkpoint.rename(checkpoint.with_name("step-2.damaged"))
     assert place.train(run, *words, "stop.steps=3", stage=stage)[0].error is None
@@ -276,7 +276,7 @@ def test_a_damaged_file_of_one_rank_is_told_by_all(place: Place, stage: int):
     os.truncate(path, path.stat().st_size - 1)
     one, other = (rank.error for rank in place.train(run, *words, stage=stage))
     assert one is not None
-    assert f"{path.name}: is gone, or not what was written" in one
+    assert f"{path.name}: is missing or was changed" in one
     assert one == other
 
 
@@ -336,21 +336,29 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
 @pytest.mark.parametrize(
     ("given", "words", "told"),
     [
-        ({"train_batch_size": 32}, [], "train_batch_size: 32 here and 24 by the recipe; leave it to the recipe"),
+        ({"train_batch_size": 32}, [], "train_batch_size: 32 here and 24 by the recipe; remove it, the recipe sets it"),
         ({"gradient_accumulation_steps": 2}, [], "gradient_accumulation_steps: 2 here and 1 by the recipe"),
         ({"bf16": {"enabled": True}}, [], "bf16: "),
-        ({"optimizer": {"type": "Adam"}}, [], "optimizer: leave it to the recipe"),
+        ({"optimizer": {"type": "Adam"}}, [], "optimizer: remove it, the recipe sets it"),
         ({"stage": 0}, [], "zero_optimization.stage: expected 1, 2 or 3, got 0"),
-        ({}, ["compress=auxiliary"], "compress: DeepSpeed sends the gradients, and in float32; leave the key out"),
-        ({}, ["precision=fp16"], "precision: fp16 is not done under DeepSpeed; give precision=bf16"),
+        ({}, ["compress=auxiliary"], "compress: DeepSpeed sends the gradients itself, in float32; remove the key"),
+        ({}, ["precision=fp16"], "precision: fp16 is not supported under DeepSpeed; give precision=bf16"),
         (
             {"stage": 3},
             ["student.compile=true"],
-            "student.compile: under ZeRO-3 no weight is whole when torch compiles",
+            "student.compile: under ZeRO-3 the weights are partitioned when torch compiles",
         ),
-        ({"stage": 3}, COMPILED, "losses.ddkd.diffusion.compile: under ZeRO-3 no weight is whole when torch compiles"),
-        ({"stage": 3}, ["ema.decay=0.9"], "ema: under ZeRO-3 no rank has the weights to average; take zero2.json"),
-        ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has the weights"),
+        (
+            {"stage": 3},
+            COMPILED,
+            "losses.ddkd.diffusion.compile: under ZeRO-3 the weights are partitioned",
+        ),
+        (
+            {"stage": 3},
+            ["ema.decay=0.9"],
+            "ema: under ZeRO-3 no rank has all weights to average; use zero2.json",
+        ),
+        ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has all weights"),
     ],
     ids=lambda value: None,
 )
@@ -364,7 +372,7 @@ def test_what_disagrees_or_is_not_done_is_refused_in_one_line(recipe, settings, 
 
 def test_a_file_that_is_not_there_and_one_that_is_no_json_are_named(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv(zero._SETTINGS_VARIABLE, raising=False)
-    with pytest.raises(RecipeError, match=f"{zero._SETTINGS_VARIABLE}: DeepSpeed was asked for without settings"):
+    with pytest.raises(RecipeError, match=f"{zero._SETTINGS_VARIABLE}: DeepSpeed is enabled without settings"):
         zero.settings(recipe(), read_launch())
     monkeypatch.setenv(zero._SETTINGS_VARIABLE, "absent.json")
     with pytest.raises(RecipeError, match=f"{zero._SETTINGS_VARIABLE}: there is no file absent.json"):

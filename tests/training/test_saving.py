@@ -86,7 +86,7 @@ def test_what_cannot_be_saved_and_loaded_back_is_refused_before_the_first_step(
     with pytest.raises(RecipeError) as raised:
         run_train(own(recipes, f"odd_networks:{model}"))
     message = str(raised.value)
-    assert message.startswith("runs/own: what it would save cannot be saved and loaded back (")
+    assert message.startswith("runs/own: its state cannot be saved and loaded back (")
     assert told in message
     assert "\n" not in message
     assert not (recipes / "runs" / "own" / "journal.jsonl").exists()
