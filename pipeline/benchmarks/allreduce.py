@@ -1,4 +1,4 @@
-"""What it costs to add up a recipe's gradients over the ranks, with nothing else to do."""
+"""Benchmark of the all-reduce of a recipe's gradients, without any other work."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.benchmarks.measure import Measurement, measure
-from pipeline.builders.meta import probe as built
-from pipeline.builders.meta import probe_models
+from pipeline.builders.meta import probe, probe_models
 from pipeline.builders.student import student_spec
 from pipeline.config.recipe import LoadedRecipe
 from pipeline.diagnostics.network import bus_bandwidth
@@ -25,9 +24,9 @@ _MIB = 2**20
 def measure_allreduce(
     loaded: LoadedRecipe, launch: Launch, device: torch.device, *, repeats: int, warmup: int, steps: int
 ) -> list[Measurement]:
-    """Return how long the sum of all gradients takes, bucket after bucket as DDP sends them.
+    """Return how long the all-reduce of all gradients takes, bucket by bucket as DDP sends them.
 
-    Without the casts of compressed ones.
+    Casts of compressed gradients are not included. Raises RecipeError for a single rank and under DeepSpeed.
     """
     world = collectives.world_size()
     if world == 1:
@@ -36,38 +35,41 @@ def measure_allreduce(
         )
     with error_context(display_path(loaded.path)):
         if launch.use_deepspeed:
-            raise RecipeError("allreduce is of DDP's buckets, which DeepSpeed does not send; start it without")
-        sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sendings(loaded)]
+            raise RecipeError(
+                "allreduce: measures DDP's buckets, which DeepSpeed does not send; start it without DeepSpeed"
+            )
+        sent = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in bucket_sizes(loaded)]
 
-    def add_up() -> None:
+    def all_reduce() -> None:
         for bucket in sent:
             collectives.all_reduce_(bucket)
 
-    found = measure("gradients", add_up, device=device, repeats=repeats, warmup=warmup, steps=steps)
+    measured = measure("gradients", all_reduce, device=device, repeats=repeats, warmup=warmup, steps=steps)
     total = sum(bucket.nbytes for bucket in sent)
-    speed = bus_bandwidth(total, found.median / steps, world)
-    return [found._replace(counts={"bytes": total, "buckets": len(sent), "bus bytes/s": round(speed)})]
+    speed = bus_bandwidth(total, measured.median / steps, world)
+    return [measured._replace(counts={"bytes": total, "buckets": len(sent), "bus bytes/s": round(speed)})]
 
 
-def sendings(loaded: LoadedRecipe) -> list[tuple[int, torch.dtype]]:
-    """Return how many numbers of which type each of DDP's buckets sends."""
+def bucket_sizes(loaded: LoadedRecipe) -> list[tuple[int, torch.dtype]]:
+    """Return the number of elements and the dtype of each bucket that DDP sends."""
     recipe = loaded.recipe
-    facts = probe_models(recipe, [named.recipe for named in loaded.teachers], built).facts
+    facts = probe_models(recipe, [named.recipe for named in loaded.teachers], probe).facts
     student = student_spec(recipe.student, recipe.taps.student).build(facts.num_classes)
     distiller = Distiller(student, recipe.losses, facts)
     small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
     compressed = set(small.parameters()) if small else set()
-    learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     return [
+        # A bucket is sent in bfloat16 only if all its gradients are compressed.
         (sum(x.numel() for x in bucket), torch.bfloat16 if compressed.issuperset(bucket) else torch.float32)
-        for bucket in buckets(learning, BUCKET_MIB * _MIB)
+        for bucket in buckets(trainable, BUCKET_MIB * _MIB)
     ]
 
 
 def buckets(gradients: Iterable[Tensor], largest: int) -> list[list[Tensor]]:
-    """Return DDP's buckets in the order in which it sends them, backward's.
+    """Return DDP's buckets in the order in which it sends them, which is that of backward.
 
-    A gradient is put into the last one, which is full once it has ``largest`` bytes.
+    A gradient joins the current bucket; a bucket with ``largest`` bytes or more is full.
     """
     filled: list[list[Tensor]] = [[]]
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""Two records of the same thing: what is faster, what is slower, and what only looks so."""
+"""Comparison of two benchmark records: what is faster, what is slower, and what is only noise."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pipeline.runs.identity import differing_keys
 from pipeline.training.result import aligned
 
 NO_PACKAGES = ("commit", "uncommitted_changes", "device")
-"""Of a record's versions: the code that is compared, and what ``machine`` says."""
+"""Keys of a record's ``versions`` that are no packages: the compared code itself, and what ``machine`` contains."""
 _FEW_REPEATS = 4
-"""Repeats below which noise alone sets two records apart too often: 4 and 4 it does in 1 of 35 comparisons."""
+"""Fewest repeats for a verdict: with 4 and 4, noise alone separates two records in 1 of 35 comparisons."""
 
 
 class Ratio(NamedTuple):
-    """New speed ÷ old speed."""
+    """The ratio of the new speed to the old speed."""
 
     median: float
-    """Of the medians."""
+    """Ratio of the median speeds."""
     low: float
     high: float
-    """The least and the greatest ratio of a new repeat to an old one."""
+    """Smallest (``low``) and largest ratio of a new repeat to an old one."""
     repeats: int
-    """Of the record that has fewer."""
+    """Number of repeats in the record that has fewer."""
 
     @property
     def verdict(self) -> str:
-        """Whether the new one is ``faster`` or ``slower``: every repeat of it than every repeat of the old one.
+        """Return ``faster`` or ``slower`` if every new repeat is faster, or slower, than every old one.
 
-        Of two records of the same thing with 5 repeats each, noise says so of 1 in 126.
+        Noise alone causes such a verdict in 1 of 126 comparisons of equal code with 5 repeats each.
         """
         if self.repeats < _FEW_REPEATS:
             return "too few repeats to tell"
@@ -39,14 +39,14 @@ class Ratio(NamedTuple):
 
 
 def comparison_table(old: BenchmarkRecord, new: BenchmarkRecord) -> str:
-    """Return what differs between the records' circumstances, and a row for everything that both measured."""
+    """Return the differences between the records' circumstances, and a row for everything that they measured."""
     rows = [["", "new ÷ old speed", "range of pairs", ""]]
     before = {each.name: each for each in old.measured}
     for each in new.measured:
         if each.name not in before:
             rows.append([each.name, "", "", "only in the new record"])
-        elif found := speed_ratio(before[each.name], each):
-            rows.append([each.name, f"{found.median:.3f}", f"{found.low:.3f} – {found.high:.3f}", found.verdict])
+        elif ratio := speed_ratio(before[each.name], each):
+            rows.append([each.name, f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", ratio.verdict])
         else:
             rows.append([each.name, "", "", "too short to tell"])
     now = {each.name for each in new.measured}
@@ -55,11 +55,12 @@ def comparison_table(old: BenchmarkRecord, new: BenchmarkRecord) -> str:
 
 
 def speed_ratio(old: Measurement, new: Measurement) -> Ratio | None:
-    """Return the ratio of the speeds, of images or else of steps; None where a time is zero."""
+    """Return the ratio of the speeds in images, or else in steps; None if a time is zero."""
     if not all((*old.seconds, *new.seconds)):
         return None
     by_images = bool(old.images and new.images)
     work = new.images / old.images if by_images else new.steps / old.steps
+    # Every new repeat against every old one: the order of the repeats has no meaning.
     pairs = [work * before / after for before, after in product(old.seconds, new.seconds)]
     repeats = min(len(old.seconds), len(new.seconds))
     return Ratio(work * old.median / new.median, min(pairs), max(pairs), repeats)
@@ -67,15 +68,15 @@ def speed_ratio(old: Measurement, new: Measurement) -> Ratio | None:
 
 def circumstances(old: BenchmarkRecord, new: BenchmarkRecord) -> list[str]:
     """Return a line for each thing other than the code that may explain a difference."""
-    found = [f"another machine: {_changes(old.machine, new.machine)}"] if old.machine != new.machine else []
+    lines = [f"another machine: {_changes(old.machine, new.machine)}"] if old.machine != new.machine else []
     before, now = _packages(old.versions), _packages(new.versions)
-    found += [f"other packages: {_changes(before, now)}"] if before != now else []
+    lines += [f"other packages: {_changes(before, now)}"] if before != now else []
     keys = differing_keys(old.resolved, new.resolved)
-    return found + ([f"another recipe: {', '.join(keys)}"] if keys else [])
+    return lines + ([f"another recipe: {', '.join(keys)}"] if keys else [])
 
 
 def _packages(versions: dict[str, Any]) -> dict[str, Any]:
-    """Return what is installed besides the code itself."""
+    """Return the versions of the installed packages."""
     return {name: version for name, version in versions.items() if name not in NO_PACKAGES}
 
 

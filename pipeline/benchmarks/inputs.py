@@ -1,4 +1,4 @@
-"""What a network is given and what it answers, drawn: for what is measured alone."""
+"""Random inputs and outputs of networks, for benchmarks without data or weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pipeline.distributed import collectives
 
 
 def micro_batch(recipe: Recipe) -> int:
-    """Return the rows that a rank is given at once."""
+    """Return the number of rows in a rank's micro-batch."""
     return rows_per_rank(recipe.batch, collectives.world_size(), recipe.accumulation)
 
 
 def draw_batch(recipe: Recipe, labels_by_id: np.ndarray, device: torch.device) -> Batch:
     """Return a rank's micro-batch of noise, with ids and labels of the training set."""
     rows, size = micro_batch(recipe), recipe.data.size
-    present = np.flatnonzero(labels_by_id >= 0)
+    present = np.flatnonzero(labels_by_id >= 0)  # an id without an image has the label −1
     ids_B = np.random.default_rng(recipe.seed).choice(present, rows, replace=rows > len(present))
     layout = torch.channels_last if recipe.data.channels_last else torch.contiguous_format
     images_BCHW = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=layout)
@@ -34,7 +34,7 @@ def draw_outputs(
     device: torch.device,
     layout: torch.memory_format,
 ) -> Outputs:
-    """Return what a network with taps of those shapes answers to that many images, its maps in that layout."""
-    found = {name: torch.rand(rows, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    found = {name: x.contiguous(memory_format=layout) if x.ndim == 4 else x for name, x in found.items()}
-    return Outputs(found.pop("logits"), found)
+    """Return random outputs for ``rows`` images: logits and taps of those shapes, with maps in that memory layout."""
+    drawn = {name: torch.rand(rows, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    drawn = {name: x.contiguous(memory_format=layout) if x.ndim == 4 else x for name, x in drawn.items()}
+    return Outputs(drawn.pop("logits"), drawn)

@@ -1,4 +1,4 @@
-"""How quickly this rank's images come: read, decoded, and both as training has them; by DALI's own reader, too."""
+"""Benchmark of the data loader: reading, decoding, both together, and DALI's own reader."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from pipeline.runs.identity import Run
 from pipeline.teachers.cached import CachedTeacher
 
 EPOCHS = 2**31
-"""More than anything is measured for: a small set comes round again and again, as in training."""
+"""More epochs than any measurement needs, so that the images never run out."""
 
 Items = Generator[Any, None, None]
-"""Micro-batches, or what becomes one, without an end."""
+"""An endless generator of micro-batches, or of requests for them."""
 
 
 def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measurement]:
-    """Measure the parts of the loader apart, and the whole: ``steps`` micro-batches a repeat, after ``warmup`` others.
+    """Measure each part of the loader and the whole, for ``steps`` micro-batches per repeat after ``warmup`` others.
 
-    ``read`` is order, geometry, encoded images in memory and rows of a teacher's cache; ``decode`` is pixels from what
-    was read before; ``loader`` is both at once; ``native reader`` is DALI's, where the recipe decodes with DALI.
-    Nothing is dropped from the page cache: what a set that fits into memory shows is its later epochs.
+    ``read`` makes requests: order, geometry, encoded images in memory, rows of a teacher's cache. ``decode`` makes
+    pixels from requests that were read before. ``loader`` is both together. ``native reader`` is DALI's own, if the
+    recipe decodes with DALI. The page cache is not emptied, so a data set that fits into memory is measured as in its
+    later epochs.
     """
-    # A decoder has one stream at a time, so the one that is fed by hand is another loader's.
+    # A decoder has one stream at a time, so a second loader decodes the requests that were read before.
     loader, other = (open_training(run, run.recipe, device) for _ in range(2))
-    read = Reading(loader.plan)
+    reading = Reading(loader.plan)
     parts: dict[str, Items] = {
-        "read": read.requests(),
-        "decode": other.images["train"](cycle(_kept(loader.plan, steps))),
+        "read": reading.requests(),
+        "decode": other.images["train"](cycle(_first_requests(loader.plan, steps))),
         "loader": stream(loader),
     }
     if run.recipe.data.loader == "dali":
@@ -57,7 +58,7 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
         parts, device, repeats=repeats, warmup=max(warmup, ahead), steps=steps, images=images, ahead=ahead
     )
     if collectives.is_main():
-        print(read)
+        print(reading)
     return measured
 
 
@@ -71,10 +72,10 @@ def measure_in_turn(
     images: int,
     ahead: int,
 ) -> list[Measurement]:
-    """Measure each part's next ``steps`` items, one part after the other and all of them again: noise hits all alike.
+    """Measure ``steps`` items of every part in turn, and all parts again, so that noise affects them alike.
 
-    ``warmup`` items go before, each time: what was ready before anyone asked is no rate. After it a part is left alone
-    for as long as it takes to make the ``ahead`` items that it keeps ready: until then it takes cores from the next.
+    Each time ``warmup`` items come first, because items that were prefetched would show too high a rate. Afterwards a
+    pause lets the part prefetch its ``ahead`` items again: meanwhile it would take cores from the next part.
     """
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     with ExitStack() as stack:
@@ -86,25 +87,26 @@ def measure_in_turn(
                 collectives.barrier()  # ranks of a machine share its cores, here as in training
                 once = measure(name, lambda items=items: take(items, steps), device=device, repeats=1, warmup=0)
                 seconds[name] += once.seconds
+                # The time that the part needs for the items that it prefetches.
                 time.sleep(once.median * ahead / steps)
-    return [Measurement(name, each, images, steps=steps) for name, each in seconds.items()]
+    return [Measurement(name, times, images, steps=steps) for name, times in seconds.items()]
 
 
-def items_ahead(pace: LoaderSettings) -> int:
-    """Return how many items a part may have ready or under way before anyone asks."""
-    return 2 * pace.prefetch + 1
+def items_ahead(settings: LoaderSettings) -> int:
+    """Return how many items a part may have ready, or in progress, before they are requested."""
+    return 2 * settings.prefetch + 1
 
 
 class Reading:
-    """Requests without their decoding, and how many page faults waited for the storage on the way."""
+    """A benchmark of reading without decoding that also counts the page faults that waited for the storage."""
 
     def __init__(self, plan: BatchSampler) -> None:
         self._plan = plan
         self._faults = 0
 
     def requests(self) -> Generator[SampleRequest, None, None]:
-        """Yield a run's requests, for ever."""
-        with closing(self._plan.training(_beginning(self._plan), EPOCHS)) as requests:
+        """Yield a run's requests without an end."""
+        with closing(self._plan.training(_start_progress(self._plan), EPOCHS)) as requests:
             while True:
                 before = _page_faults()
                 request = next(requests)
@@ -112,43 +114,44 @@ class Reading:
                 yield request
 
     def __str__(self) -> str:
-        """Return whether the page cache was warm."""
-        told = f"cold, {self._faults:,} page faults waited for the storage" if self._faults else "warm"
-        return f"page cache while reading was measured, its warm-up included: {told}"
+        """Return a line that says whether the page cache was warm."""
+        state = f"cold, {self._faults:,} page faults waited for the storage" if self._faults else "warm"
+        return f"page cache while reading was measured, including warm-up: {state}"
 
 
 def open_training(run: Run, recipe: Recipe, device: torch.device) -> Loader:
     """Return the loader of the training images, with the rows of the teacher's cache if the recipe has one.
 
-    ``recipe`` is the run's, or one that differs from it in how it loads.
+    ``recipe`` is the run's, or one with other settings of the loader.
     """
     teacher = build_teacher(run, device) if recipe.teacher and recipe.teacher.cache else None
     if isinstance(teacher, CachedTeacher):
-        # No more than the recipe's epochs come to, whatever the epochs here.
+        # The cache may contain only the views of the recipe's epochs, and more epochs are measured here.
         views = views_read(recipe, teacher.cache)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"views": views})})
     return build_loader(recipe, run.manifest, device, ("train",), teacher)
 
 
 def stream(loader: Loader) -> Items:
-    """Yield training batches for ever."""
-    yield from loader.stream(_beginning(loader.plan), EPOCHS)
+    """Yield training batches without an end."""
+    yield from loader.stream(_start_progress(loader.plan), EPOCHS)
 
 
 def take(items: Iterator[Any], count: int) -> None:
-    """Let go of the next items, each before the next is asked for."""
+    """Consume the next ``count`` items, keeping none of them."""
     deque(islice(items, count), maxlen=0)
 
 
-def _beginning(plan: BatchSampler) -> Progress:
+def _start_progress(plan: BatchSampler) -> Progress:
     return Progress(plan.steps_per_epoch)
 
 
-def _kept(plan: BatchSampler, count: int) -> list[SampleRequest]:
-    """Return the first requests of a run, no more than an epoch's, without a cache's rows, which nobody decodes."""
-    with closing(replace(plan, columns=None).training(_beginning(plan), 1)) as requests:
+def _first_requests(plan: BatchSampler, count: int) -> list[SampleRequest]:
+    """Return a run's first ``count`` requests, one epoch's at most, without a cache's rows, which need no decoding."""
+    with closing(replace(plan, columns=None).training(_start_progress(plan), 1)) as requests:
         return list(islice(requests, count))
 
 
 def _page_faults() -> int:
+    """Return how many page faults of this process have waited for the storage."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt

@@ -1,7 +1,7 @@
-"""What each loss of a recipe costs by itself: time forward and backward, memory, parameters.
+"""Benchmark of each loss of a recipe alone: time of forward and backward, memory, parameters.
 
-Networks, weights and shards are not needed: student and teacher answer drawn tensors of their taps' shapes, in the
-precision that training would give them.
+It needs no networks, weights or shards. The outputs of student and teacher are random tensors of their taps' shapes, in
+the precision that they would have in training.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.benchmarks.inputs import draw_batch, draw_outputs
 from pipeline.benchmarks.measure import Lap, Measurement, measure_parts
-from pipeline.builders.meta import probe as built
-from pipeline.builders.meta import probe_models
+from pipeline.builders.meta import probe, probe_models
 from pipeline.builders.student import weights_layout
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.distiller import Distiller
@@ -31,31 +30,33 @@ from pipeline.precision import autocast
 
 FORWARD, BACKWARD = "forward", "backward"
 PEAK, KEPT = "peak bytes", "kept bytes"
-"""What a step adds at most on a GPU; what is kept on a CPU between forward and backward."""
+"""Names of the memory counts: a step's peak on a GPU; on a CPU, what is kept between forward and backward."""
 
 
 def measure_losses(
     loaded: LoadedRecipe, launch: Launch, device: torch.device, *, repeats: int, warmup: int, steps: int
 ) -> list[Measurement]:
-    """Return two rows for each loss, forward and backward; the first says its memory and its parameters."""
+    """Return two measurements per loss, forward and backward; the first includes memory and parameters."""
     recipe = loaded.recipe
     torch.manual_seed(recipe.seed)
-    found: list[Measurement] = []
+    measured: list[Measurement] = []
     with error_context(display_path(loaded.path)):
-        facts = probe_models(recipe, [named.recipe for named in loaded.teachers], built).facts
+        facts = probe_models(recipe, [named.recipe for named in loaded.teachers], probe).facts
         layout = weights_layout(recipe, launch)
-        given = draw_given(recipe, facts, layout, device)
-        images = len(given.batch.labels_B)
+        inputs = draw_loss_inputs(recipe, facts, layout, device)
+        images = len(inputs.batch.labels_B)
         for name, spec in recipe.losses.items():
-            alone = LossBenchmark(build(spec, facts, layout, device), given, facts.autocast)
-            parts = measure_parts(alone.step, device=device, repeats=repeats, warmup=warmup, steps=steps, images=images)
+            benchmark = LossBenchmark(build(spec, facts, layout, device), inputs, facts.autocast)
+            parts = measure_parts(
+                benchmark.step, device=device, repeats=repeats, warmup=warmup, steps=steps, images=images
+            )
             forward, backward = (part._replace(name=f"{name} {part.name}") for part in parts)
-            found += [forward._replace(counts=alone.counts()), backward]
-    return found
+            measured += [forward._replace(counts=benchmark.counts()), backward]
+    return measured
 
 
 class LossInputs(NamedTuple):
-    """What training would give the losses."""
+    """The arguments that training would pass to the losses."""
 
     student: Outputs
     teacher: Outputs | None
@@ -63,17 +64,17 @@ class LossInputs(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What of it a loss may keep."""
+        """All tensors among the arguments; a loss may keep them without extra memory."""
         return [*tensors(self.student), *(tensors(self.teacher) if self.teacher else ()), *self.batch[:3]]
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
-    """Return the tensors of a network's answer."""
+    """Return the tensors of a network's outputs."""
     return [outputs.logits_BK, *outputs.features.values()]
 
 
-def draw_given(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> LossInputs:
-    """Draw what a rank's micro-batch would be, and what the networks would answer to it."""
+def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> LossInputs:
+    """Return a random micro-batch of a rank, and random outputs of the networks for it."""
     assert facts.labels_by_id is not None
     batch = draw_batch(recipe, facts.labels_by_id, device)
     draw = partial(draw_outputs, rows=len(batch.labels_B), device=device)
@@ -84,73 +85,73 @@ def draw_given(recipe: Recipe, facts: Facts, layout: torch.memory_format, device
     if recipe.teacher is None:
         return LossInputs(student, None, batch)
     if not recipe.teacher.uses_live_model:
-        precision = torch.float16
+        precision = torch.float16  # of the answers in a teacher's cache
     elif not recipe.teacher.average:
         precision = (recipe.teacher.members or (recipe.teacher,))[0].torch_dtype(device)
     return LossInputs(student, draw(facts.teacher_shapes, dtype=precision, layout=torch.channels_last), batch)
 
 
 def build(spec: LossSpec, facts: Facts, layout: torch.memory_format, device: torch.device) -> Distiller:
-    """Return a Distiller of that one loss, on the device, without a student."""
+    """Return a Distiller with only that loss, on the device, without a student."""
     distiller = Distiller(cast(FeatureTaps, nn.Identity()), {spec.name: spec}, facts).to(device)
     return distiller.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 class LossBenchmark:
-    """One loss with what it is given."""
+    """A loss with its inputs, whose steps are measured."""
 
-    def __init__(self, distiller: Distiller, given: LossInputs, dtype: torch.dtype | None) -> None:
+    def __init__(self, distiller: Distiller, inputs: LossInputs, dtype: torch.dtype | None) -> None:
         self.distiller = distiller
-        self.given = given
+        self.inputs = inputs
         self.dtype = dtype
         self.loss: Any
         (self.loss,) = distiller.losses.values()
 
     def forward(self) -> Tensor:
-        """Return what the loss adds to the total, as a Distiller asks for it."""
-        with autocast(self.given.student.logits_BK, self.dtype):
-            parts = self.loss.parts(*self.given, Progress(steps_per_epoch=1))
+        """Return the loss's part of the total, computed as in a Distiller."""
+        with autocast(self.inputs.student.logits_BK, self.dtype):
+            parts = self.loss.parts(*self.inputs, Progress(steps_per_epoch=1))
             return torch.stack(list(parts.values())).sum()
 
-    def step(self, mark: Lap) -> None:
-        """Run forward and backward; that the loss takes the batch in belongs to the second."""
+    def step(self, lap: Lap) -> None:
+        """Run forward and backward; the update of the loss's memory bank counts as backward."""
         total = self.forward()
-        mark(FORWARD)
-        learning = [x for x in (*tensors(self.given.student), *self.distiller.parameters()) if x.requires_grad]
-        torch.autograd.grad(total, learning, allow_unused=True)
+        lap(FORWARD)
+        trainable = [x for x in (*tensors(self.inputs.student), *self.distiller.parameters()) if x.requires_grad]
+        torch.autograd.grad(total, trainable, allow_unused=True)
         self.distiller.commit()
-        mark(BACKWARD)
+        lap(BACKWARD)
 
     def counts(self) -> dict[str, int]:
-        """Return the bytes that a step takes and the loss's parameters."""
+        """Return a step's memory in bytes and the number of the loss's parameters."""
         parameters = sum(parameter.numel() for parameter in self.distiller.parameters())
-        device = self.given.batch.labels_B.device
+        device = self.inputs.batch.labels_B.device
         if device.type == "cuda":
             return {PEAK: peak_bytes(lambda: self.step(lambda name: None), device), "parameters": parameters}
-        there = [*self.given.tensors, *self.distiller.parameters(), *self.distiller.buffers()]
-        return {KEPT: kept_bytes(self.forward, there), "parameters": parameters}
+        existing = [*self.inputs.tensors, *self.distiller.parameters(), *self.distiller.buffers()]
+        return {KEPT: kept_bytes(self.forward, existing), "parameters": parameters}
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes of the GPU that ``step`` allocates at most, beyond what is there already."""
+    """Return the most bytes that ``step`` allocates on the GPU, beyond those allocated before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def kept_bytes(forward: Callable[[], Tensor], there: Iterable[Tensor]) -> int:
-    """Return the bytes that ``forward`` keeps for its backward besides what is ``there``, each storage once."""
+def kept_bytes(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> int:
+    """Return the bytes that ``forward`` keeps for its backward, each storage once, without ``existing`` tensors."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # what is packed must not hold on to the graph that holds it
+        return x.detach()  # a saved tensor that refers to its own graph would never be freed
 
     with saved_tensors_hooks(pack, lambda x: x):
         total = forward()
-    for x in there:
+    for x in existing:
         kept.pop(x.untyped_storage().data_ptr(), None)
-    del total  # held until here: the storage of what is freed could be another's, and count for both as one
+    del total  # kept until here: a freed storage could be used again, and two tensors would count as one
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""What a benchmark measures: something repeated, and how long each repeat took on the device."""
+"""Repeated measurement of a function, by the clock of its device."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import torch
 from pipeline.training.timer import StepTimer
 
 Lap = Callable[[str], None]
-"""Says that what has run since the last call was of that name."""
+"""A function that counts the time since its last call under a name."""
 
 
 class Measurement(NamedTuple):
-    """How long one thing took, again and again."""
+    """The times of one measured thing over several repeats."""
 
     name: str
     seconds: list[float]
-    """Of each repeat; warm-up left out."""
+    """Seconds per repeat, without warm-up."""
     images: int = 0
-    """Worked on by one repeat; 0 where it is none's business."""
+    """Images per repeat, 0 if images do not apply."""
     counts: Mapping[str, int | float] = {}
-    """What else is known of it, by what it counts, such as ``parameters``."""
+    """Other figures by name, such as ``parameters``."""
     steps: int = 1
-    """Of one repeat."""
+    """Steps per repeat."""
 
     @property
     def median(self) -> float:
-        """Seconds of the middle repeat."""
+        """Seconds of the median repeat."""
         return median(self.seconds)
 
     @property
     def images_per_second(self) -> float:
-        """Rate of the middle repeat."""
+        """Images per second of the median repeat."""
         return self.images / self.median
 
     @property
     def milliseconds(self) -> tuple[float, float, float]:
-        """Of a step: those of the middle repeat, the least and the most."""
+        """Return the milliseconds per step: median, minimum and maximum of the repeats."""
         middle, least, most = (1000 * x / self.steps for x in (self.median, min(self.seconds), max(self.seconds)))
         return middle, least, most
 
@@ -54,13 +54,13 @@ def measure(
     steps: int = 1,
     images: int = 0,
 ) -> Measurement:
-    """Return how long ``steps`` calls of ``function`` take; ``images`` are those of one call."""
+    """Return how long ``steps`` calls of ``function`` take; ``images`` is the number of images per call."""
 
-    def marked(mark: Lap) -> None:
+    def timed(lap: Lap) -> None:
         function()
-        mark(name)
+        lap(name)
 
-    (measured,) = measure_parts(marked, device=device, repeats=repeats, warmup=warmup, steps=steps, images=images)
+    (measured,) = measure_parts(timed, device=device, repeats=repeats, warmup=warmup, steps=steps, images=images)
     return measured
 
 
@@ -73,19 +73,19 @@ def measure_parts(
     steps: int = 1,
     images: int = 0,
 ) -> list[Measurement]:
-    """Return how long the parts of ``function`` take, by the device's clock; it marks each at its end.
+    """Return how long the parts of ``function`` take by the device's clock; it calls its argument after each part.
 
-    A repeat is ``steps`` calls, and within it the host does not wait for the device; ``warmup`` calls come before all.
+    A repeat is ``steps`` calls, in which the host does not wait for the device. ``warmup`` calls come before all.
     """
     for _ in range(warmup):
         function(lambda name: None)
-    split = StepTimer(device)
-    split.read()
+    timer = StepTimer(device)
+    timer.read()  # on a GPU it waits for the warm-up, which would count for the first repeat
     by_name: dict[str, list[float]] = {}
     for _ in range(repeats):
-        split.begin()
+        timer.begin()
         for _ in range(steps):
-            function(split.lap)
-        for name, seconds in split.read().items():
+            function(timer.lap)
+        for name, seconds in timer.read().items():
             by_name.setdefault(name, []).append(seconds)
     return [Measurement(name, seconds, steps * images, steps=steps) for name, seconds in by_name.items()]

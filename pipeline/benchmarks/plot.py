@@ -1,4 +1,4 @@
-"""A record as a picture."""
+"""Pictures of benchmark records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNIT = "milliseconds a step"
 
 
 def draw_record(record: BenchmarkRecord, path: Path) -> None:
-    """Write the picture as a PNG: a step as one stacked bar, anything else as a bar for each row, with its range."""
+    """Write the record as a PNG: a step as one stacked bar, anything else as one bar per row, with its range."""
     title = f"{record.what} of {record.recipe}, {record.machine['gpu'] or record.machine['cpu']}"
     bars = [Bar(each.name, *each.milliseconds) for each in record.measured]
     if record.what == "step":

@@ -1,4 +1,4 @@
-"""What one command measured, kept as JSON: of which recipe, by which commit, on which machine."""
+"""Records of benchmarks as JSON files: results, recipe, commit and machine."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from pipeline.runs.versions import versions
 
 
 class BenchmarkRecord(FrozenModel):
-    """A finished benchmark."""
+    """The record of a finished benchmark."""
 
     what: str
     recipe: str
-    """Its file."""
+    """Path of the recipe."""
     resolved: dict[str, Any]
-    """What it says, with the words of the command."""
+    """The recipe's keys and values, with the overrides of the command."""
     words: tuple[str, ...]
     date: str
     """ISO 8601, in UTC."""
     machine: dict[str, Any]
     versions: dict[str, Any]
-    """Of Python and the packages, with the commit and whether something was uncommitted."""
+    """Versions of Python and the packages, the commit, and whether there were uncommitted changes."""
     measured: tuple[Annotated[Measurement, PlainSerializer(lambda measured: measured._asdict())], ...]
 
     def shares(self) -> dict[str, float]:
-        """Return what each row is of the whole, by name; nothing where the rows are no parts of one."""
+        """Return each row's share of the whole by name; empty if the rows are not parts of a whole."""
         medians = {each.name: each.median for each in self.measured}
         whole = medians.get(WHOLE) if self.what == "step" else sum(medians.values()) if self.what == "losses" else None
         return {name: seconds / whole for name, seconds in medians.items()} if whole else {}
@@ -47,7 +47,7 @@ class BenchmarkRecord(FrozenModel):
 def new_record(
     what: str, loaded: LoadedRecipe, words: Sequence[str], measured: Sequence[Measurement], ranks: int
 ) -> BenchmarkRecord:
-    """Return the record of what has just been measured here."""
+    """Return the record of a measurement that has just been made on this machine."""
     return BenchmarkRecord(
         what=what,
         recipe=display_path(loaded.path),
@@ -61,7 +61,7 @@ def new_record(
 
 
 def machine(ranks: int) -> dict[str, Any]:
-    """Return what figures depend on besides the code: processor, cores, GPU, ranks."""
+    """Return the facts that times depend on besides the code: processor, cores, GPU, ranks."""
     return {
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -71,7 +71,7 @@ def machine(ranks: int) -> dict[str, Any]:
 
 
 def write_record(record: BenchmarkRecord, folder: Path) -> Path:
-    """Write the record into ``folder``, under a name of its own, and return its path."""
+    """Write the record into ``folder`` under a unique name, and return its path."""
     when = datetime.fromisoformat(record.date).strftime("%Y%m%d-%H%M%S-%f")
     path = folder / f"{record.what}-{Path(record.recipe).stem}-{when}.json"
     write_json(path, record.model_dump(mode="json"))
@@ -79,7 +79,7 @@ def write_record(record: BenchmarkRecord, folder: Path) -> Path:
 
 
 def read_record(path: Path, what: str) -> BenchmarkRecord:
-    """Return a record of ``what``. Raises RecipeError for another, and for what is no record."""
+    """Return a record of ``what``. Raises RecipeError for a record of another benchmark, and for other files."""
     try:
         record = BenchmarkRecord.model_validate_json(path.read_bytes())
     except OSError as error:

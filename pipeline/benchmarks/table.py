@@ -1,4 +1,4 @@
-"""A record as a table for the terminal."""
+"""Tables of benchmark records for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.training.result import aligned
 
 
 def benchmark_table(record: BenchmarkRecord) -> str:
-    """Return a row for everything measured: median and range, images per second, share of the whole, counts."""
+    """Return a table with a row per measurement: median, range, images per second, share of the whole, counts."""
     shares = record.shares()
     counted = list(dict.fromkeys(name for each in record.measured for name in each.counts))
     head = ["", "ms a step", "range", "images/s", *(["share"] if shares else []), *counted]

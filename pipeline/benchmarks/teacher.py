@@ -1,4 +1,4 @@
-"""What a recipe's teacher costs by itself."""
+"""Benchmark of a recipe's teacher alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pipeline.runs.identity import Run
 
 
 def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int, steps: int) -> list[Measurement]:
-    """Return how long the teacher takes for a rank's micro-batch of drawn images, in its own precision and chunks."""
+    """Return how long the teacher takes for a rank's micro-batch of random images, in its own precision and chunks."""
     recipe = run.recipe
     with error_context(display_path(run.path)):
         if recipe.teacher and recipe.teacher.cache is not None:
             raise RecipeError(
-                "teacher.cache: the answers are read; give teacher.cache=null for the network, or measure the step"
+                "teacher.cache: the answers are read from files; give teacher.cache=null to measure the network"
             )
         teacher = build_teacher(run, device)
         if teacher is None:
-            raise RecipeError("teacher: there is none to measure")
+            raise RecipeError("teacher: the recipe has none to measure; name a recipe with a teacher")
         _, labels_by_id, _ = training_labels(recipe.data, run.manifest)
         batch = draw_batch(recipe, labels_by_id, device)
     images = len(batch.labels_B)

@@ -1,6 +1,7 @@
-"""Find the decoding threads, the prefetch and the share of the GPU's JPEG engine with which images come quickest here.
+"""Search for the fastest loader settings on this machine: decoding threads, prefetch, share of the GPU's JPEG engine.
 
-What cannot change a pixel is remembered (``pipeline/data/loader_settings.py``), the rest only told.
+Settings that cannot change a pixel are saved for later runs (``pipeline/data/loader_settings.py``). The others are only
+printed.
 """
 
 from __future__ import annotations
@@ -23,27 +24,30 @@ from pipeline.runs.identity import Run
 from shards.manifest import Manifest
 
 _SECONDS = 1.0
-"""Of a repeat, about."""
+"""Approximate length of a repeat in seconds."""
 REPEATS = 3
 PREFETCHES = (1, 2, 4)
 HW_DECODER_LOADS = (0.0, 0.4, 0.65, 0.9)
 AS_GOOD = 0.98
-"""Of the best rate: threads, buffers and pixels unlike a CPU's are not spent on less than the noise."""
+"""Share of the best rate that is good enough: more threads, buffers or GPU decoding must gain more than the noise."""
 
 
 def tune(run: Run, device: torch.device) -> list[Measurement]:
-    """Measure ``Loader.stream`` at a few values of one setting after the other, keep the best, and remember it.
+    """Measure ``Loader.stream`` with a few values of each setting in turn, and save the best.
 
-    Start it on as many ranks a machine as train there: they share its cores. Raises RecipeError where nothing is
-    decoded as training goes.
+    Start it with as many ranks per machine as training: they share its cores. Raises RecipeError if the loader decodes
+    nothing during training.
     """
     recipe = run.recipe
     if recipe.data.loader != "dali":
-        raise RecipeError(f"data.loader: {recipe.data.loader} decodes nothing as it goes: there is nothing to tune")
+        raise RecipeError(
+            f"data.loader: {recipe.data.loader} decodes nothing during training; there is nothing to tune"
+        )
     best, measured = recipe.data.model_copy(update={"threads": cores(), "prefetch": 2}), []
     for key, values in _sweeps(recipe, device).items():
         tried = _sweep(run, [best.model_copy(update={key: value}) for value in values], key, device)
-        chosen = _least_of_the_best(dict(zip(values, tried, strict=True)))
+        chosen = _smallest_good_value(dict(zip(values, tried, strict=True)))
+        # Rank 0 decides, because the ranks measure slightly different rates.
         best = best.model_copy(update={key: collectives.gather_objects(chosen)[0]})
         measured += tried
     if collectives.is_main():
@@ -52,30 +56,32 @@ def tune(run: Run, device: torch.device) -> list[Measurement]:
 
 
 def _sweeps(recipe: Recipe, device: torch.device) -> dict[str, Iterable[Any]]:
-    """Return the values to try of each setting."""
+    """Return the values to try for each setting."""
     sweeps: dict[str, Iterable[Any]] = {"threads": _thread_counts(), "prefetch": PREFETCHES}
-    if device.type == "cuda" and not (recipe.teacher and recipe.teacher.cache):  # a cache is of one share
+    if device.type == "cuda" and not (recipe.teacher and recipe.teacher.cache):  # a cache was written with one share
         sweeps["hw_decoder_load"] = HW_DECODER_LOADS
     return sweeps
 
 
 def _thread_counts() -> list[int]:
-    """Return quarters of this rank's cores."""
+    """Return one to four quarters of this rank's cores, rounded up."""
     return sorted({math.ceil(cores() * quarters / 4) for quarters in (1, 2, 3, 4)})
 
 
 def _sweep(run: Run, configs: list[Config], key: str, device: torch.device) -> list[Measurement]:
-    """Return what was measured with each of some configurations, which differ in ``key``."""
+    """Return a measurement for each of the configurations, which differ in ``key``."""
     tried = [run.recipe.model_copy(update={"data": config}) for config in configs]
     loaders = [open_training(run, recipe, device) for recipe in tried]
-    full = max(items_ahead(loader.pace) for loader in loaders)
-    turns = partial(measure_in_turn, device=device, warmup=full, ahead=full)
-    pilot = turns({key: stream(loaders[-1])}, repeats=1, steps=2, images=0)
-    steps = collectives.gather_objects(max(1, round(2 * _SECONDS / pilot[0].median)))[0]  # ranks go in step
+    ahead = max(items_ahead(loader.pace) for loader in loaders)
+    measure_loaders = partial(measure_in_turn, device=device, warmup=ahead, ahead=ahead)
+    pilot = measure_loaders({key: stream(loaders[-1])}, repeats=1, steps=2, images=0)
+    steps = collectives.gather_objects(max(1, round(2 * _SECONDS / pilot[0].median)))[
+        0
+    ]  # all ranks take as many steps as rank 0
     names = [f"{key} {getattr(config, key)}" for config in configs]
     parts = {name: stream(loader) for name, loader in zip(names, loaders, strict=True)}
     images = steps * loaders[0].plan.micro_batch
-    measured = turns(parts, repeats=REPEATS, steps=steps, images=images)
+    measured = measure_loaders(parts, repeats=REPEATS, steps=steps, images=images)
     if collectives.is_main():
         for each in measured:
             slowest, quickest = images / max(each.seconds), images / min(each.seconds)
@@ -83,22 +89,22 @@ def _sweep(run: Run, configs: list[Config], key: str, device: torch.device) -> l
     return measured
 
 
-def _least_of_the_best(tried: dict[Any, Measurement]) -> Any:
-    """Return the least value whose rate is as good as the best."""
+def _smallest_good_value(tried: dict[Any, Measurement]) -> Any:
+    """Return the smallest value whose rate is within ``AS_GOOD`` of the best."""
     best = max(each.images_per_second for each in tried.values())
     return min(value for value, each in tried.items() if each.images_per_second >= AS_GOOD * best)
 
 
 def _conclude(given: Config, best: Config, manifest: Manifest, device: torch.device) -> None:
-    """Remember the pace and say so; the share of the JPEG engine is only told."""
-    pace = LoaderSettings(threads=best.threads or 1, prefetch=best.prefetch or 1)
-    told = f"data.threads={pace.threads} data.prefetch={pace.prefetch}"
+    """Save and print the best threads and prefetch; the best share of the JPEG engine is only printed."""
+    settings = LoaderSettings(threads=best.threads or 1, prefetch=best.prefetch or 1)
+    overrides = f"data.threads={settings.threads} data.prefetch={settings.prefetch}"
     try:
-        path = remember(pace, given, manifest, device)
+        path = remember(settings, given, manifest, device)
         print(
-            f"{told} for {workload_key(given, manifest, device)}: remembered in {path}; what a recipe says itself wins"
+            f"{overrides} for {workload_key(given, manifest, device)}: saved in {path}; a recipe's own keys override it"
         )
     except OSError as error:
-        print(f"note: {tuned_path()} cannot be written ({error.strerror}); give {told}")
+        print(f"note: {tuned_path()} cannot be written ({error.strerror}); give {overrides}")
     if best.hw_decoder_load != given.hw_decoder_load:
-        print(f"data.hw_decoder_load={best.hw_decoder_load} is best, and yours to give, because it may change pixels")
+        print(f"data.hw_decoder_load={best.hw_decoder_load} is best; give it yourself, because it may change pixels")

@@ -1,4 +1,4 @@
-"""What one check of one rank found, and the one line that all ranks' findings make."""
+"""Findings of the doctor's checks, and the table line for the findings of all ranks."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ _WORST_LAST = (SKIP, OK, FAIL)
 
 
 class Finding(NamedTuple):
-    """A check's answer: what was measured and, where something is to be done, what."""
+    """The result of a check on one rank: what was measured, and what to do if something is wrong."""
 
     status: str
     value: str
     advice: str = ""
     badness: float = 0.0
-    """Of equal statuses the greatest is the worst."""
+    """Order among findings of equal status: the largest is the worst."""
 
 
 def ok(value: str, badness: float = 0.0) -> Finding:
-    """Return that all is well."""
+    """Return a finding without a problem."""
     return Finding(OK, value, badness=badness)
 
 
 def fail(value: str, advice: str, badness: float = 0.0) -> Finding:
-    """Return that this machine will not train as it is."""
+    """Return a finding that keeps this machine from training."""
     return Finding(FAIL, value, advice, badness)
 
 
 def skip(reason: str) -> Finding:
-    """Return that there was nothing to check."""
+    """Return the finding of a check that does not apply."""
     return Finding(SKIP, reason)
 
 
 def run_check(check: Callable[[], Finding]) -> Finding:
-    """Return what ``check`` finds; what it raises is a finding, too."""
+    """Return the finding of ``check``; an exception becomes a failure."""
     try:
         return check()
     except Exception as error:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
+        # The project's own errors explain themselves; any other is named by its class.
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         return fail(kind + one_line(error, 500), "PIPELINE_TRACEBACK=1 shows more" if kind else "")
 
 
 def line(name: str, findings: Sequence[Finding], hosts: Sequence[str]) -> str:
-    """Return a check's line of the table: the worst rank's finding, which is named where the ranks differ."""
-    worst = max(range(len(findings)), key=lambda rank: _order(findings[rank]))
+    """Return a check's line of the table: the worst rank's finding, with the rank if the findings differ."""
+    worst = max(range(len(findings)), key=lambda index: _order(findings[index]))
     finding = findings[worst]
-    where = f" [rank {worst} on {hosts[worst]}]" if len(set(findings)) > 1 else ""
+    rank = f" [rank {worst} on {hosts[worst]}]" if len(set(findings)) > 1 else ""
     failing = sum(each.status == FAIL for each in findings)
     share = f" [{failing} of {len(findings)} ranks]" if failing and len(findings) > 1 else ""
     advice = f" → {finding.advice}" if finding.advice else ""
-    return f"{finding.status:<5} {name:<15} {finding.value}{where}{share}{advice}"
+    return f"{finding.status:<5} {name:<15} {finding.value}{rank}{share}{advice}"
 
 
 def _order(finding: Finding) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Bar charts as files. The only package that imports matplotlib."""
+"""Bar charts as PNG files. Only this package imports matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 
 class Bar(NamedTuple):
-    """A bar, and the range that its whisker shows."""
+    """A bar with the range of its whisker."""
 
     label: str
     middle: float
@@ -21,7 +21,7 @@ class Bar(NamedTuple):
 
 
 def draw_bars(bars: Sequence[Bar], path: Path, *, title: str, unit: str) -> None:
-    """Write a PNG with a horizontal bar for each, the first on top, with its range as a whisker."""
+    """Write a PNG of horizontal bars, the first on top, each with its range as a whisker."""
     figure, axes = _figure(1.2 + 0.4 * len(bars), title, unit)
     for label, middle, least, most in bars:
         axes.barh(label, middle, xerr=[[middle - least], [most - middle]], color="tab:blue", capsize=3)
@@ -30,7 +30,7 @@ def draw_bars(bars: Sequence[Bar], path: Path, *, title: str, unit: str) -> None
 
 
 def draw_stack(bars: Sequence[Bar], path: Path, *, title: str, unit: str) -> None:
-    """Write a PNG with one bar of which these are the parts, one after the other, in their order."""
+    """Write a PNG with one stacked bar whose parts are ``bars``, in their order."""
     figure, axes = _figure(2.6, title, unit)
     left = 0.0
     for label, middle, _, _ in bars:
@@ -44,7 +44,7 @@ def draw_stack(bars: Sequence[Bar], path: Path, *, title: str, unit: str) -> Non
 def _figure(height: float, title: str, unit: str) -> tuple[Figure, Axes]:
     """Return an empty figure of that height in inches, and its axes."""
     figure = Figure(figsize=(9, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # not pyplot, which would look for a display and keep every figure in memory
     axes = figure.subplots()
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)

@@ -148,8 +148,8 @@ def seed_draws(seed: int, step: int) -> None:
     A resumed run therefore repeats the draws of an uninterrupted one, and no generator state needs to be saved. The
     micro-batches of a step draw one after the other from the same seed.
     """
-    # SeedSequence mixes the three numbers: with a plain sum, step 1 of seed 0 would draw like step 0 of seed 1. The rank
-    # is one of them, so that the ranks draw different noise for their different images.
+    # SeedSequence mixes the three numbers: with a plain sum, step 1 of seed 0 would draw like step 0 of seed 1. The
+    # rank is one of them, so that the ranks draw different noise for their different images.
     mixed = np.random.SeedSequence([seed, step, collectives.rank()]).generate_state(1, np.uint64)
     step_seed = int(mixed[0])
     # ``torch.manual_seed`` gives the same draws but takes many times as long: it also looks for other kinds of devices.

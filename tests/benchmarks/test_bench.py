@@ -24,12 +24,12 @@ from training_on_ranks import run
 
 from pipeline import bench
 from pipeline.batch import Batch, Outputs
-from pipeline.benchmarks.allreduce import buckets, sendings
+from pipeline.benchmarks.allreduce import bucket_sizes, buckets
 from pipeline.benchmarks.compare import comparison_table, speed_ratio
 from pipeline.benchmarks.losses import measure_losses
 from pipeline.benchmarks.measure import Measurement, measure_parts
 from pipeline.benchmarks.record import BenchmarkRecord, read_record
-from pipeline.benchmarks.step import cut
+from pipeline.benchmarks.step import contains_evaluation
 from pipeline.cli import entry
 from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.distributed.launcher import Launch
@@ -172,7 +172,7 @@ def test_the_teacher_runs_by_itself(place: Path, step: Done):
     (teacher,) = command(place, "teacher", "dkd.yaml", *QUICK, "accumulation=2").record.measured
     assert teacher.images == 2 * 12 // 2
     assert len(teacher.seconds) == 2
-    with pytest.raises(RecipeError, match=r"dkd.yaml: teacher: there is none to measure"):
+    with pytest.raises(RecipeError, match=r"dkd.yaml: teacher: the recipe has none to measure"):
         command(place, "teacher", "dkd.yaml", "teacher=null", "losses.dkd=null")
 
 
@@ -244,7 +244,7 @@ def test_two_ranks_add_up_all_gradients_and_the_first_writes(ranks: Ranks, place
     record = read_record(path, "allreduce")
     (gradients,) = record.measured
     assert record.machine["ranks"] == 2
-    numbers = sum(size for size, _ in sendings(load_recipe(place / "dkd.yaml", NO_SHARDS)))
+    numbers = sum(size for size, _ in bucket_sizes(load_recipe(place / "dkd.yaml", NO_SHARDS)))
     assert gradients.counts["bytes"] == 4 * numbers
     # 2(W − 1)/W is 1 on two ranks.
     assert gradients.counts["bus bytes/s"] == pytest.approx(2 * 4 * numbers / gradients.median, rel=1e-6)
@@ -253,7 +253,7 @@ def test_two_ranks_add_up_all_gradients_and_the_first_writes(ranks: Ranks, place
 def test_gradients_that_are_compressed_have_half_the_bytes(place: Path):
     def dtypes(*words: str) -> set[torch.dtype]:
         loaded = load_recipe(place / "dkd.yaml", (*NO_SHARDS, *words))
-        return {dtype for _, dtype in sendings(loaded)}
+        return {dtype for _, dtype in bucket_sizes(loaded)}
 
     assert dtypes() == {torch.float32}
     assert dtypes("compress=all") == {torch.bfloat16}
@@ -303,7 +303,7 @@ def test_buckets_are_those_of_ddp(ranks: Ranks):
 def test_an_epoch_that_ends_within_a_line_of_the_journal_cuts_it():
     for steps, in_epoch, end in product((1, 2, 3, 5), (5, 6, 7), range(10, 40)):
         before_the_last = range(end - steps + 1, end)
-        assert cut(end, steps, in_epoch) == any(step % in_epoch == 0 for step in before_the_last)
+        assert contains_evaluation(end, steps, in_epoch) == any(step % in_epoch == 0 for step in before_the_last)
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_what_cannot_be_remembered_is_told(
     note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "passed over" not in line)
     assert note.startswith("note: /dev/null/distillation-pipeline/loader.json cannot be written")
     assert note.endswith("give data.threads=3 data.prefetch=4")
-    assert by_hand.startswith("data.hw_decoder_load=0.9 is best, and yours to give")
+    assert by_hand.startswith("data.hw_decoder_load=0.9 is best; give it yourself")
 
 
 def test_the_share_of_the_jpeg_engine_is_never_remembered():
@@ -116,8 +116,8 @@ def test_the_least_of_the_best_is_taken():
     def at(rate: float) -> Measurement:
         return Measurement("", [1 / rate], 1)
 
-    assert tune._least_of_the_best({1: at(50), 2: at(99), 4: at(100)}) == 2
-    assert tune._least_of_the_best({1: at(50), 2: at(97), 4: at(100)}) == 4
+    assert tune._smallest_good_value({1: at(50), 2: at(99), 4: at(100)}) == 2
+    assert tune._smallest_good_value({1: at(50), 2: at(97), 4: at(100)}) == 4
 
 
 def test_there_is_nothing_to_tune_where_nothing_is_decoded_as_it_goes(small_shards: Path):

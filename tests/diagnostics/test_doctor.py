@@ -223,7 +223,7 @@ def test_a_decoder_that_sees_other_pixels(monkeypatch: pytest.MonkeyPatch):
     assert inputs.decoded_alike(image + 1, image, "DALI").status == "ok"
     failing(inputs.decoded_alike(image + 40, image, "DALI"), "by 40.0 of 255", "data.loader: memory")
     monkeypatch.setitem(sys.modules, "pipeline.data.dali", None)
-    failing(inputs.check_decoding(torch.device("cpu")), "DALI is not there", "launchers/uv sync")
+    failing(inputs.check_decoding(torch.device("cpu")), "DALI is not installed", "launchers/uv sync")
 
 
 def test_shards_that_are_not_there(load: Callable[..., LoadedRecipe], monkeypatch: pytest.MonkeyPatch):
@@ -233,7 +233,11 @@ def test_shards_that_are_not_there(load: Callable[..., LoadedRecipe], monkeypatc
     assert "one process makes it first" in found.value
     assert "python shards/prepare_demo.py" in found.value
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    failing(inputs.check_shards(gone), "gone holds none", "one process must make it first: python shards/prepare_demo")
+    failing(
+        inputs.check_shards(gone),
+        "gone contains no shards",
+        "one process must make it first: python shards/prepare_demo",
+    )
     failing(run_check(lambda: inputs.check_shards(load("ce.yaml", "data.path=gone", "data.prepare=[]"))), "gone", "")
 
 
@@ -269,7 +273,7 @@ def test_a_missing_teacher(load: Callable[..., LoadedRecipe], monkeypatch: pytes
     assert inputs.check_teacher_source(by_recipe, Launch()).status == "skip"
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     told = "one process must make it first: python pipeline/train.py"
-    failing(inputs.check_teacher_source(by_recipe, Launch()), "runs/teacher holds no finished run", told)
+    failing(inputs.check_teacher_source(by_recipe, Launch()), "runs/teacher contains no finished run", told)
 
 
 def test_published_weights_that_are_not_fetched_yet(
