@@ -42,7 +42,7 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
     """
     # A decoder has one stream at a time, so a second loader decodes the requests that were read before.
     loader, other = (open_training(run, run.recipe, device) for _ in range(2))
-    reading = Reading(loader.plan)
+    reading = ReadBenchmark(loader.plan)
     parts: dict[str, Items] = {
         "read": reading.requests(),
         "decode": other.images["train"](cycle(_first_requests(loader.plan, steps))),
@@ -97,7 +97,7 @@ def items_ahead(settings: LoaderSettings) -> int:
     return 2 * settings.prefetch + 1
 
 
-class Reading:
+class ReadBenchmark:
     """A benchmark of reading without decoding that also counts the page faults that waited for the storage."""
 
     def __init__(self, plan: BatchSampler) -> None:

@@ -133,7 +133,7 @@ class LossBenchmark:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that ``step`` allocates on the GPU, beyond those allocated before."""
+    """Return the peak of the bytes that ``step`` allocates on the GPU, beyond those allocated before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()

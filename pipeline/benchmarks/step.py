@@ -69,9 +69,8 @@ def contains_evaluation(step: int, steps: int, in_epoch: int) -> bool:
 def shortened(recipe: Recipe, total: int, steps: int, in_epoch: int) -> Recipe:
     """Return the recipe of a run that ends after ``total`` steps and writes a line every ``steps`` steps."""
     changed: dict[str, Any] = {
-        "epochs": max(
-            recipe.epochs, total // in_epoch + 1
-        ),  # the last step of a complete run would get a line of its own
+        # More epochs than are trained: the last step of a complete run would get a line of its own.
+        "epochs": max(recipe.epochs, total // in_epoch + 1),
         "stop": StopConfig(steps=total),
         "journal": JournalConfig(every_steps=steps, trackers=()),
         "checkpoints": CheckpointConfig(every_epochs=0, poll_steps=recipe.checkpoints.poll_steps),

@@ -28,7 +28,7 @@ _SECONDS = 1.0
 REPEATS = 3
 PREFETCHES = (1, 2, 4)
 HW_DECODER_LOADS = (0.0, 0.4, 0.65, 0.9)
-AS_GOOD = 0.98
+GOOD_ENOUGH = 0.98
 """Share of the best rate that is good enough: more threads, buffers or GPU decoding must gain more than the noise."""
 
 
@@ -51,7 +51,7 @@ def tune(run: Run, device: torch.device) -> list[Measurement]:
         best = best.model_copy(update={key: collectives.gather_objects(chosen)[0]})
         measured += tried
     if collectives.is_main():
-        _conclude(recipe.data, best, run.manifest, device)
+        _save_best(recipe.data, best, run.manifest, device)
     return measured
 
 
@@ -75,9 +75,8 @@ def _sweep(run: Run, configs: list[Config], key: str, device: torch.device) -> l
     ahead = max(items_ahead(loader.pace) for loader in loaders)
     measure_loaders = partial(measure_in_turn, device=device, warmup=ahead, ahead=ahead)
     pilot = measure_loaders({key: stream(loaders[-1])}, repeats=1, steps=2, images=0)
-    steps = collectives.gather_objects(max(1, round(2 * _SECONDS / pilot[0].median)))[
-        0
-    ]  # all ranks take as many steps as rank 0
+    # All ranks take as many steps as rank 0.
+    steps = collectives.gather_objects(max(1, round(2 * _SECONDS / pilot[0].median)))[0]
     names = [f"{key} {getattr(config, key)}" for config in configs]
     parts = {name: stream(loader) for name, loader in zip(names, loaders, strict=True)}
     images = steps * loaders[0].plan.micro_batch
@@ -90,12 +89,12 @@ def _sweep(run: Run, configs: list[Config], key: str, device: torch.device) -> l
 
 
 def _smallest_good_value(tried: dict[Any, Measurement]) -> Any:
-    """Return the smallest value whose rate is within ``AS_GOOD`` of the best."""
+    """Return the smallest value whose rate is within ``GOOD_ENOUGH`` of the best."""
     best = max(each.images_per_second for each in tried.values())
-    return min(value for value, each in tried.items() if each.images_per_second >= AS_GOOD * best)
+    return min(value for value, each in tried.items() if each.images_per_second >= GOOD_ENOUGH * best)
 
 
-def _conclude(given: Config, best: Config, manifest: Manifest, device: torch.device) -> None:
+def _save_best(given: Config, best: Config, manifest: Manifest, device: torch.device) -> None:
     """Save and print the best threads and prefetch; the best share of the JPEG engine is only printed."""
     settings = LoaderSettings(threads=best.threads or 1, prefetch=best.prefetch or 1)
     overrides = f"data.threads={settings.threads} data.prefetch={settings.prefetch}"

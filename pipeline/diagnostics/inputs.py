@@ -34,7 +34,9 @@ _SIDE = 64
 _LARGEST_DIFFERENCE = 8.0
 """Largest difference of a pixel, in 0 … 255: JPEG decoders round alike but interpolate colours at edges differently."""
 _SECONDS = 3.0
+"""Time limit of a check that reads shards."""
 CHUNK = 4 * 2**20
+"""Bytes per read."""
 
 
 def check_decoding(device: torch.device) -> Finding:
@@ -160,8 +162,8 @@ def check_teacher_source(loaded: LoadedRecipe, launch: Launch) -> Finding:
         findings += [_find_finished(run) for run in resolve(loaded, launch).needed.values()]
     if not findings:
         return skip("the recipe names no weights and no other run")
-    worst = (finding for status in ("FAIL", "skip") for finding in findings if finding.status == status)
-    return next(worst, _join(findings))
+    worst_first = (finding for status in ("FAIL", "skip") for finding in findings if finding.status == status)
+    return next(worst_first, _join(findings))
 
 
 def _needs_runs(recipe: Recipe) -> bool:

@@ -71,14 +71,12 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
             num_steps=recipe.accumulation, sync_with_dataloader=False
         ),
         step_scheduler_with_optimizer=False,
-        # Only the recipe decides what torch compiles (``student.compile``).
-        dynamo_backend="no",
+        dynamo_backend="no",  # only the recipe decides what torch compiles (``student.compile``)
         log_with=(list(recipe.journal.trackers) or None) if folder else None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)) if folder else None,
         kwargs_handlers=[
             _ddp_options(),
-            # Accelerate chooses the backend itself, except for DeepSpeed on a CPU.
-            # Without "gloo" each rank would then run alone.
+            # Accelerate chooses the backend, except for DeepSpeed on a CPU: without "gloo" each rank would run alone.
             InitProcessGroupKwargs(backend="gloo" if cpu and plugin else "nccl", timeout=timedelta(minutes=10)),
         ],
     )

@@ -70,7 +70,7 @@ class CheckpointState:
 
 
 class Checkpoints:
-    """The checkpoints of a run, which saves and restores it; only the last ``keep`` are kept."""
+    """The checkpoints of a run: they save and restore it, and only the last ``keep`` exist at any time."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ MACHINE_ERRORS = (torch.OutOfMemoryError, torch.distributed.DistError)
 
 @contextmanager
 def saving(path: Path, needed: int) -> Iterator[None]:
-    """Raise UnwritableFile for errors while torch or another library writes ``needed`` bytes to ``path`` inside."""
+    """Raise UnwritableFile if a library such as torch fails to write ``needed`` bytes to ``path`` inside the context."""
     with writing(path, needed):
         try:
             yield

@@ -41,7 +41,7 @@ class FlopCounter(TorchDispatchMode):
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *options: Any, out_val: tuple[Tensor | None, ...], **_: Any
 ) -> int:
-    """Return the operations of the computed gradients, each as many as the forward convolution has.
+    """Return the operations of the computed gradients; each takes the same number as the forward convolution.
 
     torch's own formula treats a grouped convolution's gradient as dense: 32 times too many for 32 depthwise channels.
     """
@@ -86,7 +86,7 @@ PEAKS = {
     "T4": Peak(65, None, 8.1),
 }
 OTHER_VARIANTS = {"MIG", "Laptop", "D", "Ti", "FHHL"}
-"""Words in a GPU's name that mean another GPU than the table's, or only a part of one."""
+"""Words in a GPU's name that mean a different GPU, or only a partition of one."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -15,13 +15,13 @@ from pipeline.errors import one_line
 def begin_trackers(accelerator: Accelerator, project: str, options: dict[str, dict[str, Any]]) -> None:
     """Start the Accelerator's trackers, each with its own ``options``; drop one that fails, now or later."""
     _silence_threads()
-    begun: list[Any] = []
+    started: list[Any] = []
     # One at a time, so that an error of one tracker does not stop those after it.
     for name in list(accelerator.log_with):
         accelerator.log_with, accelerator.trackers = [name], []
         if _attempt(str(name), lambda: accelerator.init_trackers(project, init_kwargs=options)):
-            begun += map(_TolerantTracker, accelerator.trackers)
-    accelerator.trackers = begun
+            started += map(_TolerantTracker, accelerator.trackers)
+    accelerator.trackers = started
 
 
 class _TolerantTracker:

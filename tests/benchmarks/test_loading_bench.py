@@ -93,7 +93,7 @@ def test_what_cannot_be_remembered_is_told(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     best = loaded(photo_shards).recipe.data.model_copy(update={"threads": 3, "prefetch": 4, "hw_decoder_load": 0.9})
-    tune._conclude(loaded(photo_shards).recipe.data, best, read_manifest(photo_shards), CPU)
+    tune._save_best(loaded(photo_shards).recipe.data, best, read_manifest(photo_shards), CPU)
     note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "passed over" not in line)
     assert note.startswith("note: /dev/null/distillation-pipeline/loader.json cannot be written")
     assert note.endswith("give data.threads=3 data.prefetch=4")
