@@ -25,7 +25,7 @@ MACHINE_ERRORS = (torch.OutOfMemoryError, torch.distributed.DistError)
 
 @contextmanager
 def saving(path: Path, needed: int) -> Iterator[None]:
-    """Raise UnwritableFile if a library such as torch fails to write ``needed`` bytes to ``path`` inside the context."""
+    """Raise UnwritableFile if torch or another library fails to write ``needed`` bytes to ``path``."""
     with writing(path, needed):
         try:
             yield
