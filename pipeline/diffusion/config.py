@@ -15,53 +15,66 @@ Mixing = Literal["linear", "sqrt"]
 
 
 class Diffusion(FrozenModel):
-    """The forward process's noise, the time steps the sampler visits, and how the student comes in."""
+    """The noise schedule, the sampler's time steps, and how the student's tensor is mixed with noise."""
 
     time_steps: PositiveInt
     beta_start: PositiveFloat
     beta_end: PositiveFloat
     sampler_steps: PositiveInt
-    """Evaluations of the noise predictor that denoise the student."""
+    """Number of denoising steps; each one evaluates the noise predictor once."""
     sampler_stride: PositiveInt
-    """Time steps between two of them: 5 and 100 visit 400, 300, 200, 100, 0."""
+    """Time steps between two denoising steps: 5 steps of stride 100 visit 400, 300, 200, 100, 0."""
     time_rows: PositiveInt
-    """Rows of the time embedding; the published table is longer than its schedule."""
+    """Rows of the time embedding. The published table has more rows than the schedule has time steps."""
     t_max: PositiveInt | None = None
-    """Training draws t uniformly below it; null is below time_steps, most of which the sampler never visits."""
+    """Upper bound (exclusive) of the uniform draw of t in training; null is ``time_steps``.
+
+    The sampler never visits most time steps below ``time_steps``.
+    """
     mixing: Mixing = "linear"
-    """Weights of student and noise where the sampler starts: (γ, 1 − γ), or their roots."""
+    """Weights of student and noise at the sampler's start: (γ, 1 − γ), or their square roots."""
     detach_predictor: bool = False
-    """Whether the diffusion loss alone trains the noise predictor; as published, the distance does too."""
+    """Whether only the diffusion loss trains the noise predictor; as published, the distance trains it too."""
     checkpoint: bool = False
-    """Whether backward computes the sampler's passes of Φ again, in place of keeping what happens inside of them."""
+    """Whether backward recomputes the sampler's passes of Φ, to save the memory of their activations."""
     compile: bool = False
-    """Whether torch compiles Φ and the adapter, which joins norms and ReLUs: other last bits, and a slow first step."""
+    """Whether torch compiles Φ and the adapter, which fuses norms and ReLUs.
+
+    The last bits of the results change, and the first step is slow.
+    """
     stat_scope: Literal["rank", "global"] = "rank"
-    """Rows that the norms' statistics cover: this rank's, as published, or all ranks'."""
+    """Rows that the BatchNorms' statistics cover: this rank's, as published, or all ranks'."""
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Diffusion:
         if self.sampled[0] >= self.time_steps:
-            raise ValueError(f"the sampler would start at t = {self.sampled[0]}, past time_steps: {self.time_steps}")
+            raise ValueError(
+                f"the sampler would start at t = {self.sampled[0]}, past time_steps: {self.time_steps}; "
+                "lower sampler_steps or sampler_stride"
+            )
         if self.time_rows < self.time_steps:
             raise ValueError(f"time_rows must be at least time_steps: {self.time_steps}, got {self.time_rows}")
         if self.t_max is not None and self.t_max > self.time_steps:
             raise ValueError(f"t_max must be at most time_steps: {self.time_steps}, got {self.t_max}")
         if self.compile and self.stat_scope == "global":
-            raise ValueError("compile: true needs stat_scope: rank; what ranks ask one another is not compiled")
+            raise ValueError("compile: true needs stat_scope: rank; communication between ranks cannot be compiled")
         return self
 
     @property
     def sampled(self) -> list[int]:
-        """The sampler's time steps, first to last, ending at 0."""
+        """The sampler's time steps in the order it visits them, ending at 0."""
         return [step * self.sampler_stride for step in reversed(range(self.sampler_steps))]
 
     def alpha_bars(self) -> Tensor:
-        """Return ᾱ_t = Π (1 − β_s), s ≤ t, of linearly rising β (under eq. 2); float64 [T]."""
-        # On the CPU also where modules are built on the meta device: it holds numbers, not parameters.
+        """Return ᾱ_t = Π (1 − β_s) over s ≤ t, for a linear schedule of β (under eq. 2); float64 [T]."""
+        # The CPU is named because modules may be built on the meta device. These are constants, whose values are
+        # needed.
         betas_T = torch.linspace(self.beta_start, self.beta_end, self.time_steps, dtype=torch.float64, device="cpu")
         return (1 - betas_T).cumprod(0)
 
     def norm(self, channels: int) -> nn.Module:
-        """Return a BatchNorm that always takes the batch's statistics; running ones would mix unlike passes."""
+        """Return a BatchNorm that always normalises with the statistics of its batch.
+
+        Running statistics would mix passes whose inputs are distributed differently.
+        """
         return batch_norm(channels, self.stat_scope)

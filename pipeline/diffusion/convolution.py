@@ -1,7 +1,8 @@
-"""The denoiser's convolution: on a CPU a 1×1 one is the matrix product that it is, and what is used in many passes is
-differentiated once.
+"""The denoiser's convolution, and the batched weight gradient of a network that runs several times in a step.
 
-B batch, C channels, H W space.
+On a CPU a 1×1 convolution is computed as a matrix product.
+
+B batch, C channels, H W space. U is the number of uses of a weight in a step, O output and I input channels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# The batched weight gradient, step by step:
+#
+# 1. The first call inside ``batched_weight_grad`` runs _BatchedWeightGrad on the weight.
+#    It returns two placeholders for each use of the weight.
+# 2. Each call runs _ConvolutionCall on its input, its two placeholders and a detached copy of the weight.
+# 3. In backward, _ConvolutionCall computes the gradient of its input only.
+#    As "gradients" of its placeholders it returns its input and its output gradient.
+# 4. Autograd runs _BatchedWeightGrad.backward once, after all calls, with all inputs and all output gradients.
+#    That computes one weight gradient over their concatenation.
+
 
 class Convolution(nn.Conv2d):
     """A convolution of odd size that keeps height and width."""
@@ -22,25 +33,29 @@ class Convolution(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, size: int = 1) -> None:
         super().__init__(in_channels, out_channels, size, padding=size // 2)
         self.uses = 0
-        """How often it is used where its weight is differentiated once, see ``differentiated_once``; 0 elsewhere."""
+        """Most calls whose weight gradients are batched, see ``batched_weight_grad``; 0 if they are not."""
         self.slots: Iterator[tuple[Tensor, ...]] | None = None
+        """Extra arguments of the calls that are still to come; None before the first call."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolved map."""
+        # Without a weight gradient (a frozen network, no_grad) there is nothing to batch.
         if not (self.uses and self.weight.requires_grad and torch.is_grad_enabled()):
             return convolve(input, self.weight, self.bias)
         kind = input.device.type
+        # The placeholders are made before the convolution runs, and need the dtype in which autocast will run it.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         if self.slots is None:
             self.slots = self._slots(input.shape, dtype)
         return _ConvolutionCall.apply(input.to(dtype), *next(self.slots))
 
     def _slots(self, shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each use what it needs besides its input: its ends, and weight and bias, cast once for all."""
+        """Return an iterator over the calls' extra arguments: two placeholders, the weight and the bias."""
         assert self.bias is not None
+        # Detached: the gradient of weight and bias comes from the placeholders alone. Cast here: once for all calls.
         cast = self.weight.detach().to(dtype), self.bias.detach().to(dtype)
-        ends = _BatchedWeightGrad.apply(self.weight, self.bias, shape, dtype, self.uses)
-        return ((*pair, *cast) for pair in zip(ends[::2], ends[1::2], strict=True))
+        placeholders = _BatchedWeightGrad.apply(self.weight, self.bias, shape, dtype, self.uses)
+        return ((*pair, *cast) for pair in zip(placeholders[::2], placeholders[1::2], strict=True))
 
 
 def convolve(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,10 +67,13 @@ def convolve(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def batched_weight_grad(network: nn.Module, uses: int) -> Iterator[None]:
-    """Inside, the network runs at most ``uses`` times, and backward computes each convolution's gradient in one go.
+    """Compute each convolution's weight gradient once for all calls of ``network`` inside the context.
 
-    Of U passes of N rows the gradient is one product over U·N rows in place of U products that are then added up: the
-    same sum. With few rows those U weights, written and added, cost more than the arithmetic.
+    The network may run at most ``uses`` times inside. With ``uses`` 0, gradients are computed as usual.
+
+    Autograd would compute one weight gradient for each of U passes over N rows, and add them up. Here it is one product
+    over U·N rows, which is the same sum. With few rows, writing and adding U weight-sized tensors costs more than the
+    arithmetic.
     """
     convolutions = [module for module in network.modules() if isinstance(module, Convolution)]
     for convolution in convolutions:
@@ -68,10 +86,11 @@ def batched_weight_grad(network: nn.Module, uses: int) -> Iterator[None]:
 
 
 class _ConvolutionCall(torch.autograd.Function):
-    """One use of a weight. Its ends' gradients are what the weight's is made of: the input, and the output's own."""
+    """One use of a weight. The "gradients" of its placeholders are its input and its output gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_BCHW: Tensor, end_x: Tensor, end_grad: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BCHW: Tensor, slot_x: Tensor, slot_grad: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # The placeholders are not read. They are arguments only so that autograd asks for their gradients.
         ctx.save_for_backward(x_BCHW, weight)
         return convolve(x_BCHW, weight, bias)
 
@@ -79,34 +98,41 @@ class _ConvolutionCall(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_BCHW, weight = ctx.saved_tensors
+        # The input of a network's first convolution may need no gradient; computing it would be wasted work.
         return _input_gradient(grad, x_BCHW, weight) if ctx.needs_input_grad[0] else None, x_BCHW, grad, None, None
 
 
 class _BatchedWeightGrad(torch.autograd.Function):
-    """Two ends for each use of a weight, which hold no numbers; what comes back through them is all that it takes."""
+    """Two placeholders for each use of a weight. Their gradients carry the input and the output gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor, shape: torch.Size, dtype: torch.dtype, uses: int
     ) -> tuple[Tensor, ...]:
+        # The network may run fewer than ``uses`` times. Unused placeholders then have the gradient None, not zeros.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
+        # Autograd checks that a gradient has the shape and dtype of its tensor, so the placeholders need both.
+        # Expanding one element gives them the shape without the memory.
         blank, shapes = weight.new_empty(1, dtype=dtype), [shape, (shape[0], len(weight), *shape[2:])] * uses
         return tuple(blank.expand(each) for each in shapes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *ends: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *slots: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        x_BCHW, grad = (torch.cat([end for end in kind if end is not None]) for kind in (ends[::2], ends[1::2]))
+        # Even positions are inputs, odd ones output gradients. Both are in the order of the calls, whatever the order
+        # in which autograd ran their backward, so rows match and the sum is reproducible.
+        x_BCHW, grad = (torch.cat([slot for slot in kind if slot is not None]) for kind in (slots[::2], slots[1::2]))
         gradient = _weight_gradient(grad, x_BCHW, weight.to(grad.dtype))
         return gradient.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype), None, None, None
 
 
 def _is_product(weight: Tensor) -> bool:
-    """Whether to compute a product of matrices, which a 1×1 convolution is.
+    """Return whether to compute the convolution as a matrix product: a 1×1 one on a CPU.
 
-    On a CPU it is the quicker, for few rows by far; a GPU convolves in TF32 where it multiplies in float32.
+    On a CPU the product is faster, by far for few rows. A GPU would convolve in TF32 but multiply in float32, so there
+    the product would change the numbers.
     """
     return weight.shape[-1] == 1 and weight.device.type == "cpu"
 
@@ -114,18 +140,22 @@ def _is_product(weight: Tensor) -> bool:
 def _input_gradient(grad: Tensor, x_BCHW: Tensor, weight: Tensor) -> Tensor:
     if _is_product(weight):
         return (grad.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
-    return _backward(grad, x_BCHW, weight, [True, False, False])[0]
+    return _convolution_backward(grad, x_BCHW, weight, [True, False, False])[0]
 
 
 def _weight_gradient(grad: Tensor, x_BCHW: Tensor, weight: Tensor) -> Tensor:
     if _is_product(weight):
+        # Every pixel is a row of the product. For channels-last tensors both calls return views and copy nothing.
         grad_NO, x_NI = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (grad, x_BCHW))
         return (grad_NO.t() @ x_NI).view_as(weight)
-    return _backward(grad, x_BCHW, weight, [False, True, False])[1]
+    return _convolution_backward(grad, x_BCHW, weight, [False, True, False])[1]
 
 
-def _backward(grad: Tensor, x_BCHW: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    side = weight.shape[-1] // 2
+def _convolution_backward(
+    grad: Tensor, x_BCHW: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias; only those that ``output_mask`` selects are computed."""
+    padding = weight.shape[-1] // 2
     return torch.ops.aten.convolution_backward(
-        grad, x_BCHW, weight, None, [1, 1], [side, side], [1, 1], False, [0, 0], 1, wanted
+        grad, x_BCHW, weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, output_mask
     )

@@ -1,6 +1,8 @@
-"""What stands between a pair of taps and their distance in DiffKD and DDKD: networks, random draws and precision.
+"""The denoiser of DiffKD and DDKD: its networks, random draws and precision.
 
-B batch, C channels of the latent, H W space, T time steps. Eq. numbers as in ``equations.py``.
+It takes a tap of the student and one of the teacher, and returns the tensors whose distance is the loss.
+
+B batch, C channels of the latent, H W space, T time steps. Equation numbers are those of ``equations.py``.
 """
 
 from __future__ import annotations
@@ -21,32 +23,35 @@ from pipeline.precision import autocast_call, checkpointed
 
 
 class Draws(NamedTuple):
-    """A step's random numbers, in the order they are drawn."""
+    """The random numbers of one step, in the order they are drawn."""
 
     start_noise_BCHW: Tensor
-    """ε of eq. 9, for the student."""
+    """ε of eq. 9, mixed into the student's tensor."""
     train_noise_BCHW: Tensor
-    """ε of eq. 5, for the teacher."""
+    """ε of eq. 5, added to the teacher's tensor."""
     train_t_B: Tensor
+    """Time step of each row in the diffusion loss."""
 
 
 class Denoised(NamedTuple):
-    """What a denoiser answers."""
+    """The outputs of a denoiser."""
 
     student_BCHW: Tensor
+    """The student's tensor after denoising."""
     target_BCHW: Tensor
-    """The teacher's latent, or without an autoencoder the teacher's tensor; without gradient."""
+    """The teacher's latent, without gradient; the teacher's tensor if there is no autoencoder."""
     diffusion_loss: Tensor
     autoencoder_loss: Tensor | None
     gamma_B: Tensor
-    """Share of the student's tensor where the sampler starts."""
+    """Weight of the student's tensor at the sampler's start."""
 
 
 class Denoiser(nn.Module):
-    """Denoises a student's tensor with a diffusion model that it trains on the teacher's.
+    """A module that denoises the student's tensor with a diffusion model trained on the teacher's tensor.
 
-    A distance between what it answers trains all of it but the autoencoder; its diffusion loss trains the noise
-    predictor alone, its reconstruction loss the autoencoder alone. Networks run under ``autocast``, formulas never do.
+    A distance between ``student_BCHW`` and ``target_BCHW`` trains everything except the autoencoder. The diffusion loss
+    trains only the noise predictor, the reconstruction loss only the autoencoder. Networks run under ``autocast``,
+    formulas never do.
     """
 
     def __init__(
@@ -66,20 +71,22 @@ class Denoiser(nn.Module):
         self.projection = Convolution(student_channels, latent)
         self.adapter = NoiseAdapter(adapter, latent)
         self.predictor = NoisePredictor(predictor, latent, diffusion.time_rows)
-        # Not in the papers but in the published networks; its norm takes back the factor 2.27 that sampling gives.
+        # Not in the papers, but in the published networks. Its norm undoes the factor 2.27 by which sampling scales.
         self.output = nn.Sequential(Convolution(latent, latent), diffusion.norm(latent))
-        if diffusion.compile and self.projection.weight.device.type != "meta":  # where operations are counted
+        # A module on the meta device is only built to count its operations, which needs no compiled code.
+        if diffusion.compile and self.projection.weight.device.type != "meta":
             for network in (self.predictor, self.adapter):
-                network.compile(dynamic=False)  # in place, as the student is
-        # Not a buffer: in half, to which a module's buffers are cast, 1 − ᾱ₀ is zero.
+                network.compile(dynamic=False)  # in place, as the student is compiled: parameter names stay as they are
+        # Not a buffer: buffers are cast with their module, and in half precision 1 − ᾱ₀ is zero.
         self.alpha_bars_T = diffusion.alpha_bars()
+        # The same numbers on the host: the sampler needs them as floats, and reading a GPU tensor would synchronise.
         self.alpha_bars: list[float] = self.alpha_bars_T.tolist()
 
     def forward(self, student_BCHW: Tensor, teacher_BCHW: Tensor, draws: Draws | None = None) -> Denoised:
-        """Return the denoised student, its target and the losses that train the networks.
+        """Return the denoised student tensor, its target, and the losses that train the networks.
 
-        Both tensors have the same height and width. Draws that are not given come from torch's default generators.
-        Raises ValueError where a norm would see a single value.
+        Both tensors have the same height and width. Without ``draws``, torch's default generators are used.
+        Raises ValueError if a BatchNorm would see a single value.
         """
         alpha_bars_T = self.alpha_bars_on(student_BCHW.device)
         target, autoencoder_loss = self.encode(teacher_BCHW.detach())
@@ -93,38 +100,52 @@ class Denoiser(nn.Module):
         return Denoised(self.autocast_call(self.output, denoised), target, loss, autoencoder_loss, gamma_B)
 
     def encode(self, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the teacher's latent, without gradient, and the autoencoder's loss."""
+        """Return the teacher's latent, without gradient, and the reconstruction loss.
+
+        Without an autoencoder these are the teacher's tensor and None.
+        """
         if self.autoencoder is None:
             return teacher_BCHW, None
         latent = self.autocast_call(self.autoencoder["encoder"], teacher_BCHW)
         rebuilt = self.autocast_call(self.autoencoder["decoder"], latent)
+        # Detached, so that only the reconstruction loss trains the autoencoder.
         return latent.detach(), reconstruction_loss(rebuilt, teacher_BCHW)
 
     def draw(self, target_BCHW: Tensor) -> Draws:
-        """Return a step's draws from torch's default generator of the device."""
+        """Return the draws of one step, from torch's default generator of the target's device."""
         t_max = self.diffusion.t_max or self.diffusion.time_steps
         noises = _noise_like(target_BCHW), _noise_like(target_BCHW)
         return Draws(*noises, torch.randint(t_max, (len(target_BCHW),), device=target_BCHW.device))
 
     @property
     def passes(self) -> int:
-        """How many passes of Φ share one gradient of its weights; 0 where each has its own.
+        """Number of passes of Φ that share one weight gradient; 0 if each pass computes its own.
 
-        On a CPU alone: all passes' inputs and gradients are kept until then, and a GPU's many rows gain little.
+        Sharing is used on a CPU only. It keeps the inputs and gradients of all passes until the last one, and with a
+        GPU's many rows it gains little.
         """
-        one_by_one = self.diffusion.detach_predictor or self.diffusion.checkpoint or self.diffusion.compile
+        # Sharing needs every pass to run the same weights in the same way. ``detach_predictor`` gives the sampler's
+        # passes constant weights, ``checkpoint`` runs passes again in backward, ``compile`` replaces the forward.
+        separate = self.diffusion.detach_predictor or self.diffusion.checkpoint or self.diffusion.compile
         weights = list(self.predictor.parameters())
-        whole = all(weight.numel() for weight in weights)  # ZeRO-3 lends them pass by pass
-        return self.diffusion.sampler_steps + 1 if weights[0].device.type == "cpu" and whole and not one_by_one else 0
+        # Under ZeRO-3 a parameter is empty outside its module's own forward and backward.
+        unpartitioned = all(weight.numel() for weight in weights)
+        shared = weights[0].device.type == "cpu" and unpartitioned and not separate
+        # One more than the sampler's: the pass of the diffusion loss.
+        return self.diffusion.sampler_steps + 1 if shared else 0
 
     def predict(self, y_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Return Φ(y, t)."""
         return self.autocast_call(self.predictor, y_BCHW, t_B)
 
     def predict_for_distance(self, y_BCHW: Tensor, _t: int) -> Tensor:
-        """Return Φ(y, t) for one t, which does not count; under ``detach_predictor`` Φ's parameters are constants."""
+        """Return Φ(y, t) for one t in all rows, on which it does not depend (``NoisePredictor``).
+
+        With ``detach_predictor``, Φ's parameters are constants.
+        """
         network: Callable[[Tensor], Tensor] = self.predictor
         if self.diffusion.detach_predictor:
+            # The gradient must still reach y, and through it the student. So the parameters are detached, not the call.
             constants = {name: parameter.detach() for name, parameter in self.predictor.named_parameters()}
             network = partial(functional_call, self.predictor, constants)
         if self.diffusion.checkpoint:
@@ -132,17 +153,17 @@ class Denoiser(nn.Module):
         return self.autocast_call(network, y_BCHW)
 
     def autocast_call(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
-        """Return the network's answer, computed under the recipe's autocast, in the dtype of ``x``."""
+        """Return the network's output under the recipe's autocast, cast back to the dtype of ``x``."""
         return autocast_call(self.autocast, network, x, *more)
 
     def alpha_bars_on(self, device: torch.device) -> Tensor:
-        """Return ᾱ on that device, kept there for the next step."""
+        """Return ᾱ on ``device``. The copy is kept for the next steps."""
         if self.alpha_bars_T.device != device:
             self.alpha_bars_T = self.alpha_bars_T.to(device)
         return self.alpha_bars_T
 
 
 def _noise_like(x_BCHW: Tensor) -> Tensor:
-    """Return normal noise shaped as ``x``, the same for any layout of it."""
-    # Along the channels of a pixel, as the networks' maps lie: a CPU is many times as quick to fill what is in a row.
+    """Return normal noise in the shape of ``x``; the numbers do not depend on the memory format of ``x``."""
+    # Filled in channels-last order, the memory format of the networks' maps: a CPU fills contiguous memory much faster.
     return torch.randn_like(x_BCHW.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)

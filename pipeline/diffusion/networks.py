@@ -1,4 +1,4 @@
-"""The denoiser's networks, DiffKD's: Huang et al., NeurIPS 2023, arXiv:2305.15712, as published.
+"""The denoiser's networks, as published with DiffKD: Huang et al., NeurIPS 2023, arXiv:2305.15712.
 
 B batch, C channels, H W space, K classes.
 """
@@ -12,7 +12,7 @@ from pipeline.distributed.norms import NormFactory
 
 
 class Bottleneck(nn.Module):
-    """x + block(x): 1×1 to fewer channels, 3×3, 1×1 back; no ReLU after the sum."""
+    """A residual block x + block(x): 1×1 to fewer channels, 3×3, 1×1 back; no ReLU after the sum."""
 
     def __init__(self, channels: int, reduction: int, norm: NormFactory) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class Bottleneck(nn.Module):
 
 
 class Autoencoder(nn.ModuleDict):
-    """Linear autoencoder, a convolution to the latent's width and one back.
+    """A linear autoencoder: a 1×1 convolution to the latent's channels, and one back.
 
-    The encoder's norm brings the latent to unit variance, which makes noise of unit variance commensurate with it.
+    The encoder's norm gives the latent unit variance, the same as the noise that is added to it.
     """
 
     def __init__(self, channels: int, latent: int, norm: NormFactory) -> None:
@@ -40,10 +40,10 @@ class Autoencoder(nn.ModuleDict):
 
 
 class NoisePredictor(nn.Module):
-    """Φ(y, t). The time step enters as one learned number a channel, added to y.
+    """The noise predictor Φ(y, t). A learned number per channel, looked up by the time step, is added to y.
 
-    Where all rows have the same one, as in every step of the sampler, that is a constant a channel, and the norm after
-    each convolution takes a constant away: there Φ does not depend on t, and does not read it.
+    In every step of the sampler all rows have the same t, so a constant is added to each channel. The BatchNorm after
+    each convolution removes a constant. There Φ does not depend on t, and does not read it.
     """
 
     def __init__(self, network: nn.Module, channels: int, time_rows: int) -> None:
@@ -52,13 +52,13 @@ class NoisePredictor(nn.Module):
         self.network = network
 
     def forward(self, y_BCHW: Tensor, t_B: Tensor | None = None) -> Tensor:
-        """Return the predicted noise, shaped as ``y``; no ``t_B`` is one time step for all rows, whichever."""
+        """Return the predicted noise in the shape of ``y``. Leave out ``t_B`` if all rows share one time step."""
         embedded = y_BCHW if t_B is None else y_BCHW + self.time_embedding(t_B)[:, :, None, None]
         return self.network(embedded)
 
 
 class NoiseAdapter(nn.Module):
-    """Weighs a student's tensor against noise: two numbers a sample, whose softmax is (γ, 1 − γ)."""
+    """A network that weighs the student's tensor against noise: two logits per row, whose softmax is (γ, 1 − γ)."""
 
     def __init__(self, network: nn.Module, channels: int) -> None:
         super().__init__()
@@ -66,18 +66,18 @@ class NoiseAdapter(nn.Module):
         self.linear = nn.Linear(channels, 2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the two numbers before the softmax [B, 2]."""
+        """Return the two logits [B, 2]."""
         return self.linear(self.network(x_BCHW).mean((2, 3)))
 
 
 def map_predictor(channels: int, reduction: int, norm: NormFactory) -> nn.Sequential:
-    """Return Φ's network for maps: two bottlenecks, a convolution, a norm."""
+    """Return Φ's network for maps: two bottlenecks, a 1×1 convolution and a norm."""
     bottlenecks = (Bottleneck(channels, reduction, norm), Bottleneck(channels, reduction, norm))
     return nn.Sequential(*bottlenecks, Convolution(channels, channels), norm(channels))
 
 
 def logit_predictor(channels: int, expansion: int, norm: NormFactory) -> nn.Sequential:
-    """Return Φ's network for logits [B, K, 1, 1]: two expanding blocks, the second without a norm at its end."""
+    """Return Φ's network for logits [B, K, 1, 1]: two expanding blocks, the second without a final norm."""
     return nn.Sequential(*_expanding(channels, expansion, norm), norm(channels), *_expanding(channels, expansion, norm))
 
 
@@ -87,5 +87,6 @@ def logit_adapter(channels: int, expansion: int, norm: NormFactory) -> nn.Sequen
 
 
 def _expanding(channels: int, expansion: int, norm: NormFactory) -> list[nn.Module]:
+    """Return the layers of an expanding block without its final norm: 1×1 to more channels, norm, ReLU, 1×1 back."""
     wide = channels * expansion
     return [Convolution(channels, wide), norm(wide), nn.ReLU(), Convolution(wide, channels)]

@@ -1,4 +1,4 @@
-"""Losses, a file each. What a user's own loss is made of can be imported from here."""
+"""Losses, one file each. The base classes of a user's own loss can be imported from here."""
 
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._rows import BatchLoss

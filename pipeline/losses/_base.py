@@ -1,7 +1,7 @@
-"""What every loss is: a frozen config, the facts it is built from, and named parts.
+"""The base class of all losses, the taps that a loss reads, and the facts that it is built from.
 
-A file of this folder holds a method's formulas, as pure functions, and one ``Loss``; its name is the loss's in a
-recipe. There is no list.
+Each file of this folder without an underscore holds a method's formulas, as pure functions, and one ``Loss``. The
+file's name is the name of the loss in a recipe. There is no list to register it in.
 """
 
 from __future__ import annotations
@@ -23,57 +23,68 @@ from pipeline.precision import autocast, autocast_call, promote_to_float32
 
 
 class Taps(NamedTuple):
-    """The taps a loss reads, by canonical stage name, of each network. Logits always come and are not named here."""
+    """The taps that a loss reads from each network, by canonical stage name. Logits are always read and not listed."""
 
     student: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
 
     def union(self, other: Taps) -> Taps:
-        """Return the taps that either asks for."""
+        """Return the taps that either of the two reads."""
         return Taps(self.student | other.student, self.teacher | other.teacher)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one probe forward and the shards' manifest tell a loss at construction."""
+    """Sizes and tables that a loss needs at construction, from one probe forward and the shards' manifest."""
 
     num_classes: int
     student_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape of each student tap without the batch dimension, by tap name."""
     teacher_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of each teacher tap without the batch dimension, by tap name."""
     id_count: int = 0
-    """One more than the largest training sample id: the rows of a bank indexed by id."""
+    """Largest training sample id plus one: the number of rows of a bank that is indexed by id."""
     labels_by_id: np.ndarray | None = None
-    """int64 [id_count]; −1 where no sample has that id."""
+    """int64 [id_count]; −1 for an id that no sample has."""
     teacher_norms: dict[str, NormParameters] = field(default_factory=dict)
-    """Scale and shift of the BatchNorm that ends a teacher's ``stageN.preact``, by tap name, as before folding."""
+    """Scale and shift, before folding, of the BatchNorm that ends a teacher's ``stageN.preact``, by tap name."""
     autocast: torch.dtype | None = None
-    """The recipe's autocast type, under which the convolutions of auxiliary modules run; None is none."""
+    """The recipe's autocast dtype, under which auxiliary networks run; None if autocast is off."""
 
 
 class Loss(nn.Module):
-    """A loss. Its auxiliary modules are its attributes, so they are moved, trained, saved and left out at export.
+    """The base class of a loss.
 
-    ``forward(student, teacher, batch)`` returns the unweighted parts by name. A loss that wraps another overrides
-    ``parts`` instead and calls the other's ``parts``.
+    Auxiliary modules are attributes of the loss. They are moved, trained and saved with it, and left out at export.
+
+    ``forward(student, teacher, batch)`` returns the unweighted parts by name. A loss that wraps another one overrides
+    ``parts`` instead, and calls the inner loss's ``parts``.
     """
 
     class Config(FrozenModel):
-        """Every loss's config has a weight and a ramp; a paper's constants have no defaults and stand in recipes."""
+        """The config of every loss: a weight and a ramp.
+
+        Constants of a paper have no defaults here; recipes set them.
+        """
 
         weight: float = 1.0
         ramp: Ramp | None = None
 
         def taps(self) -> Taps:
-            """Return the taps this loss and those inside it read."""
+            """Return the taps that this loss and its inner losses read."""
             return Taps()
 
     scope: ClassVar[Literal["sample", "statistics", "batch"]] = "sample"
-    """What it needs of other ranks: nothing; sums, by ``collectives``; or all rows, which ``BatchLoss`` gathers."""
+    """Data that the loss needs from other ranks.
+
+    ``sample``: none. ``statistics``: sums, by functions of ``collectives``. ``batch``: all rows, which ``BatchLoss``
+    gathers.
+    """
     needs_teacher: ClassVar[bool] = True
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__()
+        # Typed Any: each subclass has its own Config, which a type checker cannot see from here.
         self.config: Any = config
         self.facts = facts
 
@@ -82,28 +93,28 @@ class Loss(nn.Module):
         raise NotImplementedError
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return ``forward``'s parts × weight × ramp, computed in at least float32 with autocast off."""
+        """Return the parts of ``forward`` × weight × ramp, computed in at least float32 with autocast off."""
         with autocast(student.logits_BK, None):
             return self.scaled(self(*self.select_features(student, teacher), batch), progress)
 
     def select_features(self, student: Outputs, teacher: Outputs) -> tuple[Outputs, Outputs]:
-        """Return what the loss sees of both networks: logits and the taps that its config names, at least in float32.
+        """Return the logits and this loss's taps of both networks, in at least float32.
 
-        Another loss's maps are left alone: to promote them would be a copy of each, for every loss.
+        Taps of other losses are dropped first. Promoting them too would copy every map once per loss.
         """
         taps = self.config.taps()
         of_teacher = promote_to_float32(keep_taps(teacher, taps.teacher)) if self.needs_teacher else teacher
         return promote_to_float32(keep_taps(student, taps.student)), of_teacher
 
     def commit(self) -> None:
-        """Take in what ``forward`` saw of this global batch; called after its update, once, on every rank.
+        """Update the loss's own state, such as a bank over the data set, from the global batch.
 
-        Only here may a loss change state of its own, such as a bank over the data set: ``forward`` is a function. A
-        loss's own buffers are the same on every rank, and a checkpoint holds them once.
+        Called on every rank once per optimizer step, after the step. State may change here only: ``forward`` must be
+        a pure function. The loss's buffers must be the same on every rank, because a checkpoint stores them once.
         """
 
     def autocast_call(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
-        """Return an auxiliary network's answer under the recipe's autocast, in the dtype of ``x``."""
+        """Return an auxiliary network's output under the recipe's autocast, cast back to the dtype of ``x``."""
         return autocast_call(self.facts.autocast, network, x, *more)
 
     def scaled(self, parts: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
@@ -113,7 +124,8 @@ class Loss(nn.Module):
 
 
 def keep_taps(outputs: Outputs, taps: frozenset[str]) -> Outputs:
-    """Return ``outputs`` with only the features that ``taps`` name, ``all`` meaning every stage."""
-    kinds = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
-    of_all = {name for kind in kinds for name in numbered(outputs.features, kind)}
+    """Return ``outputs`` with only the features named in ``taps``; ``all`` selects every stage."""
+    # "all" and "all.preact" differ in the ending that the stages' names must have: "" or ".preact".
+    endings = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
+    of_all = {name for ending in endings for name in numbered(outputs.features, ending)}
     return outputs._replace(features={name: x for name, x in outputs.features.items() if name in taps | of_all})

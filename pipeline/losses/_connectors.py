@@ -1,4 +1,6 @@
-"""Networks that bring a student's map to a teacher's shape; they learn with the student and are left out at export.
+"""Connectors: networks that bring a student's map to the shape of a teacher's map.
+
+They are trained with the student and left out at export.
 
 B batch, C channels, H W space.
 """
@@ -17,26 +19,29 @@ from pipeline.losses._stages import StageChoices, channels, pair_stages, stage_t
 
 
 class ConnectorLoss(Loss):
-    """A loss with networks between student and teacher, which hold BatchNorms."""
+    """A loss with connectors between student and teacher, which contain BatchNorms."""
 
     scope = "statistics"
 
     class Config(Loss.Config):
-        """What every such loss may be told."""
+        """The config of every loss with connectors."""
 
         stat_scope: Literal["rank", "global"] = "rank"
         """Rows that the BatchNorms' statistics cover: this rank's, as published, or all ranks'."""
 
     def norm(self, width: int) -> nn.Module:
-        """Return a BatchNorm of that many channels, of the scope that the recipe asks for."""
+        """Return a BatchNorm of ``width`` channels whose statistics cover ``stat_scope``."""
         return batch_norm(width, self.config.stat_scope)
 
 
 class PreactLoss(ConnectorLoss):
-    """A loss of the pre-activations of several stages, with a connector for each: ``connectors``, of ``pairs``."""
+    """A loss on the pre-activations of several stages.
+
+    ``connectors`` holds a connector for each (student, teacher) pair of taps in ``pairs``.
+    """
 
     class Config(ConnectorLoss.Config):
-        """Which stages."""
+        """The config of a loss on pre-activations: its stages."""
 
         stages: StageChoices
         """Stages of both networks, tapped before their last activation."""
@@ -51,21 +56,24 @@ class PreactLoss(ConnectorLoss):
         self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.pairs)
 
     def connector(self, student: str, teacher: str) -> nn.Module:
-        """Return what brings the student's tap to the teacher's shape."""
+        """Return the network that brings the student's tap to the teacher's shape."""
         raise NotImplementedError
 
 
 def convolution_norm(in_channels: int, out_channels: int, size: int, norm: NormFactory) -> nn.Sequential:
-    """Return a convolution of odd size that keeps height and width, without the bias a norm takes away, and a norm."""
+    """Return a convolution of odd size that keeps height and width, followed by a norm.
+
+    The convolution has no bias, which the norm would remove.
+    """
     convolution = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=False)
     return nn.Sequential(convolution, norm(out_channels))
 
 
 def regressor(facts: Facts, student: str, teacher: str, norm: NormFactory) -> nn.Sequential:
-    """Return a convolution from the student's tap to the shape of the teacher's, and a norm.
+    """Return a convolution from the student's tap to the shape of the teacher's, followed by a norm.
 
-    FitNets' hint regressor as CRD's benchmark builds it (Tian et al., ICLR 2020, arXiv:1910.10699). Raises ValueError
-    for a tap that is no map and for a student's map that is smaller than the teacher's other than by half.
+    It is FitNets' hint regressor as built in CRD's benchmark (Tian et al., ICLR 2020, arXiv:1910.10699). Raises
+    ValueError if a tap is not a map, or if the student's map is smaller than the teacher's but not half its size.
     """
     student_C, teacher_C = channels(facts.student_shapes, student), channels(facts.teacher_shapes, teacher)
     student_HW, teacher_HW = facts.student_shapes[student][1:], facts.teacher_shapes[teacher][1:]
@@ -73,7 +81,7 @@ def regressor(facts: Facts, student: str, teacher: str, norm: NormFactory) -> nn
     if convolution is None:
         raise ValueError(
             f"no regressor leads from the student's {student!r}, {_size(student_HW)}, to the teacher's {teacher!r}, "
-            f"{_size(teacher_HW)}: its map may be larger, or half as large; name another stage"
+            f"{_size(teacher_HW)}: the student's map must be at least as large, or half as large; name another stage"
         )
     return nn.Sequential(convolution, norm(teacher_C))
 
@@ -81,18 +89,22 @@ def regressor(facts: Facts, student: str, teacher: str, norm: NormFactory) -> nn
 def _resizing_convolution(
     student_C: int, student_HW: tuple[int, ...], teacher_C: int, teacher_HW: tuple[int, ...]
 ) -> nn.Module | None:
-    """Return the convolution from one map's shape to the other's, None where there is none."""
+    """Return a convolution from the student's map shape to the teacher's, or None if none exists."""
     if student_HW == tuple(2 * side for side in teacher_HW):
         return nn.Conv2d(student_C, teacher_C, 3, stride=2, padding=1)
     if teacher_HW == tuple(2 * side for side in student_HW):
         return nn.ConvTranspose2d(student_C, teacher_C, 4, stride=2, padding=1)
-    height, width = (mine - other for mine, other in zip(student_HW, teacher_HW, strict=True))
+    # Without padding, a kernel of size 1 + d makes a map smaller by d.
+    height, width = (of_student - of_teacher for of_student, of_teacher in zip(student_HW, teacher_HW, strict=True))
     return nn.Conv2d(student_C, teacher_C, (1 + height, 1 + width)) if min(height, width) >= 0 else None
 
 
 def sum_halving(losses: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the levels' losses, the shallowest first: the last counts 1, each before it half the next."""
-    return torch.stack([loss / 2**above for above, loss in enumerate(reversed(losses))]).sum()
+    """Return the weighted sum of the levels' losses, given shallowest first.
+
+    The deepest level has weight 1; each other level has half the weight of the next deeper one.
+    """
+    return torch.stack([loss / 2**distance for distance, loss in enumerate(reversed(losses))]).sum()
 
 
 def _size(shape_HW: tuple[int, ...]) -> str:

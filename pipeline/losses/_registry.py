@@ -1,4 +1,4 @@
-"""Losses by name: which there are, and what a recipe says of one."""
+"""The losses by name, and the specs that a recipe's ``losses`` section is read into."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from pipeline.losses._base import Facts, Loss
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss as a recipe names it: which class, with which config."""
+    """An entry of a recipe's ``losses``: the loss's name, class and config."""
 
     name: str
     loss: type[Loss]
     config: Loss.Config
 
     def build(self, facts: Facts) -> Loss:
-        """Return the loss."""
+        """Return the loss, built from the config and ``facts``."""
         return self.loss(self.config, facts)
 
     @property
     def scopes(self) -> frozenset[str]:
-        """The scopes of this loss and of those it wraps."""
+        """The scopes of this loss and of its inner losses."""
         inner = [value for _, value in self.config if isinstance(value, LossSpec)]
         return frozenset({self.loss.scope}).union(*(spec.scopes for spec in inner))
 
 
 def known_losses() -> list[str]:
-    """Return the names of the losses: every file of this folder without an underscore is one."""
+    """Return the names of the losses: the files of this folder that do not begin with an underscore."""
     names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     return sorted(name for name in names if not name.startswith("_"))
 
 
 def find_loss(name: str) -> type[Loss]:
-    """Return the loss of that name: a file of this folder, or a user's own as ``package.module:Class``.
+    """Return the loss class named ``name``: a file of this folder, or a user's own as ``package.module:Class``.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is no such loss.
     """
     if ":" in name:
         path, _, attribute = name.partition(":")
@@ -62,16 +62,16 @@ def find_loss(name: str) -> type[Loss]:
 
 
 def _losses_of(module_name: str) -> list[type[Loss]]:
-    """Return the losses a module defines, not those it imports: one in each file."""
+    """Return the losses that a module defines itself, without those it imports; each file defines one."""
     module = importlib.import_module(module_name)
-    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name]
-    return [value for value in own if issubclass(value, Loss)]
+    defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name]
+    return [value for value in defined if issubclass(value, Loss)]
 
 
 def load_spec(name: str, config: Any) -> LossSpec:
-    """Return the spec of one ``name: {…}`` entry; a config error keeps its key's path."""
+    """Return the spec of one ``name: {…}`` entry. Config errors name the key with its full path."""
     loss = find_loss(name)
-    # A one-field model, so that the loss's name stands in the path of an error below it.
+    # A model with one field, aliased to the loss's name: pydantic then puts that name into the path of its errors.
     entry = create_model("entry", entry=(loss.Config, ...))
     entry.model_fields["entry"].validation_alias = name
     entry.model_rebuild(force=True)
@@ -98,10 +98,10 @@ def _dump(spec: LossSpec) -> dict[str, Any]:
 
 
 InnerLoss = Annotated[LossSpec, BeforeValidator(_load_inner), PlainSerializer(_dump)]
-"""A field of a loss's config that holds another loss: ``inner: {dkd: {…}}``."""
+"""Type of a config field that holds another loss, as in ``inner: {dkd: {…}}``."""
 Losses = Annotated[
     dict[str, LossSpec],
     BeforeValidator(_load_losses),
     PlainSerializer(lambda specs: {name: value for spec in specs.values() for name, value in _dump(spec).items()}),
 ]
-"""The recipe's ``losses``."""
+"""Type of the recipe's ``losses`` section: specs by name."""

@@ -1,4 +1,7 @@
-"""Losses of how rows relate, and the rows they compare: of all ranks, of one, or of groups."""
+"""The base class of losses that compare rows with each other, and the choice of those rows.
+
+The rows are those of all ranks, of one rank, or of groups of consecutive rows within a rank.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,14 @@ def checked_scope(scope: str) -> str:
 
 
 StatScope = Annotated[str, AfterValidator(checked_scope)]
-"""Rows that a statistic covers: all ranks', this rank's, or with ``ghost:N`` each N consecutive ones of it."""
+"""Rows that a statistic covers: all ranks', this rank's, or with ``ghost:N`` each N consecutive rows of this rank."""
 
 
 def group_size(scope: str, rows: int) -> int | None:
-    """Return how many consecutive ones of a rank's ``rows`` a statistic covers; None where it is those of all ranks."""
+    """Return the number of consecutive rows of a rank that a statistic covers, or None for all rows of all ranks.
+
+    ``rows`` is the number of rows of this rank.
+    """
     kind, _, number = scope.partition(":")
     if kind == "global":
         return None
@@ -36,27 +42,30 @@ def group_size(scope: str, rows: int) -> int | None:
 
 
 def mean_by_rows(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Return the mean of the groups' values, each as often as its group has rows: the last may be a short one."""
-    # By numbers of the host: a tensor made of them would have it wait for a GPU.
+    """Return the mean of the groups' values, weighted by the groups' numbers of rows; the last group may be shorter."""
+    # The weights stay Python numbers. Making a GPU tensor of them would make the host wait for the device.
     return torch.stack([value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]).sum()
 
 
 class BatchLoss(Loss):
-    """A loss of how rows relate to one another. ``forward`` is given the rows of all ranks at once.
+    """A loss that compares rows with each other. Its ``forward`` gets the rows of all ranks at once.
 
-    Of them it sees logits, the taps that its config names, labels and ids; the images are this rank's. Under gradient
-    accumulation the rows are those of a micro-batch.
+    Logits, the config's taps, labels and ids are gathered; the images are this rank's. Under gradient accumulation the
+    rows are those of one micro-batch.
     """
 
     scope = "batch"
 
     class Config(Loss.Config):
-        """With ``stat_scope: rank`` or ``ghost:N`` it takes a rank's rows, or groups of them, as published code did."""
+        """The config of a loss that compares rows.
+
+        With ``stat_scope: rank`` or ``ghost:N`` it compares a rank's rows, or groups of them, as published code did.
+        """
 
         stat_scope: StatScope = "global"
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return ``forward``'s parts of the gathered rows, or the mean of those of the groups, × weight × ramp."""
+        """Return the parts of ``forward`` × weight × ramp, on the gathered rows or as the mean over the groups."""
         with autocast(student.logits_BK, None):
             student, teacher = map(self.reduce, self.select_features(student, teacher))
             groups = self.row_groups(student, teacher, batch)
@@ -65,25 +74,27 @@ class BatchLoss(Loss):
             return self.scaled({name: mean_by_rows([p[name] for p in found], sizes) for name in found[0]}, progress)
 
     def reduce(self, outputs: Outputs) -> Outputs:
-        """Return what is gathered of a network's outputs; a loss that needs less than its taps says so here."""
+        """Return the outputs to gather. A loss that needs less than its full taps overrides this to send less."""
         return outputs
 
     def row_groups(self, student: Outputs, teacher: Outputs, batch: Batch) -> list[tuple[Outputs, Outputs, Batch]]:
-        """Return what each group of related rows consists of."""
+        """Return the student's outputs, the teacher's outputs and the batch of each group of rows."""
         size = group_size(self.config.stat_scope, len(batch.labels_B))
         if size is None:
+            # Labels and ids are gathered as one tensor, which saves a collective.
             labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1), equal=True).unbind(1)
             return [(gather_outputs(student), gather_outputs(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
-        places = zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True)
-        batches = [batch._replace(labels_B=labels_B, ids_B=ids_B) for labels_B, ids_B in places]
+        columns = zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True)
+        batches = [batch._replace(labels_B=labels_B, ids_B=ids_B) for labels_B, ids_B in columns]
         return list(zip(split_rows(student, size), split_rows(teacher, size), batches, strict=True))
 
 
 def gather_outputs(outputs: Outputs) -> Outputs:
-    """Return the outputs of all ranks' rows, with gradient: one collective, whatever the number of features."""
+    """Return the outputs of all ranks' rows, with gradient, by one collective for any number of features."""
     if world_size() == 1:
         return outputs
     tensors = [outputs.logits_BK, *outputs.features.values()]
+    # All tensors are joined to one wide matrix [B, …], gathered, and taken apart again.
     flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1), equal=True)
     parts = flat.split([x.shape[1:].numel() for x in tensors], 1)
     logits_BK, *features = (part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True))
@@ -91,7 +102,7 @@ def gather_outputs(outputs: Outputs) -> Outputs:
 
 
 def split_rows(outputs: Outputs, size: int) -> list[Outputs]:
-    """Return the outputs of each ``size`` consecutive rows."""
+    """Return the outputs of each group of ``size`` consecutive rows."""
     features = {name: x.split(size) for name, x in outputs.features.items()}
     logits = outputs.logits_BK.split(size)
     return [Outputs(part, {name: x[group] for name, x in features.items()}) for group, part in enumerate(logits)]

@@ -1,8 +1,8 @@
-"""Which stages of student and teacher a loss compares, as a recipe says it.
+"""The stages of student and teacher that a loss compares, as a recipe names them.
 
-``last`` is each network's deepest stage, ``stage2`` the second of both, ``{student: stage2, teacher: stage3}`` two that
-bear different numbers. ``all`` is every stage, paired from the deep end: of three against four the teacher's first has
-no partner.
+``last`` is each network's deepest stage, and ``stage2`` the second stage of both. ``{student: stage2, teacher:
+stage3}`` names stages with different numbers. ``all`` is every stage, paired from the deepest. If the student has three
+stages and the teacher four, the teacher's first stage has no partner.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.losses._base import Facts, Loss, Taps
 
 
 class StagePair(FrozenModel):
-    """A stage of the student and one of the teacher."""
+    """A stage of the student and the stage of the teacher it is compared with."""
 
     student: str
     teacher: str
@@ -31,58 +31,59 @@ StageChoices = Literal["all"] | Annotated[tuple[StageChoice, ...], Field(min_len
 
 
 def stage_names(stage: StageChoice, kind: str = "") -> tuple[str, str]:
-    """Return the tap of the student and that of the teacher; ``kind`` is "" or ``.preact``."""
+    """Return the student's tap and the teacher's tap. ``kind`` is the ending of a tap's name: "" or ``.preact``."""
     student, teacher = (stage, stage) if isinstance(stage, str) else (stage.student, stage.teacher)
     return student + kind, teacher + kind
 
 
 def stage_taps(stages: StageChoices | StageChoice, kind: str = "") -> Taps:
-    """Return what a loss with these stages reads."""
+    """Return the taps that a loss on these stages reads."""
     several = stages if isinstance(stages, tuple) else (stages,)
     pairs = [stage_names(stage, kind) for stage in several]
     return Taps(frozenset(student for student, _ in pairs), frozenset(teacher for _, teacher in pairs))
 
 
 def pair_stages(stages: StageChoices, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
-    """Return the (student, teacher) taps that belong together, the shallowest first.
+    """Return the pairs of (student, teacher) taps that are compared, shallowest first.
 
-    Raises ValueError where ``all`` finds no stage.
+    Raises ValueError if ``stages`` is ``all`` and a network has no known stages.
     """
     if stages != "all":
         return [stage_names(stage, kind) for stage in stages]
     students, teachers = (numbered(shapes, kind) for shapes in (facts.student_shapes, facts.teacher_shapes))
     levels = min(len(students), len(teachers))
     if levels == 0:
-        raise ValueError("stages: all: a network has no known stages; name them by stages: {stage1: <module path>}")
+        raise ValueError("stages: all: a network has no known stages; name them under stages: {stage1: <module path>}")
     return list(zip(students[-levels:], teachers[-levels:], strict=True))
 
 
 def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
-    """Return the number of channels of a map. Raises ValueError where the tap is none."""
+    """Return the number of channels of a map. Raises ValueError if the tap is not a map."""
     if len(shapes[tap]) != 3:
-        raise ValueError(f"the tap {tap!r} is shaped {list(shapes[tap])}, and a map [C, H, W] is needed")
+        raise ValueError(f"the tap {tap!r} is shaped {list(shapes[tap])}, but this loss needs a map [C, H, W]")
     return shapes[tap][0]
 
 
 class FeatureMapLoss(Loss):
-    """A loss of the maps of several stages. Raises ValueError where a tap is no map."""
+    """A loss on the maps of several stages. Raises ValueError if a tap is not a map."""
 
     class Config(Loss.Config):
-        """``{stages: all}``."""
+        """The config of a loss on maps, such as ``{stages: all}``."""
 
         stages: StageChoices = "all"
 
         def taps(self) -> Taps:
-            """Return the stages."""
+            """Return the stages' taps."""
             return stage_taps(self.stages)
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.levels = pair_stages(config.stages, facts)
+        # Called for their check only: a tap that is not a map is reported now, not in the first step.
         for student, teacher in self.levels:
             channels(facts.student_shapes, student)
             channels(facts.teacher_shapes, teacher)
 
     def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the maps of student and teacher, level by level."""
+        """Return the maps of the student and the maps of the teacher, level by level."""
         return [student.features[name] for name, _ in self.levels], [teacher.features[name] for _, name in self.levels]

@@ -1,4 +1,4 @@
-"""Losses that change the logits and hand them to another loss."""
+"""The base class of losses that transform the logits and pass them to another loss."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pipeline.precision import autocast
 
 
 class LogitTransform(Loss):
-    """Another loss, ``inner``, of logits that were changed first; weight and ramp multiply the inner loss's own."""
+    """A loss that computes another loss, ``inner``, on transformed logits.
+
+    Its weight and ramp multiply those of the inner loss.
+    """
 
     class Config(Loss.Config):
-        """``{inner: {dkd: {…}}}``."""
+        """The config of a logit transform, such as ``{inner: {dkd: {…}}}``."""
 
         inner: InnerLoss
 
@@ -27,13 +30,13 @@ class LogitTransform(Loss):
         self.inner = config.inner.build(facts)
 
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits that the inner loss sees, of student and teacher."""
+        """Return the logits of student and teacher that the inner loss gets."""
         raise NotImplementedError
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return the inner loss's parts on the changed logits, × weight × ramp."""
+        """Return the inner loss's parts on the transformed logits × weight × ramp."""
         with autocast(student.logits_BK, None):
             student, teacher = self.select_features(student, teacher)
             student_BK, teacher_BK = self.transform(student.logits_BK, teacher.logits_BK.detach())
-            seen = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
-            return self.scaled(self.inner.parts(*seen, batch, progress), progress)
+            transformed = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
+            return self.scaled(self.inner.parts(*transformed, batch, progress), progress)
