@@ -81,7 +81,7 @@ def regressor(facts: Facts, student: str, teacher: str, norm: NormFactory) -> nn
     if convolution is None:
         raise ValueError(
             f"no regressor leads from the student's {student!r}, {_size(student_HW)}, to the teacher's {teacher!r}, "
-            f"{_size(teacher_HW)}: the student's map must be at least as large, or half as large; name another stage"
+            f"{_size(teacher_HW)}: only larger, equal or half-size maps fit; name another stage"
         )
     return nn.Sequential(convolution, norm(teacher_C))
 

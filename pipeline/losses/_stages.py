@@ -60,7 +60,7 @@ def pair_stages(stages: StageChoices, facts: Facts, kind: str = "") -> list[tupl
 def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
     """Return the number of channels of a map. Raises ValueError if the tap is not a map."""
     if len(shapes[tap]) != 3:
-        raise ValueError(f"the tap {tap!r} is shaped {list(shapes[tap])}, but this loss needs a map [C, H, W]")
+        raise ValueError(f"the tap {tap!r} is shaped {list(shapes[tap])}, but a map [C, H, W] is needed")
     return shapes[tap][0]
 
 

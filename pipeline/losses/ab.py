@@ -1,7 +1,9 @@
 """Distillation of activation boundaries, Heo et al., AAAI 2019, arXiv:1811.03233: the first of its two stages.
 
-Only the sign of the teacher's pre-activations is learned, by how far the student is from having it with a margin. The
-second stage trains on from that student with the labels alone.   B batch, C channels, H W space.
+The student learns only the sign of the teacher's pre-activations, with a margin. The second stage continues from that
+student with the labels alone.
+
+B batch, C channels, H W space.
 """
 
 import torch
@@ -13,28 +15,28 @@ from pipeline.losses._connectors import PreactLoss, regressor, sum_halving
 
 
 def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float) -> Tensor:
-    """Return the squares of what the pre-activations lack of the margin, on the side where the teacher's lie.
+    """Return max(margin − s', 0)², with s' = s if the teacher's pre-activation is positive and s' = −s otherwise.
 
-    Summed over a row's elements and averaged over the rows; zero is the passive side. No gradient reaches the teacher.
+    It is summed over a row's elements and averaged over the rows. No gradient reaches the teacher.
     """
-    towards_BCHW = torch.where(teacher_BCHW.detach() > 0, student_BCHW, -student_BCHW)
-    return (margin - towards_BCHW).clamp(min=0).square().flatten(1).sum(1).mean()
+    signed_BCHW = torch.where(teacher_BCHW.detach() > 0, student_BCHW, -student_BCHW)
+    return (margin - signed_BCHW).clamp(min=0).square().flatten(1).sum(1).mean()
 
 
 class AB(PreactLoss):
-    """Activation boundaries of every stage: the deepest counts 1, each one before it half of the next.
+    """Activation boundaries of every stage. The deepest has weight 1, each other one half of the next deeper one.
 
     Connectors are FitNets' regressors without the ReLU, as in CRD's benchmark (Tian et al., ICLR 2020,
-    arXiv:1910.10699); where both shapes are equal there is none, as in the authors' code too.
+    arXiv:1910.10699). If both shapes are equal there is no connector, as in the authors' code.
     """
 
     class Config(PreactLoss.Config):
-        """``{stages: all, margin: 1.0}``."""
+        """The config of AB, such as ``{stages: all, margin: 1.0}``."""
 
         margin: PositiveFloat
 
     def connector(self, student: str, teacher: str) -> nn.Module:
-        """Return what brings the student's tap to the teacher's shape."""
+        """Return the network that brings the student's tap to the teacher's shape."""
         if self.facts.student_shapes[student] == self.facts.teacher_shapes[teacher]:
             return nn.Identity()
         return regressor(self.facts, student, teacher, self.norm)

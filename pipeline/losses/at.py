@@ -15,8 +15,8 @@ from pipeline.losses._stages import FeatureMapLoss
 def at_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, p: float) -> Tensor:
     """Return the squared distances of the attention maps, averaged over rows and pixels and summed over the levels.
 
-    Maps [B, C, H, W] of different size are averaged down to the smaller; widths need not agree. No gradient reaches
-    the teacher. The mean over pixels is that of published code; the paper sums.
+    Maps [B, C, H, W] of different size are average-pooled to the smaller one; numbers of channels may differ. No
+    gradient reaches the teacher. Published code takes the mean over pixels, as here; the paper sums.
     """
     levels = [pool_to_smaller(student, teacher.detach()) for student, teacher in zip(students, teachers, strict=True)]
     return torch.stack([F.mse_loss(attention(student, p), attention(teacher, p)) for student, teacher in levels]).sum()
@@ -28,13 +28,13 @@ def attention(map_BCHW: Tensor, p: float) -> Tensor:
 
 
 class AT(FeatureMapLoss):
-    """Where the maps of several stages are large, which is what both networks attend to."""
+    """A loss that matches attention maps: the pixels where the maps of several stages are large."""
 
     class Config(FeatureMapLoss.Config):
-        """``{weight: 1000.0, p: 2.0}``."""
+        """The config of AT, such as ``{weight: 1000.0, p: 2.0}``."""
 
         p: float = Field(ge=1)
-        """Exponent: the larger, the more the strongest channel counts."""
+        """Exponent of the activations; the larger it is, the more the strongest channels count."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``at``."""

@@ -1,7 +1,9 @@
 """Class attention transfer, Guo et al., CVPR 2023, arXiv:2304.12777.
 
-The class activation maps of student and teacher, where each class's logit comes from, are compared at a low resolution.
-The maps of both networks leave out the head's bias, which has no place.   B batch, K classes, H W space.
+A class activation map shows which pixels a class's logit comes from. The maps of student and teacher are compared at a
+low resolution. They leave out the head's bias, which belongs to no pixel.
+
+B batch, K classes, H W space.
 """
 
 import torch.nn.functional as F
@@ -15,10 +17,10 @@ from pipeline.losses._functional import l2_normalize
 
 
 def cat_loss(student_BKHW: Tensor, teacher_BKHW: Tensor, *, resolution: int, normalize: bool) -> Tensor:
-    """Return the mean squared distance of class activation maps averaged down to ``resolution`` pixels a side.
+    """Return the mean squared error of class activation maps, average-pooled to ``resolution`` × ``resolution``.
 
-    ``normalize`` gives every class's map unit length after that, so that only where it looks is learned. The networks'
-    maps may differ in size. No gradient reaches the teacher.
+    With ``normalize``, each class's pooled map is scaled to unit length: the student then learns where a class is seen,
+    but not how strongly. The networks' maps may differ in size. No gradient reaches the teacher.
     """
     student, teacher = (F.adaptive_avg_pool2d(x, resolution) for x in (student_BKHW, teacher_BKHW.detach()))
     if normalize:
@@ -27,15 +29,15 @@ def cat_loss(student_BKHW: Tensor, teacher_BKHW: Tensor, *, resolution: int, nor
 
 
 class CatKD(Loss):
-    """Mean squared distance of the class activation maps."""
+    """Mean squared error of the class activation maps."""
 
     class Config(Loss.Config):
-        """``{resolution: 2, normalize: false}``."""
+        """The config of CAT-KD, such as ``{resolution: 2, normalize: false}``."""
 
         resolution: PositiveInt
-        """Height and width that both maps are averaged down to."""
+        """Height and width to which both maps are average-pooled."""
         normalize: bool
-        """Whether every class's map is brought to unit length; the authors do where the architectures differ."""
+        """Whether each class's map is scaled to unit length, as the authors do if the architectures differ."""
 
         def taps(self) -> Taps:
             """Return the class activation maps."""

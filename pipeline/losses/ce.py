@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels: the task's own loss.   B batch, K classes."""
+"""Cross-entropy with the labels, the loss of the task itself.   B batch, K classes."""
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -14,7 +14,7 @@ class CrossEntropy(Loss):
     needs_teacher = False
 
     class Config(Loss.Config):
-        """``{}``, or ``{label_smoothing: 0.1}``."""
+        """The config of cross-entropy, such as ``{}`` or ``{label_smoothing: 0.1}``."""
 
         label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
         """Share of the target that is spread evenly over the classes."""

@@ -1,8 +1,9 @@
 """DiffKD: knowledge diffusion, Huang et al., NeurIPS 2023, arXiv:2305.15712.
 
-A student's tensor is taken for a noisy teacher's, denoised by a diffusion model of the teacher's, and compared with it
-only then: the last feature map by mean squared error, the logits by any loss of logits (KD in DiffKD, DKD in DDKD). The
-networks that do it are trained with the student and left out at export; the student itself is unchanged.
+The student's tensor is treated as a noisy version of the teacher's. A diffusion model, trained on the teacher's tensor,
+denoises it; then it is compared with the teacher's. The last feature map is compared by mean squared error, the logits
+by any loss of logits (KD in DiffKD, DKD in DDKD). The networks of the denoiser are trained with the student and left
+out at export. The student itself is unchanged.
 
     L = λ1·(L_diff of both branches) + λ2·L_ae + λ3·(w·MSE(feature) + the logits' distance)
 
@@ -28,42 +29,52 @@ from pipeline.precision import autocast
 
 
 class FeatureBranch(FrozenModel):
-    """The branch of a feature map."""
+    """The branch that denoises and compares a feature map."""
 
     stage: StageChoice = "last"
-    """Tap of the networks; maps of different size are averaged down to the smaller."""
+    """Stage of both networks. Maps of different size are average-pooled to the smaller one."""
     latent: PositiveInt | Literal["auto"] | None = None
-    """Width of the autoencoder's latent: ``auto`` is half the teacher's, at most 1024; none is no autoencoder."""
+    """Channels of the autoencoder's latent; null for no autoencoder.
+
+    ``auto`` is half the teacher's channels, at most 1024.
+    """
     predictor_reduction: PositiveInt
+    """Factor by which the bottlenecks of the noise predictor reduce the channels."""
     adapter_reduction: PositiveInt
+    """Factor by which the bottleneck of the noise adapter reduces the channels."""
     weight: NonNegativeFloat = 1.0
-    """Weight of the distance, beside λ3; that of the logits stands in ``logit_distance``."""
+    """Weight of the feature distance, multiplied by λ3. The logits' weight is set in ``logit_distance``."""
 
 
 class LogitBranch(FrozenModel):
-    """The branch of the logits, which are a map of K channels and one pixel to it."""
+    """The branch that denoises and compares the logits, taken as a map of K channels and one pixel."""
 
     predictor_expansion: PositiveInt
+    """Factor by which the blocks of the noise predictor expand the channels."""
     adapter_expansion: PositiveInt
+    """Factor by which the block of the noise adapter expands the channels."""
 
 
 class DiffKD(Loss):
-    """Distances from the teacher after denoising, and the losses that train the denoiser.
+    """Distances to the teacher after denoising, and the losses that train the denoiser.
 
-    Its BatchNorms always take the batch's statistics, and over the logits they see one value a row: every rank needs at
-    least two rows.
+    Its BatchNorms always use the statistics of the batch. On the logits they see one value per row, so every rank needs
+    at least two rows.
     """
 
     scope = "statistics"
 
     class Config(Loss.Config):
-        """See ``configs/methods/diffkd.yaml`` and ``ddkd.yaml``. A branch that is not there is off."""
+        """The config of DiffKD; ``configs/methods/diffkd.yaml`` and ``ddkd.yaml`` have the published values.
+
+        A branch that is null is off.
+        """
 
         diffusion: Diffusion
         feature: FeatureBranch | None = None
         logits: LogitBranch | None = None
         logit_distance: InnerLoss | None = None
-        """Loss taken of the denoised student's logits and the teacher's; its weight and ramp act beside λ3."""
+        """Loss between the student's denoised logits and the teacher's; its weight and ramp are multiplied by λ3."""
         diffusion_weight: NonNegativeFloat
         """λ1."""
         autoencoder_weight: NonNegativeFloat
@@ -76,13 +87,13 @@ class DiffKD(Loss):
             if (self.logits is None) != (self.logit_distance is None):
                 raise ValueError("logits and logit_distance go together: give both or neither")
             if self.feature is None and self.logits is None:
-                raise ValueError("there is neither feature nor logits: nothing is distilled")
+                raise ValueError("neither feature nor logits is set, so nothing is distilled; set at least one")
             return self
 
         def taps(self) -> Taps:
-            """Return the feature branch's tap and those of the logits' distance."""
-            own = stage_taps(self.feature.stage) if self.feature else Taps()
-            return own.union(self.logit_distance.config.taps() if self.logit_distance else Taps())
+            """Return the taps of the feature branch and of the logits' distance."""
+            of_feature = stage_taps(self.feature.stage) if self.feature else Taps()
+            return of_feature.union(self.logit_distance.config.taps() if self.logit_distance else Taps())
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
@@ -91,7 +102,7 @@ class DiffKD(Loss):
         self.logit_distance = config.logit_distance.build(facts) if config.logit_distance else None
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return the branches' parts, × weight × ramp."""
+        """Return the parts of both branches × weight × ramp."""
         with autocast(student.logits_BK, None):
             student, teacher = self.select_features(student, teacher)
             parts = self.feature_parts(student, teacher) | self.logit_parts(student, teacher, batch, progress)
@@ -114,19 +125,19 @@ class DiffKD(Loss):
         return parts
 
     def logit_parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return ``diffusion_logit`` and the distance's parts as ``logit_<name>``."""
+        """Return ``diffusion_logit``, and the parts of the distance as ``logit_<name>``."""
         if self.logit_denoiser is None or self.logit_distance is None:
             return {}
         c = self.config
         denoised = self.logit_denoiser(student.logits_BK[:, :, None, None], teacher.logits_BK[:, :, None, None])
-        seen = student._replace(logits_BK=denoised.student_BCHW[:, :, 0, 0])
-        distances = self.logit_distance.parts(seen, teacher, batch, progress)
+        denoised_student = student._replace(logits_BK=denoised.student_BCHW[:, :, 0, 0])
+        distances = self.logit_distance.parts(denoised_student, teacher, batch, progress)
         parts = {f"logit_{name}": c.distance_weight * value for name, value in distances.items()}
         return parts | {"diffusion_logit": c.diffusion_weight * denoised.diffusion_loss}
 
 
 def feature_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:
-    """Return the denoiser of the feature map, None where that branch is off."""
+    """Return the denoiser of the feature map, or None if that branch is off."""
     c, norm = config.feature, config.diffusion.norm
     if c is None:
         return None
@@ -145,7 +156,7 @@ def feature_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:
 
 
 def logit_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:
-    """Return the denoiser of the logits, which has no autoencoder; None where that branch is off."""
+    """Return the denoiser of the logits, which has no autoencoder, or None if that branch is off."""
     c, norm, classes = config.logits, config.diffusion.norm, facts.num_classes
     if c is None:
         return None

@@ -1,7 +1,9 @@
 """DIST: knowledge distillation from a stronger teacher, Huang et al., NeurIPS 2022, arXiv:2205.10536.
 
-Not the class probabilities but how they correlate is matched: in every row (inter-class) and in every column, over the
-batch (intra-class).   B batch, K classes, J columns of both networks.
+The student learns probabilities that correlate with the teacher's, not the probabilities themselves. The correlation is
+taken within each row (inter-class), and within each column over the batch (intra-class).
+
+B batch, K classes, J columns of both networks.
 """
 
 from collections.abc import Sequence
@@ -16,19 +18,20 @@ from pipeline.losses._base import Loss
 from pipeline.losses._rows import StatScope, group_size, mean_by_rows
 
 _EPS = 1e-8
+"""ε in the denominator of the published code's cosine."""
 
 
 def dist_loss(student_BK: Tensor, teacher_BK: Tensor, *, beta: float, gamma: float, temperature: float) -> Tensor:
     """Return T²·(β·inter + γ·intra) of the probabilities softened by T. No gradient reaches the teacher.
 
-    T² is that of the published code; the paper's equations have none. Collective: every rank calls it.
+    T² is in the published code, but not in the paper's equations. This is a collective: every rank must call it.
     """
     p_BK, q_BK = softened(student_BK, teacher_BK, temperature)
     return temperature**2 * (beta * inter_class(p_BK, q_BK) + gamma * intra_class(p_BK, q_BK))
 
 
 def softened(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the class probabilities of both."""
+    """Return the class probabilities of student and teacher at this temperature."""
     return (student_BK / temperature).softmax(1), (teacher_BK.detach() / temperature).softmax(1)
 
 
@@ -41,38 +44,41 @@ def inter_class(p_BK: Tensor, q_BK: Tensor) -> Tensor:
 
 
 def intra_class(p_BK: Tensor, q_BK: Tensor, *, across_ranks: bool = True) -> Tensor:
-    """Return 1 − the correlation of p and q over the rows of all ranks, or of this one, averaged over the classes.
+    """Return 1 − the correlation of p and q over the rows, averaged over the classes.
 
-    The columns are centred before they are multiplied, which costs a second all-reduce and saves their digits.
+    The rows are those of all ranks, or with ``across_ranks=False`` those of this rank.
     """
-    add_up = global_sum if across_ranks else torch.clone
+    all_reduce = global_sum if across_ranks else torch.clone
     both_BJ = torch.cat([p_BK, q_BK], 1)
-    sums = add_up(torch.cat([both_BJ.new_full((1,), len(both_BJ)), both_BJ.sum(0)]))
+    sums = all_reduce(torch.cat([both_BJ.new_full((1,), len(both_BJ)), both_BJ.sum(0)]))
     mean_J = sums[1:] / sums[0]
+    # Centred before multiplying, which costs a second all-reduce. Subtracting sums of products instead would lose
+    # digits.
     p_BK, q_BK = (both_BJ - mean_J).chunk(2, 1)
-    product_K, *squares = add_up(torch.stack([p_BK * q_BK, p_BK.square(), q_BK.square()]).sum(1))
+    product_K, *squares = all_reduce(torch.stack([p_BK * q_BK, p_BK.square(), q_BK.square()]).sum(1))
     return 1 - cosine(product_K, squares, rounding(sums[0], mean_J).chunk(2)).mean()
 
 
 def rounding(count: Tensor | int, mean: Tensor) -> Tensor:
-    """Return what rounding may leave of ‖x − mean‖² where ``x`` is ``count`` equal numbers."""
+    """Return a bound of the rounding error in ‖x − mean‖² for ``count`` equal numbers, where it should be zero."""
     limits = torch.finfo(mean.dtype)
     return (count * (16 * limits.eps * mean.detach()).square()).clamp(min=limits.tiny)
 
 
 def cosine(product: Tensor, squares: Sequence[Tensor], noise: Sequence[Tensor]) -> Tensor:
-    """Return a·b / (‖a‖·‖b‖ + 1e-8) from a·b and ``squares``, ‖a‖² and ‖b‖²; zero where one is no more than its noise.
+    """Return a·b / (‖a‖·‖b‖ + 1e-8) from a·b and ``squares``, which are ‖a‖² and ‖b‖².
 
-    So are a row of equal logits and the column of a class that all rows give the same probability, or none. They have
-    no correlation, and no gradient passes: a division by 1e-8 would send them a hundred million times theirs.
+    It is zero, without gradient, if ‖a‖² or ‖b‖² is no larger than its rounding error ``noise``. That is the case for a
+    row of equal logits, and for a class with the same probability in all rows. They have no correlation.
     """
+    # A division by 1e-8 would multiply the gradient of such a row or column by a hundred million.
     equal = (squares[0] <= noise[0]) | (squares[1] <= noise[1])
     lengths = squares[0].clamp(min=noise[0]).sqrt() * squares[1].clamp(min=noise[1]).sqrt()
     return product / (lengths + _EPS).masked_fill(equal, float("inf"))
 
 
 class DIST(Loss):
-    """Correlations between both networks' class probabilities, within rows and within columns.
+    """Correlation between the class probabilities of both networks, within rows and within columns.
 
     Under gradient accumulation the columns are those of the micro-batch of all ranks.
     """
@@ -80,7 +86,7 @@ class DIST(Loss):
     scope = "statistics"
 
     class Config(Loss.Config):
-        """``{beta: 1.0, gamma: 1.0, temperature: 4.0}``."""
+        """The config of DIST, such as ``{beta: 1.0, gamma: 1.0, temperature: 4.0}``."""
 
         beta: NonNegativeFloat
         """Weight of the inter-class term."""
@@ -88,7 +94,7 @@ class DIST(Loss):
         """Weight of the intra-class term."""
         temperature: PositiveFloat
         stat_scope: StatScope = "global"
-        """Rows of the intra-class term; published code took a rank's."""
+        """Rows that the intra-class term covers; published code takes those of a rank."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``inter`` and ``intra``."""
@@ -98,7 +104,7 @@ class DIST(Loss):
         return {"inter": c.temperature**2 * inter, "intra": c.temperature**2 * intra}
 
     def grouped_intra_class(self, p_BK: Tensor, q_BK: Tensor) -> Tensor:
-        """Return the intra-class term of all rows, or the mean of those of this rank's groups of rows."""
+        """Return the intra-class term over all rows, or its mean over this rank's groups of rows."""
         size = group_size(self.config.stat_scope, len(p_BK))
         if size is None:
             return intra_class(p_BK, q_BK)

@@ -12,10 +12,11 @@ from pipeline.losses._functional import kl_divergence
 def dkd_loss(
     student_BK: Tensor, teacher_BK: Tensor, labels_B: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """Return α·TCKD + β·NCKD, each with T² and averaged over the rows, for K ≥ 3 classes.
+    """Return α·TCKD + β·NCKD, each multiplied by T² and averaged over the rows, for K ≥ 3 classes.
 
-    TCKD is the KL divergence of "the label or not", NCKD that of the other classes among themselves; KD is their sum
-    with α = 1 and β = 1 − p_teacher(label), a row's own. No gradient reaches the teacher.
+    TCKD is the KL divergence of the two probabilities "label" and "not the label". NCKD is that of the distribution
+    among the other classes. KD is the sum with α = 1 and, row by row, β = 1 − p_teacher(label). No gradient reaches the
+    teacher.
     """
     binary_student_B2, others_student_BK = split_at_label(student_BK / temperature, labels_B)
     binary_teacher_B2, others_teacher_BK = split_at_label(teacher_BK.detach() / temperature, labels_B)
@@ -25,11 +26,11 @@ def dkd_loss(
 
 
 def split_at_label(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log (p, 1 − p) of the label [B, 2] and the log-probabilities of the other classes among themselves [B, K].
+    """Return log (p, 1 − p) of the label [B, 2] and the log-probabilities among the other classes [B, K].
 
-    All in log space, where log(1 − p) of a confident network is a large negative number and not −inf. The label's own
-    column of the second is 0, for student and teacher alike, so that it adds nothing to their divergence.
+    In the second result the label's column is 0 for student and teacher, so it adds nothing to their divergence.
     """
+    # All in log space: for a confident network 1 − p rounds to zero, and its logarithm would be −inf.
     label_B1 = labels_B.unsqueeze(1)
     is_label_BK = torch.zeros_like(logits_BK, dtype=torch.bool).scatter(1, label_B1, True)
     others_B1 = logits_BK.masked_fill(is_label_BK, float("-inf")).logsumexp(1, keepdim=True)
@@ -38,10 +39,10 @@ def split_at_label(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]
 
 
 class DKD(Loss):
-    """KD with the label's class and the other classes weighted apart. It needs hard labels."""
+    """KD with separate weights for the label's class and the other classes. It needs hard labels."""
 
     class Config(Loss.Config):
-        """``{alpha: 1.0, beta: 8.0, temperature: 4.0, ramp: {linear_epochs: 20}}``."""
+        """The config of DKD, such as ``{alpha: 1.0, beta: 8.0, temperature: 4.0, ramp: {linear_epochs: 20}}``."""
 
         alpha: NonNegativeFloat
         """Weight of TCKD."""
@@ -51,7 +52,7 @@ class DKD(Loss):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         if facts.num_classes < 3:
-            raise ValueError(f"dkd: needs at least 3 classes and the data has {facts.num_classes}; use kd")
+            raise ValueError(f"dkd: needs at least 3 classes, but the data has {facts.num_classes}; use kd")
         super().__init__(config, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""FitNets: a hint of the teacher's map, Romero et al., ICLR 2015, arXiv:1412.6550, eq. 3.
+"""FitNets: a hint from the teacher's map, Romero et al., ICLR 2015, arXiv:1412.6550, eq. 3.
 
-Trained in one stage beside the cross-entropy, as in CRD's benchmark (Tian et al., ICLR 2020, arXiv:1910.10699), where
-the paper has a stage of the hint alone first.
+It is trained together with the cross-entropy, as in CRD's benchmark (Tian et al., ICLR 2020, arXiv:1910.10699). The
+paper first trains with the hint alone.
 """
 
 import torch.nn.functional as F
@@ -14,13 +14,13 @@ from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
 class FitNet(ConnectorLoss):
-    """Mean squared distance of the student's map, through a regressor and a ReLU, from the teacher's."""
+    """Mean squared error between the teacher's map and the student's map after a regressor and a ReLU."""
 
     class Config(ConnectorLoss.Config):
-        """``{stage: stage2}``."""
+        """The config of FitNets, such as ``{stage: stage2}``."""
 
         stage: StageChoice
-        """Tap of both networks, after its activation: what ends in a ReLU never meets a negative number."""
+        """Stage of both networks, after its activation. The regressor's ReLU could not reach negative targets."""
 
         def taps(self) -> Taps:
             """Return the stage's taps."""

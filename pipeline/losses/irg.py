@@ -1,7 +1,7 @@
 """Instance relationship graphs, Liu et al., CVPR 2019, pages 7096–7104.
 
-A level's graph has the images of the batch as its vertices and their squared distances as its edges; between two levels
-of a network every vertex moves. Vertices, edges and moves of the student are held to the teacher's.
+The graph of a level has the batch's images as vertices and their squared distances as edges. From one level of a
+network to the next, every vertex moves. The student learns the teacher's vertices, edges and moves.
 
 B batch, C channels, D E embeddings, H W space.
 """
@@ -21,20 +21,20 @@ from pipeline.losses._stages import StageChoices, pair_stages, stage_taps
 
 
 def edges(x_BD: Tensor) -> Tensor:
-    """Return ‖x_i − x_j‖² over the largest of them [B, B]; widths of student and teacher need not agree.
+    """Return ‖x_i − x_j‖² divided by their maximum [B, B]. The networks' embeddings may differ in width.
 
-    The largest is differentiated too, so that the gradient, like the value, ignores the scale of ``x``; the authors'
-    code takes it for a constant.
+    The gradient passes through the maximum, too, so that it ignores the scale of ``x`` as the value does. The authors'
+    code treats the maximum as a constant.
     """
     squares_BB = distances(x_BD).square()
     return safe_divide(squares_BB, squares_BB.amax())
 
 
 def transformation(shallow_BD: Tensor, deep_BE: Tensor) -> Tensor:
-    """Return ‖deep_i − shallow_i‖² over the largest of them [B].
+    """Return ‖deep_i − shallow_i‖² divided by their maximum [B].
 
-    The paper's levels are equally wide. Here neighbouring channels of the wider one are averaged down to the width of
-    the narrower.
+    In the paper both levels have the same width. Here neighbouring channels of the wider one are averaged to the width
+    of the narrower one.
     """
     width = min(shallow_BD.shape[1], deep_BE.shape[1])
     shallow_BD, deep_BE = (F.adaptive_avg_pool1d(x, width) for x in (shallow_BD, deep_BE))
@@ -43,24 +43,24 @@ def transformation(shallow_BD: Tensor, deep_BE: Tensor) -> Tensor:
 
 
 class IRG(BatchLoss):
-    """Logits, distances among rows at several stages, and how rows move from each stage to the next.
+    """A loss that matches logits, distances among rows at several stages, and moves of rows between stages.
 
-    Stages are averaged over their pixels. With one stage there is no transformation.
+    Stages are averaged over their pixels. With one stage there is no transformation part.
     """
 
     class Config(BatchLoss.Config):
-        """``{vertex_weight: 0.1, edge_weight: 5.0, transformation_weight: 5.0}``."""
+        """The config of IRG, such as ``{vertex_weight: 0.1, edge_weight: 5.0, transformation_weight: 5.0}``."""
 
         vertex_weight: NonNegativeFloat
-        """Of the logits' mean squared error; logits are the one feature that is equally wide in both networks."""
+        """Weight of the logits' mean squared error. Logits are the one feature with equal width in both networks."""
         edge_weight: NonNegativeFloat
-        """Of the edges' mean squared error, averaged over the levels."""
+        """Weight of the edges' mean squared error, which is averaged over the levels."""
         transformation_weight: NonNegativeFloat
-        """Of the mean squared error of the moves, averaged over the steps from level to level."""
+        """Weight of the moves' mean squared error, which is averaged over the pairs of neighbouring levels."""
         stages: StageChoices = "all"
 
         def taps(self) -> Taps:
-            """Return the stages."""
+            """Return the stages' taps."""
             return stage_taps(self.stages)
 
     def __init__(self, config: Config, facts: Facts) -> None:
@@ -68,11 +68,14 @@ class IRG(BatchLoss):
         self.levels = pair_stages(config.stages, facts)
 
     def reduce(self, outputs: Outputs) -> Outputs:
-        """Return the maps averaged over their pixels: ranks send each other vectors."""
+        """Return the outputs with maps averaged over their pixels, so that ranks gather vectors, not maps."""
         return outputs._replace(features={name: pooled(x) for name, x in outputs.features.items()})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``vertices``, ``edges`` and, with several levels, ``transformation``, of outputs that are averaged."""
+        """Return ``vertices``, ``edges`` and, with several levels, ``transformation``.
+
+        The outputs are those that ``reduce`` returned: vectors.
+        """
         c = self.config
         students = [student.features[name] for name, _ in self.levels]
         teachers = [teacher.features[name].detach() for _, name in self.levels]
@@ -87,10 +90,10 @@ class IRG(BatchLoss):
 
 
 def pooled(x: Tensor) -> Tensor:
-    """Return a map [B, C, H, W] averaged over its pixels; a vector [B, D] as it is."""
+    """Return a map [B, C, H, W] averaged over its pixels; return a vector [B, D] unchanged."""
     return x.flatten(2).mean(2) if x.ndim > 2 else x
 
 
 def mean_error(students: Iterable[Tensor], teachers: Iterable[Tensor]) -> Tensor:
-    """Return the mean squared errors, averaged over the levels."""
+    """Return the mean squared error between student and teacher, averaged over the levels."""
     return torch.stack([F.mse_loss(*both) for both in zip(students, teachers, strict=True)]).mean()

@@ -9,9 +9,9 @@ from pipeline.losses._functional import kl_divergence
 
 
 def kd_loss(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
-    """Return T²·KL(p_teacher ‖ p_student) of the logits softened by T, averaged over the rows.
+    """Return T²·KL(p_teacher ‖ p_student) of the logits divided by T, averaged over the rows.
 
-    T² keeps the gradient's size as T grows. No gradient reaches the teacher.
+    The factor T² keeps the size of the gradient as T grows. No gradient reaches the teacher.
     """
     log_student_BK = (student_BK / temperature).log_softmax(1)
     log_teacher_BK = (teacher_BK.detach() / temperature).log_softmax(1)
@@ -22,7 +22,7 @@ class KD(Loss):
     """KL divergence from the teacher's softened class probabilities."""
 
     class Config(Loss.Config):
-        """``{temperature: 4.0}``."""
+        """The config of KD, such as ``{temperature: 4.0}``."""
 
         temperature: PositiveFloat
 

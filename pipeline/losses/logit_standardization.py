@@ -1,7 +1,8 @@
 """Logit standardization, Sun et al., CVPR 2024, arXiv:2403.01427, algorithm 1.
 
-Every row of the logits is standardised over the classes, for student and teacher apart, and another loss of logits is
-taken of what comes out: the student then learns the order and the proportions of the teacher's logits, not their size.
+Each row of the logits is standardised over the classes, separately for student and teacher. Another loss of logits is
+then computed on the result. The student learns the order and the proportions of the teacher's logits, not their size.
+
 B batch, K classes.
 """
 
@@ -12,16 +13,17 @@ from pipeline.losses._transform import LogitTransform
 
 
 def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Return (z − mean)/(std + eps) of every row; std is the unbiased one, and both are differentiated through.
+    """Return (z − mean)/(std + eps) of every row, with the unbiased std. The gradient passes through both statistics.
 
-    A row of equal logits is zero and sends no gradient: a division by eps would send it ten million times its own.
+    A row of equal logits becomes zero and gets no gradient.
     """
+    # Dividing a row of equal logits by eps would multiply its gradient by ten million.
     return safe_divide(logits_BK - logits_BK.mean(1, keepdim=True), logits_BK.std(1, keepdim=True), eps)
 
 
 class LogitStandardization(LogitTransform):
-    """Another loss of the logits, taken of both networks' standardised ones; its temperature is the base one."""
+    """A loss that computes its inner loss on standardised logits; the inner temperature is the paper's base one."""
 
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both networks' logits, standardised."""
+        """Return the standardised logits of student and teacher."""
         return standardize(student_BK), standardize(teacher_BK)

@@ -16,8 +16,8 @@ from pipeline.losses._stages import FeatureMapLoss
 def nst_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     """Return the squared maximum mean discrepancy of the channels, averaged over the rows and summed over the levels.
 
-    A channel is a sample: its map, scaled to length one. Maps [B, C, H, W] of different size are averaged down to the
-    smaller; widths need not agree. No gradient reaches the teacher.
+    Each channel's map, scaled to length one, is a sample. Maps [B, C, H, W] of different size are average-pooled to the
+    smaller one. Numbers of channels may differ. No gradient reaches the teacher.
     """
     levels = [pool_to_smaller(student, teacher.detach()) for student, teacher in zip(students, teachers, strict=True)]
     return torch.stack([discrepancy(student, teacher) for student, teacher in levels]).sum()
@@ -32,9 +32,10 @@ def discrepancy(student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
 def mean_kernel(a_BCN: Tensor, b_BDN: Tensor) -> Tensor:
     """Return the mean of (a·b)² over the rows and the pairs of channels.
 
-    Σ_cd (a_c·b_d)² is ‖A·Bᵀ‖² and also ⟨AᵀA, BᵀB⟩. Of the two sizes, C × D and N × N, the smaller is made: shallow maps
-    have few channels, deep ones few pixels. Products that are not yet summed over the pixels would hold C × D × N.
+    Σ_cd (a_c·b_d)² is ‖A·Bᵀ‖² and also ⟨AᵀA, BᵀB⟩. The first needs a C × D matrix, the second N × N; the smaller is
+    computed. Shallow maps have few channels, deep ones few pixels.
     """
+    # Both forms are matrix products. Elementwise products, summed over the pixels afterwards, would need C × D × N.
     (_, channels_a, pixels), channels_b = a_BCN.shape, b_BDN.shape[1]
     if channels_a * channels_b <= pixels**2:
         return torch.bmm(a_BCN, b_BDN.mT).square().mean()
@@ -43,7 +44,7 @@ def mean_kernel(a_BCN: Tensor, b_BDN: Tensor) -> Tensor:
 
 
 class NST(FeatureMapLoss):
-    """How the channels of a map, as a set, respond over its pixels."""
+    """A loss that matches the distribution of the channels' maps of both networks."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return ``nst``."""

@@ -1,7 +1,9 @@
 """Overhaul of feature distillation, Heo et al., ICCV 2019, arXiv:1904.01866: margin ReLU and partial L2 distance.
 
-Maps are compared before the ReLU. What the teacher's ReLU would take away is replaced by a margin, the mean of the
-channel's negative values, and a student that is below it is left alone.   B batch, C channels, H W space.
+Maps are compared before the ReLU. The teacher's negative values are raised to a margin, the mean of the channel's
+negative values. Where the target is negative and the student is already below it, there is no loss.
+
+B batch, C channels, H W space.
 """
 
 import math
@@ -21,9 +23,9 @@ RARE = 1e-3
 
 
 def partial_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, margin_C: Tensor) -> Tensor:
-    """Return (s − t')² where s > t' or t' > 0, and else 0, with t' = max(t, margin).
+    """Return (s − t')² if s > t' or t' > 0, otherwise 0, with t' = max(t, margin).
 
-    Summed over a row's elements and averaged over the rows. No gradient reaches the teacher.
+    It is summed over a row's elements and averaged over the rows. No gradient reaches the teacher.
     """
     target_BCHW = torch.maximum(teacher_BCHW.detach(), margin_C[:, None, None])
     counts_BCHW = (student_BCHW > target_BCHW) | (target_BCHW > 0)
@@ -31,12 +33,13 @@ def partial_l2(student_BCHW: Tensor, teacher_BCHW: Tensor, margin_C: Tensor) -> 
 
 
 def margins(norm: NormParameters) -> Tensor:
-    """Return E[x | x < 0] of x ~ N(β, γ²) for each channel [C], β and γ of the BatchNorm before the ReLU.
+    """Return E[x | x < 0] of x ~ N(β, γ²) for each channel [C], with β and γ of the BatchNorm before the ReLU.
 
-    With Φ and φ the standard normal distribution and density, it is β − |γ|·φ(β/γ)/Φ(−β/|γ|); −3·|γ| for a channel that
-    is hardly ever negative. In float64, since Φ is small where it matters.
+    It is β − |γ|·φ(β/γ)/Φ(−β/|γ|), with Φ and φ the standard normal distribution and density. For a channel that is
+    hardly ever negative it is −3·|γ|.
     """
-    # A channel that was pruned has a scale of zero: it is always β.
+    # In float64, because Φ is small where its quotient matters. A pruned channel has scale zero and is always β; the
+    # clamp keeps it from dividing by zero.
     scale_C, shift_C = norm.weight_C.double().abs().clamp(min=1e-12), norm.bias_C.double()
     z_C = shift_C / scale_C
     negative_C = torch.special.ndtr(-z_C)
@@ -45,22 +48,23 @@ def margins(norm: NormParameters) -> Tensor:
 
 
 class OFD(PreactLoss):
-    """Partial L2 distance of every stage: the deepest counts 1, each one before it half of the next.
+    """Partial L2 distance of every stage. The deepest has weight 1, each other one half of the next deeper one.
 
-    The margins are numbers taken from the teacher once; the teacher itself stays outside and in evaluation mode.
+    The margins are computed once, from the teacher's BatchNorms. The teacher is no part of the loss and stays in
+    evaluation mode.
     """
 
     class Config(PreactLoss.Config):
-        """``{stages: all}``; maps of different size are averaged down to the smaller."""
+        """The config of OFD, such as ``{stages: all}``. Maps of different size are average-pooled to the smaller."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         for level, (_, teacher) in enumerate(self.pairs):
-            # Not saved: the teacher has them.
+            # Not saved in checkpoints: it can be computed again from the teacher.
             self.register_buffer(f"margin{level}_C", margins(norm_of(teacher, facts)).float(), persistent=False)
 
     def connector(self, student: str, teacher: str) -> nn.Sequential:
-        """Return a 1×1 convolution, drawn as the authors do, and a norm."""
+        """Return a 1×1 convolution with the authors' initialisation, followed by a norm."""
         width = channels(self.facts.teacher_shapes, teacher)
         network = convolution_norm(channels(self.facts.student_shapes, student), width, 1, self.norm)
         nn.init.normal_(network[0].weight, std=math.sqrt(2 / width))  # type: ignore[arg-type]
@@ -77,11 +81,11 @@ class OFD(PreactLoss):
 
 
 def norm_of(tap: str, facts: Facts) -> NormParameters:
-    """Return the BatchNorm that ends the teacher's tap. Raises ValueError where none is known."""
+    """Return the parameters of the BatchNorm that ends the teacher's tap. Raises ValueError if none is known."""
     if tap not in facts.teacher_norms:
         stage = tap.removesuffix(".preact")
         raise ValueError(
-            f"ofd: no BatchNorm is known to end the teacher's {tap!r}, and the margin is taken from it; "
-            f"name it by teacher.stages: {{{stage}.norm: <module path>}} (a teacher.average has none that stays)"
+            f"ofd: the teacher's {tap!r} has no known BatchNorm to take the margin from; "
+            f"name it under teacher.stages: {{{stage}.norm: <module path>}} (not possible with teacher.average)"
         )
     return facts.teacher_norms[tap]

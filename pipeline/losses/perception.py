@@ -1,7 +1,9 @@
 """Perception reconstruction, Zhu and Zhu, 计算机系统应用 34(2), 2025, eq. 5; as LumiNet, arXiv:2310.03669.
 
-Every class's column of the logits is standardised over the batch, for student and teacher apart, and another loss of
-logits is taken of what comes out: RTKD and RNKD of the paper are the two terms of DKD on it.   B batch, K classes.
+Each class's column of the logits is standardised over the batch, separately for student and teacher. Another loss of
+logits is then computed on the result. The paper's RTKD and RNKD are the two terms of DKD on it.
+
+B batch, K classes.
 """
 
 import torch
@@ -14,30 +16,34 @@ from pipeline.losses._transform import LogitTransform
 
 
 def perceive(logits_BK: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Return the perception matrix h = (z − μ)·(v + ε)^(−1/2), μ and v of a class over the global batch (eq. 5, 6).
+    """Return the perception matrix h = (z − μ)·(v + ε)^(−1/2) (eq. 5, 6).
 
-    Collective: every rank calls it. The variance is the biased one; both statistics are differentiated through.
+    μ and v are a class's mean and biased variance over the global batch; the gradient passes through both. This is a
+    collective: every rank must call it.
     """
     return standardize_columns(logits_BK, eps)
 
 
 class Perception(LogitTransform):
-    """Another loss of the logits, taken of both networks' perception matrices.
+    """A loss that computes its inner loss on the perception matrices of both networks.
 
-    Under gradient accumulation the batch it standardises over is the micro-batch of all ranks.
+    Under gradient accumulation it standardises over the micro-batch of all ranks.
     """
 
     scope = "statistics"
 
     class Config(LogitTransform.Config):
-        """``{inner: {dkd: {…}}}``."""
+        """The config of perception reconstruction, such as ``{inner: {dkd: {…}}}``."""
 
         eps: PositiveFloat = 1e-5
-        """Added to the variance; the paper has none and would divide by zero."""
+        """Term added to the variance. The paper has none, and would divide by zero."""
         stat_scope: StatScope = "global"
 
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both perception matrices; one all-reduce serves both, and the backward's is the student's alone."""
+        """Return both perception matrices.
+
+        One all-reduce in forward serves both networks; the one in backward is for the student only.
+        """
         c = self.config
         size = group_size(c.stat_scope, len(student_BK))
         if size is None:

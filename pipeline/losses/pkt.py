@@ -12,39 +12,42 @@ from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
-    """Return the mean over all pairs of p·log((p + ε)/(q + ε)), p the teacher's and q the student's neighbourhoods.
+    """Return the mean over all pairs of p·log((p + ε)/(q + ε)), with p of the teacher and q of the student.
 
-    Rows of p and q sum to one and the mean divides by B², as in published code, so the value falls as 1/B. No gradient
-    reaches the teacher.
+    p and q are ``neighbourhoods``. Their rows sum to one and the mean divides by B², as in published code, so the value
+    falls as 1/B. No gradient reaches the teacher.
     """
     q_BB, p_BB = neighbourhoods(student_BD, eps), neighbourhoods(teacher_BE.detach(), eps)
     return (p_BB * ((p_BB + eps) / (q_BB + eps)).log()).mean()
 
 
 def neighbourhoods(x_BD: Tensor, eps: float) -> Tensor:
-    """Return (1 + cos)/2 of all pairs of rows, itself included, with every row scaled to sum one.
+    """Return (1 + cos)/2 for all pairs of rows [B, B], each row divided by its sum. A row is also paired with itself.
 
-    A zero row has a cosine of 0 with every other and no gradient: a division by ε would send it ten million times its
-    own.
+    A zero row has a cosine of 0 with every other row, and no gradient.
     """
+    # Dividing a zero row by ε instead would multiply its gradient by ten million.
     direction_BD = safe_divide(x_BD, torch.linalg.vector_norm(x_BD, dim=1, keepdim=True), eps)
-    # Rounding makes the cosine of opposite rows less than −1, and the logarithm has no negatives.
+    # Rounding can make the cosine of opposite rows less than −1, and the logarithm is not defined for negatives.
     kernel_BB = ((1 + direction_BD @ direction_BD.mT) / 2).clamp(min=0)
     return kernel_BB / kernel_BB.sum(1, keepdim=True)
 
 
 class PKT(BatchLoss):
-    """How likely rows of the batch are neighbours. The value depends on the number of rows that are compared."""
+    """A loss that matches the probabilities of rows of the batch to be neighbours.
+
+    Its value depends on the number of rows that are compared.
+    """
 
     class Config(BatchLoss.Config):
-        """``{weight: 30000.0, eps: 1.0e-7}``."""
+        """The config of PKT, such as ``{weight: 30000.0, eps: 1.0e-7}``."""
 
         eps: PositiveFloat
-        """Added to lengths and to probabilities."""
+        """Term added to lengths and to probabilities."""
         stage: StageChoice = "embedding"
 
         def taps(self) -> Taps:
-            """Return the stage."""
+            """Return the stage's taps."""
             return stage_taps(self.stage)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ‖G_teacher − G_student‖²_F / B² of features [B, …]; their sizes need not agree.
+    """Return ‖G_teacher − G_student‖²_F / B² of features [B, …]. The networks' features may differ in size.
 
     No gradient reaches the teacher.
     """
@@ -19,20 +19,23 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarities(x_BD: Tensor) -> Tensor:
-    """Return G [B, B]: the inner products of every row with all rows, scaled to length one."""
+    """Return G [B, B]: row i holds the inner products of sample i with all samples, scaled to length one."""
     return l2_normalize(x_BD @ x_BD.mT, 1)
 
 
 class SP(BatchLoss):
-    """Which images of the batch a network finds alike. The value depends on the number of rows that are compared."""
+    """A loss that matches which images of the batch the networks find similar.
+
+    Its value depends on the number of rows that are compared.
+    """
 
     class Config(BatchLoss.Config):
-        """``{weight: 3000.0}``."""
+        """The config of SP, such as ``{weight: 3000.0}``."""
 
         stage: StageChoice = "last"
 
         def taps(self) -> Taps:
-            """Return the stage."""
+            """Return the stage's taps."""
             return stage_taps(self.stage)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Variational information distillation, Ahn et al., CVPR 2019, arXiv:1904.05835: the Gaussian model.
+"""Variational information distillation, Ahn et al., CVPR 2019, arXiv:1904.05835, with the Gaussian model.
 
-A network guesses the teacher's map from the student's, and how sure it is, a variance for every channel, is learned:
-the loss is the negative log-likelihood of the teacher's map but for a constant, and may be negative.
+A network predicts the teacher's map from the student's, and a variance is learned for every channel. The loss is the
+negative log-likelihood of the teacher's map, without its constant term. It may be negative.
 
 B batch, C channels, H W space.
 """
@@ -30,13 +30,13 @@ class VID(Loss):
     """Negative log-likelihood of the teacher's maps given the student's, summed over the stages."""
 
     class Config(Loss.Config):
-        """``{stages: all, initial_variance: 5.0, eps: 1.0e-5}``."""
+        """The config of VID, such as ``{stages: all, initial_variance: 5.0, eps: 1.0e-5}``."""
 
         stages: StageChoices
-        """Taps of the networks; maps of different size are averaged down to the smaller."""
+        """Stages of both networks. Maps of different size are average-pooled to the smaller one."""
         initial_variance: PositiveFloat
         eps: PositiveFloat
-        """The smallest variance."""
+        """Lower bound of every variance."""
 
         @model_validator(mode="after")
         def _variance_is_reachable(self) -> "VID.Config":
@@ -65,17 +65,17 @@ class VID(Loss):
 
 
 class Variance(nn.Module):
-    """σ² = softplus(θ) + ε of every channel."""
+    """A learned variance σ² = softplus(θ) + ε for every channel."""
 
     undecayed: ClassVar[tuple[str, ...]] = ("theta_C",)
-    """Weight decay would pull every variance towards log 2, whatever the maps are."""
+    """Parameters without weight decay, which would pull every variance towards log 2 whatever the maps are."""
 
     def __init__(self, channels: int, config: VID.Config) -> None:
         super().__init__()
         self.eps = config.eps
-        above = config.initial_variance - config.eps
-        # The inverse of softplus, in a form that does not overflow.
-        self.theta_C = nn.Parameter(torch.full((channels,), above + math.log(-math.expm1(-above))))
+        target = config.initial_variance - config.eps
+        # The inverse of softplus, log(exp(x) − 1), in a form that does not overflow.
+        self.theta_C = nn.Parameter(torch.full((channels,), target + math.log(-math.expm1(-target))))
 
     def forward(self) -> Tensor:
         """Return σ² [C]."""
@@ -83,6 +83,6 @@ class Variance(nn.Module):
 
 
 def mean_network(student_C: int, teacher_C: int) -> nn.Sequential:
-    """Return the network that guesses μ: three 1×1 convolutions without bias, as wide as the teacher's map."""
+    """Return the network that predicts μ: three 1×1 convolutions without bias, as wide as the teacher's map."""
     first, *more = (nn.Conv2d(width, teacher_C, 1, bias=False) for width in (student_C, teacher_C, teacher_C))
     return nn.Sequential(first, nn.ReLU(), more[0], nn.ReLU(), more[1])

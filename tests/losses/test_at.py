@@ -53,5 +53,5 @@ def test_the_teachers_surplus_stage_is_the_shallowest():
 def test_a_stage_that_is_no_map_is_refused_in_one_line():
     shapes = {"embedding": (6,)}
     spec = load_spec("at", {"p": 2.0, "stages": ["embedding"]})
-    with pytest.raises(ValueError, match=r"^the tap 'embedding' is shaped \[6\], and a map \[C, H, W\] is needed$"):
+    with pytest.raises(ValueError, match=r"^the tap 'embedding' is shaped \[6\], but a map \[C, H, W\] is needed$"):
         spec.build(Facts(5, shapes, shapes))

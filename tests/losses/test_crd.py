@@ -117,7 +117,7 @@ def test_noise_is_of_another_class_whatever_the_data_set(labels: list[int]):
 
 @pytest.mark.parametrize("labels", [[1, 1, -1, 1], [-1, -1], []])
 def test_a_data_set_of_one_class_is_refused_in_one_line(labels: list[int]):
-    with pytest.raises(ValueError, match=r"^crd: its negatives are samples of other classes, and all .* are of one$"):
+    with pytest.raises(ValueError, match=r"^crd: negatives are samples of other classes, but all .* are of one class$"):
         NegativeSampler(np.array(labels, dtype=np.int64), 3)
 
 
@@ -271,5 +271,5 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been():
 
 def test_a_map_is_no_embedding():
     spec = load_spec("crd", {"stage": "last", "dim": 8, "negatives": 3, "temperature": 0.1, "momentum": 0.5})
-    with pytest.raises(ValueError, match=r"^crd: the tap 'last' is shaped \[4, 2, 2\], and a vector is needed"):
+    with pytest.raises(ValueError, match=r"^crd: the tap 'last' is shaped \[4, 2, 2\], but a vector such as embedding is needed"):
         spec.build(Facts(3, {"last": (4, 2, 2)}, {"last": (8, 2, 2)}, len(LABELS), LABELS))

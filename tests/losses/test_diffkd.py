@@ -225,7 +225,7 @@ def test_ddkd_and_diffkd_share_all_but_the_logits_distance():
         ("diffkd", {"logit_distance": None}, "logits and logit_distance go together"),
         ("diffkd", {"feature": None, "logits": None, "logit_distance": None}, "nothing is distilled"),
         ("diffkd", {"diffusion_weight": -1.0}, "greater than or equal to 0"),
-        ("ddkd", {"logit_distance": None}, "logit_distance is required: DDKD denoises and compares logits"),
+        ("ddkd", {"logit_distance": None}, "logit_distance is required, because DDKD denoises and compares logits"),
         ("ddkd", {"logits": None, "logit_distance": None}, "logits is required"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_config_that_means_nothing_is_refused(name: str, change: dict[str, Any
 
 def test_a_tap_that_is_no_map_is_refused_in_one_line():
     spec = load_spec("ddkd", config_of("ddkd"))
-    with pytest.raises(ValueError, match=r"the tap 'last' is shaped \[512\], and a map \[C, H, W\] is needed"):
+    with pytest.raises(ValueError, match=r"the tap 'last' is shaped \[512\], but a map \[C, H, W\] is needed"):
         spec.build(Facts(5, {"last": (512,)}, {"last": (2048, 7, 7)}))
 
 

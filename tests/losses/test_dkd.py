@@ -77,5 +77,5 @@ def test_divergence_is_summed_over_classes_and_averaged_over_rows(classes: int):
 
 def test_two_classes_are_refused_in_one_line():
     spec = load_spec("dkd", {"alpha": 1, "beta": 8, "temperature": 4})
-    with pytest.raises(ValueError, match=r"^dkd: needs at least 3 classes and the data has 2; use kd$"):
+    with pytest.raises(ValueError, match=r"^dkd: needs at least 3 classes, but the data has 2; use kd$"):
         spec.build(Facts(num_classes=2))

@@ -56,7 +56,7 @@ def test_stages_of_different_number_may_be_compared():
 
 def test_a_hint_that_is_no_map_is_refused_in_one_line():
     spec = load_spec("fitnet", {"stage": "embedding"})
-    with pytest.raises(ValueError, match=r"the tap 'embedding' is shaped \[6\], and a map \[C, H, W\] is needed"):
+    with pytest.raises(ValueError, match=r"the tap 'embedding' is shaped \[6\], but a map \[C, H, W\] is needed"):
         spec.build(Facts(5, {"embedding": (6,)}, {"embedding": (10,)}))
 
 
