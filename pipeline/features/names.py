@@ -1,6 +1,6 @@
-"""What a recipe may call a tap, and which of a network's stages it stands for.
+"""The names of taps in a recipe, and the network's stages that they refer to.
 
-A network's stages are a mapping of canonical names to module paths, as ``models/stages.py`` describes them.
+A network's stages are a mapping from canonical names to module paths; see ``models/stages.py``. Here it is ``paths``.
 """
 
 from __future__ import annotations
@@ -10,42 +10,46 @@ from collections.abc import Iterable, Mapping
 
 
 def tap_names(paths: Mapping[str, str]) -> list[str]:
-    """Return the names that can be tapped: all but the ``.norm`` ones."""
+    """Return the names that can be tapped: all except those that end in ``.norm``."""
     return [name for name in paths if not name.endswith(".norm")]
 
 
 def find_stage(paths: Mapping[str, str], name: str) -> str:
-    """Return the module path of ``name``, or of what ``canonical`` says it stands for.
+    """Return the module path of the stage ``name``, which may be an alias (see ``canonical``).
 
-    Raises ValueError where the network has no such stage.
+    Raises ValueError if the network has no such stage.
     """
     if (full := canonical(paths, name)) not in paths:
         known = f"it has {', '.join(tap_names(paths))}" if paths else "none is known"
-        raise ValueError(f"the network has no stage {name!r}: {known}; name it by stages: {{{name}: <module path>}}")
+        raise ValueError(f"the network has no stage {name!r}: {known}; name it under stages: {{{name}: <module path>}}")
     return paths[full]
 
 
 def canonical(paths: Mapping[str, str], name: str) -> str:
-    """Return the name of the stage that ``last``, ``last.preact`` or ``last.norm`` stands for; others are their own."""
+    """Return the stage name that the alias ``last``, ``last.preact`` or ``last.norm`` refers to.
+
+    Any other name is returned unchanged, and so is an alias that the network itself uses as a stage name.
+    """
     stage, dot, kind = name.partition(".")
     deep = numbered(paths)
     return f"{deep[-1]}{dot}{kind}" if stage == "last" and deep and name not in paths else name
 
 
 def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
-    """Return ``[name]``, or where it is ``all`` or ``all.preact`` the names of every stage, the shallowest first.
+    """Return ``[name]``; for ``all`` or ``all.preact`` return the names of all stages, shallowest first.
 
-    Raises ValueError where the network's stages are not known.
+    Raises ValueError if the network's stages are not known.
     """
     stage, dot, kind = name.partition(".")
     if stage != "all":
         return [name]
     if not (deep := numbered(paths)):
-        raise ValueError("no stages of this network are known; name them by stages: {stage1: <module path>, …}")
+        raise ValueError("no stages of this network are known; name them under stages: {stage1: <module path>, …}")
     return [f"{stage}{dot}{kind}" for stage in deep]
 
 
 def numbered(names: Iterable[str], kind: str = "") -> list[str]:
-    """Return those of ``names`` that are ``stageN``, followed by ``kind`` (such as ``.preact``), shallowest first."""
+    """Return the names of the form ``stageN`` plus the ending ``kind`` (such as ``.preact``), shallowest first."""
     found = (re.fullmatch(rf"stage(\d+){re.escape(kind)}", name) for name in names)
+    # Sorted by number, not by text: stage10 comes after stage2.
     return [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]

@@ -1,7 +1,9 @@
 """A fixed linear encoder of feature maps: the principal components of their channels, fitted once.
 
-B batch, C channels, H W space, R components, N positions. Everything here takes vectors [B, C] just as maps
-[B, C, H, W]. Jolliffe, Principal Component Analysis, 2002, section 2.1: no other R directions lose less variance.
+No other R directions lose less variance (Jolliffe, Principal Component Analysis, 2002, section 2.1). Everything here
+takes vectors [B, C] as well as maps [B, C, H, W].
+
+B batch, C channels, H W space, R components, N positions.
 """
 
 from __future__ import annotations
@@ -21,23 +23,26 @@ from shards.manifest import write_atomically
 
 
 class Encoder(NamedTuple):
-    """What is taken from every position, and the directions that are kept. Both float32."""
+    """A linear encoder: the mean that is subtracted at every position, and the directions that are kept.
+
+    Both tensors are float32.
+    """
 
     mean_C: Tensor
     basis_RC: Tensor
-    """Rows are orthonormal, that of the largest variance first."""
+    """Orthonormal rows, the direction of largest variance first."""
 
     def encode(self, map_BCHW: Tensor) -> Tensor:
-        """Return the codes [B, R, H, W], in float32, or in float64 where the map is."""
+        """Return the codes [B, R, H, W] in float32, or in float64 if the map is float64."""
         with _without_autocast(map_BCHW):
-            map_BHWC = _wide(map_BCHW).movedim(1, -1)
+            map_BHWC = _at_least_float32(map_BCHW).movedim(1, -1)
             codes_BHWR = (map_BHWC - self.mean_C) @ self.basis_RC.T.to(map_BHWC.dtype)
         return codes_BHWR.movedim(-1, 1)
 
     def decode(self, codes_BRHW: Tensor) -> Tensor:
-        """Return the map [B, C, H, W] of these codes, in float32 or float64, its channels last in memory."""
+        """Return the decoded map [B, C, H, W] in float32 or float64, in channels-last memory format."""
         with _without_autocast(codes_BRHW):
-            codes_BHWR = _wide(codes_BRHW).movedim(1, -1)
+            codes_BHWR = _at_least_float32(codes_BRHW).movedim(1, -1)
             map_BHWC = codes_BHWR @ self.basis_RC.to(codes_BHWR.dtype) + self.mean_C
         return map_BHWC.movedim(-1, 1)
 
@@ -48,21 +53,22 @@ class Encoder(NamedTuple):
 
 @torch.no_grad()
 def fit_pca(maps: Iterable[Tensor], rank: int) -> Encoder:
-    """Return the encoder of all positions of ``maps``, batches [B, C, H, W] of which one at a time is held.
+    """Return the encoder with ``rank`` components, fitted to all positions of ``maps``, batches [B, C, H, W].
 
-    The same batches give the same encoder. Raises ValueError where there are no maps, where they are not finite, and
-    where ``rank`` is not in 1 … C.
+    One batch at a time is kept in memory. The same batches give the same encoder. Raises ValueError if there are no
+    maps, if they are not finite, or if ``rank`` is not in 1 … C.
     """
     mean_C, covariance_CC = _moments(maps, rank)
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
+    # ``eigh`` sorts by ascending eigenvalue, so the largest variance comes last.
     basis_RC = vectors_CC.flip(1)[:, :rank].T
-    # An eigenvector is one with either sign.
+    # The sign of an eigenvector is arbitrary. Each one's largest entry is made positive, so that the result is unique.
     largest_R1 = basis_RC.gather(1, basis_RC.abs().argmax(1, keepdim=True))
     return Encoder(mean_C.float(), (basis_RC * largest_R1.sign()).float().contiguous())
 
 
 def _moments(maps: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Return the mean [C] and the covariance [C, C] of the positions, summed in float64."""
+    """Return the mean [C] and the covariance [C, C] over all positions, summed in float64."""
     count, sum_C, products_CC = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for map_BCHW in maps:
         rows_NC = _positions(map_BCHW)
@@ -75,15 +81,15 @@ def _moments(maps: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     mean_C = sum_C / count
     covariance_CC = products_CC / count - mean_C.outer(mean_C)
     if not covariance_CC.isfinite().all():
-        raise ValueError("the maps hold numbers that are not finite; no encoder can be fitted to them")
+        raise ValueError("the maps contain NaN or inf; no encoder can be fitted to them")
     return mean_C, covariance_CC
 
 
 @torch.no_grad()
 def unexplained(encoder: Encoder, maps: Iterable[Tensor]) -> float:
-    """Return the share of the variance of ``maps`` around the encoder's mean that encoding loses, in 0 … 1.
+    """Return the share, in 0 … 1, of the maps' variance around the encoder's mean that encoding loses.
 
-    Σ‖x − decode(encode(x))‖² / Σ‖x − mean‖² over all positions, in float64; 0 where there is no variance.
+    It is Σ‖x − decode(encode(x))‖² / Σ‖x − mean‖² over all positions, in float64; 0 if there is no variance.
     """
     lost = total = 0.0
     for map_BCHW in maps:
@@ -94,43 +100,44 @@ def unexplained(encoder: Encoder, maps: Iterable[Tensor]) -> float:
 
 
 def save_encoder(encoder: Encoder, path: Path) -> str:
-    """Write the encoder as safetensors, the whole file or nothing, and return its sha256."""
+    """Write the encoder as a safetensors file, atomically, and return the file's sha256."""
     content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in encoder._asdict().items()})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def load_encoder(path: Path) -> Encoder:
-    """Return the encoder that ``save`` wrote, on the CPU.
+    """Return the encoder that ``save_encoder`` wrote, on the CPU.
 
-    Raises FileNotFoundError where there is none, and ValueError where the file holds something else.
+    Raises FileNotFoundError if there is no file, and ValueError if the file contains something else.
     """
     try:
         found = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: cannot be read as an encoder ({error}); write it again") from None
     if found.keys() != set(Encoder._fields) or not _fits(encoder := Encoder(**found)):
-        held = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in sorted(found.items())) or "nothing"
+        contents = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in sorted(found.items())) or "nothing"
         expected = "mean_C [C] and basis_RC [R, C] in float32"
-        raise ValueError(f"{path}: not an encoder: expected {expected}, found {held}; write it again")
+        raise ValueError(f"{path}: not an encoder: expected {expected}, found {contents}; write it again")
     return encoder
 
 
 def _fits(encoder: Encoder) -> bool:
+    """Return whether mean and basis have matching shapes and are float32."""
     mean_C, basis_RC = encoder
-    shaped = mean_C.ndim == 1 and basis_RC.ndim == 2 and basis_RC.shape[1] == len(mean_C) >= len(basis_RC) >= 1
-    return shaped and mean_C.dtype == basis_RC.dtype == torch.float32
+    shapes_fit = mean_C.ndim == 1 and basis_RC.ndim == 2 and basis_RC.shape[1] == len(mean_C) >= len(basis_RC) >= 1
+    return shapes_fit and mean_C.dtype == basis_RC.dtype == torch.float32
 
 
 def _positions(map_BCHW: Tensor) -> Tensor:
-    """Return the vectors of all positions [N, C], in float64."""
+    """Return the channel vectors at all positions [N, C], in float64."""
     return map_BCHW.movedim(1, -1).flatten(0, -2).double()
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    """Let a matrix product have the precision of its factors, whatever stands around it."""
+    """Return a context in which matrix products keep the precision of their factors."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""What a network computes on the way: features at canonical stages, captured by hooks on an unchanged model."""
+"""Taps: features at the canonical stages of a network, captured by hooks on an unchanged model."""
 
 from __future__ import annotations
 
@@ -16,45 +16,51 @@ from pipeline.batch import Outputs
 from pipeline.features.names import canonical, deep_stages, find_stage
 
 CAM = "cam"
-"""The tap that is computed: the class activation map [K, H, W], Zhou et al., CVPR 2016, eq. 2, without the bias."""
+"""Name of the one tap that is computed, not captured: the class activation map [K, H, W].
+
+It is Zhou et al., CVPR 2016, eq. 2, without the bias.
+"""
 
 LAYOUTS = {"nhwc": "BHWC", "tokens": "BNC"}
+"""Dimensions of a tapped tensor by the layout's name in a stage's path."""
 TOKENS = r"tokens(\+(?P<prefix>\d+)(@(?P<rows>\d+)x(?P<columns>\d+))?)?"
-TOKENS_BEFORE = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens", "storage_tokens")
-"""What networks call the parameters that they put before the tokens of the image."""
-MOST_BEFORE = 32
-"""Tokens of no place that are looked for where neither recipe nor network say how many there are."""
+PREFIX_PARAMETERS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens", "storage_tokens")
+"""Names of the parameters that networks put before the tokens of the image (prefix tokens)."""
+MOST_PREFIX_TOKENS = 32
+"""Upper bound (exclusive) of the prefix tokens that are tried, if neither recipe nor network gives their number."""
 TAP_SYNTAX = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>nhwc|{TOKENS}))?(:(?P<channels>\d+))?")
+"""Syntax of a stage's path; ``pipeline.models.stages`` explains it."""
 
 
 class NormParameters(NamedTuple):
-    """Scale and shift of a BatchNorm, per channel."""
+    """The scale and shift of a BatchNorm, per channel."""
 
     weight_C: Tensor
     bias_C: Tensor
 
 
-class Form(NamedTuple):
-    """How a place's tensor is to be read."""
+class TensorFormat(NamedTuple):
+    """The format of a tapped tensor, from the endings of its stage's path."""
 
     layout: str | None
-    """One of LAYOUTS; None for [B, C, H, W] and for what is no map."""
+    """One of ``LAYOUTS``; None for a map [B, C, H, W] and for a tensor that is not a map."""
     channels: int | None
-    """How many the map must have, where that was said."""
+    """Required number of channels of the map; None if the path does not give it."""
     prefixes: tuple[int, ...] = ()
-    """How many tokens may stand before those of the map, the likeliest first, where recipe or network say it."""
+    """Possible numbers of prefix tokens, likeliest first; empty if neither path nor network gives one."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of the map's tokens, where that was said."""
+    """Rows and columns of the map's tokens; None if the path does not give them."""
 
 
 class FeatureTaps(nn.Module):
-    """A model whose forward returns ``Outputs``: its logits, and the features that were asked for.
+    """A model whose forward returns ``Outputs``: its logits and the features named in ``wanted``.
 
-    ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted`` are the keys of
-    ``Outputs.features``: aliases such as ``last`` keep theirs, ``all`` and ``all.preact`` become those of every stage,
-    and ``cam`` is the class activation map. Maps are [B, C, H, W] whatever the network computes them as. The plain
-    network, whose state dict is the one to export, is ``.model``. Raises ValueError where a stage or its module does
-    not exist.
+    ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted`` become the keys of
+    ``Outputs.features``. An alias such as ``last`` is kept as the key. ``all`` and ``all.preact`` are replaced by the
+    names of every stage. ``cam`` is the class activation map.
+
+    Maps are returned as [B, C, H, W], whatever layout the network uses. The plain network, whose state dict is the one
+    to export, is ``.model``. Raises ValueError if a stage or its module does not exist.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, str], wanted: Iterable[str]) -> None:
@@ -64,21 +70,23 @@ class FeatureTaps(nn.Module):
         self.wanted = sorted({name for want in wanted for name in deep_stages(stages, want)})
         needed = {"map" if name == CAM else name for name in self.wanted}
         if CAM in self.wanted:
-            self._linear_head()
+            self._linear_head()  # raises now, and not in the first forward, if there is no such layer
         self.paths = {name: find_stage(stages, name) for name in sorted(needed)}
-        self.forms: dict[str, Form] = {}
+        self.formats: dict[str, TensorFormat] = {}
+        # Tensor and version by path while forward runs; None otherwise, when the hooks must do nothing.
         self._captured: dict[str, tuple[Tensor, int]] | None = None
+        # Two names may share a path, which needs one hook only.
         names = {path: name for name, path in self.paths.items()}
         for path, name in names.items():
-            self._watch(path, name)
+            self._add_hook(path, name)
         for module in model.modules() if self.paths else ():
             if getattr(module, "inplace", False):
-                module.register_forward_pre_hook(self._spare_taps)
+                module.register_forward_pre_hook(self._protect_captured)
 
     def forward(self, images_BCHW: Tensor) -> Outputs:
-        """Return the model's outputs; nothing is kept between calls.
+        """Return the logits and the wanted features; nothing is kept between calls.
 
-        Raises ValueError where a tapped module was not called, or where the network overwrote what was captured.
+        Raises ValueError if a tapped module was not called, or if the network overwrote a captured tensor in place.
         """
         self._captured = captured = {}
         try:
@@ -90,8 +98,8 @@ class FeatureTaps(nn.Module):
                 f"{_type(self.model)} returned a {_type(logits_BK)}, expected one tensor of logits; give a factory "
                 "whose network has no auxiliary heads"
             )
-        image = (images_BCHW.shape[2], images_BCHW.shape[3])
-        features = {name: self._intact(name, path, captured, image) for name, path in self.paths.items()}
+        image_size = (images_BCHW.shape[2], images_BCHW.shape[3])
+        features = {name: self._feature(name, path, captured, image_size) for name, path in self.paths.items()}
         if CAM in self.wanted:
             features[CAM] = self._class_activation(features["map"])
         return Outputs(logits_BK, {name: features[name] for name in self.wanted})
@@ -103,7 +111,7 @@ class FeatureTaps(nn.Module):
     def norms(self) -> dict[str, NormParameters]:
         """Return copies of the parameters of the BatchNorm that ends each tapped ``.preact``, by the tap's name.
 
-        A tap whose stage names none (``stageN.norm``) is left out. Raises ValueError where what it names is none.
+        A tap is left out if its stage has no ``stageN.norm``. Raises ValueError if that module is not a BatchNorm.
         """
         taps = [tap for tap in self.paths if tap.endswith(".preact")]
         names = [canonical(self.stages, f"{tap.removesuffix('.preact')}.norm") for tap in taps]
@@ -118,53 +126,59 @@ class FeatureTaps(nn.Module):
         return NormParameters(norm.weight.detach().clone(), norm.bias.detach().clone())
 
     def _linear_head(self) -> nn.Linear:
-        """Return the layer whose weights a class activation map takes. Raises ValueError where there is none."""
+        """Return the layer whose weights the class activation map uses. Raises ValueError if there is none."""
         head = self._module_at(self.stages["logits"], "logits") if {"map", "logits"} <= self.stages.keys() else None
         if not isinstance(head, nn.Linear):
             raise ValueError(
-                f"tap {CAM!r}: no average of a map followed by one linear layer is known of {_type(self.model)}; "
-                "name both by stages: {map: <module path>, logits: <module path>}"
+                f"tap {CAM!r}: {_type(self.model)} has no known average of a map before one linear layer; "
+                "name both under stages: {map: <module path>, logits: <module path>}"
             )
         return head
 
     def _class_activation(self, map_BCHW: Tensor) -> Tensor:
-        """Return Σ_c w_kc · F_c at every pixel: what the linear head says of it before the average."""
+        """Return Σ_c w_kc · F_c at every pixel: the linear head applied before the average."""
         weight_KC = self._linear_head().weight
         if map_BCHW.ndim != 4 or map_BCHW.shape[1] != weight_KC.shape[1]:
             raise ValueError(
-                f"tap {CAM!r}: the stage 'map' of {_type(self.model)} is shaped {list(map_BCHW.shape[1:])}, and its "
+                f"tap {CAM!r}: the stage 'map' of {_type(self.model)} is shaped {list(map_BCHW.shape[1:])}, but its "
                 f"linear head takes {weight_KC.shape[1]} channels"
             )
         return nn.functional.conv2d(map_BCHW, weight_KC[..., None, None])
 
-    def _intact(self, name: str, path: str, captured: dict[str, tuple[Tensor, int]], image: tuple[int, int]) -> Tensor:
+    def _feature(
+        self, name: str, path: str, captured: dict[str, tuple[Tensor, int]], image_size: tuple[int, int]
+    ) -> Tensor:
+        """Return a captured tensor as a map. Raises ValueError if it is missing, overwritten or of another shape."""
         if path not in captured:
             raise ValueError(f"tap {name!r}: the forward of {_type(self.model)} never called its module {path!r}")
         value, version = captured[path]
+        # Checked here because not every in-place operation is a module with ``inplace``, which the hooks can stop.
         if version != _version(value):
             raise ValueError(f"tap {name!r}: {_type(self.model)} overwrites {path!r} in place; tap another module")
         try:
-            return _as_map(value, self.forms[path], image)
+            return _as_map(value, self.formats[path], image_size)
         except ValueError as error:
             raise ValueError(f"tap {name!r}: {_type(self.model)} computes at {path!r} {error}") from None
 
-    def _watch(self, path: str, name: str) -> None:
+    def _add_hook(self, path: str, name: str) -> None:
+        """Capture the input or output of the module at ``path``. Raises ValueError if the path cannot be parsed."""
         module = self._module_at(path, name)
-        if (place := TAP_SYNTAX.fullmatch(path)) is None:
+        if (parsed := TAP_SYNTAX.fullmatch(path)) is None:
             ending = path.partition(":")[2]
             raise ValueError(
-                f"stage {name!r}: {path!r} ends in {ending!r}; known are in, {', '.join(LAYOUTS)} and a number of "
+                f"stage {name!r}: {path!r} ends in {ending!r}; allowed are in, {', '.join(LAYOUTS)} and a number of "
                 "channels, in this order, each after a colon"
             )
-        layout, channels, rows = (place["layout"] or "")[:6] or None, place["channels"], place["rows"]
-        self.forms[path] = Form(
+        layout = (parsed["layout"] or "")[:6] or None  # without the numbers after "tokens"
+        channels, rows = parsed["channels"], parsed["rows"]
+        self.formats[path] = TensorFormat(
             layout,
             int(channels) if channels else None,
-            (int(place["prefix"]),) if place["prefix"] else prefix_tokens(self.model),
-            (int(rows), int(place["columns"])) if rows else None,
+            (int(parsed["prefix"]),) if parsed["prefix"] else prefix_tokens(self.model),
+            (int(rows), int(parsed["columns"])) if rows else None,
         )
-        # Bound methods, unlike closures, follow a deep copy of this module to the copy.
-        if place["input"]:
+        # Bound methods, because ``deepcopy`` binds them to the copied module. Closures would still refer to this one.
+        if parsed["input"]:
             module.register_forward_pre_hook(partial(self._keep_input, path))
         else:
             module.register_forward_hook(partial(self._keep_output, path))
@@ -188,17 +202,17 @@ class FeatureTaps(nn.Module):
             raise ValueError(f"tap at {path!r}: expected one tensor there, got a {_type(value)}")
         self._captured[path] = (value, _version(value))
 
-    def _spare_taps(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Stop, for good, an in-place activation that is about to overwrite a captured tensor."""
+    def _protect_captured(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Switch off ``inplace`` of an activation, permanently, if it is about to overwrite a captured tensor."""
         if self._captured and any(arg is value for arg in args for value, _ in self._captured.values()):
             module.inplace = False  # type: ignore[assignment]
 
 
 def tap_shapes(taps: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tap and of ``logits``, without the batch, on square images of ``image_size`` pixels.
+    """Return the shapes, without the batch, of each tap and of ``logits`` on square images of ``image_size`` pixels.
 
-    One forward in evaluation mode: BatchNorm statistics, random states and the modules' modes stay as they are. Raises
-    ValueError where the network fails on such an image.
+    The network runs once, in evaluation mode. BatchNorm statistics, random states and the modules' modes are left
+    unchanged. Raises ValueError if the network fails on such an image.
     """
     parameter = next(taps.parameters())
     image_1CHW = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
@@ -214,7 +228,8 @@ def tap_shapes(taps: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` in evaluation mode; every module within gets its own mode back."""
+    """Put ``module`` in evaluation mode inside the context; each submodule gets its own mode back afterwards."""
+    # ``module.train()`` would not do: it would also switch on submodules that were in evaluation mode before.
     training = [child for child in module.modules() if child.training]
     module.eval()
     try:
@@ -224,71 +239,74 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def _as_map(value: Tensor, form: Form, image: tuple[int, int]) -> Tensor:
-    """Return what is in that form as a map [B, C, H, W]; without a layout it stays as it is.
+def _as_map(value: Tensor, form: TensorFormat, image_size: tuple[int, int]) -> Tensor:
+    """Return a tensor of this format as a map [B, C, H, W]; without a layout it is returned unchanged.
 
-    ``image`` is the height and width of what the network looked at.
+    ``image_size`` is the height and width of the network's input. Raises ValueError if the tensor has another format.
     """
-    map_BCHW = _turned(value, form, image)
+    map_BCHW = _channels_first(value, form, image_size)
     if form.channels and (map_BCHW.ndim != 4 or map_BCHW.shape[1] != form.channels):
         raise ValueError(
-            f"a tensor shaped {list(value.shape)}, expected {form.channels} channels; say by stages where they are, as "
+            f"a tensor shaped {list(value.shape)}, expected {form.channels} channels; give its layout under stages, as "
             "<module path>:nhwc or :tokens"
         )
     return map_BCHW
 
 
-def _turned(value: Tensor, form: Form, image: tuple[int, int]) -> Tensor:
-    """Return [B, H, W, C], or those of the tokens [B, N, C] that have a place in the image, as a map."""
+def _channels_first(value: Tensor, form: TensorFormat, image_size: tuple[int, int]) -> Tensor:
+    """Return [B, H, W, C], or tokens [B, N, C] without the prefix tokens, as a map [B, C, H, W]."""
     layout = form.layout
     if layout is None:
         return value
     if value.ndim != len(LAYOUTS[layout]):
-        raise ValueError(f"a tensor shaped {list(value.shape)}, and :{layout} is for [{', '.join(LAYOUTS[layout])}]")
+        raise ValueError(f"a tensor shaped {list(value.shape)}, but :{layout} is for [{', '.join(LAYOUTS[layout])}]")
     if layout == "nhwc":
         return value.movedim(-1, 1)
-    prefix, grid = _token_grid(value.shape[1], form, image)
+    prefix, grid = _token_grid(value.shape[1], form, image_size)
     return value[:, prefix:].movedim(-1, 1).unflatten(2, grid)
 
 
-def _token_grid(count: int, form: Form, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """Return how many of ``count`` tokens have no place, and the rows and columns of the others.
+def _token_grid(count: int, form: TensorFormat, image_size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Return how many of ``count`` tokens are prefix tokens, and the rows and columns of the others.
 
-    The map has the image's proportions unless its grid was said. Where nothing says how many have no place, they are as
-    few as leave a map of whole patches, or a map at all.
+    The map has the image's proportions, unless the format gives a grid. The format may give no number of prefix tokens.
+    Then it is the smallest that leaves whole patches or, if none does, the smallest that leaves a map.
     """
+    height, width = image_size
     fitting = []
-    for prefix in form.prefixes or range(min(count, MOST_BEFORE)):
-        rows = isqrt(max(count - prefix, 0) * image[0] // image[1])
-        grid = form.grid or (rows, rows * image[1] // image[0])
+    for prefix in form.prefixes or range(min(count, MOST_PREFIX_TOKENS)):
+        rows = isqrt(max(count - prefix, 0) * height // width)
+        grid = form.grid or (rows, rows * width // height)
         if grid[0] * grid[1] == count - prefix > 0:
-            whole = bool(form.prefixes) or image[0] % grid[0] == image[1] % grid[1] == 0
-            fitting.append((not whole, prefix, grid))
+            whole_patches = bool(form.prefixes) or height % grid[0] == width % grid[1] == 0
+            fitting.append((not whole_patches, prefix, grid))
     if fitting:
+        # Given numbers are in order of likelihood. Otherwise tuples sort whole patches first, then few prefix tokens.
         _, prefix, grid = fitting[0] if form.prefixes else min(fitting)
         return prefix, grid
-    said = f", {form.prefixes[0]} of them before the map's" if form.prefixes else ""
+    prefix_text = f", {form.prefixes[0]} of them prefix tokens" if form.prefixes else ""
     raise ValueError(
-        f"{count} tokens{said}, which are no map of an image of {image[0]} × {image[1]}; say by stages how many stand "
-        "before it, and its rows and columns, as <module path>:tokens+5@7x14"
+        f"{count} tokens{prefix_text}, which form no map of an image of {height} × {width}; give prefix tokens, rows "
+        "and columns under stages, as <module path>:tokens+5@7x14"
     )
 
 
 def prefix_tokens(model: nn.Module) -> tuple[int, ...]:
-    """Return how many tokens a network puts before those of the image, or none, before it does; () if it does not say.
+    """Return the possible numbers of prefix tokens, likeliest first; () if the network does not give one.
 
-    It says so as timm's networks do, or by the names of its parameters [1, N, C].
+    timm's networks have an attribute for it; in others it follows from parameters [1, N, C] with known names. 0 is also
+    possible: a tensor may come from a module before the one that adds the prefix tokens.
     """
-    said = getattr(model, "num_prefix_tokens", None)
-    if isinstance(said, int):
-        return (said, 0)
+    number = getattr(model, "num_prefix_tokens", None)
+    if isinstance(number, int):
+        return (number, 0)
     named = ((name.rpartition(".")[2], value) for name, value in model.named_parameters())
-    found = [value.shape[1] for name, value in named if name in TOKENS_BEFORE and value.ndim == 3]
+    found = [value.shape[1] for name, value in named if name in PREFIX_PARAMETERS and value.ndim == 3]
     return (sum(found), 0) if found else ()
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often ``tensor`` was written in place; inference mode and compiled code do not count."""
+    """Return how often ``tensor`` was written in place; always 0 in inference mode and in compiled code."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 

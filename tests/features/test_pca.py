@@ -124,7 +124,7 @@ def test_a_rank_that_is_none_is_refused_in_one_line(rank: int):
 def test_no_maps_and_maps_that_are_not_finite_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^there are no maps to fit an encoder to$"):
         fit_pca([], 4)
-    with pytest.raises(ValueError, match=r"^the maps hold numbers that are not finite; [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^the maps contain NaN or inf; [^\n]*$"):
         fit_pca([maps(), torch.full((1, CHANNELS, 3, 2), torch.inf)], 4)
 
 

@@ -275,7 +275,7 @@ def test_a_class_activation_map_needs_a_map_as_wide_as_its_head():
     model = create_model("cifar_resnet8", 10)
     taps = FeatureTaps(model, stages(model) | {"map": "layer2"}, ["cam"])
     message = (
-        r"^tap 'cam': the stage 'map' of CifarResNet is shaped \[32, 16, 16\], and its linear head takes 64 channels$"
+        r"^tap 'cam': the stage 'map' of CifarResNet is shaped \[32, 16, 16\], but its linear head takes 64 channels$"
     )
     with pytest.raises(ValueError, match=message):
         taps(images())
@@ -391,13 +391,13 @@ def test_a_copied_network_turns_its_own_tokens():
     [
         (
             "mix:nchw",
-            "stage 'x': 'mix:nchw' ends in 'nchw'; known are in, nhwc, tokens and a number of channels, .*",
+            "stage 'x': 'mix:nchw' ends in 'nchw'; allowed are in, nhwc, tokens and a number of channels, .*",
         ),
-        ("mix:nhwc:in", "stage 'x': 'mix:nhwc:in' ends in 'nhwc:in'; known are in, .*"),
-        ("norm:8", r"tap 'x': Patches computes at 'norm:8' a tensor shaped \[2, 66, 8\], expected 8 channels; say .*"),
-        ("embed:16", r"tap 'x': Patches computes at 'embed:16' a tensor shaped .*, expected 16 channels; say .*"),
-        ("norm:nhwc", r"tap 'x': Patches computes at 'norm:nhwc' a tensor shaped \[2, 66, 8\], and :nhwc is for .*C\]"),
-        ("embed:tokens", r"tap 'x': Patches computes at 'embed:tokens' a tensor .*, and :tokens is for \[B, N, C\]"),
+        ("mix:nhwc:in", "stage 'x': 'mix:nhwc:in' ends in 'nhwc:in'; allowed are in, .*"),
+        ("norm:8", r"tap 'x': Patches computes at 'norm:8' a tensor shaped \[2, 66, 8\], expected 8 channels; give .*"),
+        ("embed:16", r"tap 'x': Patches computes at 'embed:16' a tensor shaped .*, expected 16 channels; give .*"),
+        ("norm:nhwc", r"tap 'x': Patches computes at 'norm:nhwc' a tensor shaped \[2, 66, 8\], but :nhwc is for .*C\]"),
+        ("embed:tokens", r"tap 'x': Patches computes at 'embed:tokens' a tensor .*, but :tokens is for \[B, N, C\]"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(path: str, message: str):

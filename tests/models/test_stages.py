@@ -201,7 +201,7 @@ def test_the_average_of_the_class_activation_map_is_the_logits_without_the_bias(
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "vgg11", "vit_b_16"])
 def test_a_head_of_more_than_one_linear_layer_has_no_class_activation_map(name: str):
     model = on_meta(name)
-    with pytest.raises(ValueError, match=r"^tap 'cam': no average of a map followed by one linear layer is known of "):
+    with pytest.raises(ValueError, match=r"^tap 'cam': \w+ has no known average of a map before one linear layer; "):
         FeatureTaps(model, stages(model), ["cam"])
 
 
@@ -233,7 +233,7 @@ def test_all_is_every_stage_the_shallowest_first():
     assert deep_stages(paths, "all") == ["stage9", "stage10"]
     assert deep_stages(paths, "all.preact") == ["stage9.preact", "stage10.preact"]
     assert deep_stages(paths, "map") == ["map"]
-    with pytest.raises(ValueError, match=r"^no stages of this network are known; name them by stages: \{stage1"):
+    with pytest.raises(ValueError, match=r"^no stages of this network are known; name them under stages: \{stage1"):
         deep_stages({"embedding": "fc:in"}, "all")
 
 
@@ -254,5 +254,5 @@ def test_an_unknown_stage_is_refused_with_what_there_is_and_what_to_write():
         r"stages: \{stage4: <module path>\}$",
     ):
         find_stage(stages(on_meta("cifar_resnet8", 10)), "stage4")
-    with pytest.raises(ValueError, match="no stage 'last': none is known; name it by stages"):
+    with pytest.raises(ValueError, match="no stage 'last': none is known; name it under stages"):
         find_stage({}, "last")
