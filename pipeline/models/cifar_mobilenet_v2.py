@@ -1,7 +1,7 @@
 """MobileNetV2 for 32×32 images, after Sandler et al., CVPR 2018, table 2: half width, expansion 6.
 
-As in the literature on knowledge distillation: plain ReLU, an expanding convolution in the first block too (which
-expands by 1), and the image halved by the stem and by three blocks.
+It has the form of the literature on knowledge distillation. Activations are plain ReLUs. The first block, too, has an
+expanding convolution, which expands by 1. The image is halved by the stem and by three blocks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pipeline.models.initialization import he_normal, small_normal
 
 
 class CifarMobileNetV2(nn.Module):
-    """The network whose maps are 16, 16, 8, 4 and 2 pixels wide on a 32-pixel image.
+    """A MobileNetV2 whose maps are 16, 16, 8, 4 and 2 pixels wide on a 32-pixel image.
 
-    Its stages end linearly, with 12, 16, 48 and 160 channels; a convolution to 1,280 channels follows the last.
+    Its stages end linearly, with 12, 16, 48 and 160 channels. A convolution to 1,280 channels follows the last stage.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -40,7 +40,10 @@ class CifarMobileNetV2(nn.Module):
 
 
 class LinearBottleneck(nn.Module):
-    """Expand, filter each channel, project without activation; the input is added where the shape allows it."""
+    """A block that expands, filters each channel and projects without activation.
+
+    The input is added if it has the shape of the output.
+    """
 
     def __init__(self, channels_in: int, channels: int, *, stride: int, expansion: int) -> None:
         super().__init__()

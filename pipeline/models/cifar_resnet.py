@@ -1,7 +1,7 @@
 """ResNets for 32×32 images, He et al., CVPR 2016, §4.2: three stages of basic blocks, 6n + 2 layers.
 
-Where a shortcut changes shape it is a 1×1 convolution with BatchNorm (the paper's option B), as in the literature on
-knowledge distillation and its published weights. The ×4 networks are the wide ones of that literature, and its
+A shortcut that changes shape is a 1×1 convolution with BatchNorm, the paper's option B. The literature on knowledge
+distillation, and its published weights, have that form. The ×4 networks are the wide ones of that literature. Its
 ResNet-50 is ImageNet's with a stem that keeps the resolution.
 """
 

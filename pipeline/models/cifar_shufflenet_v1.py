@@ -1,7 +1,7 @@
 """ShuffleNetV1 for 32×32 images, after Zhang et al., CVPR 2018: three groups, full resolution in the stem.
 
-As in the literature on knowledge distillation: a 1×1 stem without pooling, and a ReLU after the depthwise convolution,
-which the paper leaves linear. The convolutions keep torch's own initialisation.
+As in the literature on knowledge distillation, the stem is 1×1 and without pooling, and a ReLU follows the depthwise
+convolution. In the paper none follows it. The convolutions keep torch's default initialisation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEM = 24
 
 
 class CifarShuffleNetV1(nn.Module):
-    """The network whose maps are 32, 16, 8 and 4 pixels wide on a 32-pixel image."""
+    """A ShuffleNetV1 whose maps are 32, 16, 8 and 4 pixels wide on a 32-pixel image."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -36,27 +36,28 @@ class CifarShuffleNetV1(nn.Module):
 
 
 class ShuffleUnitV1(nn.Module):
-    """Squeeze by groups, shuffle, filter each channel, widen by groups; then joined with the input and activated.
+    """A unit of grouped 1×1 convolution, shuffle, depthwise convolution and grouped 1×1 convolution.
 
-    A unit of stride 2 appends the averaged input to its ``channels - channels_in`` own channels, another adds it.
+    A unit of stride 2 computes ``channels - channels_in`` channels and appends the averaged input to them. Any other
+    unit adds the input. Then comes a ReLU.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
-        own = channels - channels_in if stride == 2 else channels
-        middle = own // 4
-        # The stem's few channels are not divided, and their squeezed ones not shuffled.
+        computed = channels - channels_in if stride == 2 else channels
+        middle = computed // 4
+        # After the stem there are too few channels for groups: no grouped squeeze, and so nothing to shuffle.
         self.groups = 1 if channels_in == STEM else GROUPS
         self.squeeze = Conv2dNormActivation(channels_in, middle, 1, groups=self.groups)
         self.filter = Conv2dNormActivation(middle, middle, 3, stride=stride, groups=middle)
-        self.widen = Conv2dNormActivation(middle, own, 1, groups=GROUPS, activation_layer=None)
+        self.widen = Conv2dNormActivation(middle, computed, 1, groups=GROUPS, activation_layer=None)
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the unit's map."""
-        own = self.widen(self.filter(channel_shuffle(self.squeeze(x_BCHW), self.groups)))
-        return self.relu(own + x_BCHW if self.pool is None else torch.cat([own, self.pool(x_BCHW)], 1))
+        computed = self.widen(self.filter(channel_shuffle(self.squeeze(x_BCHW), self.groups)))
+        return self.relu(computed + x_BCHW if self.pool is None else torch.cat([computed, self.pool(x_BCHW)], 1))
 
 
 def _stage(channels_in: int, channels: int, units: int) -> nn.Sequential:

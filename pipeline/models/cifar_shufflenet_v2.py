@@ -1,7 +1,7 @@
 """ShuffleNetV2 ×1 for 32×32 images, after Ma et al., ECCV 2018, with full resolution in the stem.
 
-As in the literature on knowledge distillation: a 1×1 stem without pooling. The convolutions keep torch's own
-initialisation.
+As in the literature on knowledge distillation, the stem is 1×1 and without pooling. The convolutions keep torch's
+default initialisation.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torchvision.ops import Conv2dNormActivation
 
 
 class CifarShuffleNetV2(nn.Module):
-    """The network whose maps are 32, 16, 8 and 4 pixels wide on a 32-pixel image.
+    """A ShuffleNetV2 whose maps are 32, 16, 8 and 4 pixels wide on a 32-pixel image.
 
-    Its stages have 116, 232 and 464 channels; a convolution to 1,024 channels follows the last.
+    Its stages have 116, 232 and 464 channels. A convolution to 1,024 channels follows the last stage.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -36,10 +36,10 @@ class CifarShuffleNetV2(nn.Module):
 
 
 class ShuffleUnitV2(InvertedResidual):
-    """Torchvision's unit with its branches' last ReLU moved behind the shuffle.
+    """Torchvision's unit with the last ReLU of its branches moved behind the shuffle.
 
-    The half that a unit hands on was activated by the unit before, so the map is the same; but now the whole map exists
-    before its activation, and a loss can read it there.
+    The output is the same: the half that a unit passes through was already activated by the unit before. But now the
+    full map exists before its activation, where a loss can read it.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:

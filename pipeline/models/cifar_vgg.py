@@ -1,7 +1,7 @@
 """VGG networks for 32×32 images, after Simonyan and Zisserman, ICLR 2015: five blocks with BatchNorm, one linear layer.
 
-The maps are halved after the first three blocks, and so the last two see 4 pixels of a 32-pixel image. That is the form
-in the literature on knowledge distillation.
+The maps are halved after the first three blocks, so the last two blocks have maps of 4×4 pixels for a 32-pixel image.
+That is the form in the literature on knowledge distillation.
 """
 
 from __future__ import annotations

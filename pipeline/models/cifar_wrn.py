@@ -1,8 +1,10 @@
 """Wide residual networks for 32×32 images, Zagoruyko and Komodakis, BMVC 2016: pre-activation blocks, 6n + 4 layers.
 
-A block adds to a stream that is never activated; what leaves a stage is activated by the next block, or after the last
-stage by the network's own BatchNorm and ReLU. That activated map is the stage here. Published code often compares the
-raw stream instead: ``stages: {stage1: layer1, stage2: layer2, stage3: layer3}`` in a recipe does the same.
+A block adds to a residual stream that is never activated. The output of a stage is activated by the next block, or
+after the last stage by the network's final BatchNorm and ReLU. That activated map is the stage here.
+
+Published code often compares the stream before activation. To do the same, set
+``stages: {stage1: layer1, stage2: layer2, stage3: layer3}`` in a recipe.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ class CifarWideResNet(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """BatchNorm, ReLU, convolution, twice; a shortcut that changes shape is a bare convolution of the first ReLU."""
+    """A block of BatchNorm, ReLU and convolution, twice.
+
+    If the shape changes, the shortcut is a convolution of the first ReLU's output, without a BatchNorm.
+    """
 
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class PreActivationBlock(nn.Module):
         self.shortcut = conv1x1(channels_in, channels, stride) if channels_in != channels else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the stream after this block, not activated."""
+        """Return the residual stream after this block, before activation."""
         active = self.relu1(self.bn1(x_BCHW))
         change = self.conv2(self.relu2(self.bn2(self.conv1(active))))
         return change + (x_BCHW if self.shortcut is None else self.shortcut(active))

@@ -1,6 +1,6 @@
-"""Where each family of networks computes its stages, as ``pipeline.models.stages`` explains them.
+"""The module paths of the canonical stages, for each family of networks. ``pipeline.models.stages`` explains stages.
 
-A family is one function, from a network to the module path of each stage, and one entry of ``FAMILIES``.
+A family is a function from a network to the module path of each stage, and an entry of ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -39,48 +39,54 @@ Family = Callable[[nn.Module], Paths]
 
 
 def head(model: nn.Module) -> Paths:
-    """Name what a network's last linear layer takes and gives, and the map whose average it takes, where they show."""
+    """Return the paths of the last linear layer's input and output, and of the map that is averaged for it.
+
+    Paths that cannot be found are left out.
+    """
     name = _first(model, HEADS)
     if name is None:
         return {}
-    places = [name]
+    paths = [name]
     if isinstance(getattr(model, name), nn.Sequential):
-        places = _children(model, name)
-        if not places or not isinstance(model.get_submodule(places[-1]), nn.Linear):
+        paths = _children(model, name)
+        if not paths or not isinstance(model.get_submodule(paths[-1]), nn.Linear):
             return {}
-    layers = [model.get_submodule(place) for place in places]
+    layers = [model.get_submodule(path) for path in paths]
     first = len(layers) - 1
-    while first and isinstance(layers[first - 1], nn.Dropout):  # what is compared is what was before the noise
+    # The embedding is taken before dropout, so that losses compare features without its noise.
+    while first and isinstance(layers[first - 1], nn.Dropout):
         first -= 1
     pool = _first(model, POOL_TYPES)
     averages = pool is not None and first == 0 and _is_global_average(model.get_submodule(pool))
-    return ({"map": f"{pool}:in"} if averages else {}) | {"embedding": f"{places[first]}:in", "logits": places[-1]}
+    return ({"map": f"{pool}:in"} if averages else {}) | {"embedding": f"{paths[first]}:in", "logits": paths[-1]}
 
 
 def stage_entry(number: int, output: str, preact: str | None = None, norm: str | None = None) -> Paths:
-    """Name a stage; without ``preact`` it ends linearly, without ``norm`` in no BatchNorm."""
+    """Return the paths of one stage. Without ``preact`` it ends linearly, without ``norm`` it ends in no BatchNorm."""
     found = {f"stage{number}": output, f"stage{number}.preact": preact or output}
     return found | ({f"stage{number}.norm": norm} if norm else {})
 
 
-def _ours(preact: str | None, norm: str | None) -> Family:
-    """Name the stages of networks made of ``stem``, ``stage1``, …; the two are places inside a stage's last block."""
+def _stem_and_stages(preact: str | None, norm: str | None) -> Family:
+    """Return the family of networks whose modules are called ``stem``, ``stage1``, ….
+
+    ``preact`` and ``norm`` are paths inside the last block of a stage; None if it has no such tensor or module.
+    """
 
     def paths(model: nn.Module) -> Paths:
         found = {"stem": "stem"}
         for number in range(1, 5):
             if hasattr(model, f"stage{number}"):
                 last = _children(model, f"stage{number}")[-1]
-                found |= stage_entry(
-                    number, f"stage{number}", *(place and f"{last}.{place}" for place in (preact, norm))
-                )
+                found |= stage_entry(number, f"stage{number}", *(path and f"{last}.{path}" for path in (preact, norm)))
         return found | head(model)
 
     return paths
 
 
 def _resnet(model: nn.Module) -> Paths:
-    """Name the stages of torchvision's ResNets and of ours; a block has one ReLU, whose last call follows the sum."""
+    """Return the paths of torchvision's and this project's ResNets."""
+    # A block calls one ReLU module several times. The last call follows the sum, so its input is ``.preact``.
     found = {"stem": "maxpool" if isinstance(model, ResNet) else "relu"}
     for number in range(1, 5):
         if hasattr(model, f"layer{number}"):
@@ -91,7 +97,7 @@ def _resnet(model: nn.Module) -> Paths:
 
 
 def _cifar_wrn(model: nn.Module) -> Paths:
-    """Name the activations, which stand at the head of the next stage's first block."""
+    """Return the paths of the activated maps: a stage's activation is in the first block of the next stage."""
     found = {"stem": "layer1.0.relu1"}
     for number, block in enumerate(("layer2.0.", "layer3.0.", ""), start=1):
         found |= stage_entry(number, f"{block}relu1", f"{block}bn1", f"{block}bn1")
@@ -99,9 +105,9 @@ def _cifar_wrn(model: nn.Module) -> Paths:
 
 
 def _mobile(model: nn.Module) -> Paths:
-    """Name the stages of MobileNetV2, V3 and EfficientNet: linear bottlenecks, and a last convolution with activation.
+    """Return the paths of MobileNetV2, V3 and EfficientNet: linear bottlenecks, and a last activated convolution.
 
-    A bottleneck stage ends where the next block halves the map. The stem is a half and stage 1 a quarter of the image.
+    A bottleneck stage ends before a block that halves the map. The stem has half the image's width, stage 1 a quarter.
     """
     blocks = _children(model, "features")
     halving = [number for number, block in enumerate(blocks) if _halves(model.get_submodule(block))]
@@ -115,7 +121,7 @@ def _mobile(model: nn.Module) -> Paths:
 
 
 def _vgg(model: nn.Module) -> Paths:
-    """Name the last activation of each of the five blocks, before its pooling; the first is the stem."""
+    """Return the paths of the last activation, before pooling, of each of the five blocks; the first is the stem."""
     layers = _children(model, "features")
     pools = [number for number, path in enumerate(layers) if isinstance(model.get_submodule(path), nn.MaxPool2d)]
     found = {"stem": layers[pools[0] - 1]}
@@ -127,7 +133,9 @@ def _vgg(model: nn.Module) -> Paths:
 
 
 def _shufflenet_v2(model: nn.Module) -> Paths:
-    """Name the stages; only the last has one tensor before its activation, the others activate each half alone."""
+    """Return the paths of torchvision's ShuffleNetV2."""
+    # Only the last stage has one tensor before its activation. In the others, each half of the channels is activated
+    # separately, so they have no ``.preact``.
     found = {"stem": "conv1", "stage1": "maxpool", "stage2": "stage2", "stage3": "stage3", "map": "conv5"}
     return found | stage_entry(4, "conv5", "conv5.2:in", "conv5.1") | head(model)
 
@@ -141,7 +149,8 @@ def _regnet(model: nn.Module) -> Paths:
 
 
 def _densenet(model: nn.Module) -> Paths:
-    """Name the dense blocks' signed concatenations: the network overwrites its last activation's input in place."""
+    """Return the paths of the dense blocks' concatenations, before activation."""
+    # The activated map cannot be tapped after the last block: the network overwrites that activation's input in place.
     found = {"stem": "features.pool0"}
     for number in range(1, 5):
         found |= stage_entry(number, f"features.denseblock{number}")
@@ -156,7 +165,7 @@ def _convnext(model: nn.Module) -> Paths:
 
 
 def _swin(model: nn.Module) -> Paths:
-    """Name the stages, channels last; the last one ends after the network's LayerNorm."""
+    """Return the paths of the stages, with channels last; the last stage ends after the network's LayerNorm."""
     found = {"stem": "features.0:nhwc"}
     for number in range(1, 4):
         found |= stage_entry(number, f"features.{2 * number - 1}:nhwc")
@@ -164,7 +173,7 @@ def _swin(model: nn.Module) -> Paths:
 
 
 def _vision_transformer(model: nn.Module) -> Paths:
-    """Name the tokens after each quarter of the layers; the last stage ends after the network's LayerNorm."""
+    """Return the paths of the tokens after each quarter of the layers; the last stage ends after the LayerNorm."""
     layers = _children(model, "encoder.layers")
     found = {"stem": "conv_proj"}
     for number, end in enumerate(quarters(layers)[:-1], start=1):
@@ -173,7 +182,7 @@ def _vision_transformer(model: nn.Module) -> Paths:
 
 
 def quarters(layers: list[str]) -> list[str]:
-    """Return the last layer of each quarter."""
+    """Return the last layer of each quarter of ``layers``."""
     return [layers[number * len(layers) // 4 - 1] for number in range(1, 5)]
 
 
@@ -202,11 +211,11 @@ def _last_norm(model: nn.Module, path: str) -> str:
 FAMILIES: dict[type[nn.Module], Family] = {
     CifarResNet: _resnet,
     CifarWideResNet: _cifar_wrn,
-    CifarVGG: _ours("2:in", "1"),
-    CifarMobileNetV2: _ours(None, "layers.2.1"),
-    CifarShuffleNetV1: _ours("relu:in", "widen.1"),
-    CifarShuffleNetV2: _ours("relu:in", None),
-    MobileNetV1: _ours("1.2:in", "1.1"),
+    CifarVGG: _stem_and_stages("2:in", "1"),
+    CifarMobileNetV2: _stem_and_stages(None, "layers.2.1"),
+    CifarShuffleNetV1: _stem_and_stages("relu:in", "widen.1"),
+    CifarShuffleNetV2: _stem_and_stages("relu:in", None),
+    MobileNetV1: _stem_and_stages("1.2:in", "1.1"),
     ResNet: _resnet,
     MobileNetV2: _mobile,
     MobileNetV3: _mobile,

@@ -1,8 +1,9 @@
-"""The digest of a file's tensors, remembered for as long as the file's path, size and times stay what they are.
+"""A cache of digests of files, valid as long as a file's path, size and times do not change.
 
-It lies in ``$XDG_CACHE_HOME/distillation-pipeline/weights``, by default under ``~/.cache``: beside the file there may
-be no right to write, and a shared folder is not for one user's notes. A file a note, so that no two processes write the
-same one differently. What is damaged there, or cannot be written, costs a moment and nothing else.
+The cache is in ``$XDG_CACHE_HOME/distillation-pipeline/weights``, by default under ``~/.cache``. The folder of the file
+itself may be read-only or shared with other users. Each entry is a file of its own, so that processes with different
+entries never write the same file. A damaged entry, or one that cannot be written, only costs computing the digest
+again.
 """
 
 from __future__ import annotations
@@ -19,30 +20,32 @@ from typing import Any
 from shards.manifest import write_atomically
 
 SETTLED = 2.0
-"""Seconds since a file was last written after which a further write shows in its time, on any file system."""
+"""Seconds after the last write of a file. A later write then changes the file's time, on any file system."""
 
 
 def memoized_by_file(path: Path, key: list[Any], compute: Callable[[], str]) -> str:
-    """Return ``compute()``, a digest of the file that depends on ``about`` too, or what it was of the file as it is.
+    """Return ``compute()``, a digest of the file and ``key``, from the cache if the file has not changed since.
 
-    Raises what ``compute`` does.
+    Errors of ``compute`` are passed on.
     """
     try:
         before = path.stat()
-    except OSError:  # it is for ``compute`` to say
+    except OSError:  # ``compute`` raises a better error for a file that cannot be read
         return compute()
     facts = [str(path.resolve()), before.st_size, before.st_mtime_ns, before.st_ctime_ns, key]
-    note = _folder() / f"{_sha256([facts[0], key])[:32]}.json"
+    entry = _folder() / f"{_sha256([facts[0], key])[:32]}.json"
     with suppress(OSError, ValueError, TypeError):
-        kept = json.loads(note.read_bytes())
-        if kept["facts"] == facts and kept["check"] == _sha256([facts, kept["digest"]]):
-            return kept["digest"]
+        cached = json.loads(entry.read_bytes())
+        # "check" is a digest of the entry itself, so that a damaged entry cannot return a wrong digest.
+        if cached["facts"] == facts and cached["check"] == _sha256([facts, cached["digest"]]):
+            return cached["digest"]
     digest = compute()
+    # A file that was written just now could be written again within the resolution of its time, without a change of it.
     if time.time() - before.st_mtime > SETTLED:
         text = json.dumps({"facts": facts, "digest": digest, "check": _sha256([facts, digest])})
         with suppress(OSError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(note, text.encode())
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(entry, text.encode())
     return digest
 
 

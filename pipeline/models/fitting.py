@@ -1,4 +1,7 @@
-"""Which of the tensors in a file are a network's, whatever is around them and whatever stands before their names."""
+"""Selection of a network's weights among the contents of a file.
+
+The weights may be nested in the file, have a prefix before their names, or have the names of well-known code.
+"""
 
 from __future__ import annotations
 
@@ -11,77 +14,88 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.foreign_names import foreign_names
-from pipeline.models.from_timm import PREFIX, timms_own
+from pipeline.models.from_timm import PREFIX, converted_by_timm
 from pipeline.models.weights_file import WEIGHTS_ADVICE, mappings
 
 COUNTER = "num_batches_tracked"
-"""Weights saved before BatchNorm counted its batches do not have this one; nothing here reads it."""
+"""Name of a buffer that old weights lack: BatchNorm did not count its batches then. Nothing here reads it."""
 TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")
-"""Heads of torchvision's GoogLeNet and Inception that only train them; ``create_model`` leaves them out."""
-COUNTED = ("total_ops", "total_params")
-"""What thop, which counts operations, leaves in every module."""
+"""Auxiliary heads of torchvision's GoogLeNet and Inception, used in training only; ``create_model`` omits them."""
+PROFILER_COUNTERS = ("total_ops", "total_params")
+"""Buffers that thop, a counter of operations, leaves in every module."""
 AVERAGED = "ema"
+"""Text in the key of averaged weights."""
 
 
 class Candidate(NamedTuple):
-    """Tensors in a file that may be a network's, by its names."""
+    """A set of tensors in a file that may be the network's weights, by the network's names."""
 
     key: str
-    """Where they lie in the file."""
+    """Dotted key of the tensors in the file, with their common prefix."""
     state: dict[str, Tensor]
-    beside: list[str]
-    """Names, in the same mapping, of tensors that do not begin as these do."""
+    unprefixed: list[str]
+    """Names of the tensors in the same mapping that do not have the prefix."""
 
 
 class Fitted(NamedTuple):
-    """A network's weights."""
+    """A network's weights, and a note about their selection."""
 
     state: dict[str, Tensor]
     note: str
-    """What was chosen or left out; empty where there was no choice."""
+    """Weights that were chosen or left out, as one line; empty if there was no choice."""
 
 
 def fit_state(content: Any, model: nn.Module, source: str, name: str, key: str | None = None) -> Fitted:
-    """Return the weights of ``model``, which is left as it is, in what a file holds.
+    """Return the weights of ``model`` that are found in ``content``; the model itself is not changed.
 
-    They may lie anywhere in it, all under one prefix, and under the names of well-known code. Where there are several
-    that fit, such as raw and averaged ones, ``key`` names one of them, as the note does; without it the raw ones are
-    taken. Raises ValueError, one line, for weights of another architecture.
+    They may be anywhere in it, under a common prefix, and under the names of well-known code. If several fit, such as
+    raw and averaged weights, ``key`` selects one of them. Without ``key`` the raw weights are taken, and the note names
+    the others. Raises ValueError, in one line, for weights of another architecture.
     """
-    wanted = {each: value for each, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     everything = found = list(_candidates(content, model, wanted))
     if not everything:
         raise ValueError(f"{source}: expected tensors by name, a state dict; {WEIGHTS_ADVICE}")
     if key is not None:
-        found = [each for each in found if each.key == key or each.key.startswith(f"{key}.")]
+        found = [candidate for candidate in found if candidate.key == key or candidate.key.startswith(f"{key}.")]
     if not found:
-        known = ", ".join(dict.fromkeys(each.key for each in everything if each.key)) or "no key, take it away"
+        keys = dict.fromkeys(candidate.key for candidate in everything if candidate.key)
+        known = ", ".join(keys) or "no keys, remove weights_key"
         raise ValueError(f"{source}: holds no weights under weights_key {key!r}; it has {known}")
-    fitting = [each for each in found if not _misfits(each.state, wanted)]
+    fitting = [candidate for candidate in found if not _misfits(candidate.state, wanted)]
     if not fitting:
-        nearest = max(found, key=lambda each: (len(each.state.keys() & wanted.keys()), -len(each.state)))
-        state = _own_way(model, nearest.state) or _timms_way(model, nearest.state, name)
+        # Only the candidate with most of the names, and of those the smallest, is worth converting or reporting.
+        nearest = max(found, key=lambda candidate: (len(candidate.state.keys() & wanted.keys()), -len(candidate.state)))
+        state = _loaded_by_model(model, nearest.state) or _loaded_by_timm(model, nearest.state, name)
         if state is None:
-            raise ValueError(_refusal(nearest.state, wanted, source, name))
+            raise ValueError(_mismatch_message(nearest.state, wanted, source, name))
         fitting = [nearest._replace(state=state)]
-    return _chosen(fitting, source, key)
+    return _choose(fitting, source, key)
 
 
 def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) -> Iterator[Candidate]:
-    """Yield what may be meant: every mapping with tensors, by every prefix, in our names and in well-known ones."""
-    spaces = [{name: name for name in wanted}, foreign_names(model, wanted)]
-    for place, mapping in mappings(content):
+    """Yield a candidate for each mapping with tensors, each set of names and each prefix.
+
+    The sets of names are ours and those of well-known code.
+    """
+    ours_by_name = [{name: name for name in wanted}, foreign_names(model, wanted)]
+    for path, mapping in mappings(content):
         tensors = {name: value for name, value in mapping.items() if isinstance(value, Tensor)}
-        for space in spaces if tensors else ():
-            for prefix in _prefixes(tensors, space):
-                own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-                state = {space.get(name, name): value for name, value in own.items() if not _needless(name, wanted)}
-                beside = [name for name in tensors if not name.startswith(prefix)]
-                yield Candidate(".".join(filter(None, (place, prefix.rstrip(".")))), state, beside)
+        for ours in ours_by_name if tensors else ():
+            for prefix in _prefixes(tensors, ours):
+                stripped = {
+                    name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+                }
+                state = {ours.get(name, name): value for name, value in stripped.items() if not _needless(name, wanted)}
+                unprefixed = [name for name in tensors if not name.startswith(prefix)]
+                yield Candidate(".".join(filter(None, (path, prefix.rstrip(".")))), state, unprefixed)
 
 
 def _prefixes(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> list[str]:
-    """Return what stands before most of ``names``, the most frequent first; nothing, where they do not occur."""
+    """Return the prefixes under which most of ``names`` occur, the most frequent first.
+
+    If there is none, it is the empty prefix, or no prefix if ``names`` is empty.
+    """
     counts = Counter[str]()
     for tensor in tensors:
         parts = tensor.split(".")
@@ -92,105 +106,117 @@ def _prefixes(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> list[s
 
 
 def _needless(name: str, wanted: Mapping[str, Tensor]) -> bool:
-    """Return whether a tensor that the network does not have may be left out."""
+    """Return whether a tensor may be left out: the network does not have it, and it is of no use in evaluation."""
     last = name.rpartition(".")[2]
-    return name not in wanted and (name.startswith(TRAINING_ONLY) or last in COUNTED)
+    return name not in wanted and (name.startswith(TRAINING_ONLY) or last in PROFILER_COUNTERS)
 
 
 def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors are missing, unexpected or of another shape."""
     missing = any(name not in state and not name.endswith(COUNTER) for name in wanted)
     return missing or any(name not in wanted or value.shape != wanted[name].shape for name, value in state.items())
 
 
-def _own_way(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return what a network makes of a state dict of an older version of its own; None where that does not fit."""
+def _loaded_by_model(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return a state dict of an older version, converted by the network's own loading; None if it does not fit."""
     try:
+        # A copy on the meta device: it takes the file's tensors by ``assign``, without memory for weights of its own.
         empty = copy.deepcopy(model).to("meta")
         result = empty.load_state_dict(dict(state), strict=False, assign=True)
-    except Exception:  # tensors of another shape, and whatever a network's own way of loading raises
+    except Exception:  # tensors of another shape, and any error of a network's own loading
         return None
     if result.unexpected_keys or any(not name.endswith(COUNTER) for name in result.missing_keys):
         return None
     loaded = {name: value for name, value in empty.state_dict().items() if isinstance(value, Tensor)}
+    # What is still on the meta device was not in the file: batch counters.
     return {name: value for name, value in loaded.items() if not value.is_meta}
 
 
-def _timms_way(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
-    """Return what timm makes of a state dict, by the filter that it has for a network; None where that does not fit."""
+def _loaded_by_timm(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
+    """Return a state dict, converted by timm's filter for the network; None if it does not fit."""
     if not name.startswith(PREFIX):
         return None
     wanted = model.state_dict()
     try:
+        # timm initialises a network before it loads the weights; the caller's random state must not change by that.
         with torch.random.fork_rng(), torch.device("cpu"):
-            found = timms_own(name, int(getattr(model, "num_classes", 0)), state)
-    except Exception:  # of what is no state dict that it knows, a filter raises nearly anything
+            found = converted_by_timm(name, int(getattr(model, "num_classes", 0)), state)
+    except Exception:  # for a state dict that it does not know, a filter may raise nearly any error
         return None
     return None if _misfits(dict(found), wanted) else dict(found)
 
 
-def _chosen(fitting: list[Candidate], source: str, key: str | None) -> Fitted:
-    """Return the only weights, the raw ones beside averaged ones, or those that ``key`` says."""
+def _choose(fitting: list[Candidate], source: str, key: str | None) -> Fitted:
+    """Return the weights that ``key`` selects, or the raw weights if averaged ones fit too, or the only ones.
+
+    Raises ValueError if several are left.
+    """
     several: list[Candidate] = []
-    for each in fitting:
-        if not any(_same(each.state, other.state) for other in several):
-            several.append(each)
-    keys = [each.key or "the file's own" for each in several]
-    exact = [each for each in several if each.key == key]
-    raw = exact or [each for each in several if AVERAGED not in each.key.lower()] or several
+    for candidate in fitting:
+        if not any(_same(candidate.state, other.state) for other in several):
+            several.append(candidate)
+    keys = [candidate.key or "the file's own" for candidate in several]
+    exact = [candidate for candidate in several if candidate.key == key]
+    raw = exact or [candidate for candidate in several if AVERAGED not in candidate.key.lower()] or several
     if len(raw) > 1:
-        raise ValueError(f"{source}: holds several weights that fit; say weights_key: one of {', '.join(keys)}")
+        raise ValueError(f"{source}: holds several weights that fit; set weights_key to one of {', '.join(keys)}")
     chosen, *_ = raw
     notes = []
     if len(several) > 1:
         others = ", ".join(other for other in keys if other != (chosen.key or "the file's own"))
-        notes.append(f"{chosen.key or 'the weights outside'} are taken and not {others}, which weights_key can say")
-    beside = [name for name in chosen.beside if name != "n_averaged"]
-    if beside and len(several) == 1:
-        notes.append(f"{len(beside)} other tensors (first {beside[0]}) are left out")
+        notes.append(f"{chosen.key or 'the weights outside'} are used and not {others}; weights_key can select it")
+    unused = [name for name in chosen.unprefixed if name != "n_averaged"]
+    if unused and len(several) == 1:
+        notes.append(f"{len(unused)} other tensors (first {unused[0]}) are left out")
     return Fitted(chosen.state, f"{source}: {'; '.join(notes)}" if notes else "")
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether two states have the same names and tensors."""
     return one.keys() == other.keys() and all(
         value is other[name] or (value.dtype == other[name].dtype and torch.equal(value, other[name]))
         for name, value in one.items()
     )
 
 
-def _refusal(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, name: str) -> str:
-    """Return how weights differ from those of the network, in keys and shapes."""
+def _mismatch_message(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, name: str) -> str:
+    """Return a message, in one line, with the keys and shapes in which weights differ from the network."""
     missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     head = list(wanted)[-1].rpartition(".")[0]
+    # Only the head differs: then it is the number of classes, which the shards set.
     if reshaped and not (missing or unexpected) and all(key.startswith(f"{head}.") for key in reshaped):
-        theirs, ours = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
-        return f"{source}: the weights have {theirs} classes, the network has {ours}, as many as the shards"
+        found, expected = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
+        return f"{source}: the weights have {found} classes, the network and the shards have {expected}"
     problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
     problems += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
     if reshaped:
-        theirs, ours = tuple(state[reshaped[0]].shape), tuple(wanted[reshaped[0]].shape)
-        problems += [f"{len(reshaped)} of another shape (first {reshaped[0]}: {theirs}, expected {ours})"]
+        found, expected = tuple(state[reshaped[0]].shape), tuple(wanted[reshaped[0]].shape)
+        problems += [f"{len(reshaped)} of another shape (first {reshaped[0]}: {found}, expected {expected})"]
     return f"{source}: weights of another architecture than {name}: {'; '.join(problems)}"
 
 
 def check_finite(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
-    """Raise ValueError, one line, for what no training leaves: other kinds of number, NaN, variances below 0."""
+    """Raise ValueError, in one line, for values that training cannot produce.
+
+    These are tensors of another kind of number, NaN, infinite parameters or statistics, and negative variances.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    whole = model.state_dict()
+    expected_state = model.state_dict()
     for name, value in state.items():
-        own, place = whole[name], f"{source}: {name}"
+        expected, key = expected_state[name], f"{source}: {name}"
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise ValueError(
-                f"{place} is a {value.layout} {value.dtype} tensor without plain numbers; {WEIGHTS_ADVICE}"
-            )
-        kinds = (own.is_floating_point(), value.is_floating_point())
-        if kinds[0] != kinds[1] or value.is_complex() != own.is_complex():
-            raise ValueError(f"{place} holds {value.dtype}, expected {own.dtype}: no weights of a trained network")
+            raise ValueError(f"{key} is a {value.layout} {value.dtype} tensor without plain numbers; {WEIGHTS_ADVICE}")
+        kinds = (expected.is_floating_point(), value.is_floating_point())
+        if kinds[0] != kinds[1] or value.is_complex() != expected.is_complex():
+            raise ValueError(f"{key} holds {value.dtype}, expected {expected.dtype}: no weights of a trained network")
         statistic = name.endswith(("running_mean", "running_var"))
-        cast = value.to(own.dtype)
+        # Checked after the cast: a float64 value may become infinite in the network's float32.
+        cast = value.to(expected.dtype)
+        # Other buffers may contain infinity on purpose, as an attention mask does.
         wrong = cast.isnan() if not (name in parameters or statistic) else ~cast.isfinite()
         if wrong.any():
-            raise ValueError(f"{place}: {int(wrong.sum())} of {wrong.numel()} values are not finite; take another file")
+            raise ValueError(f"{key}: {int(wrong.sum())} of {wrong.numel()} values are not finite; take another file")
         if name.endswith("running_var") and (cast < 0).any():
-            raise ValueError(f"{place}: a variance is below zero; no network was trained to that, take another file")
+            raise ValueError(f"{key}: a variance is below zero, which training cannot produce; take another file")

@@ -1,7 +1,7 @@
-"""BatchNorm folded into the convolution before it, in the module tree: a traced copy would lose the hooks.
+"""Folding of BatchNorms into the convolutions before them, in the module tree: a traced copy would lose the hooks.
 
-A convolution and a BatchNorm are a pair only where one forward shows it: each ran once, the BatchNorm took exactly the
-tensor that the convolution returned, and nothing else read that tensor.
+One forward shows which convolution and BatchNorm are a pair. Each must run exactly once. The BatchNorm must take the
+tensor that the convolution returned, and nothing else may read that tensor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def fold_batchnorms(model: nn.Module, images_BCHW: Tensor, *, spared: Collection[nn.Module] = ()) -> int:
-    """Fold BatchNorms of ``model``, in evaluation mode, in place; return how many became ``nn.Identity``.
+    """Fold BatchNorms of ``model``, which is in evaluation mode, in place; return how many became ``nn.Identity``.
 
-    ``images_BCHW`` is any batch of the network's size. Modules in ``spared``, such as those that hooks watch, stay.
+    ``images_BCHW`` is any batch of images of the network's size. Modules in ``spared``, such as those with hooks, are
+    left unchanged.
     """
     probe = _Probe()
     hooks = register_module_forward_pre_hook(probe.before), register_module_forward_hook(probe.after)
@@ -38,33 +39,34 @@ def fold_batchnorms(model: nn.Module, images_BCHW: Tensor, *, spared: Collection
 
 
 class _Probe(TorchDispatchMode):
-    """Watches one forward: which convolution made a tensor, which BatchNorm took it, how many operations read it."""
+    """A record of one forward: the convolution that made a tensor, the BatchNorm that took it, and its readers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = Counter[nn.Module]()
-        # Tensors go by id; keeping those that convolutions made keeps their ids from being used again.
+        # By the tensor's id. The tensor is stored too: it stays alive, so Python cannot reuse its id.
         self.made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
         self.taken: list[tuple[int, nn.BatchNorm2d]] = []
         self.reads = Counter[int]()
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.calls[module] += 1
-        # Only the class itself: timm's subclass of it computes an activation too.
+        # Not a subclass: timm's subclass of BatchNorm2d also computes an activation.
         if type(module) is nn.BatchNorm2d and not module.training and module.running_mean is not None:
             self.taken += [(id(x), module) for x in args if id(x) in self.made]
 
     def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, nn.Conv2d):
             self.made[id(output)] = (module, output)
-            self.reads[id(output)] = 0  # whatever had this id before is gone
+            self.reads[id(output)] = 0  # forget the reads of an earlier tensor with the same id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Hooks see modules only. Here every operation is seen, also the additions in a network's own forward.
         self.reads.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return func(*args, **(kwargs or {}))
 
     def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """Return the convolutions whose output had one reader, a BatchNorm, both having run once."""
+        """Return the pairs of a convolution and the BatchNorm that alone read its output, if both ran once."""
         candidates = [(self.made[key][0], bn) for key, bn in self.taken if self.reads[key] == 1]
         return [(conv, bn) for conv, bn in candidates if self.calls[conv] == self.calls[bn] == 1]
 

@@ -1,7 +1,7 @@
-"""How well-known code calls the weights of networks that are built here under other names.
+"""Names that well-known code gives to weights of networks that have other names here.
 
-RepDistiller's and mdistiller's networks for CIFAR are those of this project, layer by layer; torchvision's published
-DenseNets have the names of its first release. A family is one function, from our name to theirs.
+RepDistiller's and mdistiller's networks for CIFAR are the same as this project's, layer by layer. Torchvision's
+published DenseNets have the names of its first release. A family is a function from our name to the foreign name.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pipeline.models.cifar_vgg import CifarVGG
 from pipeline.models.cifar_wrn import CifarWideResNet
 
 _PAIR = ("conv", "bn")
-"""Of a ``Conv2dNormActivation``: its first module and its second."""
+"""Foreign names of the first and the second module of a ``Conv2dNormActivation``."""
 
 
 def foreign_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return our name by theirs; empty for a network that has one set of names only."""
-    for family, theirs in NAME_FAMILIES.items():
+    """Return our names by foreign name; empty for a network without foreign names."""
+    for family, foreign_name in NAME_FAMILIES.items():
         if isinstance(model, family):
-            return {theirs(name): name for name in names}
+            return {foreign_name(name): name for name in names}
     return {}
 
 
@@ -35,7 +35,7 @@ def _wide_resnet(name: str) -> str:
 
 
 def _vgg(name: str) -> str:
-    """Blocks are numbered from 0, the stem; in each stand convolution, BatchNorm and ReLU in one row."""
+    """Return the foreign name: blocks are numbered from 0, the stem, and the layers of a block are one flat list."""
 
     def rename(match: re.Match[str]) -> str:
         block = 0 if match[1] == "stem" else int(match[2])
@@ -45,7 +45,8 @@ def _vgg(name: str) -> str:
 
 
 def _mobilenet_v2(name: str) -> str:
-    """Blocks are in seven groups by their channels, which our stages take together; layers stand in one row."""
+    """Return the foreign name: blocks are in seven groups by their channels, and a block's layers are one flat list."""
+    # Blocks of each group in our stages, and the number of each stage's first group.
     groups = {1: (1, 2), 2: (3,), 3: (4, 3), 4: (3, 1)}
     first = {1: 0, 2: 2, 3: 3, 4: 5}
 
@@ -63,7 +64,7 @@ def _mobilenet_v2(name: str) -> str:
 
 
 def _shufflenet(name: str) -> str:
-    """Name what both have in common: the stem and the head."""
+    """Return the name with the foreign stem and head, which both ShuffleNets share."""
     name = re.sub(r"^stem\.(\d)\.", lambda match: f"{_PAIR[int(match[1])]}1.", name)
     return name.replace("stage", "layer", 1).replace("fc.", "linear.")
 
@@ -78,7 +79,10 @@ def _shufflenet_v1(name: str) -> str:
 
 
 def _shufflenet_v2(name: str) -> str:
-    """Branches are numbered through; the first unit of a stage has two convolutions in its first branch."""
+    """Return the foreign name: convolutions are numbered across both branches of a unit.
+
+    Only the first unit of a stage has two convolutions in its first branch.
+    """
     layers = {"branch1": (0, 0, 1, 1), "branch2": (0, 0, None, 1, 1, 2, 2)}
 
     def rename(match: re.Match[str]) -> str:

@@ -1,4 +1,7 @@
-"""Networks of timm, as ``timm/<name>``. The package is imported only when one is asked for."""
+"""timm's networks, weights and stages, by the name ``timm/<name>``.
+
+The package is imported only when such a network is used.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ POOL_NAMES = ("global_pool", "head.global_pool")
 
 
 def create_timm_model(name: str, num_classes: int) -> nn.Module:
-    """Return timm's network of that name, which may carry a tag, freshly initialised.
+    """Return timm's network of this name, which may include a tag, freshly initialised.
 
-    Raises ValueError where there is none.
+    Raises ValueError if timm has no such network or is not installed.
     """
     timm = _timm(name)
     short = name.removeprefix(PREFIX)
@@ -31,37 +34,37 @@ def create_timm_model(name: str, num_classes: int) -> nn.Module:
 
 
 def timm_weights(name: str, tag: str) -> Mapping[str, Tensor]:
-    """Return timm's published weights of a network: its default ones where ``tag`` is ``pretrained``.
+    """Return timm's published weights of a network; the tag ``pretrained`` selects its default ones.
 
-    The number of classes is the weights' own: timm would replace a head of another size by a random one. Raises
-    ValueError where there are no such weights or they cannot be had.
+    Raises ValueError if there are no such weights or they cannot be loaded.
     """
     timm = _timm(name)
     try:
+        # Without ``num_classes``: if it differed from the weights', timm would replace their head by a random one.
         return timm.create_model(_tagged(name, tag), pretrained=True).state_dict()
     except Exception as error:  # the network, its hub and its file formats raise nearly anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{tag} of {name}: no weights ({reason}); give a file") from error
 
 
-def timms_own(name: str, num_classes: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return what timm makes of a state dict that it knows: an older one of its own, or the authors' of a network.
+def converted_by_timm(name: str, num_classes: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a state dict, converted by timm from an older one of its own or from the authors' code.
 
-    Raises whatever timm does where it knows none such, and RuntimeError where a tensor is missing, left over or of
-    another shape.
+    Raises RuntimeError if a tensor is missing, unexpected or of another shape. For a state dict that timm does not know
+    its conversion may raise any error.
     """
-    # The state as one of its published: that alone asks the network's own filter. Told their number of classes, timm
-    # leaves the head as it is.
-    told = {"state_dict": dict(state), "num_classes": num_classes, "label_offset": 0, "custom_load": False}
+    # Passed as if it were published with timm: only then does timm apply the network's own conversion. With its number
+    # of classes in the configuration, timm leaves the head unchanged.
+    overlay = {"state_dict": dict(state), "num_classes": num_classes, "label_offset": 0, "custom_load": False}
     short = name.removeprefix(PREFIX)
-    model = _timm(name).create_model(short, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=told)
+    model = _timm(name).create_model(short, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
     return model.state_dict()
 
 
 def timm_normalization(name: str, tag: str) -> Any:
-    """Return what has ``mean`` and ``std`` of the images that timm's published weights expect.
+    """Return timm's configuration of published weights, which has ``mean`` and ``std`` of the images they expect.
 
-    ``tag`` is as ``timm_weights`` takes it. Raises ValueError where timm knows no such weights.
+    ``tag`` is as for ``timm_weights``. Raises ValueError if timm has no such weights.
     """
     try:
         found = _timm(name).models.get_pretrained_cfg(_tagged(name, tag))
@@ -78,44 +81,45 @@ def _tagged(name: str, tag: str) -> str:
 
 
 def is_timm(model: nn.Module) -> bool:
-    """Return whether ``model`` tells of itself what timm's networks do."""
+    """Return whether ``model`` has the attributes that describe timm's networks."""
     return hasattr(model, "feature_info") and hasattr(model, "pretrained_cfg")
 
 
 def timm_stages(model: nn.Module) -> Paths:
-    """Name the stages by the network's ``feature_info``.
+    """Return the paths of the stages according to the network's ``feature_info``.
 
-    Stage n has 1 / 2ⁿ⁺¹ of the image's width; the deepest is what the head averages. Of networks that keep one width,
-    only vision transformers are known: their stages are the tokens after each quarter of the blocks. What stands before
-    a stage's activation is not known: a recipe names ``stageN.preact`` itself.
-
-    A place carries the channels it is said to have: some networks compute there rows of tokens, or have their channels
-    last, and say neither.
+    Stage n has 1 / 2ⁿ⁺¹ of the image's width, and the deepest stage is the map that the head averages. If all stages
+    have the same width, only vision transformers are known. Their stages are the tokens after each quarter of the
+    blocks. The tensor before a stage's activation is not known; a recipe must name ``stageN.preact`` itself.
     """
     info: Any = model.feature_info
     if len({int(entry["reduction"]) for entry in info}) == 1:
         return _transformer_stages(model, [entry["module"] for entry in info]) | _head(model)
     layout = _layout(model)
-    places = {int(entry["reduction"]): f"{entry['module']}{layout}:{entry['num_chs']}" for entry in info}  # the last
+    # A path includes the channels that timm gives. Some networks compute tokens, or channels-last maps, without saying
+    # so; the number lets the tap raise an error instead of reading another dimension as channels. Of several entries
+    # with one reduction, the last one counts.
+    paths = {int(entry["reduction"]): f"{entry['module']}{layout}:{entry['num_chs']}" for entry in info}
     if pool := _pool(model):
-        places[max(places)] = f"{pool}:in{layout}"
-    found = {f"stage{width.bit_length() - 2}" if width > 2 else "stem": place for width, place in places.items()}
+        paths[max(paths)] = f"{pool}:in{layout}"
+    found = {f"stage{width.bit_length() - 2}" if width > 2 else "stem": path for width, path in paths.items()}
     return found | _head(model)
 
 
 def _transformer_stages(model: nn.Module, blocks: list[str]) -> Paths:
-    """Name the tokens after each quarter of the blocks; the last stage ends after the network's LayerNorm."""
+    """Return the paths of the tokens after each quarter of the blocks; the last stage ends after the LayerNorm."""
     prefix: Any = getattr(model, "num_prefix_tokens", None)
     if prefix is None:
         return {}
     rows, columns = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
     form = "tokens" if rows == columns else f"tokens+{prefix}@{rows}x{columns}"
-    places = [*quarters(blocks)[:-1], "norm"]
-    return {f"stage{number}": f"{place}:{form}" for number, place in enumerate(places, start=1)}
+    paths = [*quarters(blocks)[:-1], "norm"]
+    return {f"stage{number}": f"{path}:{form}" for number, path in enumerate(paths, start=1)}
 
 
 def _head(model: nn.Module) -> Paths:
-    """Name the classifier's input and output, and the map it takes the average of; a distilled network has two."""
+    """Return the paths of the classifier's input and output, and of the map that is averaged for it."""
+    # A network with a second head for distillation names two classifiers, so this is not always a text.
     classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier")
     if not isinstance(classifier, str) or not isinstance(model.get_submodule(classifier), nn.Linear):
         return {}
@@ -129,7 +133,7 @@ def _pool(model: nn.Module) -> str | None:
 
 
 def _normed(model: nn.Module) -> bool:
-    """Return whether the head normalises between the average and the linear layer."""
+    """Return whether the head normalises between the average and the linear layer, so that it has no ``map``."""
     norms = [module for path, module in model.named_modules() if path.startswith("head.norm")]
     return any(not isinstance(module, nn.Identity) for module in norms)
 

@@ -1,4 +1,4 @@
-"""How the project's own networks start."""
+"""Initialisation of the project's own networks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 def he_normal(model: nn.Module) -> None:
-    """Draw the convolutions of ``model`` from N(0, 2 / fan-out), He et al., ICCV 2015, eq. 14; their biases are zero.
+    """Draw the convolutions of ``model`` from N(0, 2 / fan-out), He et al., ICCV 2015, eq. 14, and zero their biases.
 
-    Torch's own start stays elsewhere: BatchNorm is the identity, a linear layer is uniform in ±1/√fan-in.
+    Other modules keep torch's default: BatchNorm is the identity, a linear layer is uniform in ±1/√fan-in.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

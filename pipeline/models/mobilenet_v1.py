@@ -11,7 +11,7 @@ from pipeline.models.initialization import he_normal
 
 
 class MobileNetV1(nn.Module):
-    """The network of width 1.0: 4,231,976 parameters at 1,000 classes, 0.569 GMAC at 224 pixels.
+    """A MobileNetV1 of width 1.0: 4,231,976 parameters at 1,000 classes, 0.569 GMAC at 224 pixels.
 
     Stage n ends where the map is 1 / 2ⁿ⁺¹ of the image: 128, 256, 512 and 1,024 channels.
     """

@@ -1,4 +1,4 @@
-"""Torchvision's and timm's published weights, by name, and how the images that they expect are normalised."""
+"""Torchvision's and timm's published weights by name, and the normalisation of the images they expect."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from pipeline.models.from_timm import PREFIX, timm_normalization, timm_weights
 
 _Triple = tuple[float, float, float]
 RESCALING = ("googlenet", "inception_v3")
-"""Networks that torchvision lets turn images of ImageNet's mean and std into those of their weights, 0.5 and 0.5."""
+"""Networks whose weights expect a mean and std of 0.5.
+
+Torchvision's transforms name ImageNet's mean and std for them, because its networks convert such images themselves.
+"""
 
 
 class Published(NamedTuple):
-    """Per-channel mean and standard deviation of the images that weights were trained on."""
+    """The per-channel mean and standard deviation of the images that weights were trained on."""
 
     mean: _Triple
     std: _Triple
 
 
 def published_weights(name: str, weights: str) -> Mapping[str, Tensor]:
-    """Return the published weights of that name for the network ``name``, from the hub's folder or its address.
+    """Return the published weights ``weights`` for the network ``name``, from the hub's cache folder or by download.
 
-    Raises ValueError, one line, where there are none or they cannot be had.
+    Raises ValueError, in one line, if there are no such weights or they cannot be loaded.
     """
     if name.startswith(PREFIX):
         return timm_weights(name, weights)
@@ -39,9 +42,9 @@ def published_weights(name: str, weights: str) -> Mapping[str, Tensor]:
 
 
 def published_normalization(name: str, weights: str) -> Published | None:
-    """Return what the network's images must be normalised with for those weights; None where there are no such weights.
+    """Return the mean and std that images must be normalised with for these weights; None if there are no such weights.
 
-    As torchvision's transforms and timm's configuration say it, without the weights themselves.
+    They are read from torchvision's transforms or timm's configuration, without loading the weights.
     """
     try:
         found = (

@@ -1,14 +1,25 @@
 """The canonical stages ``stem, stage1 … stage4, map, embedding, logits`` of a network, by module path.
 
-``layer4`` is that module's output, ``layer4.1.relu:in`` its last call's input. An ending ``:nhwc`` says that the tensor
-has its channels last, ``:tokens`` that it is a row of tokens [N, C]; both are read as maps [C, H, W]. ``:tokens+5``
-says that the first 5 have no place in the image, ``:tokens+5@7x14`` into which rows and columns the others go. A
-number, as in ``layer4:512``, is how many channels the map must have.
+The syntax of a path:
 
-A stage's output comes after its last activation and ``.preact`` before it; they are one tensor where it ends linearly.
-``stageN.norm`` is no tap but a module: the BatchNorm whose output ``.preact`` is, or was before a shortcut was added.
-``map`` is what the last linear layer takes the average of, and ``embedding`` is what it takes. In networks for ImageNet
-stage n is the last tensor of 1 / 2ⁿ⁺¹ of the image's width, but for VGG, whose blocks are its stages as on CIFAR.
+- ``layer4``: the output of that module.
+- ``layer4.1.relu:in``: the input of that module's last call.
+- ``…:nhwc``: the tensor has its channels last; it is read as a map [C, H, W].
+- ``…:tokens``: the tensor is a sequence of tokens [N, C]; it is read as a map [C, H, W].
+- ``…:tokens+5``: the first 5 tokens are prefix tokens, which do not belong to the map.
+- ``…:tokens+5@7x14``: the other tokens form 7 rows and 14 columns.
+- ``layer4:512``: the map must have 512 channels.
+
+The meaning of a name:
+
+- ``stageN`` is the tensor after a stage's last activation.
+- ``stageN.preact`` is the tensor before it; the same tensor if the stage ends linearly.
+- ``stageN.norm`` is no tap, but a module: the BatchNorm that ends ``stageN.preact``, before a shortcut is added.
+- ``map`` is the tensor that is averaged for the last linear layer.
+- ``embedding`` is the input of the last linear layer.
+
+In networks for ImageNet, stage n is the last tensor with 1 / 2ⁿ⁺¹ of the image's width. In VGGs a stage is a block, on
+ImageNet as on CIFAR.
 """
 
 from __future__ import annotations
@@ -22,7 +33,7 @@ from pipeline.models.from_timm import is_timm, timm_stages
 def stages(model: nn.Module) -> dict[str, str]:
     """Return the module path of each canonical stage of ``model``.
 
-    Of a network of no known family only the embedding and the logits are named, and only where its head is obvious.
+    For a network of an unknown family only ``map``, ``embedding`` and ``logits`` are returned, if its head is obvious.
     """
     for family, paths in FAMILIES.items():
         if isinstance(model, family):

@@ -1,4 +1,7 @@
-"""Weights from a file, or torchvision's or timm's published ones, into a network of exactly that architecture."""
+"""Loading of weights, from a file or from torchvision's or timm's published ones, into a network.
+
+The weights must be of exactly the network's architecture.
+"""
 
 from __future__ import annotations
 
@@ -18,55 +21,59 @@ from pipeline.models.weights_file import is_file, read_file
 
 
 def load_weights(model: nn.Module, source: str, name: str, key: str | None = None) -> str:
-    """Load ``source`` into ``model``: a file (``is_file``), or the published ones for the network ``name``.
+    """Load ``source`` into ``model``: a file (see ``is_file``), or published weights of the network ``name``.
 
-    Published are torchvision's by their name, such as IMAGENET1K_V1, and timm's by a tag or ``pretrained``. Where a
-    file holds several weights that fit, ``key`` names those that are meant; ``fit`` says what may lie around them.
+    Torchvision's weights have names such as IMAGENET1K_V1; timm's are given by a tag or ``pretrained``. If a file holds
+    several weights that fit, ``key`` selects among them. ``fit_state`` explains how weights are found in a file.
 
-    Returns what was chosen or left out, a line or nothing. Raises ValueError or FileNotFoundError, with ``model`` as it
-    was, for what cannot be read, is of another architecture, or is no weights.
+    Returns a line about weights that were chosen or left out, or "". Raises ValueError or FileNotFoundError if the
+    weights cannot be read, are of another architecture, or contain invalid values. The model is then unchanged.
     """
-    state, note = _fitted(model, source, name, key)
-    # With the network's own versions of its modules (``_metadata``), whose names and shapes these are; and its own
-    # counters of batches, where there are none.
-    whole = model.state_dict()
-    whole.update(state)
-    model.load_state_dict(whole, strict=True)
+    state, note = _read_fitted(model, source, name, key)
+    # An update of the network's own state dict, which also has its modules' versions (``_metadata``): the tensors
+    # already have the current names and shapes. It also has batch counters, which old weights lack.
+    updated = model.state_dict()
+    updated.update(state)
+    model.load_state_dict(updated, strict=True)
     return note
 
 
 def weights_sha256(source: str, name: str, num_classes: int, key: str | None = None) -> str:
-    """Return the sha256 of the network's tensors: the same whatever file they lie in, and whatever stands around them.
+    """Return the sha256 of the network's tensors, which does not depend on the file's format or other contents.
 
-    That of a file is remembered for as long as the file stays as it is.
+    The digest of a file is remembered until the file changes.
     """
-    if not is_file(source):
-        return _sha256(_fitted(_empty(name, num_classes), source, name, key).state)
-    about = [name, num_classes, key]
-    return memoized_by_file(
-        Path(source), about, lambda: _sha256(_fitted(_empty(name, num_classes), source, name, key).state)
-    )
+
+    def digest() -> str:
+        return _sha256(_read_fitted(_meta_model(name, num_classes), source, name, key).state)
+
+    return memoized_by_file(Path(source), [name, num_classes, key], digest) if is_file(source) else digest()
 
 
-def _fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:
+def _read_fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:
+    """Return the weights of ``model`` from ``source``, with their values checked."""
     content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source)
     fitted = fit_state(content, model, source, name, key)
     check_finite(fitted.state, model, source)
     return fitted
 
 
-def _empty(name: str, num_classes: int) -> nn.Module:
-    """Return the network for its names and shapes alone; what computes with numbers while it is built has them."""
+def _meta_model(name: str, num_classes: int) -> nn.Module:
+    """Return the network, of which only names and shapes are needed, on the meta device if it can be built there."""
     with torch.random.fork_rng():
         try:
             with torch.device("meta"):
                 return create_model(name, num_classes)
-        except Exception:  # what is wrong is so below, too
+        except Exception:
+            # Some networks compute with numbers while they are built, which meta tensors do not have. Any other error
+            # is raised again here.
             return create_model(name, num_classes)
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of tensors by name, type, shape and bytes."""
+    """Return the sha256 of the tensors' names, dtypes, shapes and bytes."""
+    # Sorted, so that the order of the tensors in a file does not count. The bytes are viewed as uint8, because numpy
+    # has no bfloat16.
     found = hashlib.sha256()
     for key, value in sorted(state.items()):
         found.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""Reading a weights file so that nothing in it runs: safetensors, or what ``torch.save`` wrote."""
+"""Safe reading of weights files, safetensors or files of ``torch.save``: no code in them is run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ WEIGHTS_ADVICE = "save model.state_dict() there"
 
 
 def is_file(source: str) -> bool:
-    """Return whether ``source`` is a file of one's own, and not the name of published weights.
+    """Return whether ``source`` is a file, and not the name of published weights.
 
-    It is one if it is there, names a folder, or ends as such files do.
+    It is a file if it exists, if its path has a folder, or if it has the ending of a weights file.
     """
     return "/" in source or source.endswith(ENDINGS) or Path(source).is_file()
 
 
 def read_file(path: Path) -> Any:
-    """Return what a file holds: tensors by name, maybe with plain values beside them or around them.
+    """Return a file's contents: tensors by name, possibly nested, and possibly with plain values beside them.
 
-    What kind of file it is, is told by how it begins. Raises ValueError or FileNotFoundError, one line.
+    The format is recognised by the file's first bytes. Raises ValueError or FileNotFoundError, in one line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file")
@@ -44,31 +44,38 @@ def read_file(path: Path) -> Any:
 def _read(path: Path) -> Any:
     with path.open("rb") as file:
         beginning = file.read(9)
-    if beginning[8:] == b"{":  # behind the length of the header
+    if beginning[8:] == b"{":  # safetensors: 8 bytes with the header's length, then a JSON object
         return load_file(path)
     if beginning.startswith(b"PK"):
         _check_archive(path)
-    # With weights_only nothing is made of a pickle, or called, but tensors and these types.
-    with path.open("rb") as file, torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol: what torch cannot read it refuses
-        return torch.load(file, map_location="cpu", weights_only=True)  # of a path, torch looks at the ending
+    # With weights_only, torch creates only tensors and these types from a pickle, and calls nothing else.
+    with path.open("rb") as file, torch.serialization.safe_globals(_harmless_types()), warnings.catch_warnings():
+        # Torch warns of unusual pickle protocols, but raises an error if it cannot read one.
+        warnings.simplefilter("ignore", UserWarning)
+        # An open file, because for a path torch chooses the reader by the path's ending.
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for members that are packed or larger than the file: torch writes none, and memory is finite."""
+    """Raise ValueError if members are compressed, or together larger than the file.
+
+    ``torch.save`` writes no such file, and unpacking one could fill the memory.
+    """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or sum(member.file_size for member in members) > path.stat().st_size:
-        raise ValueError("its members are packed, and torch.save packs none")
+    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if compressed or sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its members are compressed, which torch.save never does")
 
 
-def _harmless() -> list[Any]:
-    """Return the types of values, not tensors, that training scripts keep beside the weights.
+def _harmless_types() -> list[Any]:
+    """Return the types, other than tensors, of values that training scripts save beside the weights.
 
-    Made of what a pickle says they hold numbers, text and one another, and do nothing.
+    Objects of these types, created from any pickle, contain only numbers, text and each other, and run no code.
     """
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]  # by numpy's version in other modules
+    # The functions that unpickle numpy's scalars and arrays. Which module they are in depends on numpy's version, so
+    # both modules' names are allowed below.
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bhilBHILefdSU"}
     return [
         argparse.Namespace,
@@ -87,7 +94,7 @@ def _harmless() -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return why a file cannot be read; what torch refuses to make of a pickle is named."""
+    """Return the reason why a file cannot be read, with the type that torch refuses to load, if that is the reason."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return f"holds {refused[1]}, which is neither a tensor nor a plain value and is not loaded"
@@ -95,18 +102,22 @@ def _reason(error: Exception) -> str:
 
 
 def mappings(found: Any, depth: int = 4) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return every mapping by text inside what a file holds, the outer ones first, by its dotted place there."""
+    """Return every mapping with text keys inside a file's contents, with its dotted key, outer mappings first.
+
+    At most ``depth`` levels of nesting are searched.
+    """
     layer, result, seen = [("", found)], [], {id(found)}
     for _ in range(depth):
         inner = []
-        for place, each in layer:
-            if not isinstance(each, Mapping):
+        for path, mapping in layer:
+            if not isinstance(mapping, Mapping):
                 continue
-            own = {key: value for key, value in each.items() if isinstance(key, str)}
-            result.append((place, own))
-            for key, value in own.items():
+            items = {key: value for key, value in mapping.items() if isinstance(key, str)}
+            result.append((path, items))
+            for key, value in items.items():
+                # A pickle may contain one mapping twice, or a mapping that contains itself.
                 if isinstance(value, Mapping) and id(value) not in seen:
                     seen.add(id(value))
-                    inner.append((f"{place}.{key}" if place else key, value))
+                    inner.append((f"{path}.{key}" if path else key, value))
         layer = inner
     return result

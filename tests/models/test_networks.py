@@ -13,7 +13,7 @@ from torchvision.models.shufflenetv2 import InvertedResidual
 from pipeline.models import create_model, known_models
 from pipeline.models.cifar_mobilenet_v2 import LinearBottleneck
 from pipeline.models.cifar_shufflenet_v2 import ShuffleUnitV2
-from pipeline.models.create import OWN
+from pipeline.models.create import PROJECT_MODELS
 from pipeline.models.weights import load_weights
 
 # name: parameters at 100 classes, MMAC of one 32-pixel image
@@ -81,7 +81,7 @@ def test_the_swin_transformer_has_the_published_size():
 
 
 def test_every_network_of_ours_is_in_the_tables():
-    assert OWN.keys() == CIFAR.keys() | {"mobilenet_v1"}
+    assert PROJECT_MODELS.keys() == CIFAR.keys() | {"mobilenet_v1"}
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -202,8 +202,8 @@ def test_a_users_factory_is_called_with_the_number_of_classes():
         ("nowhere.at_all:factory", "no model factory at 'nowhere.at_all:factory'"),
         (f"{__name__}:missing", "missing"),
         (f"{__name__}:a_number", "returned a int, expected a torch.nn.Module"),
-        (f"{__name__}:of_depth", r":of_depth' is called as of_depth\(num_classes=7\), and: missing .* 'depth'$"),
-        (f"{__name__}:CIFAR", r":CIFAR' is called as CIFAR\(num_classes=7\), and: .* is not a callable object$"),
+        (f"{__name__}:of_depth", r":of_depth' is called as of_depth\(num_classes=7\), which fails: missing .* 'depth'$"),
+        (f"{__name__}:CIFAR", r":CIFAR' is called as CIFAR\(num_classes=7\), which fails: .* is not a callable object$"),
     ],
 )
 def test_a_factory_that_gives_no_network_is_refused(name: str, message: str):

@@ -90,7 +90,7 @@ def test_the_version_in_the_file_is_the_one_that_counts(tmp_path: Path):
 
 
 def test_what_is_no_tensor_is_named():
-    with pytest.raises(ValueError, match="_extra_state is a dict, and a file holds tensors alone"):
+    with pytest.raises(ValueError, match="_extra_state is a dict, but a file holds only tensors"):
         storable(Remembering(5).state_dict())
 
 

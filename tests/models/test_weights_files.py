@@ -89,7 +89,7 @@ def test_beside_averaged_weights_the_raw_ones_are_taken_unless_a_key_says_otherw
     path = saved(tmp_path / "w.pth", {ema: prefixed(state_of(2), "module."), raw: state_of(1)})
     found, note = load(path)
     assert same(found, state_of(1))
-    assert note == f"{path}: {raw} are taken and not {ema}.module, which weights_key can say"
+    assert note == f"{path}: {raw} are used and not {ema}.module; weights_key can select it"
     found, _ = load(path, key=ema)
     assert same(found, state_of(2))
     assert f"holds no weights under weights_key 'gone'; it has {ema}.module, {raw}" in refusal(path, key="gone")
@@ -98,7 +98,7 @@ def test_beside_averaged_weights_the_raw_ones_are_taken_unless_a_key_says_otherw
 def test_two_that_fit_are_not_guessed_at_and_the_key_that_is_told_works(tmp_path: Path):
     both = prefixed(state_of(1), "encoder_q.") | prefixed(state_of(2), "encoder_k.")
     path = saved(tmp_path / "w.pt", both)
-    assert "holds several weights that fit; say weights_key: one of encoder_q, encoder_k" in refusal(path)
+    assert "holds several weights that fit; set weights_key to one of encoder_q, encoder_k" in refusal(path)
     assert same(load(path, key="encoder_k")[0], state_of(2))
     twice = saved(tmp_path / "twice.pt", {"model": state_of(1), "state_dict": state_of(1)})
     assert load(twice)[1] == ""

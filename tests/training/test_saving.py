@@ -75,7 +75,7 @@ def test_torchvisions_network_with_a_version_trains_stops_and_goes_on(run_train:
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("Remembering", "student.model._extra_state is a dict, and a file holds tensors alone"),
+        ("Remembering", "student.model._extra_state is a dict, but a file holds only tensors"),
         ("Forgetful", "weights of my own"),
         ("Hiding", 'Missing key(s) in state_dict: "student.model.scale"'),
     ],
