@@ -202,8 +202,14 @@ def test_a_users_factory_is_called_with_the_number_of_classes():
         ("nowhere.at_all:factory", "no model factory at 'nowhere.at_all:factory'"),
         (f"{__name__}:missing", "missing"),
         (f"{__name__}:a_number", "returned a int, expected a torch.nn.Module"),
-        (f"{__name__}:of_depth", r":of_depth' is called as of_depth\(num_classes=7\), which fails: missing .* 'depth'$"),
-        (f"{__name__}:CIFAR", r":CIFAR' is called as CIFAR\(num_classes=7\), which fails: .* is not a callable object$"),
+        (
+            f"{__name__}:of_depth",
+            r":of_depth' is called as of_depth\(num_classes=7\), which fails: missing .* 'depth'$",
+        ),
+        (
+            f"{__name__}:CIFAR",
+            r":CIFAR' is called as CIFAR\(num_classes=7\), which fails: .* is not a callable object$",
+        ),
     ],
 )
 def test_a_factory_that_gives_no_network_is_refused(name: str, message: str):

@@ -133,7 +133,7 @@ def test_published_weights_come_from_torchvisions_address(monkeypatch: pytest.Mo
     load_weights(model, "IMAGENET1K_V1", "resnet18")
     assert same(model, weights)
     assert asked[0].endswith("resnet18-f37072fd.pth")
-    assert "the weights have 1000 classes, the network has 20" in refusal(
+    assert "the weights have 1000 classes, the network and the shards have 20" in refusal(
         create_model("resnet18", 20), "IMAGENET1K_V1", "resnet18"
     )
 
