@@ -1,4 +1,4 @@
-"""Choose images of a split at random: a few of them, or a share that is set aside for validation."""
+"""Random choices of images: a subset of a split, or a share that is set aside for validation."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from shards.plan import ImageItem, permutation
 
 
 def choose(items: list[ImageItem], count: int, seed: int, split: str) -> list[ImageItem]:
-    """Choose ``count`` images of a split at random, as evenly over the classes as they allow."""
-    items = sorted(items)  # the folder's own order differs between file systems
-    order, turns = _turns(items, seed, f"{split} subset")
-    return [items[place] for place in order[np.argsort(turns, kind="stable")][:count]]
+    """Return ``count`` images of a split, chosen at random and as evenly over the classes as possible."""
+    items = sorted(items)  # the order in which a folder is listed differs between file systems
+    order, ranks = _shuffle(items, seed, f"{split} subset")
+    # All first images of the classes come before all second ones, so any prefix is balanced.
+    return [items[index] for index in order[np.argsort(ranks, kind="stable")][:count]]
 
 
 def set_aside(items: list[ImageItem], share: float, seed: int) -> tuple[list[ImageItem], list[ImageItem]]:
-    """Part a set's images into those to train with and ``share`` of every class, at random, to validate with.
+    """Split images into a training and a validation list; the latter gets ``share`` of every class, at random.
 
-    A class of a few images gives one; a class of one image none.
+    A small class gives at least one image to validation. A class with a single image gives none.
     """
     items = sorted(items)
-    order, turns = _turns(items, seed, "val share")
+    order, ranks = _shuffle(items, seed, "val share")
     labels = np.array([item.label for item in items], np.int64)
     counts = np.bincount(labels)
-    given = np.minimum(np.maximum(np.round(counts * share), 1), counts - 1)
-    aside = np.zeros(len(items), np.bool_)
-    aside[order] = turns < given[labels[order]]
-    parted = list(zip(items, aside.tolist(), strict=True))
-    return [item for item, out in parted if not out], [item for item, out in parted if out]
+    val_counts = np.minimum(np.maximum(np.round(counts * share), 1), counts - 1)
+    is_val = np.zeros(len(items), np.bool_)
+    is_val[order] = ranks < val_counts[labels[order]]
+    flagged = list(zip(items, is_val.tolist(), strict=True))
+    return [item for item, val in flagged if not val], [item for item, val in flagged if val]
 
 
-def _turns(items: list[ImageItem], seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a random order of the items, and which each is in it among those of its class."""
+def _shuffle(items: list[ImageItem], seed: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a random order of the items, and for each position in it the rank of that item within its class."""
     order = permutation(len(items), seed, purpose)
-    labels = np.array([items[place].label for place in order])
+    labels = np.array([items[index].label for index in order])
     by_class = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[by_class], labels[by_class])
-    turn = np.empty_like(by_class)
-    turn[by_class] = np.arange(len(items)) - first
-    return order, turn
+    ranks = np.empty_like(by_class)
+    ranks[by_class] = np.arange(len(items)) - first
+    return order, ranks

@@ -1,4 +1,7 @@
-"""Which classes there are, and which number each has: a label that moves is a wrong result without an error."""
+"""Class names and their labels.
+
+A class that gets another label gives wrong results without an error. So every doubtful case is refused here.
+"""
 
 from __future__ import annotations
 
@@ -10,66 +13,70 @@ WNID = re.compile(r"n\d{8}")
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a list, without blank ones and the spaces around them. Raises ValueError or OSError."""
+    """Return the lines of a text file, stripped and without blank lines. Raises ValueError or OSError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # without the byte-order mark that Windows editors add
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save it so") from None
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_classes(path: Path, found: set[str]) -> list[str]:
-    """Read a list of classes in the order of their labels, one a line; what follows a wnid describes it.
+    """Return the class names in a file, one per line, in the order of their labels.
 
-    A name may have spaces. A line that is no class among ``found``, but begins with one, is that class described.
+    ``found`` are the class names in the data set; a name may contain spaces. Text after a wnid is a description, and is
+    ignored. So is text after a class name, if the line as a whole is not a class in ``found``.
     """
-    classes = [_class_of(line, found) for line in read_lines(path)]
+    classes = [_parse_class(line, found) for line in read_lines(path)]
     if not classes:
-        raise ValueError(f"{path} names no class: it needs one on each line")
+        raise ValueError(f"{path} contains no class: write one class per line")
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
-        raise ValueError(f"{path} names a class twice ({twice[0]}): leave one of its lines")
+        raise ValueError(f"{path} contains a class twice ({twice[0]}): remove one of the lines")
     return classes
 
 
-def _class_of(line: str, found: set[str]) -> str:
+def _parse_class(line: str, found: set[str]) -> str:
     first = re.split(r"[\s,]", line, maxsplit=1)[0]
     return first if WNID.fullmatch(first) or (line not in found and first in found) else line
 
 
 def number_classes(used: Mapping[str, set[str]], empty: Mapping[str, set[str]], listed: Path | None) -> list[str]:
-    """Return the classes in the order of their labels: ``listed``, or those of training in alphabetical order.
+    """Return the classes in the order of their labels.
 
-    ``used`` are each split's classes with an image, ``empty`` its folders without one. Raises ValueError, one line,
-    where that would move labels: for a class that has no image to learn from, and one that the list lacks.
+    The file ``listed`` defines the order. Without it, the classes of the first split, normally ``train``, are sorted.
+    ``used`` are the classes with an image of each split, ``empty`` its class folders without one. Raises ValueError
+    where labels could shift: a class folder without images, or a class that is missing from the list.
     """
     splits = {split: used[split] | empty.get(split, set()) for split in used}
     if listed:
         classes = read_classes(listed, set().union(*splits.values()))
         for split, names in splits.items():
-            _refuse(names - set(classes), split, f"which the list {listed} lacks: add it there")
+            _refuse(names - set(classes), split, f"which is missing from the list {listed}: add it there")
         return classes
-    first = next(iter(splits))  # train, where there is one
+    first = next(iter(splits))  # train, if there is a training split
     _refuse(
         splits[first] - used[first],
         first,
-        "without an image: add its images, remove its folder, or name all classes in --classes, in their order",
+        "which has no image: add its images, remove its folder, or list all classes in order with --classes",
     )
     for split, names in splits.items():
-        beyond = names - used[first]
-        advice = "give the classes' own names" if all(name.isdecimal() for name in beyond) else "add or remove it"
-        _refuse(beyond, split, f"which {first} lacks: {advice}, or name all classes in --classes, in their order")
+        unknown = names - used[first]
+        # Only digits: these are probably labels, not the names of class folders.
+        advice = "use the class names" if all(name.isdecimal() for name in unknown) else "add or remove it"
+        _refuse(unknown, split, f"which {first} does not have: {advice}, or list all classes in order with --classes")
     return sorted(used[first])
 
 
-def _refuse(names: set[str], split: str, why: str) -> None:
+def _refuse(names: set[str], split: str, reason: str) -> None:
+    """Raise ValueError if there are any ``names``."""
     if names:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        raise ValueError(f"{split} has the class {min(names)}{more}, {why}")
+        raise ValueError(f"{split} has the class {min(names)}{more}, {reason}")
 
 
 def without_images(labels: set[int], classes: Sequence[str]) -> str:
-    """Return a few words on the classes that have none of the labels; empty where all have."""
-    lacking = [name for label, name in enumerate(classes) if label not in labels]
-    if not lacking:
+    """Return a message about the classes whose label is not in ``labels``; an empty string if there are none."""
+    unused = [name for label, name in enumerate(classes) if label not in labels]
+    if not unused:
         return ""
-    return f"{len(lacking):,} of {len(classes):,} classes without an image, the first being {lacking[0]}"
+    return f"{len(unused):,} of {len(classes):,} classes have no image, the first is {unused[0]}"

@@ -1,4 +1,4 @@
-"""The one way in which JSON files of the project's own folders are read: whole and of their schema, or one line."""
+"""Strict reading of the project's JSON files: a file matches its schema, or a one-line error names the key."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _T = TypeVar("_T")
 
 
 class DamagedFile(ValueError):
-    """A file that is not what was written, or that cannot be read; the message names file, key and what to do."""
+    """A file that is damaged or cannot be read; the message contains the file, the key and what to do."""
 
 
 def read_document(path: Path, schema: type[_T], advice: str) -> _T:
-    """Return the file's JSON as ``schema``: a pydantic model, a dataclass or a type such as ``dict[str, int]``.
+    """Return a file's JSON as ``schema``: a pydantic model, a dataclass or a type such as ``dict[str, int]``.
 
-    Values are taken strictly: a number in quotes is none. Raises DamagedFile, with ``advice`` at its end, for whatever
-    else the file holds, and FileNotFoundError where there is none.
+    Types are not converted: a string is never accepted as a number. Raises DamagedFile if the content does not match,
+    and FileNotFoundError if there is no file. Their messages end with ``advice``.
     """
     try:
         content = path.read_bytes()
@@ -30,7 +30,7 @@ def read_document(path: Path, schema: type[_T], advice: str) -> _T:
 
 
 def parse_document(content: bytes, location: str, schema: type[_T], advice: str) -> _T:
-    """Return JSON that was read from ``place``, a file or a line of one, as ``schema``. Raises DamagedFile."""
+    """Return JSON text as ``schema``. ``location`` names the file or line in errors. Raises DamagedFile."""
     try:
         return TypeAdapter(schema).validate_json(content, strict=True)
     except ValidationError as error:

@@ -1,8 +1,10 @@
-"""Draw the demo's images: a textured figure on a cluttered ground. Its class is its shape and its texture.
+"""Images of the demo data set: a textured shape on a cluttered background.
 
-All else is drawn at random and says nothing about the class: place, size, tilt, colours, light, clutter, noise, a bar
-across it. Some shapes (a square and a pentagon) and textures (stripes and waves) are easily confused, so that what a
-teacher finds likely besides the class tells something. S: the image's side in pixels.
+The class is the pair of shape and texture. Everything else is random and independent of the class: position, size,
+rotation, colours, light, clutter, noise, and a bar across the image. Some shapes (square and pentagon) and textures
+(stripes and waves) are easily confused. So a teacher's probabilities of the wrong classes carry information.
+
+S is the image's side in pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 Field = np.ndarray
-"""A float64 value for each pixel, [S, S]. In float32 the last bits of a sine, which differ between CPUs, would show."""
+"""A float64 value per pixel, [S, S]. The last bits of a sine differ between CPUs; in float32 they would be visible."""
 
 
 def _polygon(corners: int, x: Field, y: Field) -> Field:
@@ -44,7 +46,7 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "cross": _cross,
     "ring": _ring,
 }
-"""Signed distance to an outline of radius about 1: negative inside."""
+"""Signed distance to an outline of radius about 1, by shape: negative inside."""
 
 TEXTURES: dict[str, Callable[[Field, Field], Field]] = {
     "stripes": lambda u, v: np.sin(u),
@@ -52,57 +54,61 @@ TEXTURES: dict[str, Callable[[Field, Field], Field]] = {
     "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
     "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.7,
 }
-"""A periodic pattern: positive where the second colour lies."""
+"""A periodic pattern, by texture: the second colour is used where it is positive."""
 
 DRAWN_CLASSES = tuple(f"{shape}-{texture}" for shape, texture in itertools.product(SHAPES, TEXTURES))
 
 
 def draw_image(class_name: str, side: int, random: np.random.Generator) -> np.ndarray:
-    """Draw an image of a class, uint8 [S, S, 3]."""
+    """Return a random image of a class, uint8 [S, S, 3]."""
     shape, texture = class_name.split("-")
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
-    canvas = _ground(x, y, random)
+    # The order of the random calls is part of the format: it decides the demo's pixels.
+    canvas = _background(x, y, random)
     radius = random.uniform(0.5, 0.8)
-    place = random.uniform(-0.7, 0.7, 2) * (1 - radius)
+    center = random.uniform(-0.7, 0.7, 2) * (1 - radius)
     tilt = random.uniform(-0.4, 0.4)
-    outline = SHAPES[shape](*_turn((x - place[0]) / radius, (y - place[1]) / radius, tilt)) * radius
-    canvas = _cover(canvas, outline, _textured(TEXTURES[texture], x, y, random))
-    canvas = _cover(canvas, _bar(x, y, random), random.uniform(0, 1, 3))
-    light = 1 + random.uniform(0, 0.3) * _turn_any(x, y, random)[0]
+    outline = SHAPES[shape](*_rotate((x - center[0]) / radius, (y - center[1]) / radius, tilt)) * radius
+    canvas = _paint(canvas, outline, _texture_colours(TEXTURES[texture], x, y, random))
+    canvas = _paint(canvas, _bar(x, y, random), random.uniform(0, 1, 3))
+    light = 1 + random.uniform(0, 0.3) * _rotate_randomly(x, y, random)[0]
     noise = random.normal(0, random.uniform(0.01, 0.05), canvas.shape)
     return np.clip(255 * (canvas * light[..., None] + noise), 0, 255).round().astype(np.uint8)
 
 
-def _turn(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
+def _rotate(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _turn_any(x: Field, y: Field, random: np.random.Generator) -> tuple[Field, Field]:
-    return _turn(x, y, random.uniform(0, 2 * np.pi))
+def _rotate_randomly(x: Field, y: Field, random: np.random.Generator) -> tuple[Field, Field]:
+    return _rotate(x, y, random.uniform(0, 2 * np.pi))
 
 
-def _cover(canvas: np.ndarray, distance: Field, colour: np.ndarray) -> np.ndarray:
-    # A pixel on the outline is covered in part.
+def _paint(canvas: np.ndarray, distance: Field, colour: np.ndarray) -> np.ndarray:
+    """Return the canvas with ``colour`` inside of an outline, by the signed distance to it."""
+    # Anti-aliasing: a pixel on the outline is a mixture of both colours.
     share = np.clip(0.5 - distance * len(distance) / 2, 0, 1)[..., None]
     return canvas * (1 - share) + colour * share
 
 
-def _ground(x: Field, y: Field, random: np.random.Generator) -> np.ndarray:
+def _background(x: Field, y: Field, random: np.random.Generator) -> np.ndarray:
     one, other = random.uniform(0, 0.45, (2, 3))
-    share = 0.5 + 0.35 * _turn_any(x, y, random)[0][..., None]
+    share = 0.5 + 0.35 * _rotate_randomly(x, y, random)[0][..., None]
     canvas = one * share + other * (1 - share)
     for _ in range(random.integers(1, 6)):
-        place = random.uniform(-1, 1, 2)
-        long, broad = _turn_any(x - place[0], y - place[1], random)
-        blot = np.hypot(long / random.uniform(0.1, 0.6), broad / random.uniform(0.05, 0.2)) - 1
-        canvas = _cover(canvas, 0.1 * blot, random.uniform(0, 0.6, 3))
+        center = random.uniform(-1, 1, 2)
+        long, broad = _rotate_randomly(x - center[0], y - center[1], random)
+        blob = np.hypot(long / random.uniform(0.1, 0.6), broad / random.uniform(0.05, 0.2)) - 1
+        canvas = _paint(canvas, 0.1 * blob, random.uniform(0, 0.6, 3))
     return canvas
 
 
-def _textured(texture: Callable[[Field, Field], Field], x: Field, y: Field, random: np.random.Generator) -> np.ndarray:
-    waves = random.uniform(4, 7) * np.pi  # on the image's width of 2: a period of 9 to 16 pixels of 64
-    u, v = _turn_any(waves * x, waves * y, random)
+def _texture_colours(
+    texture: Callable[[Field, Field], Field], x: Field, y: Field, random: np.random.Generator
+) -> np.ndarray:
+    waves = random.uniform(4, 7) * np.pi  # per unit, and the image is 2 units wide: a period of 9 to 16 pixels of 64
+    u, v = _rotate_randomly(waves * x, waves * y, random)
     share = np.clip(0.5 + 2 * texture(u + random.uniform(0, 7), v + random.uniform(0, 7)), 0, 1)[..., None]
     one = random.uniform(0.6, 1, 3)
     other = one - random.uniform(0.15, 0.5, 3)
@@ -110,4 +116,4 @@ def _textured(texture: Callable[[Field, Field], Field], x: Field, y: Field, rand
 
 
 def _bar(x: Field, y: Field, random: np.random.Generator) -> Field:
-    return np.abs(_turn_any(x, y, random)[0] - random.uniform(-0.7, 0.7)) - random.uniform(0, 0.1)
+    return np.abs(_rotate_randomly(x, y, random)[0] - random.uniform(-0.7, 0.7)) - random.uniform(0, 0.1)

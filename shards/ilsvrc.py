@@ -1,6 +1,6 @@
-"""Find ImageNet's files inside its original archives, which stay packed.
+"""Image files inside ImageNet's original archives, which are read without unpacking.
 
-A split's paths are ``<wnid>/<file>`` as in class folders, so both give the same ids and the same shards.
+A path in a split is ``<wnid>/<file>``, as with class folders. So archives and folders give the same ids and shards.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from shards.archives import Member, list_members
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
-"""Images of the whole set, of CLASSES classes."""
+"""Number of images in each split of the complete ImageNet."""
 ILSVRC_CLASSES = 1_000
 
 
 class FoundImage(NamedTuple):
-    """An image file: its class, its path in the split, its bytes, and where they start in the archive (or −1)."""
+    """An image file: its class, its path in the split, its size in bytes, and its offset in the archive or −1."""
 
     wnid: str
     path: str
@@ -29,38 +29,40 @@ class FoundImage(NamedTuple):
 
 
 def list_train(path: Path) -> list[FoundImage]:
-    """Return the images in the archive of the class archives. Raises ValueError where any of them is not whole."""
+    """Return the images in the training archive, which contains an archive per class. Raises ValueError for damage."""
     found = []
     with path.open("rb") as file:
-        classes = [(_class_name(path, member), member) for member in _visible(list_members(path, file))]
-        for wnid, inner in tqdm(classes, f"reading {path.name}", unit=" classes", leave=False, disable=None):
+        archives = [(_class_name(path, member), member) for member in _visible(list_members(path, file))]
+        for wnid, inner in tqdm(archives, f"reading {path.name}", unit=" classes", leave=False, disable=None):
             members = _visible(list_members(path, file, inner.offset, inner.offset + inner.size))
             if not members:
-                raise ValueError(f"{path}: {inner.name} holds no image: download it again")
-            found += [FoundImage(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for each in members]
-    return _once(path, found)
+                raise ValueError(f"{path}: {inner.name} contains no image: download it again")
+            found += [FoundImage(wnid, f"{wnid}/{_name(member)}", member.size, member.offset) for member in members]
+    return _check_unique(path, found)
 
 
-def list_val(path: Path, wnids: Mapping[str, str], origin: str) -> list[FoundImage]:
-    """Return the images in the archive of validation, whose classes ``wnids`` says; ``told`` names where that is from.
+def list_val(path: Path, wnids: Mapping[str, str], label_source: str) -> list[FoundImage]:
+    """Return the images in the validation archive; ``wnids`` maps their file names to classes.
 
-    Raises ValueError where it is not whole, or is not of the same files.
+    ``label_source`` names the origin of ``wnids`` in errors. Raises ValueError if the archive is damaged, or if it
+    contains other files than ``wnids``.
     """
     with path.open("rb") as file:
         members = _visible(list_members(path, file))
-    check_labels(path, [_name(member) for member in members], wnids, origin)
-    found = [(wnids[_name(member)], member) for member in members]
-    return _once(path, [FoundImage(wnid, f"{wnid}/{_name(each)}", each.size, each.offset) for wnid, each in found])
+    check_labels(path, [_name(member) for member in members], wnids, label_source)
+    labelled = [(wnids[_name(member)], member) for member in members]
+    found = [FoundImage(wnid, f"{wnid}/{_name(member)}", member.size, member.offset) for wnid, member in labelled]
+    return _check_unique(path, found)
 
 
-def check_labels(location: Path, names: list[str], wnids: Mapping[str, str], origin: str) -> None:
-    """Raise a ValueError unless the files are those whose classes are known."""
+def check_labels(location: Path, names: list[str], wnids: Mapping[str, str], label_source: str) -> None:
+    """Raise ValueError unless the file names are exactly those whose classes are known."""
     if unknown := sorted(set(names) - wnids.keys()):
-        raise ValueError(f"{location} holds {unknown[0]}, whose class is not known: give its line in --val-labels")
+        raise ValueError(f"{location} contains {unknown[0]}, whose class is not known: add its line to --val-labels")
     if missing := sorted(wnids.keys() - set(names)):
         raise ValueError(
-            f"{location} lacks {missing[0]}{_and_more(missing)}, whose class {origin} says: "
-            "fetch it, or give the lines of those there are in --val-labels"
+            f"{location} does not contain {missing[0]}{_and_more(missing)}, which {label_source} lists: "
+            "add it, or list only the existing files in --val-labels"
         )
 
 
@@ -70,11 +72,14 @@ def _and_more(names: list[str]) -> str:
 
 def _class_name(path: Path, member: Member) -> str:
     if not member.name.endswith(".tar"):
-        raise ValueError(f"{path} holds {member.name}, which is no class's archive (<wnid>.tar): download it again")
+        raise ValueError(
+            f"{path} contains {member.name}, which is not the archive of a class (<wnid>.tar): download it again"
+        )
     return PurePosixPath(member.name).stem
 
 
 def _visible(members: list[Member]) -> list[Member]:
+    # Names with a leading dot come from the packer's own system, such as macOS's ._ files.
     return [member for member in members if not _name(member).startswith(".")]
 
 
@@ -82,10 +87,11 @@ def _name(member: Member) -> str:
     return PurePosixPath(member.name).name
 
 
-def _once(path: Path, found: list[FoundImage]) -> list[FoundImage]:
+def _check_unique(path: Path, found: list[FoundImage]) -> list[FoundImage]:
+    """Return ``found``. Raises ValueError if a path comes twice, as two images would get the same name."""
     seen = set()
-    for each in found:
-        if each.path in seen:
-            raise ValueError(f"{path} holds {each.path} twice: download it again")
-        seen.add(each.path)
+    for image in found:
+        if image.path in seen:
+            raise ValueError(f"{path} contains {image.path} twice: download it again")
+        seen.add(image.path)
     return found

@@ -1,8 +1,8 @@
-"""What becomes of an image file on its way into a shard: kept as it is, written anew as a baseline JPEG, or refused.
+"""Conversion of image files for shards: a file is kept, encoded again as a baseline JPEG, or refused.
 
-The file's content decides, not its name. A JPEG in grey or RGB keeps its bytes, progressive ones and those with an EXIF
-rotation included: training reads the pixels as they are stored, like torchvision, and ``wh`` is their stored size.
-A PNG or a CMYK JPEG becomes an RGB JPEG. Everything is decoded once, whole, so that training never meets a broken file.
+The content of a file decides, not its name. A grey or RGB JPEG keeps its bytes, also if it is progressive or has an
+EXIF rotation. Training reads the pixels as they are stored, like torchvision, and ``wh`` is their stored size. A PNG or
+a CMYK JPEG becomes an RGB JPEG. Every file is decoded completely, so that training never finds a broken one.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from PIL import Image, UnidentifiedImageError
 
 from shards.plan import EncodedImage, Unusable
 
-_JPEG = ("JPEG", "MPO")  # MPO: a camera's JPEG with further pictures behind the first
+_JPEG = ("JPEG", "MPO")  # MPO: a JPEG file with more than one picture, from some cameras
 
-_BLOCK, _UNREAD = 8, 128
-"""Rows of a JPEG's smallest block, and the grey of one that was not read."""
+_BLOCK, _FILL_GREY = 8, 128
+"""Rows of a JPEG's smallest block, and the value with which decoders fill missing blocks."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How images shrink (pixels; None: not), and the quality of every JPEG that is written anew."""
+    """The maximal sides of images in pixels (None: no limit), and the quality of every JPEG that is encoded again."""
 
     resize_short: int | None = None
     max_side: int | None = None
     quality: int = 95
 
     def apply(self, data: bytes) -> EncodedImage:
-        """Return the image as it goes into a shard; raise Unusable where it cannot be decoded."""
+        """Return the image as it is stored in a shard. Raises Unusable if it cannot be decoded."""
         image = decode_jpeg(data)
         size = self.target(*image.size)
         if image.format in _JPEG and image.mode in ("L", "RGB") and size == image.size:
@@ -42,8 +42,9 @@ class Transform:
         return EncodedImage(encode_jpeg(image, self.quality), *size)
 
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size an image of this size gets: sides in proportion, rounded down, never larger."""
+        """Return the new width and height: the ratio is kept, sides are rounded down, and no image is enlarged."""
         short, long = sorted((width, height))
+        # Integers only: the same size on every machine.
         base, limit = (short, self.resize_short) if self.resize_short else (long, self.max_side)
         if limit is None or base <= limit:
             return width, height
@@ -51,28 +52,28 @@ class Transform:
 
 
 def decode_jpeg(data: bytes) -> Image.Image:
-    """Decode a JPEG or a PNG completely. Raises Unusable."""
+    """Return a JPEG or PNG, decoded completely. Raises Unusable if that fails."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which nothing here reads
+            warnings.simplefilter("ignore")  # about unusual metadata, which nothing here reads
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
             image.load()
-    except UnidentifiedImageError:  # its text holds an address in memory
+    except UnidentifiedImageError:  # its text contains a memory address, which differs between runs
         raise Unusable("neither a JPEG nor a PNG") from None
-    except MemoryError:
+    except MemoryError:  # the machine is at fault, not the file
         raise
-    except Exception as error:  # Pillow raises many kinds
+    except Exception as error:  # Pillow raises many types
         raise Unusable(f"cannot be decoded: {' '.join(str(error).split())}") from None
     return image
 
 
 def ends_in_grey(image: Image.Image) -> bool:
-    """Return whether a JPEG's last rows are plain grey: so decoders fill up what cannot be read, and say nothing."""
-    return image.format in _JPEG and bool((np.asarray(image)[-_BLOCK:] == _UNREAD).all())
+    """Return whether a JPEG's last rows are plain grey. Decoders fill missing data so, without a warning."""
+    return image.format in _JPEG and bool((np.asarray(image)[-_BLOCK:] == _FILL_GREY).all())
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Encode as a baseline JPEG, which every hardware decoder takes, without metadata."""
+    """Return the image as a baseline JPEG without metadata, which every hardware decoder can read."""
     image.info.clear()
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
@@ -82,7 +83,7 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
 def _convert(image: Image.Image) -> Image.Image:
     if image.mode == "L" and image.format in _JPEG:
         return image
-    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip at 255
+    if image.mode.startswith("I"):  # grey of 16 bits: Pillow would clip values at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     try:
         with warnings.catch_warnings():

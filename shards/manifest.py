@@ -1,6 +1,6 @@
-"""What a folder of shards holds: ``manifest.json``, the one file that names the others and their sha256.
+"""The file ``manifest.json`` of a folder of shards: it lists the other files with their sha256.
 
-Its bytes are a function of the shards alone (no date, no host), so its sha256 stands for the whole folder.
+Its bytes depend on the shards alone, not on date or host. So its sha256 identifies the complete folder.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from shards.documents import DamagedFile, parse_document
 MANIFEST = "manifest.json"
 VERSION = 1
 MANIFEST_ADVICE = "copy it again, or run the preparation again"
-"""What mends a folder of which a file is damaged or missing."""
+"""How to repair a folder with a damaged or missing file; the end of error messages."""
 
 MOST_IDS = 10**8
-"""A sample's key has eight digits."""
+"""Largest number of ids in a split: a sample's key has eight digits."""
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Ids = Annotated[int, Field(ge=0, le=MOST_IDS)]
 _Side = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
-"""A plain file name: it leads to no other folder."""
+"""A plain file name, which cannot point to another folder."""
 _STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar, by its file name; the key set is the one that ``wids`` reads."""
+    """One tar file. Its keys are those that ``wids``, webdataset's index reader, expects."""
 
     __pydantic_config__ = _STRICT
     url: _Name
@@ -48,7 +48,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of the source that is no usable image: its id is a hole."""
+    """A source file that is not a usable image: no sample has its id."""
 
     __pydantic_config__ = _STRICT
     id: _Ids
@@ -58,7 +58,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Split:
-    """``train`` or ``val``. Ids lie in [0, id_count); ``samples`` of them are in the shards, the others left out."""
+    """A split, ``train`` or ``val``.
+
+    Ids are in [0, id_count). Of these ids ``samples`` are in the shards, and the others are left out.
+    """
 
     __pydantic_config__ = _STRICT
     name: _Name
@@ -73,7 +76,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole folder. Everything but ``splits`` is known before the first image is read."""
+    """The contents of ``manifest.json``. Everything except ``splits`` is known before the first image is read."""
 
     __pydantic_config__ = _STRICT
     tool: str
@@ -82,28 +85,28 @@ class Manifest:
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Class names in the order of their labels."""
     transform: dict[str, Any] = field(default_factory=dict)
-    """What was done to the images."""
+    """The conversion of the images: options and their values."""
     plan: dict[str, Any] = field(default_factory=dict)
-    """What else the bytes depend on: seed, shard size, the source's listing."""
+    """Everything else that the bytes depend on: seed, shard size, digest of the source's listing."""
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION
     sha256: str = field(default="", compare=False)
-    """Of the file that it was read from; it stands for the whole folder, and is not written."""
+    """Digest of the file that was read, which identifies the complete folder. It is not written to the file."""
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, those without an image included."""
+        """Number of classes, including those without an image."""
         return len(self.classes)
 
     def values(self) -> dict[str, Any]:
-        """Return what the file holds."""
+        """Return the keys and values of the file."""
         return {key: value for key, value in asdict(self).items() if key != "sha256"}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``folder/manifest.json``.
+    """Return the contents of ``folder/manifest.json``.
 
-    Raises FileNotFoundError where there is none, and DamagedFile where it says what cannot be; one line each.
+    Raises FileNotFoundError if there is no such file, and DamagedFile if its contents are invalid or contradictory.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -114,24 +117,24 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     manifest = parse_document(content, str(path), Manifest, "copy it again, or prepare the shards again")
     for name, split in manifest.splits.items():
-        for key, told in _contradictions(name, split):
-            raise DamagedFile(f"{path}: splits.{name}.{key}: {told}; copy it again, or prepare the shards again")
+        for key, message in _contradictions(name, split):
+            raise DamagedFile(f"{path}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")
     return replace(manifest, sha256=hashlib.sha256(content).hexdigest())
 
 
 def _contradictions(name: str, split: Split) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a split that cannot be as they are beside the others, and why."""
+    """Yield each key of a split that contradicts other keys, and a message about it."""
     if split.name != name:
-        yield "name", f"the split calls itself '{split.name}'"
+        yield "name", f"the split's own name is '{split.name}'"
     if (total := sum(shard.nsamples for shard in split.shards)) != split.samples:
         yield "samples", f"the shards have {total:,} samples, not {split.samples:,}"
     if split.samples > split.id_count:
         yield "id_count", f"{split.id_count:,} ids are not enough for all samples"
-    if beyond := [each.id for each in split.left_out if each.id >= split.id_count]:
-        yield "left_out", f"id {beyond[0]} lies outside of the split's {split.id_count:,}"
+    if too_large := [entry.id for entry in split.left_out if entry.id >= split.id_count]:
+        yield "left_out", f"id {too_large[0]} is not below the split's id_count of {split.id_count:,}"
     urls = [shard.url for shard in split.shards]
     if len(set(urls)) != len(urls):
-        yield "shards", "a file is named twice"
+        yield "shards", "a file is listed twice"
     if any(not shard.sha256 for shard in split.shards):
         yield "shards", "a file has no sha256"
 
@@ -143,37 +146,37 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``folder/manifest.json`` in one atomic step: a reader sees the old one or the whole new one."""
+    """Write ``folder/manifest.json`` atomically: a reader sees the old file or the complete new one."""
     text = json.dumps(manifest.values(), indent=1, sort_keys=True) + "\n"
     write_atomically(Path(folder) / MANIFEST, text.encode("ascii"))
 
 
 class UnwritableFile(OSError):
-    """A file that cannot be written; the message names it, what it takes, the room there is and what to do.
+    """A file that cannot be written; the message contains its path, the bytes needed, the bytes free and what to do.
 
-    It has nothing but its message, so that it can come out of a worker process.
+    The message is its only argument, so that it can be pickled on its way out of a worker process.
     """
 
 
 def unwritable(path: Path, needed: int, free: int | None, error: OSError) -> UnwritableFile:
-    """Return the error of a file, or a folder, that takes ``needed`` bytes where ``free`` are; 0 if nobody knows."""
-    # A library's own error has no number, and is nearly always this one.
+    """Return the error of a file or folder that needs ``needed`` bytes (0: unknown) while ``free`` are free."""
+    # The error of a library has no errno, and is nearly always caused by a full disk.
     full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
-    takes = f"{needed:,} bytes are needed" if needed else "its size is not known yet"
-    there = f"{free:,} are free there" if free is not None else "how many are free is not known"
+    need = f"{needed:,} bytes are needed" if needed else "its size is not known yet"
+    room = f"{free:,} are free there" if free is not None else "the free space is unknown"
     if full and free is not None and free >= needed:
-        there += ", unless a quota says less"
-    reason, advice = error.strerror or str(error), "make room there" if full else "mend that"
+        room += ", unless a quota allows less"
+    reason, advice = error.strerror or str(error), "make room there" if full else "fix that"
     return UnwritableFile(
-        f"{path}: cannot be written ({reason}): {takes}, {there}; {advice}, and the same command goes on"
+        f"{path}: cannot be written ({reason}): {need}, {room}; {advice}, and run the same command again to continue"
     )
 
 
 @contextmanager
 def writing(path: Path, needed: int) -> Iterator[None]:
-    """Be where ``path``, a file or a folder, is written, which takes ``needed`` bytes.
+    """Check that there is room for ``needed`` bytes at ``path``, a file or folder that the code inside writes.
 
-    Raises UnwritableFile where there is no room for them, and for every OSError inside.
+    Raises UnwritableFile if there is not enough room, and in place of every OSError inside.
     """
     free = free_bytes(path.parent)
     if free is not None and free < needed:
@@ -187,7 +190,7 @@ def writing(path: Path, needed: int) -> Iterator[None]:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return the free bytes of the disk under a folder; None where the disk does not say. A quota may be less."""
+    """Return the free bytes of a folder's disk, None if unknown. A quota may allow less."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -196,9 +199,9 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new, never a part.
+    """Write a file so that a crash at any moment leaves either the old content or the complete new content.
 
-    Raises UnwritableFile, with the old content there, where that cannot be.
+    Raises UnwritableFile if it cannot be written; the old content then remains.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with writing(path, len(content)):
@@ -214,7 +217,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Flush a file, or a folder's entries so that a rename survives a loss of power, to the disk."""
+    """Flush a file to the disk, or a folder, whose renamed entries are then safe from a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

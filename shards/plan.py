@@ -1,7 +1,8 @@
-"""Which image goes into which shard: everything that is decided before the first image is read.
+"""The plan of a preparation: which image goes into which shard, decided before the first image is read.
 
-The sorted files of a split get ids; a seeded permutation deals the ids to shards of equal size. A file that turns out
-to be no usable image keeps its id and its place: when, and by which process, it is found out changes nothing.
+The sorted files of a split get ids, and a seeded permutation distributes the ids over shards of equal size. A file that
+is not a usable image keeps its id and its shard. So the output does not depend on when, or by which process, it is
+found.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shards.manifest import Manifest
 
 
 class ImageItem(NamedTuple):
-    """A file of the source: its name in the split, its label and size in bytes, and where it starts in an archive."""
+    """A source file: its path in the split, label, size in bytes, and offset in an archive or −1."""
 
     path: str
     label: int
@@ -30,7 +31,7 @@ class ImageItem(NamedTuple):
 
 
 class EncodedImage(NamedTuple):
-    """An image as it goes into a shard, its sides in pixels as stored."""
+    """An image as it is stored in a shard, with its stored width and height in pixels."""
 
     data: bytes
     width: int
@@ -38,20 +39,23 @@ class EncodedImage(NamedTuple):
 
 
 class Unusable(Exception):
-    """A file that is no image we can use; the text says why, in words that are the same on every run."""
+    """A file that is not a usable image; the message gives the reason.
+
+    The manifest records the message, so it must be the same on every run.
+    """
 
 
 class ImageSource(Protocol):
-    """Where images come from. It travels to the worker processes."""
+    """A source of images. It is pickled for the worker processes."""
 
     def load(self, split: str, item: ImageItem) -> EncodedImage:
-        """Return an image, or raise Unusable."""
+        """Return an image. Raises Unusable if the file is not one."""
         ...
 
 
 @dataclass(frozen=True)
 class PreparationJob:
-    """What to prepare: the manifest without its splits, the files of each split in the order of their ids, a source."""
+    """A preparation: the manifest without its splits, each split's files in the order of their ids, and the source."""
 
     header: Manifest
     listings: dict[str, list[ImageItem]]
@@ -59,7 +63,7 @@ class PreparationJob:
 
 
 class ShardTask(NamedTuple):
-    """One shard to make, with all that a worker needs."""
+    """A shard to write, with everything that a worker process needs."""
 
     path: Path
     image: str
@@ -69,7 +73,7 @@ class ShardTask(NamedTuple):
     source: ImageSource
     strict: bool
     record: ShardRecord | None
-    """The shard as it was finished before, if it was."""
+    """The record of an earlier run that finished this shard, if there is one."""
 
 
 def make_job(
@@ -82,9 +86,9 @@ def make_job(
     transform: dict[str, Any],
     **plan: Any,
 ) -> PreparationJob:
-    """Sort the listings, so that a place in them is an id, and describe all that the bytes will depend on.
+    """Return the preparation, with sorted listings, so that an index in a listing is an id.
 
-    Raises ValueError for a split without files.
+    Its header contains everything that the output's bytes depend on. Raises ValueError for a split without files.
     """
     for split, items in listings.items():
         if not items:
@@ -99,13 +103,14 @@ def make_job(
 
 
 def permutation(count: int, seed: int, purpose: str) -> np.ndarray:
-    """Return a random order of ``count`` things, int64, the same with every version of NumPy."""
-    # Of NumPy's generators only the raw bit streams are promised to stay.
+    """Return a random permutation of ``count`` indices, int64 [count], the same with every version of NumPy."""
+    # NumPy only guarantees that the raw bits of its generators stay the same, not its permutations.
     generator = np.random.Philox(key=np.array([seed, zlib.crc32(purpose.encode())], np.uint64))
     return np.argsort(generator.random_raw(count), kind="stable")
 
 
 def _listing_sha256(items: list[ImageItem]) -> str:
+    # Sizes stand for contents here, because reading every file first would take too long.
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.path}\0{item.label}\0{item.size}\n".encode(errors="surrogateescape"))
@@ -115,14 +120,14 @@ def _listing_sha256(items: list[ImageItem]) -> str:
 def plan_shards(
     job: PreparationJob, folder: Path, records: Mapping[str, ShardRecord] = {}, *, strict: bool = False
 ) -> Iterator[ShardTask]:
-    """Yield the shards to make, each with its record if it has one."""
+    """Yield the shards to write, each with its record of an earlier run if there is one."""
     plan = job.header.plan
     for split, items in job.listings.items():
         count = -(-len(items) // plan["samples_per_shard"])
         order = permutation(len(items), plan["seed"], f"{split} shards")
         for number, ids in enumerate(np.array_split(order, count)):
             path = folder / f"{split}-{number:06d}.tar"
-            share = [items[place] for place in ids]
+            shard_items = [items[index] for index in ids]
             yield ShardTask(
-                path, job.header.image, split, ids.tolist(), share, job.source, strict, records.get(path.name)
+                path, job.header.image, split, ids.tolist(), shard_items, job.source, strict, records.get(path.name)
             )

@@ -1,7 +1,7 @@
-"""Make the shards of a plan, in parallel, and go on where a killed preparation stopped.
+"""Parallel, resumable writing of a plan's shards, shared by all ``prepare_*`` commands.
 
-What all ``prepare_*`` commands share. A shard is made under a temporary name, flushed, renamed, and only then put into
-the journal. A rerun keeps the recorded shards whose sha256 still holds, and so ends in the bytes of an undisturbed run.
+A shard is written under a temporary name, flushed, renamed, and only then added to the journal. A rerun keeps the
+recorded shards whose sha256 is still correct. So it produces the same bytes as a run without interruption.
 """
 
 from __future__ import annotations
@@ -32,29 +32,32 @@ class Finished(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every preparation takes."""
+    """Add the options of every preparation."""
     add_jobs(parser)
     parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice (default: %(default)s)")
     parser.add_argument(
-        "--samples-per-shard", type=positive, default=1250, help="about so many images in a tar (default: %(default)s)"
+        "--samples-per-shard",
+        type=positive,
+        default=1250,
+        help="approximate number of images per tar (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    parser.add_argument("--strict", action="store_true", help="stop at a file that is no usable image")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that is not a usable image")
 
 
 def prepare(job: PreparationJob, folder: Path, options: argparse.Namespace) -> int:
-    """Make the shards of a job, or those that are missing; return the exit code. It may be killed at any moment.
+    """Write the shards of a job, or those that are missing, and return the exit code.
 
-    Raises ValueError or OSError, one line, for what the user can mend.
+    It may be killed at any moment, and run again. Raises ValueError or OSError for errors that the user can fix.
     """
     if options.dry_run:
         _print_plan(job, folder, list(plan_shards(job, folder)))
         return 0
-    recorded = _recorded(job, folder)
+    recorded = _manifest_records(job, folder)
     if not _is_complete(folder):
         with PreparationJournal(folder, job.header) as journal:
             _make_shards(job, folder, options, journal, recorded)
-    (folder / PREPARATION_JOURNAL).unlink(missing_ok=True)  # the manifest says all it knows
+    (folder / PREPARATION_JOURNAL).unlink(missing_ok=True)  # the manifest contains all of it now
     return _report(folder, options.strict)
 
 
@@ -65,25 +68,26 @@ def _print_plan(job: PreparationJob, folder: Path, tasks: list[ShardTask]) -> No
         shards = sum(task.split == split for task in tasks)
         total += size
         print(f"{split}: {len(items):,} files, {_gigabytes(size)}, {shards:,} shards of about {len(items) // shards:,}")
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    print(f"{job.header.num_classes:,} classes; {_gigabytes(total)} to read; {_gigabytes(free)} free at {there}")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    print(f"{job.header.num_classes:,} classes; {_gigabytes(total)} to read; {_gigabytes(free)} free at {existing}")
 
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.3f} GB"
 
 
-def _recorded(job: PreparationJob, folder: Path) -> dict[str, ShardRecord]:
-    """Return the shards that a finished manifest names, as records: a folder that lost a file is mended, too."""
+def _manifest_records(job: PreparationJob, folder: Path) -> dict[str, ShardRecord]:
+    """Return the shards of a finished manifest as records, so that a rerun repairs a folder that lost a file."""
     if not (folder / MANIFEST).exists():
         return {}
     manifest = read_manifest(folder)
     check_same_job(folder, describe(manifest), job.header)
     shards = {shard.url: shard for split in manifest.splits.values() for shard in split.shards}
-    left_out = {(name, each.id): each for name, split in manifest.splits.items() for each in split.left_out}
+    left_out = {(name, entry.id): entry for name, split in manifest.splits.items() for entry in split.left_out}
     return {
         task.path.name: ShardRecord(
+            # A planned shard that the manifest does not list had no usable image.
             shards.get(task.path.name, Shard(task.path.name, 0, 0, "")),
             tuple(left_out[task.split, number] for number in task.ids if (task.split, number) in left_out),
         )
@@ -119,8 +123,8 @@ def _make_shards(
             finished[url] = shard
             if journal.records.get(url) != shard.record:
                 journal.append(shard.record)
-            for each in shard.record.left_out:
-                print_above(bar, f"left out: {each.path}: {each.reason}")
+            for entry in shard.record.left_out:
+                print_above(bar, f"left out: {entry.path}: {entry.reason}")
             bar.update(len(shard.rows) + len(shard.record.left_out))
 
         try:
@@ -140,7 +144,7 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 def make_shard(task: ShardTask) -> Finished:
-    """Write a shard, unless it is there as it is on record. Runs in a worker process."""
+    """Write a shard, unless the file on disk is the recorded one. Runs in a worker process."""
     record = task.record
     if record is not None:
         if record.shard.nsamples == 0:
@@ -160,20 +164,20 @@ def _write_shard(task: ShardTask) -> Finished:
                 writer.add(number, item.label, *task.source.load(task.split, item))
             except Unusable as reason:
                 if task.strict:
-                    raise ValueError(f"{task.split}/{item.path} is no usable image: {reason}") from None
+                    raise ValueError(f"{task.split}/{item.path} is not a usable image: {reason}") from None
                 left_out.append(LeftOut(number, f"{task.split}/{item.path}", str(reason)))
         if len(left_out) == len(task.ids):
-            # DALI counts a tar without members as one empty sample.
+            # No file: DALI counts a tar without members as one empty sample.
             return Finished(ShardRecord(Shard(task.path.name, 0, 0, ""), tuple(left_out)), np.empty(0, SAMPLE_DTYPE))
         shard, rows = writer.close()
     return Finished(ShardRecord(shard, tuple(left_out)), rows)
 
 
 def _finish_split(folder: Path, name: str, parts: list[Finished]) -> Split:
-    left_out = sorted((each for part in parts for each in part.record.left_out), key=lambda each: each.id)
+    left_out = sorted((entry for part in parts for entry in part.record.left_out), key=lambda entry: entry.id)
     parts = [part for part in parts if len(part.rows)]
     if not parts:
-        raise ValueError(f"not one file of the split '{name}' is a usable image, the first being {left_out[0].path}")
+        raise ValueError(f"the split '{name}' has no usable image; the first of its files is {left_out[0].path}")
     samples, sha256 = write_samples(folder, name, [part.rows for part in parts])
     return Split(
         name=name,
@@ -191,13 +195,13 @@ def _report(folder: Path, strict: bool) -> int:
     manifest = read_manifest(folder)
     for name, split in manifest.splits.items():
         if strict and split.left_out:
-            raise ValueError(f"{split.left_out[0].path} is no usable image: {split.left_out[0].reason}")
+            raise ValueError(f"{split.left_out[0].path} is not a usable image: {split.left_out[0].reason}")
         size = sum(shard.filesize for shard in split.shards)
         print(
             f"{name}: {split.samples:,} images in {len(split.shards):,} shards, {_gigabytes(size)}; "
             f"{len(split.left_out):,} files left out"
         )
         labels = set(SplitReader(folder, name, manifest).samples["label"].tolist())
-        if told := without_images(labels, manifest.classes):
-            print(f"{name}: {told}")
+        if message := without_images(labels, manifest.classes):
+            print(f"{name}: {message}")
     return 0

@@ -2,10 +2,10 @@
 
     python shards/prepare_cifar.py SOURCE DESTINATION [--train-per-class 100]
 
-SOURCE is the official ``cifar-100-python.tar.gz`` or the folder ``cifar-100-python`` out of it. Its 50,000 training
-images become the split ``train``, its 10,000 test images ``val``; an id is the image's row in the official file, among
-those that are kept, and labels are the hundred fine ones in the official order. Images are PNGs, which keep every
-pixel: JPEG would cost three points.
+SOURCE is the official ``cifar-100-python.tar.gz``, or the unpacked folder ``cifar-100-python``. Its 50,000 training
+images become the split ``train``, its 10,000 test images the split ``val``. An id is the image's row in the official
+file; with --train-per-class only the kept rows are counted. Labels are the 100 fine ones in the official order. Images
+are PNGs, which keep every pixel: JPEG would cost three points of accuracy.
 """
 
 from __future__ import annotations
@@ -35,28 +35,30 @@ from shards.prepare import add_arguments, prepare
 FOLDER = "cifar-100-python"
 FILES = {"train": "train", "val": "test"}
 _SIDE = 32
-# A search for the smallest file takes three times as long and saves a tenth.
 COMPRESSION = 1
+"""PNG compression level. The highest level takes three times as long and saves a tenth."""
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Read arrays, and none of the code that a pickle may bring."""
+    """An unpickler of NumPy arrays that refuses all other classes, as a pickle may run any code."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        # Taken from an array, because the private module of _reconstruct differs between NumPy versions.
         allowed = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
         if module_name.partition(".")[0] != "numpy" or global_name not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+            raise pickle.UnpicklingError(f"it contains {module_name}.{global_name}, which is not allowed")
         return allowed[global_name]
 
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """The official files."""
+    """The official files of CIFAR-100, as a source of images."""
 
     source: Path
 
     def load(self, split: str, item: ImageItem) -> EncodedImage:
-        """Encode the image of a row as a PNG."""
+        """Return the image of a row, encoded as PNG."""
+        # A row has all red values first, then green and blue.
         pixels = _column(self.source, FILES[split], "data")[int(item.path)].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=COMPRESSION)
@@ -72,11 +74,11 @@ def _column(source: Path, name: str, key: str) -> Any:
 
 @lru_cache
 def _read(source: Path, name: str) -> Any:
-    """Read one of the official files; a worker does it once."""
+    """Return the contents of one of the official files. Each worker process reads it once."""
     try:
         return _ArraysOnly(io.BytesIO(_content(source, name)), encoding="bytes").load()
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {error.filename}; give the folder {FOLDER}, or {FOLDER}.tar.gz") from None
+        raise ValueError(f"there is no file {error.filename}; pass the folder {FOLDER}, or {FOLDER}.tar.gz") from None
     except DamagedArchive:
         raise
     except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
@@ -96,7 +98,7 @@ def _listing(source: Path, name: str, classes: int) -> list[ImageItem]:
         isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * _SIDE * _SIDE)
     )
     if not fits or not set(labels) <= set(range(classes)):
-        raise ValueError(f"{source} is damaged or not CIFAR-100: {name} does not hold an image for each label")
+        raise ValueError(f"{source} is damaged or not CIFAR-100: {name} does not contain an image for each label")
     return [ImageItem(f"{row:05d}", label, 3 * _SIDE * _SIDE) for row, label in enumerate(labels)]
 
 
@@ -113,7 +115,7 @@ def _first_of_each_class(listing: list[ImageItem], count: int) -> list[ImageItem
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_cifar.py", description="Write CIFAR-100 as shards.")
     parser.add_argument("source", type=Path, help=f"the folder {FOLDER}, or {FOLDER}.tar.gz")
-    parser.add_argument("destination", type=Path, help="folder of the shards, made if need be")
+    parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
     parser.add_argument(
         "--train-per-class", type=positive, metavar="N", help="only the first N training images of every class"
     )

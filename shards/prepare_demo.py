@@ -2,8 +2,9 @@
 
     python shards/prepare_demo.py DESTINATION
 
-Twenty classes, five shapes in four textures (``shards/drawing.py``), as JPEGs of 64 × 64: 5,000 for training, 1,000 for
-validation, the same from the same ``--seed``. Takes some ten seconds; on a folder that is complete it does nothing.
+The 20 classes are five shapes in four textures (``shards/drawing.py``). The images are JPEGs of 64 × 64 pixels, 5,000
+for training and 1,000 for validation, and depend on ``--seed`` alone. This takes about ten seconds. If the folder is
+complete, nothing is done.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from shards.prepare import add_arguments, prepare
 
 QUALITY = 92
 _MAX_SAMPLES = 10**6
-"""Images of a split, which are listed before any is drawn."""
+"""Limit of images per split, because all are listed in memory before the first is drawn."""
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """Images that exist as soon as somebody asks for them."""
+    """A source of images that are drawn on demand."""
 
     side: int
     seed: int
 
     def load(self, split: str, item: ImageItem) -> EncodedImage:
-        """Draw the image; its generator is keyed by the seed, the split and its number alone."""
+        """Return a drawn image. Its random numbers depend on the seed, the split and the image's number alone."""
         number = int(item.path.rpartition("/")[2])
         key = np.array([self.seed, 2 * number + (split == "val")], np.uint64)
         drawing = draw_image(DRAWN_CLASSES[item.label], self.side, np.random.Generator(np.random.Philox(key=key)))
@@ -47,7 +48,7 @@ class Drawings:
 
 
 def _listing(count: int) -> list[ImageItem]:
-    # Labels in turn, so that every class has as many images as the next.
+    # Labels in a cycle, so that all classes have the same number of images, or one more.
     labels = [number % len(DRAWN_CLASSES) for number in range(count)]
     return [ImageItem(f"{DRAWN_CLASSES[label]}/{number:06d}", label, 0) for number, label in enumerate(labels)]
 
@@ -61,7 +62,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--val", type=up_to(_MAX_SAMPLES), default=1000, help="validation images (default: %(default)s)"
     )
-    parser.add_argument("--size", type=up_to(2**13), default=64, help="their side in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=up_to(2**13), default=64, help="side of the images in pixels (default: %(default)s)"
+    )
     add_arguments(parser)
     return parser
 

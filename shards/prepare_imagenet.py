@@ -1,12 +1,17 @@
-"""Write ImageNet, or any set of images in its layout, as shards.
+"""Write ImageNet, or another data set in one of the common layouts, as shards.
 
     python shards/prepare_imagenet.py SOURCE DESTINATION
 
-SOURCE holds ``train/<wnid>/*.JPEG`` and ``val/<wnid>/*.JPEG``, or the original ``ILSVRC2012_img_train.tar`` and
-``ILSVRC2012_img_val.tar`` with the development kit, read where they are, never unpacked, or one of the other layouts in
-``shards/layouts.py``; either split may be missing.
-DESTINATION gets about 1,250 images to a tar, DALI's index beside each, a sample table for each split and
-``manifest.json``, the same bytes for any ``--jobs``. Stopped at any moment, the same command goes on where it was.
+SOURCE contains one of these layouts; either split may be missing:
+
+- ``train/<wnid>/*.JPEG`` and ``val/<wnid>/*.JPEG``,
+- the original ``ILSVRC2012_img_train.tar`` and ``ILSVRC2012_img_val.tar`` with the development kit, which are read
+  without unpacking,
+- one of the other layouts in ``shards/layouts.py``.
+
+DESTINATION gets tars of about 1,250 images, each with DALI's index, a sample table for each split, and
+``manifest.json``. The bytes are the same for any ``--jobs``. After an interruption at any moment the same command
+continues.
 """
 
 from __future__ import annotations
@@ -34,78 +39,81 @@ from shards.prepare import add_arguments, prepare
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of each split's folder or archive, and what is to become of them."""
+    """A source of images: each split's folder or archive, and the conversion of its images."""
 
-    places: dict[str, ImageLocation]
+    locations: dict[str, ImageLocation]
     transform: Transform
 
     def load(self, split: str, item: ImageItem) -> EncodedImage:
-        """Read an image and transform it; raise Unusable for a file that is none, ValueError for one that changed."""
-        place = self.places[split]
-        if place.pattern == ARCHIVE:
-            path, data = place.root, os.pread(_descriptor(place.root), item.size, item.offset)
+        """Return an image, converted. Raises Unusable if the file is not one, ValueError if its size has changed."""
+        location = self.locations[split]
+        if location.pattern == ARCHIVE:
+            path, data = location.root, os.pread(_descriptor(location.root), item.size, item.offset)
         else:
-            path = place.path(item.path)
+            path = location.path(item.path)
             data = path.read_bytes()
         if len(data) != item.size:
-            raise ValueError(f"{path} has changed while it was read: start again when nothing writes to it")
+            raise ValueError(f"{path} has changed since it was listed: start again when nothing writes to it")
         return self.transform.apply(data)
 
 
 @lru_cache
 def _descriptor(path: Path) -> int:
-    return os.open(path, os.O_RDONLY)  # for the life of a worker process
+    return os.open(path, os.O_RDONLY)  # stays open until the worker process ends
 
 
 def find_items(options: Namespace) -> tuple[list[str], dict[str, list[ImageItem]], dict[str, ImageLocation]]:
-    """Return the classes, the files of each split with their labels, and where they lie; print how they were found.
+    """Return the classes, the labelled files of each split, and their locations; print how they were found.
 
-    Raises ValueError or OSError, one line.
+    Raises ValueError or OSError if the data set is damaged or ambiguous.
     """
     found = find_splits(options.source, options.val_labels)
-    used = {split: {file.wnid for file in each.files} for split, each in found.items()}
-    classes = number_classes(used, {split: set(each.empty) for split, each in found.items()}, options.classes)
+    used = {split: {file.wnid for file in listing.files} for split, listing in found.items()}
+    empty = {split: set(listing.empty) for split, listing in found.items()}
+    classes = number_classes(used, empty, options.classes)
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    listings, places = {}, {split: each.place for split, each in found.items()}
-    for split, each in found.items():
-        print(f"{split}: {len(each.files):,} images of {len(used[split]):,} classes in {each.description}")
-        _compare_with_imagenet(split, each, len(used[split]))
-        listings[split] = [ImageItem(file.path, labels[file.wnid], file.size, file.offset) for file in each.files]
+    items, locations = {}, {split: listing.location for split, listing in found.items()}
+    for split, listing in found.items():
+        print(f"{split}: {len(listing.files):,} images of {len(used[split]):,} classes in {listing.description}")
+        _compare_with_imagenet(split, listing, len(used[split]))
+        items[split] = [ImageItem(file.path, labels[file.wnid], file.size, file.offset) for file in listing.files]
     if options.val_share:
-        _set_aside(listings, places, options)
-    elif "val" not in listings:
-        print("there is no validation split: training will not validate, unless --val-share sets some images aside")
+        _set_aside(items, locations, options)
+    elif "val" not in items:
+        print("there is no validation split: training will not validate; --val-share S takes images from train for it")
     if options.subset:
-        listings = {split: choose(items, options.subset, options.seed, split) for split, items in listings.items()}
-    return classes, listings, places
+        items = {split: choose(each, options.subset, options.seed, split) for split, each in items.items()}
+    return classes, items, locations
 
 
 def _compare_with_imagenet(split: str, listing: Listing, classes: int) -> None:
-    """Print a line where what seems to be ImageNet is not all of it."""
-    of_imagenet = listing.place.pattern == ARCHIVE or classes == ILSVRC_CLASSES
-    of_imagenet = of_imagenet and all(WNID.fullmatch(file.wnid) for file in listing.files)
-    if of_imagenet and (len(listing.files), classes) != (IMAGENET_COUNTS[split], ILSVRC_CLASSES):
+    """Print a note if a data set looks like ImageNet but is incomplete."""
+    is_imagenet = listing.location.pattern == ARCHIVE or classes == ILSVRC_CLASSES
+    is_imagenet = is_imagenet and all(WNID.fullmatch(file.wnid) for file in listing.files)
+    if is_imagenet and (len(listing.files), classes) != (IMAGENET_COUNTS[split], ILSVRC_CLASSES):
         print(
-            f"{split}: this is not all of ImageNet, "
+            f"{split}: this is not the complete ImageNet, "
             f"which has {IMAGENET_COUNTS[split]:,} images of {ILSVRC_CLASSES:,} classes"
         )
 
 
-def _set_aside(listings: dict[str, list[ImageItem]], places: dict[str, ImageLocation], options: Namespace) -> None:
-    if "val" in listings:
-        raise ValueError(f"--val-share: {options.source} has a validation split already: leave it out")
-    listings["train"], listings["val"] = set_aside(listings["train"], options.val_share, options.seed)
-    places["val"] = places["train"]
-    print(f"val: {len(listings['val']):,} images of these, {options.val_share:g} of every class (seed {options.seed})")
+def _set_aside(items: dict[str, list[ImageItem]], locations: dict[str, ImageLocation], options: Namespace) -> None:
+    """Move a share of the training images to a validation split."""
+    if "val" in items:
+        raise ValueError(f"--val-share: {options.source} has a validation split already: remove the option")
+    items["train"], items["val"] = set_aside(items["train"], options.val_share, options.seed)
+    locations["val"] = locations["train"]
+    print(f"val: {len(items['val']):,} images of these, {options.val_share:g} of every class (seed {options.seed})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
-    classes, listings, places = find_items(options)
+    classes, listings, locations = find_items(options)
     transform = Transform(options.resize_short, options.max_side, options.quality)
+    # Options that are not set must not change the manifest of earlier preparations.
     chosen = {"images_per_split": options.subset} | ({"val_share": options.val_share} if options.val_share else {})
-    source = ImageFiles(places, transform)
+    source = ImageFiles(locations, transform)
     job = make_job("prepare_imagenet", "jpg", classes, listings, source, options, asdict(transform), **chosen)
     return prepare(job, options.destination, options)
 
@@ -113,22 +121,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_imagenet.py", description="Write images in ImageNet's layout as shards.")
     parser.add_argument("source", type=Path, help="folder with train/ and val/, or with the original archives")
-    parser.add_argument("destination", type=Path, help="folder of the shards, made if need be")
+    parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
     parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="classes, one a line, in the order of labels (default: sorted)"
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="list of classes, one per line, in the order of labels (default: sorted)",
     )
     parser.add_argument(
         "--val-labels",
         type=Path,
         metavar="FILE",
-        help="of validation images without class folders: 'file class' on each line, Kaggle's or Tiny-ImageNet's list, "
-        "or the wnid of each image in turn (default: the list that came with them, or the development kit)",
+        help="classes of validation images without class folders: lines of 'file class', the list of Kaggle or "
+        "Tiny-ImageNet, or one wnid per image in order. Default: the list next to the images, or the development kit",
     )
     parser.add_argument(
         "--val-share",
         type=share,
         metavar="S",
-        help="set aside this share of every class for validation, as 0.1, at random; for a set without a split",
+        help="use this share of every class, such as 0.1, for validation, chosen at random; for a data set without val",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--resize-short", type=positive, metavar="N", help="shrink the shorter side to N pixels")
@@ -139,13 +150,13 @@ def _parser() -> ArgumentParser:
         choices=range(1, 101),
         metavar="Q",
         default=95,
-        help="of the JPEGs written anew: those shrunk, and what was a PNG or in CMYK (default: %(default)s)",
+        help="quality of JPEGs that are encoded again: shrunk images, PNG and CMYK (default: %(default)s)",
     )
     parser.add_argument(
         "--subset",
         type=positive,
         metavar="N",
-        help="only N images of a split, evenly over its classes, with new ids",
+        help="only N images per split, evenly over its classes, with new ids",
     )
     add_arguments(parser)
     return parser

@@ -1,6 +1,6 @@
-"""Read samples by their place in storage: a memory-mapped sample table, and views into memory-mapped tars.
+"""Random access to samples: a memory-mapped sample table, and views into memory-mapped tars.
 
-N samples of a split.
+N is the number of samples of a split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from shards.manifest import MANIFEST_ADVICE, Manifest, Shard, Split, read_manifest, sha256_of
 
 SPARE_FILES = 64
-"""Descriptors that are left to all else in this process."""
+"""File descriptors that stay free for everything else in this process."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -33,7 +33,7 @@ SAMPLE_DTYPE = np.dtype(
         ("height", "<i4"),
     ]
 )
-"""A row of the sample table. ``offset`` and ``size`` (bytes) say where in its tar the encoded image lies."""
+"""A row of the sample table. ``offset`` and ``size`` are the position of the encoded image in its tar, in bytes."""
 
 
 def samples_path(folder: Path, split: str) -> Path:
@@ -44,16 +44,18 @@ def samples_path(folder: Path, split: str) -> Path:
 class SplitReader:
     """One split of a folder of shards.
 
-    ``samples`` [N] is the sample table in storage order (shard by shard, and by position within), read-only and
-    memory-mapped, and held against its digest. ``manifest`` is the folder's, where it was read already. Raises
-    FileNotFoundError or ValueError, one line, where the folder is not whole.
+    ``samples`` [N] is the sample table, read-only and memory-mapped. Its rows are in storage order, by shard and by
+    position in the shard. It is checked against its digest. Pass ``manifest`` if it has been read already. Raises
+    FileNotFoundError or ValueError if the folder is damaged or incomplete.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = manifest or read_manifest(self.folder)
         if split not in self.manifest.splits:
-            raise ValueError(f"{self.folder} holds no split '{split}', only {', '.join(sorted(self.manifest.splits))}")
+            raise ValueError(
+                f"{self.folder} contains no split '{split}', only {', '.join(sorted(self.manifest.splits))}"
+            )
         self.split = self.manifest.splits[split]
         self.samples = self._map_samples()
         self._tars: dict[int, np.ndarray] = {}
@@ -61,11 +63,11 @@ class SplitReader:
         allow_open_files(len(self.split.shards))
 
     def bytes(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return the encoded images of some rows of ``samples`` as uint8 views into the tars, nothing copied.
+        """Return the encoded images of some rows of ``samples`` as uint8 views into the tars, without a copy.
 
-        May be called from any thread. The first touch of a page reads it from the disk. Where this process may not
-        open as many files as there are tars, images of some are read at once. Raises FileNotFoundError or ValueError,
-        one line, for a tar that is gone or has another size.
+        It may be called from any thread. The first access to a page reads it from the disk. If this process may not
+        open all tars at the same time, the images of some tars are copied instead. Raises FileNotFoundError or
+        ValueError for a tar that is missing or has another size.
         """
         views = []
         samples = self.samples[rows]
@@ -79,13 +81,13 @@ class SplitReader:
         return views
 
     def labels_by_id(self) -> np.ndarray:
-        """Return the label of every id, int64 [id_count]; −1 where the id is a hole."""
+        """Return the label of every id, int64 [id_count]; −1 for an id that was left out."""
         labels = np.full(self.split.id_count, -1, np.int64)
         labels[self.samples["id"]] = self.samples["label"]
         return labels
 
     def check_sizes(self) -> None:
-        """Compare the size of every tar with the manifest: quick, and enough to notice a copy that did not finish."""
+        """Check the size of every tar: a quick test that finds an unfinished copy. Raises like ``bytes``."""
         for shard in self.split.shards:
             path = self.folder / shard.url
             if not path.is_file():
@@ -97,12 +99,13 @@ class SplitReader:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {MANIFEST_ADVICE}")
         status = path.stat()
+        # A changed file has another of these, and is checked again.
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        _prove_samples(path, stamp, self.split, self.manifest.num_classes)
+        _check_samples(path, stamp, self.split, self.manifest.num_classes)
         return load_samples(path)
 
     def _map_tar(self, shard: int) -> np.ndarray | None:
-        """Map a tar and keep it; None where that would use up the files that this process may open."""
+        """Return a tar as memory-mapped bytes, mapped once; None if too few file descriptors would stay free."""
         with self._lock:
             if shard not in self._tars:
                 with self._open(shard) as file:
@@ -119,7 +122,7 @@ class SplitReader:
 
     @contextmanager
     def _open(self, shard: int) -> Iterator[BufferedReader]:
-        # A page of a map that lies behind the file's end kills the process, so the size is looked at here again.
+        # Access to a mapped page after the end of a file kills the process (SIGBUS). So the size is checked here again.
         path = self.folder / self.split.shards[shard].url
         with path.open("rb") as file:
             _check_size(path, os.fstat(file.fileno()), self.split.shards[shard])
@@ -127,16 +130,16 @@ class SplitReader:
 
 
 def _next_descriptor(file: int) -> int:
-    # The lowest number that is free, and the one that a map of the file, which keeps one, would get.
+    # The lowest free number. A mapped file keeps a descriptor, and would get this one.
     descriptor = os.dup(file)
     os.close(descriptor)
     return descriptor
 
 
 def load_samples(path: Path) -> np.ndarray:
-    """Map a sample table, whatever its numbers are. Raises ValueError where the file is none."""
+    """Return a sample table, memory-mapped; its values are not checked. Raises ValueError for any other file."""
     try:
-        samples = np.lib.format.open_memmap(path, mode="r")  # an .npy alone, without pickled objects
+        samples = np.lib.format.open_memmap(path, mode="r")  # reads .npy files only, and refuses pickled objects
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a sample table ({error}): {MANIFEST_ADVICE}") from None
     if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
@@ -146,48 +149,47 @@ def load_samples(path: Path) -> np.ndarray:
 
 def _check_size(path: Path, status: os.stat_result, shard: Shard) -> None:
     if status.st_size != shard.filesize:
-        raise ValueError(
-            f"{path} has {status.st_size:,} bytes, the manifest says {shard.filesize:,}: {MANIFEST_ADVICE}"
-        )
+        raise ValueError(f"{path} has {status.st_size:,} bytes, in the manifest {shard.filesize:,}: {MANIFEST_ADVICE}")
 
 
 @lru_cache(maxsize=64)
-def _prove_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
-    """Hold a sample table against the manifest: its digest, and every number in it.
+def _check_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
+    """Check a sample table against the manifest: its digest, and every value in it.
 
-    A process does so once for a file as it is (``stamp``): ImageNet's 51 MB take it less than a second. Nothing is
-    remembered on the disk, where it would have to be proved itself. Raises ValueError, one line.
+    A process does this once for each ``stamp``, the state of the file. ImageNet's table of 51 MB takes less than a
+    second. The result is not stored on disk, because a stored result would need a check, too. Raises ValueError.
     """
     if sha256_of(path) != split.samples_sha256:
-        raise ValueError(f"{path} has another sha256 than the manifest says: {MANIFEST_ADVICE}")
+        raise ValueError(f"{path} has another sha256 than the manifest: {MANIFEST_ADVICE}")
     samples = load_samples(path)
     if len(samples) != split.samples:
-        raise ValueError(f"{path} has {len(samples):,} rows, the manifest says {split.samples:,}: {MANIFEST_ADVICE}")
-    for row, column, why in _wrong_rows(samples, split, num_classes):
-        raise ValueError(f"{path}: {column} of row {row:,} is {samples[column][row]}, {why}: {MANIFEST_ADVICE}")
+        raise ValueError(f"{path} has {len(samples):,} rows, in the manifest {split.samples:,}: {MANIFEST_ADVICE}")
+    for row, column, reason in _wrong_rows(samples, split, num_classes):
+        raise ValueError(f"{path}: {column} of row {row:,} is {samples[column][row]}, {reason}: {MANIFEST_ADVICE}")
 
 
 def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator[tuple[int, str, str]]:
-    """Yield the first row whose value cannot be, for each column of a table that has one, and why it cannot."""
+    """Yield the first row with an invalid value of each column, the column, and the reason."""
     sizes = np.array([shard.filesize for shard in split.shards], np.int64)
     shards = np.repeat(np.arange(len(sizes)), [shard.nsamples for shard in split.shards])
-    room = sizes[shards]
+    tar_sizes = sizes[shards]
     order = np.argsort(samples["id"], kind="stable")
     ids = samples["id"][order]
-    again = np.zeros(len(samples), np.bool_)
-    again[order[1:]] = ids[1:] == ids[:-1]
-    for column, wrong, why in (
-        ("id", _outside(samples["id"], 0, split.id_count), f"which must lie below {split.id_count:,}"),
-        ("id", again, "which comes more than once"),
-        ("label", _outside(samples["label"], 0, num_classes), f"where there are {num_classes:,} classes"),
-        ("shard", samples["shard"] != shards, "where the manifest has another"),
-        ("offset", _outside(samples["offset"], 0, room + 1), "outside of its tar"),
-        ("size", _outside(samples["size"], 0, room - samples["offset"] + 1), "beyond its tar's end"),
-        ("width", _outside(samples["width"], 1, split.max_width + 1), f"of at most {split.max_width:,}"),
-        ("height", _outside(samples["height"], 1, split.max_height + 1), f"of at most {split.max_height:,}"),
+    repeated = np.zeros(len(samples), np.bool_)
+    repeated[order[1:]] = ids[1:] == ids[:-1]
+    # After these checks every image is inside of its tar, and ids and labels are valid indices.
+    for column, wrong, reason in (
+        ("id", _outside(samples["id"], 0, split.id_count), f"not from 0 to {split.id_count - 1:,}"),
+        ("id", repeated, "which is used more than once"),
+        ("label", _outside(samples["label"], 0, num_classes), f"but there are {num_classes:,} classes"),
+        ("shard", samples["shard"] != shards, "but the manifest has another"),
+        ("offset", _outside(samples["offset"], 0, tar_sizes + 1), "outside of its tar"),
+        ("size", _outside(samples["size"], 0, tar_sizes - samples["offset"] + 1), "beyond its tar's end"),
+        ("width", _outside(samples["width"], 1, split.max_width + 1), f"not from 1 to {split.max_width:,}"),
+        ("height", _outside(samples["height"], 1, split.max_height + 1), f"not from 1 to {split.max_height:,}"),
     ):
         if wrong.any():
-            yield int(wrong.argmax()), column, why
+            yield int(wrong.argmax()), column, reason
 
 
 def _outside(values: np.ndarray, low: int, end: int | np.ndarray) -> np.ndarray:
@@ -195,8 +197,8 @@ def _outside(values: np.ndarray, low: int, end: int | np.ndarray) -> np.ndarray:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the limit of this process for files that are to be memory-mapped, as far as it may be raised."""
-    # Python keeps a descriptor open for every map, and 1,024 (ImageNet has more shards) is a usual soft limit.
+    """Raise this process's limit of open files by ``count``, or as far as allowed."""
+    # Every mapped file keeps a descriptor. A usual soft limit is 1,024, and ImageNet has more shards.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)

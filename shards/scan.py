@@ -1,4 +1,4 @@
-"""Read a shard back, header by header: what the tar itself says, against which index, table and manifest are held."""
+"""Reading of a shard's tar headers, as the reference for its index, its sample table and the manifest."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from shards.write import index_entry, index_path, index_text, member_names
 
 
 class Scan(NamedTuple):
-    """A tar's rows of the sample table (``shard`` is 0 in them), and the text of the index it should have."""
+    """A tar's rows of the sample table, with ``shard`` 0, and the expected text of its index."""
 
     rows: np.ndarray
     index_text: str
 
 
 def is_on_record(path: Path, shard: Shard) -> bool:
-    """Return whether the file is there and is the recorded one, byte for byte."""
+    """Return whether the file exists and is identical to the recorded one."""
     return path.is_file() and path.stat().st_size == shard.filesize and sha256_of(path) == shard.sha256
 
 
 def index_fits(tar: Path, scan: Scan) -> bool:
-    """Return whether the index beside a tar is there and is the one that belongs to it."""
+    """Return whether a tar's index exists and is correct."""
     path = index_path(tar)
     return path.is_file() and path.read_text(encoding="ascii", errors="replace") == scan.index_text
 
 
 def scan_shard(path: Path, image: str) -> Scan:
-    """Read the headers and the small members of a tar. Raises ValueError, naming the tar, where it is damaged."""
+    """Return the rows and index text of a tar, from its headers and small members. Raises ValueError for damage."""
     try:
         with path.open("rb") as file:
             members = list_members(path, file)
@@ -53,9 +53,10 @@ def _read_row(file: BinaryIO, sample: list[Member], image: str) -> tuple[int, ..
         raise ValueError(f"the sample of {picture.name} is incomplete")
     label, sample_id, sides = (_read(file, member) for member in small)
     if len(label) != 4 or not label.isdigit():
-        raise ValueError(f"{small[0].name} is no label of four digits")
+        raise ValueError(f"{small[0].name} is not a label of four digits")
     row = (*struct.unpack("<q", sample_id), int(label), 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
     names = tuple(member.name for member in sample)
+    # The four members must belong to the same id, in the order in which they are written.
     if names != member_names(row[0], image):
         raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
     return row

@@ -1,11 +1,12 @@
-"""Copy shards to a node's own disk, once, and say which folder to read.
+"""Copy shards to a node's local disk once, and print the folder to read.
 
-    python shards/stage.py SOURCE LOCAL             copy where it is not yet whole; other processes wait
+    python shards/stage.py SOURCE LOCAL             copy unless the copy is complete; other processes wait
     python shards/stage.py SOURCE LOCAL --look      copy nothing
 
-Prints the copy, ``LOCAL/shards-<digest of the manifest>``, or SOURCE with a line that says why: a full disk stops no
-job. Every file is held against the manifest as it is copied and gets its own name only then, the manifest comes last,
-so a folder with a manifest is whole, and stopped at any moment the same command goes on where it was.
+Prints the copy, ``LOCAL/shards-<digest of the manifest>``. If it cannot be written, SOURCE is printed, and the reason
+on stderr: a full disk must not stop a job. Every file is checked against the manifest while it is copied, and only then
+renamed. The manifest is copied last, so a folder with a manifest is complete. After an interruption at any moment the
+same command continues.
 """
 
 from __future__ import annotations
@@ -30,52 +31,55 @@ from shards.read import samples_path
 from shards.write import index_path
 
 STREAMS = 8
-"""Files copied at a time: one stream seldom fills what a shared file system can give."""
-PIECE = 8 * 2**20
+"""Files copied at the same time: one stream rarely uses the full bandwidth of a shared file system."""
+CHUNK_BYTES = 8 * 2**20
 _RESERVE = 2**30
-"""Bytes of the local disk that are left to others."""
+"""Bytes of the local disk that stay free for others."""
 
 
 class File(NamedTuple):
-    """A file to copy, and what the manifest holds of it: nothing of an index, which training does not read."""
+    """A file to copy, with its size in bytes and sha256 if the manifest contains them.
+
+    An index has neither: training does not read it.
+    """
 
     name: str
     size: int | None = None
     sha256: str | None = None
 
     def is_in(self, folder: Path) -> bool:
-        """Return whether the file is there, of the size that is known."""
+        """Return whether the folder contains the file, with the right size if that is known."""
         path = folder / self.name
         return path.is_file() and self.size in (None, path.stat().st_size)
 
 
 def stage_shards(source: Path, local: Path) -> Path:
-    """Copy the shards in ``source`` below ``local``, if they are not there, and return the copy's folder.
+    """Copy the shards in ``source`` to a folder in ``local``, unless they are there, and return that folder.
 
-    Raises OSError or ValueError, one line, where that cannot be.
+    Raises OSError if the copy cannot be written, and ValueError if the shards are damaged.
     """
-    copy = copy_of(source, local)
-    if is_whole(copy):  # without the lock, which may be another user's
+    copy = copy_path(source, local)
+    if is_complete(copy):  # without the lock, which this user may not open if another user created it
         return copy
     local.mkdir(parents=True, exist_ok=True)
     with _locked(local / f".{copy.name}.lock"):
-        if not is_whole(copy):
+        if not is_complete(copy):
             _copy_all(source, copy)
     return copy
 
 
-def copy_of(source: Path, local: Path) -> Path:
-    """Return where the copy of the shards in ``source`` lies below ``local``, whether it is there or not."""
+def copy_path(source: Path, local: Path) -> Path:
+    """Return the path in ``local`` of the copy of the shards in ``source``; it need not exist."""
     return local / f"shards-{read_manifest(source).sha256[:16]}"
 
 
-def is_whole(copy: Path) -> bool:
-    """Return whether all of a copy is there: the manifest, which came last, and what it names."""
+def is_complete(copy: Path) -> bool:
+    """Return whether a copy is complete: the manifest, which is copied last, and every file that it lists."""
     return (copy / MANIFEST).is_file() and all(file.is_in(copy) for file in _files(copy))
 
 
 def _files(folder: Path) -> Iterator[File]:
-    """Yield all files of a folder of shards but the manifest, by its manifest."""
+    """Yield all files that a folder's manifest lists, which excludes the manifest itself."""
     for split in read_manifest(folder).splits.values():
         yield File(samples_path(folder, split.name).name, sha256=split.samples_sha256)
         for shard in split.shards:
@@ -85,8 +89,8 @@ def _files(folder: Path) -> Iterator[File]:
 
 def _copy_all(source: Path, copy: Path) -> None:
     copy.mkdir(exist_ok=True)
-    for left in copy.glob("*.tmp"):
-        left.unlink()
+    for leftover in copy.glob("*.tmp"):
+        leftover.unlink()
     missing = [file for file in _files(source) if not file.is_in(copy)]
     needed = sum((source / file.name).stat().st_size for file in missing) + _RESERVE
     free = shutil.disk_usage(copy).free
@@ -103,21 +107,23 @@ def _copy_all(source: Path, copy: Path) -> None:
 
 
 def _copy(file: File, source: Path, copy: Path) -> None:
-    """Copy a file piece by piece, and give it its name when its bytes are the manifest's."""
+    """Copy a file in chunks, and rename it when its digest is the manifest's. Raises ValueError if it is not."""
     temporary, digest = copy / f"{file.name}.tmp", hashlib.sha256()
     with (source / file.name).open("rb") as reading, temporary.open("wb") as writing:
-        while piece := reading.read(PIECE):
-            writing.write(piece)
-            digest.update(piece)
+        while chunk := reading.read(CHUNK_BYTES):
+            writing.write(chunk)
+            digest.update(chunk)
     if file.sha256 not in (None, digest.hexdigest()):
-        raise ValueError(f"{source / file.name} has another sha256 than the manifest says: see shards/verify.py")
+        raise ValueError(
+            f"{source / file.name} has another sha256 than the manifest: check the folder with shards/verify.py"
+        )
     sync_path(temporary)
     temporary.rename(copy / file.name)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it; a process that is killed lets go of it."""
+    """Wait for the lock and keep it inside the context. The kernel releases it if the process is killed."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -125,20 +131,24 @@ def _locked(path: Path) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = Parser(prog="stage.py", description="Copy shards to a node's own disk and print the folder to read.")
+    parser = Parser(prog="stage.py", description="Copy shards to a node's local disk and print the folder to read.")
     parser.add_argument("source", type=Path)
     parser.add_argument("local", type=Path)
-    parser.add_argument("--look", action="store_true", help="copy nothing; print the copy if it is there, else SOURCE")
+    parser.add_argument(
+        "--look", action="store_true", help="copy nothing; print the copy if it is complete, else SOURCE"
+    )
     options = parser.parse_args(arguments)
-    copy = copy_of(options.source, options.local)
+    copy = copy_path(options.source, options.local)
     if options.look:
-        print(copy if is_whole(copy) else options.source)
+        print(copy if is_complete(copy) else options.source)
         return 0
     try:
         print(stage_shards(options.source, options.local))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        print(f"{socket.gethostname()}: reading the shards where they are: {reason}", file=sys.stderr)
+        print(
+            f"{socket.gethostname()}: not staged, the shards are read from {options.source}: {reason}", file=sys.stderr
+        )
         print(options.source)
     return 0
 

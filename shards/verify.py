@@ -1,10 +1,10 @@
-"""Check a folder of shards: every byte, every number, every image.
+"""Check a folder of shards: every byte, every value, every image.
 
     python shards/verify.py DESTINATION
 
-Prints what is wrong, a line for each thing, and exits 1; or a summary with the label histogram, and exits 0. The tars'
-own contents are held against sample table, index and manifest, so whatever was damaged, exchanged or lost shows. JPEGs
-that end in plain grey are counted, as they may have come broken, and are no error.
+Prints one line per problem and exits with 1, or prints a summary with the label histogram and exits with 0. The tars'
+contents are compared with sample table, index and manifest, so damaged, exchanged and missing files are found. JPEGs
+that end in plain grey are counted, because they may have been broken in the source, but they are not an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_ROWS = np.empty(0, SAMPLE_DTYPE)
 
 
 class VerifyTask(NamedTuple):
-    """A shard to check, with the rows that the sample table has for it (None: the table is unusable)."""
+    """A shard to check, with its rows of the sample table (None: the table is unusable)."""
 
     folder: Path
     shard: Shard
@@ -40,8 +40,8 @@ class VerifyTask(NamedTuple):
     expected: np.ndarray | None
 
 
-class Checked(NamedTuple):
-    """What is wrong with a shard, and the rows that its tar really holds."""
+class CheckedShard(NamedTuple):
+    """The problems of a shard, and the rows that its tar really contains."""
 
     task: VerifyTask
     problems: list[str]
@@ -50,40 +50,40 @@ class Checked(NamedTuple):
     """Ids of images that end in plain grey."""
 
 
-def check_shard(task: VerifyTask) -> Checked:
-    """Check a tar and its index. Runs in a worker process."""
+def check_shard(task: VerifyTask) -> CheckedShard:
+    """Check a tar, its index and its images. Runs in a worker process."""
     path, shard = task.folder / task.shard.url, task.shard
     if not path.is_file():
-        return Checked(task, [f"{path} is missing"], NO_ROWS, [])
+        return CheckedShard(task, [f"{path} is missing"], NO_ROWS, [])
     problems = []
     if path.stat().st_size != shard.filesize:
-        problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {shard.filesize:,}")
+        problems.append(f"{path} has {path.stat().st_size:,} bytes, in the manifest {shard.filesize:,}")
     elif sha256_of(path) != shard.sha256:
-        problems.append(f"{path} has another sha256 than the manifest says")
+        problems.append(f"{path} has another sha256 than the manifest")
     try:
         scan = scan_shard(path, task.image)
     except ValueError as error:
-        return Checked(task, [*problems, str(error)], NO_ROWS, [])
+        return CheckedShard(task, [*problems, str(error)], NO_ROWS, [])
     if len(scan.rows) != shard.nsamples:
-        problems.append(f"{path} holds {len(scan.rows):,} samples, the manifest says {shard.nsamples:,}")
+        problems.append(f"{path} contains {len(scan.rows):,} samples, according to the manifest {shard.nsamples:,}")
     if not index_fits(path, scan):
         index = index_path(path)
         problems.append(f"{index} does not fit its tar" if index.is_file() else f"{index} is missing")
     if task.expected is not None:
         problems += _check_rows(path, scan.rows, task.expected)
     grey: list[int] = []
-    return Checked(task, [*problems, *_check_images(path, scan.rows, grey)], scan.rows, grey)
+    return CheckedShard(task, [*problems, *_check_images(path, scan.rows, grey)], scan.rows, grey)
 
 
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
     if len(rows) != len(expected):
-        return [f"{path} holds {len(rows):,} samples, the sample table {len(expected):,}"]
+        return [f"{path} contains {len(rows):,} samples, the sample table {len(expected):,}"]
     names = [name for name in SAMPLE_DTYPE.names or () if name != "shard" and (rows[name] != expected[name]).any()]
     return [f"{path} and the sample table disagree about {', '.join(names)}"] if names else []
 
 
 def _check_images(path: Path, rows: np.ndarray, grey: list[int]) -> Iterator[str]:
-    """Yield what is wrong with the images, and add to ``grey`` the ids of those that end in it."""
+    """Yield the problems of a tar's images, and add the ids of images that end in grey to ``grey``."""
     with path.open("rb") as file:
         for row in rows:
             file.seek(row["offset"])
@@ -99,42 +99,42 @@ def _check_images(path: Path, rows: np.ndarray, grey: list[int]) -> Iterator[str
 
 
 def check_split(manifest: Manifest, split: Split, rows: np.ndarray) -> Iterator[str]:
-    """Check what concerns all the rows of a split, as its tars hold them."""
+    """Yield the problems of a split as a whole; ``rows`` are those of all its tars."""
     ids, counts = np.unique(rows["id"], return_counts=True)
-    left_out = np.array([each.id for each in split.left_out], np.int64)
+    left_out = np.array([entry.id for entry in split.left_out], np.int64)
     for number in ids[counts > 1]:
         yield f"{split.name}: id {number} comes more than once"
     for number in np.intersect1d(ids, left_out):
-        yield f"{split.name}: id {number} is in a shard, the manifest says it was left out"
-    lacking = np.setdiff1d(np.arange(split.id_count), np.union1d(ids, left_out))
+        yield f"{split.name}: id {number} is in a shard, but according to the manifest it was left out"
+    missing = np.setdiff1d(np.arange(split.id_count), np.union1d(ids, left_out))
     beyond = ids[(ids < 0) | (ids >= split.id_count)]
-    for numbers, what in ((lacking, "missing"), (beyond, f"outside of the manifest's {split.id_count:,}")):
+    for numbers, problem in ((missing, "missing"), (beyond, f"not from 0 to {split.id_count - 1:,}")):
         if len(numbers):
-            yield f"{split.name}: {len(numbers):,} ids are {what}, the first being {numbers[0]}"
+            yield f"{split.name}: {len(numbers):,} ids are {problem}, the first is {numbers[0]}"
     for label in np.setdiff1d(rows["label"], np.arange(manifest.num_classes)):
-        yield f"{split.name}: label {label} lies outside the manifest's {manifest.num_classes:,} classes"
+        yield f"{split.name}: label {label} is not one of the manifest's {manifest.num_classes:,} classes"
     if len(rows) and (rows["width"].max(), rows["height"].max()) != (split.max_width, split.max_height):
         yield f"{split.name}: the largest sides are not the manifest's {split.max_width} and {split.max_height}"
 
 
 def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str]]:
-    """Check the sample table's file; return its rows, None where it cannot be used, and what is wrong."""
+    """Return the rows of a split's sample table, None if it is unusable, and the problems of its file."""
     path = samples_path(folder, split.name)
     if not path.is_file():
         return None, [f"{path} is missing"]
-    problems = [] if sha256_of(path) == split.samples_sha256 else [f"{path} has another sha256 than the manifest says"]
+    problems = [] if sha256_of(path) == split.samples_sha256 else [f"{path} has another sha256 than the manifest"]
     try:
         table = load_samples(path)
     except ValueError as error:
         return None, [*problems, str(error)]
-    places = np.repeat(np.arange(len(split.shards)), [shard.nsamples for shard in split.shards])
-    if not np.array_equal(table["shard"], places):
-        problems.append(f"{path} deals the samples to other shards than the manifest does")
+    indices = np.repeat(np.arange(len(split.shards)), [shard.nsamples for shard in split.shards])
+    if not np.array_equal(table["shard"], indices):
+        problems.append(f"{path} assigns samples to other shards than the manifest")
     return table, problems
 
 
 def verify(folder: Path, jobs: int) -> list[str]:
-    """Return everything that is wrong with a folder of shards; print the label histogram of each split."""
+    """Return all problems of a folder of shards; print the label histogram of each split."""
     manifest = read_manifest(folder)
     problems, tasks = [], []
     for split in manifest.splits.values():
@@ -143,10 +143,10 @@ def verify(folder: Path, jobs: int) -> list[str]:
         for number, shard in enumerate(split.shards):
             expected = None if table is None else table[table["shard"] == number]
             tasks.append(VerifyTask(folder, shard, manifest.image, split.name, expected))
-    checked: dict[str, Checked] = {}
+    checked: dict[str, CheckedShard] = {}
     with progress_bar(sum(task.shard.nsamples for task in tasks), folder.name) as bar:
 
-        def receive(result: Checked) -> None:
+        def receive(result: CheckedShard) -> None:
             checked[result.task.shard.url] = result
             bar.update(result.task.shard.nsamples)
 
@@ -156,14 +156,16 @@ def verify(folder: Path, jobs: int) -> list[str]:
     results = [checked[task.shard.url] for task in tasks]
     problems += [problem for result in results for problem in result.problems]
     for split in manifest.splits.values():
-        rows = np.concatenate([NO_ROWS, *(result.rows for result in results if _is_of(result, split))])
+        rows = np.concatenate([NO_ROWS, *(result.rows for result in results if _is_in_split(result, split))])
         problems += check_split(manifest, split, rows)
         _print_histogram(manifest, split, rows)
-        _print_grey(split.name, sorted(each for result in results for each in result.grey if _is_of(result, split)))
+        _print_grey(
+            split.name, sorted(number for result in results for number in result.grey if _is_in_split(result, split))
+        )
     return problems
 
 
-def _is_of(result: Checked, split: Split) -> bool:
+def _is_in_split(result: CheckedShard, split: Split) -> bool:
     return result.task.split == split.name
 
 
@@ -171,27 +173,27 @@ def _print_grey(split: str, ids: list[int]) -> None:
     if ids:
         some = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
         print(
-            f"{split}: {len(ids):,} suspicious images, whose last rows are plain grey as in a broken JPEG: ids {some}"
+            f"{split}: {len(ids):,} suspicious images: their last rows are plain grey, as in a broken JPEG: ids {some}"
         )
 
 
 def _print_histogram(manifest: Manifest, split: Split, rows: np.ndarray) -> None:
     labels = rows["label"]
-    there = np.unique(labels[(labels >= 0) & (labels < manifest.num_classes)], return_counts=True)[1]
-    range_text = f"{there.min():,} to {there.max():,} images in a class" if len(there) else "no images"
-    classes = f"{len(there):,} of {manifest.num_classes:,} classes"
+    counts = np.unique(labels[(labels >= 0) & (labels < manifest.num_classes)], return_counts=True)[1]
+    range_text = f"{counts.min():,} to {counts.max():,} images in a class" if len(counts) else "no images"
+    classes = f"{len(counts):,} of {manifest.num_classes:,} classes"
     left_out = f"{len(split.left_out):,} files left out"
     print(f"{split.name}: {len(rows):,} images in {len(split.shards):,} shards; {classes}, {range_text}; {left_out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = Parser(prog="verify.py", description="Check a folder of shards: every byte, every number, every image.")
+    parser = Parser(prog="verify.py", description="Check a folder of shards: every byte, every value, every image.")
     parser.add_argument("destination", type=Path)
     add_jobs(parser)
     options = parser.parse_args(arguments)
     problems = verify(options.destination, options.jobs)
-    print("\n".join(problems) if problems else "all is well")
+    print("\n".join(problems) if problems else "no problems found")
     return 1 if problems else 0
 
 

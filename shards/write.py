@@ -1,8 +1,13 @@
-"""Write shards: USTAR tars whose bytes are a function of the samples alone, DALI's index beside each, the sample table.
+"""Writer of shards: reproducible USTAR tars, DALI's index of each tar, and the sample table.
 
-A sample with key ``00000042`` (its id) has the members ``00000042.jpg`` (or ``png``), ``.cls`` (the label as four ASCII
-digits: a fixed width, which DALI needs), ``.id.i64`` (a plain ``.id`` breaks webdataset's ``decode``) and ``.wh.i32``
-(width, height), numbers little endian.
+The bytes of a tar depend on its samples alone. A sample's key is its id, such as ``00000042``. It has four members:
+
+- ``00000042.jpg`` or ``00000042.png``, the encoded image,
+- ``00000042.cls``, the label as four ASCII digits, because DALI needs a fixed width,
+- ``00000042.id.i64``, the id, because a plain ``.id`` breaks webdataset's ``decode``,
+- ``00000042.wh.i32``, width and height in pixels.
+
+The last two are little-endian integers.
 """
 
 from __future__ import annotations
@@ -28,10 +33,10 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class ShardWriter:
-    """Write one tar and its index under temporary names; ``close`` flushes them and gives them their own.
+    """A writer of one tar and its index under temporary names; ``close`` flushes and renames them.
 
-    As a context manager it leaves nothing behind, unless it was closed. Whatever writes raises UnwritableFile where the
-    disk does not take it.
+    As a context manager it removes the temporary file if it was not closed. All methods that write raise UnwritableFile
+    if the disk is full or fails.
     """
 
     def __init__(self, path: Path, image: str) -> None:
@@ -46,18 +51,19 @@ class ShardWriter:
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, sample_id: int, label: int, image: bytes, width: int, height: int) -> None:
-        """Append a sample. Raises ValueError where the label or the id has too many digits."""
+        """Append a sample. Raises ValueError if the label or the id has too many digits."""
         if not 0 <= label <= MAX_LABEL:
             raise ValueError(f"label {label} does not fit the four digits of a cls member")
         if not 0 <= sample_id <= MAX_ID:
             raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
+        # The image is the first member, so its content begins one block, the header, after the current offset.
         contents = (image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height))
         self._rows.append((sample_id, label, 0, self._offset + _BLOCK, len(image), width, height))
         names = member_names(sample_id, self.image)
         self._index.append(" ".join(self._add_member(*member) for member in zip(names, contents, strict=True)))
 
     def close(self) -> tuple[Shard, np.ndarray]:
-        """Finish the tar and return its record and its rows of the sample table (``shard`` is 0 in them)."""
+        """Finish the tar and return its record and its rows of the sample table, with ``shard`` 0."""
         self._write(bytes(2 * _BLOCK))
         with writing(self.path, 0):
             self._file.flush()
@@ -76,12 +82,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # a full disk, which refuses what is still in the buffer
+        with suppress(OSError):  # on a full disk the rest of the buffer cannot be written
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _add_member(self, name: str, content: bytes) -> str:
-        header = tarfile.TarInfo(name)  # its defaults are all zeros and empty names, mode 0644
+        header = tarfile.TarInfo(name)  # no time, owner or host: its defaults are zeros, empty names and mode 0644
         header.size = len(content)
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
         entry = index_entry(name, self._offset, len(content))
@@ -104,12 +110,12 @@ def member_names(sample_id: int, image: str) -> tuple[str, ...]:
 
 
 def index_entry(name: str, offset: int, size: int) -> str:
-    """Return a member's part of its sample's line in the index."""
+    """Return the entry of a member in its sample's line of the index."""
     return f"{name.partition('.')[2]} {offset} {size} {name}"
 
 
 def index_text(lines: list[str]) -> str:
-    """Return the index of a tar, a line for each sample: the format of DALI's ``wds2idx``."""
+    """Return the index of a tar in the format of DALI's ``wds2idx``: one line per sample after the header."""
     return "".join(f"{line}\n" for line in (f"{INDEX_VERSION} {len(lines)}", *lines))
 
 
@@ -119,7 +125,7 @@ def index_path(tar: Path) -> Path:
 
 
 def write_samples(folder: Path, split: str, tables: list[np.ndarray]) -> tuple[np.ndarray, str]:
-    """Join the rows of a split's shards, in their order, to its sample table; return it and the sha256 of its file."""
+    """Write the sample table of a split from the rows of its shards, in order; return the table and its sha256."""
     samples = np.concatenate(tables) if tables else np.empty(0, SAMPLE_DTYPE)
     samples["shard"] = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     buffer = io.BytesIO()

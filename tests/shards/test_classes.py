@@ -67,12 +67,15 @@ def _numbers_in_a_list(source: Path) -> None:
 @pytest.mark.parametrize(
     ("arrange", "message"),
     [
-        (_empty_in_both, "train has the class bee, without an image: add its images, remove its folder, or name all"),
-        (_empty_in_train, "train has the class bee, without an image"),
-        (_hidden_files_alone, "train has the class bee, without an image"),
-        (_missing_in_train, "val has the class bee, which train lacks: add or remove it, or name all classes in"),
-        (_other_names_in_val, "val has the class 0 and 3 more, which train lacks: give the classes' own names"),
-        (_numbers_in_a_list, "val has the class 0 and 3 more, which train lacks: give the classes' own names"),
+        (_empty_in_both, "train has the class bee, which has no image: add its images, remove its folder, or list all"),
+        (_empty_in_train, "train has the class bee, which has no image"),
+        (_hidden_files_alone, "train has the class bee, which has no image"),
+        (
+            _missing_in_train,
+            "val has the class bee, which train does not have: add or remove it, or list all classes in",
+        ),
+        (_other_names_in_val, "val has the class 0 and 3 more, which train does not have: use the class names"),
+        (_numbers_in_a_list, "val has the class 0 and 3 more, which train does not have: use the class names"),
     ],
 )
 def test_what_would_move_labels_is_one_line(source, run, arrange, message):
@@ -92,15 +95,15 @@ def test_a_class_that_the_list_names_keeps_its_number_and_it_is_said_that_it_has
     assert read_manifest(folder).classes == tuple(CLASSES)
     assert SplitReader(folder, "train").labels_by_id().tolist() == [0, 0, 2, 2, 3, 3]
     said = capsys.readouterr().out
-    assert "train: 1 of 4 classes without an image, the first being bee" in said
-    assert ("val: 1 of 4 classes without an image, the first being bee" in said) == (arrange is _empty_in_both)
+    assert "train: 1 of 4 classes have no image, the first is bee" in said
+    assert ("val: 1 of 4 classes have no image, the first is bee" in said) == (arrange is _empty_in_both)
 
 
 def test_a_class_without_a_validation_image_is_said(source, capsys):
     empty(source / "val/cat")
     shutil.rmtree(source / "val/dog")
     folder = prepare(source)
-    assert "val: 2 of 4 classes without an image, the first being cat" in capsys.readouterr().out
+    assert "val: 2 of 4 classes have no image, the first is cat" in capsys.readouterr().out
     assert SplitReader(folder, "val").labels_by_id().tolist() == [0, 1]
 
 
@@ -108,7 +111,7 @@ def test_a_class_of_unusable_files_keeps_its_number_and_is_said(source, capsys):
     for path in (source / "train/bee").iterdir():
         path.write_bytes(encode(pixels(1), "GIF"))
     folder = prepare(source)
-    assert "train: 1 of 4 classes without an image, the first being bee" in capsys.readouterr().out
+    assert "train: 1 of 4 classes have no image, the first is bee" in capsys.readouterr().out
     assert read_manifest(folder).classes == tuple(CLASSES)
 
 
@@ -131,10 +134,10 @@ def test_a_list_of_classes_has_whole_lines_and_may_describe_them(tmp_path, text,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "names no class: it needs one on each line"),
-        (b"ant\nbee\nant\n", r"names a class twice \(ant\)"),
-        (b"ant\nant a small animal", r"names a class twice \(ant\)"),
-        (b"\xff\xfea\0", "is no text in UTF-8"),
+        (b"", "contains no class: write one class per line"),
+        (b"ant\nbee\nant\n", r"contains a class twice \(ant\)"),
+        (b"ant\nant a small animal", r"contains a class twice \(ant\)"),
+        (b"\xff\xfea\0", "is not UTF-8 text"),
     ],
 )
 def test_a_list_that_cannot_be_names_its_file(tmp_path, content, message):
@@ -154,4 +157,4 @@ def test_names_with_spaces_are_classes_from_folder_to_manifest(source):
 
 def test_all_classes_with_an_image_need_no_word():
     assert without_images({0, 1}, ("a", "b")) == ""
-    assert without_images({1}, ("a", "b")) == "1 of 2 classes without an image, the first being a"
+    assert without_images({1}, ("a", "b")) == "1 of 2 classes have no image, the first is a"

@@ -96,15 +96,15 @@ SHARD = (*TRAIN, "shards", 0)
         (put(*TRAIN, "id_count", to=3), "splits.train.id_count: 3 ids are not enough"),
         (put(*TRAIN, "samples", to=-1), "splits.train.samples: Input should be greater"),
         (put(*TRAIN, "samples", to=5), "splits.train.samples: the shards have 4 samples, not 5"),
-        (put(*TRAIN, "name", to="val"), "splits.train.name: the split calls itself 'val'"),
+        (put(*TRAIN, "name", to="val"), "splits.train.name: the split's own name is 'val'"),
         (put(*TRAIN, "samples_sha256", to="?"), "splits.train.samples_sha256: String should match"),
         (
             put(*TRAIN, "left_out", to=[{"id": 9, "path": "a", "reason": "b"}]),
-            "splits.train.left_out: id 9 lies outside",
+            "splits.train.left_out: id 9 is not below",
         ),
         (put(*SHARD, "url", to="../train-000000.tar"), "splits.train.shards.0.url: String should match"),
         (put(*SHARD, "url", to=".."), "splits.train.shards.0.url: String should match"),
-        (put(*SHARD, "url", to="train-000001.tar"), "splits.train.shards: a file is named twice"),
+        (put(*SHARD, "url", to="train-000001.tar"), "splits.train.shards: a file is listed twice"),
         (put(*SHARD, "nsamples", to=1.5), "splits.train.shards.0.nsamples: Input should be a valid integer"),
         (put(*SHARD, "filesize", to=-1), "splits.train.shards.0.filesize: Input should be greater"),
         (put(*SHARD, "filesize", to=10**30), "splits.train.shards.0.filesize: Input should be less"),
@@ -163,20 +163,20 @@ def cell(column: str, value: int) -> Callable[[np.ndarray], object]:
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (cell("label", 25), "label of row 2 is 25, where there are 3 classes"),
-        (cell("label", -1), "label of row 2 is -1, where there are 3 classes"),
-        (cell("shard", 99), "shard of row 2 is 99, where the manifest has another"),
-        (cell("shard", 0), "shard of row 2 is 0, where the manifest has another"),
-        (cell("shard", -1), "shard of row 2 is -1, where the manifest has another"),
-        (cell("id", 10**12), "id of row 2 is 1000000000000, which must lie below 4"),
-        (cell("id", -5), "id of row 2 is -5, which must lie below 4"),
-        (cell("id", 1), "id of row 2 is 1, which comes more than once"),
+        (cell("label", 25), "label of row 2 is 25, but there are 3 classes"),
+        (cell("label", -1), "label of row 2 is -1, but there are 3 classes"),
+        (cell("shard", 99), "shard of row 2 is 99, but the manifest has another"),
+        (cell("shard", 0), "shard of row 2 is 0, but the manifest has another"),
+        (cell("shard", -1), "shard of row 2 is -1, but the manifest has another"),
+        (cell("id", 10**12), "id of row 2 is 1000000000000, not from 0 to 3"),
+        (cell("id", -5), "id of row 2 is -5, not from 0 to 3"),
+        (cell("id", 1), "id of row 2 is 1, which is used more than once"),
         (cell("offset", -512), "offset of row 2 is -512, outside of its tar"),
         (cell("offset", 2**62), "outside of its tar"),
         (cell("size", 2**62), "beyond its tar's end"),
         (cell("size", -1), "size of row 2 is -1, beyond its tar's end"),
-        (cell("width", 0), "width of row 2 is 0, of at most 20"),
-        (cell("height", 2**31 - 1), "height of row 2 is 2147483647, of at most 16"),
+        (cell("width", 0), "width of row 2 is 0, not from 1 to 20"),
+        (cell("height", 2**31 - 1), "height of row 2 is 2147483647, not from 1 to 16"),
     ],
 )
 def test_a_table_of_wrong_numbers_is_one_line_with_the_row_even_if_its_digest_is_right(folder, edit, told):
@@ -196,9 +196,7 @@ def _reverse(samples: np.ndarray) -> None:
 def test_a_table_that_was_changed_is_not_trained_from(folder, edit):
     SplitReader(folder, "train")
     edit_table(folder, edit, agreed=False)
-    with pytest.raises(
-        ValueError, match=r"train\.samples\.npy has another sha256 than the manifest says: copy it again"
-    ):
+    with pytest.raises(ValueError, match=r"train\.samples\.npy has another sha256 than the manifest: copy it again"):
         SplitReader(folder, "train")
 
 
@@ -286,7 +284,7 @@ def test_a_tar_of_another_size_is_not_mapped_by_a_reader_that_was_opened_before(
     with (folder / "train-000001.tar").open("r+b") as file:
         file.truncate(size)
     reader.bytes(np.array([0]))
-    with pytest.raises(ValueError, match=rf"train-000001\.tar has {size:,} bytes, the manifest says .*: copy it again"):
+    with pytest.raises(ValueError, match=rf"train-000001\.tar has {size:,} bytes, in the manifest .*: copy it again"):
         reader.bytes(np.array([0, 2]))
 
 

@@ -61,7 +61,7 @@ def test_it_is_one_line_that_names_the_file_and_the_same_command_goes_on(
     assert not more
     assert line.startswith(f"error: {folder}/")
     assert ": cannot be written (No space left on device): " in line
-    assert line.endswith("; make room there, and the same command goes on")
+    assert line.endswith("; make room there, and run the same command again to continue")
     assert not list(folder.glob("*.tmp"))
     disk("30m")
     assert prepare(folder, "--jobs", "1").returncode == 0
@@ -74,4 +74,4 @@ def test_the_error_comes_whole_out_of_a_worker_process():
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, UnwritableFile)
     assert str(again) == str(error)
-    assert "its size is not known yet, 4,096 are free there, unless a quota says less; make room there" in str(error)
+    assert "its size is not known yet, 4,096 are free there, unless a quota allows less; make room there" in str(error)

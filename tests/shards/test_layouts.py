@@ -213,13 +213,13 @@ def _label_of_an_image_that_is_not_there(source: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("arrange", "message"),
     [
-        (_two_validations, "holds both val/ and validation/: move one of them away"),
-        (_share_of_a_set_with_splits, "has a validation split already: leave it out"),
+        (_two_validations, "contains both val/ and validation/: move one of them away"),
+        (_share_of_a_set_with_splits, "has a validation split already: remove the option"),
         (_no_share, "argument --val-share: invalid share value: '1'"),
-        (_list_that_nothing_needs, "no validation images outside of class folders: leave it out"),
-        (_half_with_images_within, "lies outside the class folders: move it to"),
-        (_image_beside_plain_classes, "a.png lies outside the class folders: move it to"),
-        (_label_of_an_image_that_is_not_there, "whose class labels says: fetch it, or give the lines of those"),
+        (_list_that_nothing_needs, "no validation images outside of class folders: remove the option"),
+        (_half_with_images_within, "is outside of the class folders: move it to"),
+        (_image_beside_plain_classes, "a.png is outside of the class folders: move it to"),
+        (_label_of_an_image_that_is_not_there, "which labels lists: add it, or list only the existing files"),
     ],
 )
 def test_what_cannot_be_read_one_way_is_refused(plain, arrange, message):
@@ -235,10 +235,10 @@ def test_an_archive_that_is_not_all_of_imagenet_is_said(plain, capsys):
     }
     (packed / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
     prepare(packed)
-    told = "train: this is not all of ImageNet, which has 1,281,167 images of 1,000 classes"
+    told = "train: this is not the complete ImageNet, which has 1,281,167 images of 1,000 classes"
     assert told in capsys.readouterr().out
     prepare(plain)
-    assert "not all of ImageNet" not in capsys.readouterr().out
+    assert "not the complete ImageNet" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("level", ["class", "image"])
@@ -267,11 +267,11 @@ def test_members_that_are_links_are_read_and_what_is_no_class_or_twice_there_is_
     images = [bytes(view) for view in _views(prepare(packed), "train")]
     assert sorted(images) == sorted([jpeg(0), jpeg(1), *[next(plain.glob("train/*/*")).read_bytes()] * 2])
     archive.write_bytes(tar_of({"n1.tar": inner, "readme": b""}))
-    assert "holds readme, which is no class's archive" in refusal(packed)
+    assert "contains readme, which is not the archive of a class" in refusal(packed)
     archive.write_bytes(tar_of({"n1.tar": inner, "more/n1.tar": inner}))
-    assert "holds n1/n1_0.JPEG twice" in refusal(packed)
+    assert "contains n1/n1_0.JPEG twice" in refusal(packed)
     archive.write_bytes(tar_of({"n1.tar": tar_of({}), "n2.tar": inner}))
-    assert "n1.tar holds no image" in refusal(packed)
+    assert "n1.tar contains no image" in refusal(packed)
 
 
 @pytest.mark.shared

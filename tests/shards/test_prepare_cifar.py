@@ -87,7 +87,7 @@ class _Evil:
 def test_code_in_a_pickle_is_refused_and_never_run(source, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_pickles(source, train=_Evil())
-    with pytest.raises(ValueError, match=r"damaged or not CIFAR-100: train: it asks for (posix|os)\.mkdir"):
+    with pytest.raises(ValueError, match=r"damaged or not CIFAR-100: train: it contains (posix|os)\.mkdir"):
         main([str(source), str(tmp_path / "out")])
     assert not (tmp_path / "evil").exists()
 
@@ -120,7 +120,7 @@ def test_a_missing_or_cut_file_is_one_line(source, tmp_path, run):
         done = run("prepare_cifar.py", there, tmp_path / "out")
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
         assert done.stderr.startswith(f"error: there is no file {there}")
-        assert "give the folder cifar-100-python, or cifar-100-python.tar.gz" in done.stderr
+        assert "pass the folder cifar-100-python, or cifar-100-python.tar.gz" in done.stderr
 
 
 @pytest.mark.shared

@@ -213,7 +213,7 @@ def test_strict_stops_at_an_unusable_file(source, run):
     for jobs in (1, 2):
         done = run("prepare_imagenet.py", source, source.parent / f"out{jobs}", "--jobs", jobs, "--strict")
         assert done.returncode == 2
-        assert "is no usable image" in done.stderr
+        assert "is not a usable image" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert not (source.parent / f"out{jobs}/manifest.json").exists()
 
@@ -283,11 +283,11 @@ def _cut_archive(source: Path) -> list[object]:
     [
         (_no_split, "has none of train/<class>/*.JPEG"),
         (_empty_split, "no files for the split 'val'"),
-        (_flat_val, "lies outside the class folders"),
+        (_flat_val, "is outside of the class folders"),
         (_nested_folder, "n01440764/more is not a file"),
-        (_class_not_listed, "train has the class n02105855, which the list"),
-        (_class_listed_twice, "names a class twice"),
-        (_both_layouts, "holds both train/ and ILSVRC2012_img_train.tar"),
+        (_class_not_listed, "train has the class n02105855, which is missing from the list"),
+        (_class_listed_twice, "contains a class twice"),
+        (_both_layouts, "contains both train/ and ILSVRC2012_img_train.tar"),
         (_val_without_labels, "pass --val-labels FILE"),
         (_cut_archive, "ILSVRC2012_img_train.tar is damaged"),
         (lambda source: ["--jobs", 0], "argument --jobs: expected a whole number from 1 to 1,024, got '0'"),
@@ -309,7 +309,7 @@ def test_a_folder_with_other_things_in_it_is_refused(source, run):
     (source.parent / "out/letters.txt").write_text("dear reader")
     done = run("prepare_imagenet.py", source, source.parent / "out")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "is not empty and holds no shards" in done.stderr
+    assert "is not empty and contains no shards" in done.stderr
 
 
 def test_an_archive_that_cannot_be_read_through_names_the_missing_labels(source, run):

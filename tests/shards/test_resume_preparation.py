@@ -152,7 +152,7 @@ def test_a_lost_file_comes_back(source, undisturbed, tmp_path, contents, name):
     (folder / name).unlink()
     if name == "manifest.json":
         # Without it nothing tells the shards from a stranger's.
-        with pytest.raises(ValueError, match="is not empty and holds no shards"):
+        with pytest.raises(ValueError, match="is not empty and contains no shards"):
             main([str(source), str(folder), "--jobs", "1", *OPTIONS])
         return
     assert main([str(source), str(folder), "--jobs", "1", *OPTIONS]) == 0
@@ -170,7 +170,7 @@ def test_on_a_complete_folder_it_touches_nothing(source, tmp_path):
 def test_strict_complains_about_what_an_earlier_run_left_out(source, tmp_path):
     folder = tmp_path / "out"
     assert main([str(source), str(folder), "--jobs", "1", *OPTIONS]) == 0
-    with pytest.raises(ValueError, match=r"train/n01440764/empty\.JPEG is no usable image"):
+    with pytest.raises(ValueError, match=r"train/n01440764/empty\.JPEG is not a usable image"):
         main([str(source), str(folder), "--jobs", "1", *OPTIONS, "--strict"])
 
 
@@ -230,7 +230,7 @@ def test_a_torn_or_damaged_journal_line(source, undisturbed, tmp_path, contents)
     assert contents(tmp_path / "other") == undisturbed
 
 
-SAID = r"^\S*(journal\.jsonl: line|out was prepared with another|out is not empty and holds no shards)"
+SAID = r"^\S*(journal\.jsonl: line|out was prepared with another|out is not empty and contains no shards)"
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -262,7 +262,7 @@ def test_a_journal_of_something_else_is_left_as_it_is(source, tmp_path, first, e
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "journal.jsonl").write_text(first + end)
-    with pytest.raises(ValueError, match="run is not empty and holds no shards: name a new folder"):
+    with pytest.raises(ValueError, match="run is not empty and contains no shards: use a new folder"):
         main([str(source), str(folder), "--jobs", "1", *OPTIONS])
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("journal.jsonl", first + end)]
 
@@ -289,7 +289,7 @@ def test_two_preparations_do_not_share_a_folder(source, tmp_path):
     os.kill(process.pid, signal.SIGCONT)
     process.communicate()
     assert (second.returncode, process.returncode) == (2, 0)
-    assert error.endswith("is being prepared by another process: wait for it\n")
+    assert error.endswith("is being prepared by another process: wait until that ends\n")
     assert verify(tmp_path / "out", 1) == []
 
 

@@ -47,8 +47,8 @@ def test_processes_of_one_node_copy_once_and_all_print_the_copy(source: Path, tm
     command = [*COMMAND, str(source), str(tmp_path)]
     several = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     told = {process.communicate(timeout=60) for process in several}
-    assert told == {(f"{stage.copy_of(source, tmp_path)}\n", "")}
-    manifest = stage.copy_of(source, tmp_path) / MANIFEST
+    assert told == {(f"{stage.copy_path(source, tmp_path)}\n", "")}
+    manifest = stage.copy_path(source, tmp_path) / MANIFEST
     written = manifest.stat().st_mtime_ns
     subprocess.run(command, check=True, capture_output=True)
     assert manifest.stat().st_mtime_ns == written
@@ -73,7 +73,7 @@ def test_looking_copies_nothing_and_finds_only_what_is_whole(
 def test_a_copy_that_was_stopped_in_the_middle_goes_on_with_what_is_missing(
     source: Path, tmp_path: Path, number: signal.Signals
 ):
-    copy = stage.copy_of(source, tmp_path)
+    copy = stage.copy_path(source, tmp_path)
     # One file at a time, and slowly, so that there is a middle.
     slow = "import runpy, sys, time, shards.stage as s; s.STREAMS = 1; real = s._copy\n"
     slow += "s._copy = lambda *a: (real(*a), time.sleep(0.2)); s.run_main(s.main)"
@@ -100,7 +100,9 @@ def test_without_room_the_shared_folder_is_read_and_one_line_says_so(
     told = capsys.readouterr()
     assert told.out == f"{source}\n"
     assert told.err.count("\n") == 1
-    assert f"reading the shards where they are: {tmp_path} has 1.1 GB free and 1.1 GB are needed" in told.err
+    assert (
+        f"not staged, the shards are read from {source}: {tmp_path} has 1.1 GB free and 1.1 GB are needed" in told.err
+    )
 
 
 def test_a_damaged_shard_is_not_passed_off_as_a_copy(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -110,8 +112,8 @@ def test_a_damaged_shard_is_not_passed_off_as_a_copy(source: Path, tmp_path: Pat
     assert stage.main([str(damaged), str(tmp_path / "local")]) == 0
     told = capsys.readouterr()
     assert told.out == f"{damaged}\n"
-    assert f"{tar} has another sha256 than the manifest says" in told.err
-    assert not stage.is_whole(stage.copy_of(damaged, tmp_path / "local"))
+    assert f"{tar} has another sha256 than the manifest" in told.err
+    assert not stage.is_complete(stage.copy_path(damaged, tmp_path / "local"))
 
 
 def test_a_folder_without_shards_is_an_error(tmp_path: Path):

@@ -45,7 +45,7 @@ def test_good_shards_are_well_and_their_histogram_is_printed(folder, capsys):
     assert main([str(folder), "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
     assert "train: 8 images in 2 shards; 2 of 2 classes, 4 to 4 images in a class" in printed
-    assert printed.endswith("all is well\n")
+    assert printed.endswith("no problems found\n")
 
 
 def test_what_is_wrong_is_listed_and_the_exit_code_is_one(folder, run):
@@ -153,9 +153,9 @@ def _with(number: int, **changes: object) -> list[Sample]:
     ("samples", "message"),
     [
         (_with(3, id=5), "id 5 comes more than once"),
-        (_with(3, id=5), "1 ids are missing, the first being 3"),
-        (_with(3, id=8), "1 ids are outside of the manifest's 8, the first being 8"),
-        (_with(3, label=2), "label 2 lies outside the manifest's 2 classes"),
+        (_with(3, id=5), "1 ids are missing, the first is 3"),
+        (_with(3, id=8), "1 ids are not from 0 to 7, the first is 8"),
+        (_with(3, label=2), "label 2 is not one of the manifest's 2 classes"),
         (_with(3, width=19), "the image of id 3 is 20×16, not 19×16"),
         (_with(3, image=jpeg(3)[:-60]), "the image of id 3 cannot be decoded: image file is truncated"),
         (_with(3, image=encode(pixels(3), "GIF")), "the image of id 3 neither a JPEG nor a PNG"),
@@ -171,7 +171,7 @@ def test_a_left_out_file_must_be_a_hole(tmp_path):
     left_out = (LeftOut(3, "train/cat/3.JPEG", "empty"),)
     assert verify(write(tmp_path / "good", [each for each in GOOD if each[0] != 3], left_out=left_out), 1) == []
     assert verify(write(tmp_path / "bad", GOOD, left_out=left_out), 1) == [
-        "train: id 3 is in a shard, the manifest says it was left out"
+        "train: id 3 is in a shard, but according to the manifest it was left out"
     ]
 
 
@@ -186,7 +186,7 @@ def test_jpegs_that_end_in_the_grey_of_broken_data_are_counted_and_are_no_error(
     images = {2: broken_within(2), 3: encode(pixels(3, 64, 64)), 5: broken_within(5), 6: dark}
     samples = [(*each[:2], images[each[0]], 64, 64) if each[0] in images else each for each in GOOD]
     assert verify(write(tmp_path / "shards", samples, max_width=64, max_height=64), 1) == []
-    told = "train: 2 suspicious images, whose last rows are plain grey as in a broken JPEG: ids 2, 5\n"
+    told = "train: 2 suspicious images: their last rows are plain grey, as in a broken JPEG: ids 2, 5\n"
     assert told in capsys.readouterr().out
     assert verify(write(tmp_path / "whole", GOOD), 1) == []
     assert "suspicious" not in capsys.readouterr().out

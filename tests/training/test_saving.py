@@ -133,8 +133,8 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on(
     assert printed.err.count("\n") == 1
     assert printed.err.startswith(f"error: runs/ce/checkpoints/{'' if told else '.tmp-'}step-3")
     assert "bytes are needed" in printed.err
-    assert ("free there, unless a quota says less;" in printed.err) != told
-    assert printed.err.endswith("; make room there, and the same command goes on\n")
+    assert ("free there, unless a quota allows less;" in printed.err) != told
+    assert printed.err.endswith("; make room there, and run the same command again to continue\n")
     assert ("warning: runs/ce/checkpoints: " in printed.out) == told
     assert names(recipes / "runs" / "ce") == ["step-1", "step-2"]
     small_disk("30m")
@@ -179,7 +179,7 @@ def test_torchs_own_words_for_a_full_disk_are_told_with_the_file(
     message = str(raised.value)
     assert message.startswith("runs/ce/checkpoints/.tmp-step-2/optimizer.pt: cannot be written (")
     assert (error.strerror if isinstance(error, OSError) else str(error)) in message
-    assert message.endswith("make room there, and the same command goes on")
+    assert message.endswith("make room there, and run the same command again to continue")
     assert names(recipes / "runs" / "ce") == ["step-1"]
     run_train(*EVERY_STEP, "stop.steps=2")
     assert names(recipes / "runs" / "ce") == ["step-1", "step-2"]
