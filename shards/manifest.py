@@ -95,7 +95,7 @@ class Manifest:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, including those without an image."""
+        """Return the number of classes, including those without an image."""
         return len(self.classes)
 
     def values(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Run one check of the half hour and write what it found.
+"""Run one check of the half hour and write its answer.
 
-python launchers/gpu/check.py NAME OUT FOLDER
+    python launchers/gpu/check.py NAME OUT FOLDER
 
-NAME is a file of ``checks/``; OUT the half hour's folder, FOLDER the one for ``answer.json``.
+NAME is a module in ``checks/``, OUT is the output folder of the half hour, and ``answer.json`` is written to FOLDER.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# The root for the packages, this folder for its own modules, and tests/support for the losses' examples.
 sys.path[:1] = [
     str(HERE.parents[1]),
     str(HERE),

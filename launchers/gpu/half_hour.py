@@ -1,18 +1,26 @@
-"""Half an hour on a new GPU: does the pipeline run there, is it right, how quick is it, and cells of the tables.
+"""Check and measure the pipeline on a new GPU, within half an hour.
 
-    python launchers/gpu/half_hour.py 1                       does it run, is it right
-    python launchers/gpu/half_hour.py 2                       how quick it is
-    python launchers/gpu/half_hour.py 3                       cells of CIFAR-100's tables
-    python launchers/gpu/half_hour.py 1 2 3 --rehearse        all of it cut to a few steps, on any machine
+    python launchers/gpu/half_hour.py 1                       does the pipeline run, and are its results correct
+    python launchers/gpu/half_hour.py 2                       how fast is it
+    python launchers/gpu/half_hour.py 3                       results for CIFAR-100's tables
+    python launchers/gpu/half_hour.py 1 2 3 --rehearse        everything, cut to a few steps, on any machine
 
-Own words: ``out=runs/half_hour``; ``minutes=8.5``, the longest that each of the three may take; ``cifar=FOLDER``,
-shards of CIFAR-100, and ``weights=FILE``, a ResNet-56 that knows them; ``jpegs=FOLDER``, shards of real photographs.
-What is not given is drawn: enough to see that it runs and how quick it is.
+Options:
 
-A stage is a process of its own with a time limit, five times as long in a rehearsal, and cannot stop the next. Its
-result is on disk before the next begins; the same command goes on where it was stopped, and skips what has passed.
-``out/summary.md`` says how each ended, ``out/benchmarks.md`` holds the tables for BENCHMARKS.md, ``out/cells.yaml`` the
-lines for ``configs/tables.yaml``. Exit code 1 if a stage failed or had no time.
+- ``out=runs/half_hour``, the output folder,
+- ``minutes=8.5``, the time limit of each of the three commands,
+- ``cifar=FOLDER``, shards of CIFAR-100,
+- ``weights=FILE``, weights of a ResNet-56 trained on them,
+- ``jpegs=FOLDER``, shards of real photographs.
+
+Missing inputs are generated at random, which is enough to test and to measure speed.
+
+Each stage is a process with a time limit, which is five times as long in a rehearsal. A stage that fails does not stop
+the next one. Its result is on disk before the next stage begins. After an interruption the same command continues and
+skips stages that have passed.
+
+``out/summary.md`` lists the result of every stage, and ``out/benchmarks.md`` contains the tables for BENCHMARKS.md.
+``out/cells.yaml`` contains the lines for ``configs/tables.yaml``. The exit code is 1 if a stage failed or had no time.
 """
 
 from __future__ import annotations
@@ -34,13 +42,13 @@ from supervise import StageResult, read_stage_result, run_stage, write_stage_res
 
 from pipeline.cli import entry
 
-LEAST = 20.0
-"""Seconds that must be left for a stage to begin."""
+MIN_SECONDS = 20.0
+"""Remaining seconds that a stage needs to begin."""
 
 
-def main(words: Sequence[str]) -> None:
-    """Run the stages of the commands that are named, and write the reports."""
-    options = read_options(words)
+def main(args: Sequence[str]) -> None:
+    """Run the stages of the chosen commands, and write the reports."""
+    options = read_options(args)
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[StageResult] = []
     for command in options.commands:
@@ -50,16 +58,16 @@ def main(words: Sequence[str]) -> None:
 
 
 def run_part(command: int, stages: Sequence[HalfHourStage], options: Options) -> list[StageResult]:
-    """Run the stages one after the other, those that have passed left out, within the command's minutes."""
+    """Run the stages of a command in order, within its minutes, and return their results; passed stages are skipped."""
     deadline = time.monotonic() + 60 * options.minutes
     results = []
     for number, stage in enumerate(stages, 1):
         folder = options.out / f"{command}{number:02d}-{stage.name}"
         left = deadline - time.monotonic()
         result = read_stage_result(folder)
-        if result is None or not result.passed or stage.goes_on:
-            if left >= LEAST:
-                result = run_stage(stage, folder, min(options.patience * stage.seconds, left))
+        if result is None or not result.passed or stage.rerun_if_passed:
+            if left >= MIN_SECONDS:
+                result = run_stage(stage, folder, min(options.time_factor * stage.seconds, left))
             else:
                 result = write_stage_result(folder, StageResult.out_of_time(stage))
         print(result, flush=True)
@@ -69,5 +77,7 @@ def run_part(command: int, stages: Sequence[HalfHourStage], options: Options) ->
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the stage under way
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # SystemExit also ends the running stage
     entry(main)

@@ -1,4 +1,4 @@
-"""What the command line of the half hour says, handed to every check as ``options.json``."""
+"""Options of the half hour, which are passed to every check as ``options.json``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS_FILE = "options.json"
 
 
 class Options(FrozenModel):
-    """The words, and how large everything is."""
+    """The command line, and the sizes that follow from it."""
 
     commands: Annotated[tuple[int, ...], Field(min_length=1)]
     rehearse: bool = False
@@ -29,53 +29,56 @@ class Options(FrozenModel):
 
     @property
     def steps(self) -> int:
-        """Steps of a short run."""
+        """Return the steps of a short run."""
         return 4 if self.rehearse else 60
 
     @property
     def imagenet_batch(self) -> int:
-        """Images of ImageNet's size in a batch."""
+        """Return the batch size for images of ImageNet's size."""
         return 4 if self.rehearse else 256
 
     @property
     def imagenet_size(self) -> int:
-        """Their side in pixels."""
+        """Return the side of ImageNet's images in pixels."""
         return 64 if self.rehearse else 224
 
     @property
-    def patience(self) -> int:
-        """How often a stage may take its seconds: a rehearsal's machine may be a slow one, or busy."""
+    def time_factor(self) -> int:
+        """Return the factor of every stage's time limit: a rehearsal may run on a slow or busy machine."""
         return 5 if self.rehearse else 1
 
     @property
     def inputs(self) -> Path:
-        """Where what was drawn lies."""
+        """Return the folder of the generated inputs."""
         return self.out / "inputs"
 
     @property
     def cifar_shards(self) -> Path:
-        """Shards of images of 32 pixels."""
+        """Return the folder of shards with images of 32 × 32 pixels."""
         return self.cifar or self.inputs / "cifar"
 
     @property
     def jpeg_shards(self) -> Path:
-        """Shards of JPEGs of many sizes."""
+        """Return the folder of shards with JPEGs of various sizes."""
         return self.jpegs or self.inputs / "jpegs"
 
 
-def read_options(words: Sequence[str]) -> Options:
+def read_options(args: Sequence[str]) -> Options:
     """Return the options of a command line, and write them for the checks. Raises RecipeError."""
-    commands = [int(word) for word in words if word in ("1", "2", "3")]
-    given = {key: text for key, _, text in (word.partition("=") for word in words if "=" in word)}
-    if twice := given.keys() & {"commands", "rehearse"}:
-        raise RecipeError(f"command line: {twice.pop()}: write 1 2 3 and --rehearse")
-    stray = [word for word in words if "=" not in word and word not in ("1", "2", "3", "--rehearse")]
-    if stray or not commands:
-        raise RecipeError(f"command line: name the commands to run, 1, 2 or 3{f', not {stray[0]}' if stray else ''}")
-    flags = {"commands": json.dumps(commands), "rehearse": json.dumps("--rehearse" in words)}
-    options = parse_command_args(given | flags, Options)
+    commands = [int(arg) for arg in args if arg in ("1", "2", "3")]
+    overrides = {key: text for key, _, text in (arg.partition("=") for arg in args if "=" in arg)}
+    # These two keys have their own form on the command line, so they must not be set as overrides, too.
+    if reserved := overrides.keys() & {"commands", "rehearse"}:
+        raise RecipeError(f"command line: {reserved.pop()}: write 1 2 3 and --rehearse")
+    unknown = [arg for arg in args if "=" not in arg and arg not in ("1", "2", "3", "--rehearse")]
+    if unknown or not commands:
+        raise RecipeError(
+            f"command line: pass the commands to run, 1, 2 or 3{f', not {unknown[0]}' if unknown else ''}"
+        )
+    flags = {"commands": json.dumps(commands), "rehearse": json.dumps("--rehearse" in args)}
+    options = parse_command_args(overrides | flags, Options)
     paths = {key: path.resolve() for key in ("out", "cifar", "weights", "jpegs") if (path := getattr(options, key))}
-    options = options.model_copy(update=paths)  # stages run in folders of their own
+    options = options.model_copy(update=paths)  # absolute, because stages run in other folders
     options.out.mkdir(parents=True, exist_ok=True)
     _check_same(options)
     (options.out / OPTIONS_FILE).write_text(options.model_dump_json())
@@ -83,16 +86,18 @@ def read_options(words: Sequence[str]) -> Options:
 
 
 def _check_same(options: Options) -> None:
-    """Raise RecipeError if the folder holds what was found of other inputs, or of a rehearsal."""
+    """Raise RecipeError if the folder contains results of other inputs, or of a rehearsal."""
     if not (options.out / OPTIONS_FILE).is_file():
         return
-    there = load_options(options.out)
+    stored = load_options(options.out)
     for key in ("rehearse", "cifar", "weights", "jpegs"):
-        if getattr(there, key) != getattr(options, key):
-            told = f"{key} was {getattr(there, key)} there and is {getattr(options, key)} here"
-            raise RecipeError(f"out: {options.out} holds other results ({told}); give out=ANOTHER, or delete it")
+        if getattr(stored, key) != getattr(options, key):
+            difference = f"{key} was {getattr(stored, key)} there and is {getattr(options, key)} here"
+            raise RecipeError(
+                f"out: {options.out} contains other results ({difference}); set out=ANOTHER_FOLDER, or delete it"
+            )
 
 
 def load_options(out: Path) -> Options:
-    """Return the options that ``read_options`` wrote."""
+    """Return the options that ``read_options`` has written."""
     return Options.model_validate(json.loads((out / OPTIONS_FILE).read_text()))

@@ -1,4 +1,4 @@
-"""What the half hour leaves to read: how each stage ended, tables for BENCHMARKS.md, cells for the tables."""
+"""Reports of the half hour: a summary of the stages, tables for BENCHMARKS.md, and results for the tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.manifest import write_atomically
 
 
 def write_reports(out: Path, is_cifar: bool) -> None:
-    """Write ``summary.md``, ``benchmarks.md`` and ``cells.yaml`` anew, from what lies below ``out``."""
+    """Write ``summary.md``, ``benchmarks.md`` and ``cells.yaml`` from the results in ``out``."""
     folders = sorted(path for path in out.glob("[123][0-9][0-9]-*") if path.is_dir())
     results = [result for result in map(read_stage_result, folders) if result is not None]
     _write(out / "summary.md", summary(results))
@@ -27,13 +27,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def summary(results: Iterable[StageResult]) -> str:
-    """Return a line for each stage, and what went wrong under it."""
+    """Return a table with a row per stage: its name, status, seconds, and the reason of a failure."""
+    # A vertical bar would end the table cell.
     rows = [[r.name, r.status, f"{r.seconds:.0f}", r.reason.replace("|", "/")] for r in results]
     return "# Half an hour on this machine\n\n" + markdown_table(["stage", "", "seconds", "why"], rows)
 
 
 def benchmarks(records: Path, results: Iterable[StageResult]) -> str:
-    """Return the tables of the checks and of the benchmarks' records."""
+    """Return the tables of all checks and of all benchmark records."""
     parts = [
         f"## {r.answer['title']}\n\n{markdown_table(r.answer['columns'], r.answer['rows'])}"
         for r in results
@@ -42,71 +43,72 @@ def benchmarks(records: Path, results: Iterable[StageResult]) -> str:
     kept = [BenchmarkRecord.model_validate_json(path.read_bytes()) for path in sorted(records.glob("*.json"))]
     steps = [record for record in kept if record.what == "step"]
     if steps:
-        parts.append(f"## A step\n\n{_where(steps[0])}\n\n{steps_table(steps)}")
+        parts.append(f"## A step\n\n{_machine_text(steps[0])}\n\n{steps_table(steps)}")
     others = [record for record in kept if record.what != "step"]
-    parts += [f"## {each.what} of `{each.recipe}`\n\n{record_table(each)}" for each in others]
+    parts += [f"## {record.what} of `{record.recipe}`\n\n{record_table(record)}" for record in others]
     return "\n".join(parts)
 
 
-def _where(record: BenchmarkRecord) -> str:
+def _machine_text(record: BenchmarkRecord) -> str:
     machine, versions = record.machine, record.versions
     changed = ", uncommitted changes" if versions.get("uncommitted_changes") else ""
-    what = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
+    hardware = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
     repeats = len(record.measured[0].seconds)
-    return f"{what}, commit {str(versions.get('commit'))[:7]}{changed}; medians and ranges of {repeats} repeats."
+    return f"{hardware}, commit {str(versions.get('commit'))[:7]}{changed}; medians and ranges of {repeats} repeats."
 
 
 def steps_table(records: list[BenchmarkRecord]) -> str:
-    """Return a row for each record of a step: time, images, ratio to the first of its size, shares of its parts."""
+    """Return a table with a row per record: time, images/s, ratio to the first of its size, and the parts' shares."""
     first: dict[tuple[int, int], float] = {}
-    parts = list(dict.fromkeys(each.name for record in records for each in record.measured[1:]))
+    parts = list(dict.fromkeys(part.name for record in records for part in record.measured[1:]))
     rows = []
     for record in records:
-        whole, batch = record.measured[0], record.resolved["batch"]
+        # The first measurement is the whole step; the others are its parts.
+        step, batch = record.measured[0], record.resolved["batch"]
         key = (batch, record.resolved["data"]["size"])
-        middle, least, most = whole.milliseconds
-        first.setdefault(key, middle)
+        median, least, most = step.milliseconds
+        first.setdefault(key, median)
         shares = record.shares()
-        own = [f"{shares[name]:.0%}" if name in shares else "" for name in parts]
-        ratio = f"{middle / first[key]:.2f}"
+        part_cells = [f"{shares[name]:.0%}" if name in shares else "" for name in parts]
+        ratio = f"{median / first[key]:.2f}"
         rows.append(
             [
                 _title(record),
                 batch,
-                f"{middle:.2f} ({least:.2f}–{most:.2f})",
-                f"{whole.images_per_second:,.0f}",
+                f"{median:.2f} ({least:.2f}–{most:.2f})",
+                f"{step.images_per_second:,.0f}",
                 ratio,
-                *own,
+                *part_cells,
             ]
         )
     return markdown_table(["recipe", "B", "ms a step", "images/s", "÷ the first of its size", *parts], rows)
 
 
 def _title(record: BenchmarkRecord) -> str:
-    special = [word.partition("=")[0] for word in record.words if word.endswith((".compile=true", "graph=true"))]
-    return " ".join([f"`{record.recipe}`", record.resolved["precision"], *special])
+    options = [word.partition("=")[0] for word in record.words if word.endswith((".compile=true", "graph=true"))]
+    return " ".join([f"`{record.recipe}`", record.resolved["precision"], *options])
 
 
 def record_table(record: BenchmarkRecord) -> str:
-    """Return a row for everything that was measured."""
+    """Return a table with a row per measurement: its time, images/s and counts."""
     counted = list(dict.fromkeys(name for each in record.measured for name in each.counts))
     rows = []
     for each in record.measured:
-        middle, least, most = each.milliseconds
+        median, least, most = each.milliseconds
         rate = f"{each.images_per_second:,.0f}" if each.images else ""
         counts = [f"{each.counts[name]:,}" if name in each.counts else "" for name in counted]
-        rows.append([each.name, f"{middle:.3f} ({least:.3f}–{most:.3f})", rate, *counts])
+        rows.append([each.name, f"{median:.3f} ({least:.3f}–{most:.3f})", rate, *counts])
     return markdown_table(["", "ms", "images/s", *counted], rows)
 
 
 def cells(out: Path, is_cifar: bool) -> str:
-    """Return the lines of ``measured:`` in configs/tables.yaml, of finished runs; for drawn data as comments."""
+    """Return the lines for ``measured:`` in configs/tables.yaml of finished runs; comments for generated data."""
     found: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(out.glob("runs/cifar100/*/*/seed-*/result.json")):
         result = json.loads(path.read_text())
         found.setdefault("/".join(("cifar100", *path.parts[-4:-2])), []).append((result["top1"], result["best_top1"]))
     lines = ["# Last epoch (best epoch), means over seeds."]
-    lines += [] if is_cifar else ["# Of drawn images: these are no cells of CIFAR-100's tables."]
+    lines += [] if is_cifar else ["# Of generated images: these are not results of CIFAR-100."]
     for name, tops in found.items():
         last, best = (sum(column) / len(tops) for column in zip(*tops, strict=True))
         lines.append(f"{'' if is_cifar else '# '}{name}: {last:.2f} ({best:.2f}), {len(tops)} seeds")

@@ -1,4 +1,4 @@
-"""The stages of the three commands: what each runs, and how long it may take."""
+"""The stages of the three commands, with their command lines and time limits."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 @dataclass(frozen=True)
 class HalfHourStage:
-    """A command and its limit; ``{folder}`` in a word is where its result lies."""
+    """A command with a time limit; ``{folder}`` in an argument is replaced by the folder of its result."""
 
     name: str
     seconds: float
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
-    """Where it runs; None is the current folder."""
-    goes_on: bool = False
-    """Whether it is run again though it ended well: what it makes may not be finished."""
+    """Working directory; None for the current one."""
+    rerun_if_passed: bool = False
+    """True for a stage that succeeds before all of its work is finished."""
 
     @property
     def command_line(self) -> str:
-        """The command as a reader would type it."""
-        return shlex.join(["python", *self.words[1:]]) if self.words[0] == sys.executable else shlex.join(self.words)
+        """Return the command as a user would type it."""
+        return shlex.join(["python", *self.args[1:]]) if self.args[0] == sys.executable else shlex.join(self.args)
 
 
 def stages_of(command: int, options: Options) -> list[HalfHourStage]:
-    """Return the stages of a command, in their order."""
-    return {1: _right, 2: _quick, 3: _cells}[command](options)
+    """Return the stages of a command, in order."""
+    return {1: _correctness_stages, 2: _speed_stages, 3: _table_stages}[command](options)
 
 
 def _check(name: str, seconds: float, options: Options, **environment: str) -> HalfHourStage:
@@ -44,12 +44,12 @@ def _check(name: str, seconds: float, options: Options, **environment: str) -> H
     return HalfHourStage(name, seconds, (sys.executable, script, name, str(options.out), "{folder}"), environment)
 
 
-def _pipeline(name: str, seconds: float, script: str, *words: str) -> HalfHourStage:
-    return HalfHourStage(name, seconds, (sys.executable, str(CHECKOUT / "pipeline" / script), *words))
+def _pipeline(name: str, seconds: float, script: str, *args: str) -> HalfHourStage:
+    return HalfHourStage(name, seconds, (sys.executable, str(CHECKOUT / "pipeline" / script), *args))
 
 
-def _right(options: Options) -> list[HalfHourStage]:
-    """Does it run, is it right."""
+def _correctness_stages(options: Options) -> list[HalfHourStage]:
+    """Return the stages that check whether the pipeline runs, and whether its results are correct."""
     tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(CHECKOUT / "tests"))
     return [
         _check("inputs", 120, options),
@@ -71,7 +71,7 @@ def _right(options: Options) -> list[HalfHourStage]:
 
 
 def _demo(options: Options) -> list[str]:
-    """Return what makes the demo a single run: its teacher and its baseline would take minutes."""
+    """Return overrides that make the demo a single run, because training its teacher and baseline takes minutes."""
     weights = options.inputs / "demo_teacher.pt"
     return [
         "compare=null",
@@ -80,74 +80,91 @@ def _demo(options: Options) -> list[str]:
     ]
 
 
-def cifar_words(options: Options, method: str) -> list[str]:
-    """Return the overrides with which a row of the CIFAR pair runs here."""
-    words = [f"data.path={options.cifar_shards}"]
+def cifar_overrides(options: Options, method: str) -> list[str]:
+    """Return the overrides for a method of the CIFAR pair: shards, and weights in place of the teacher's own run."""
+    overrides = [f"data.path={options.cifar_shards}"]
     if method != "ce":
         weights = options.weights or options.inputs / "resnet56.pt"
-        words += [f"teacher={{recipe: null, model: cifar_resnet56, weights: {weights}}}"]
-    return words
+        overrides += [f"teacher={{recipe: null, model: cifar_resnet56, weights: {weights}}}"]
+    return overrides
 
 
 def all_methods() -> list[str]:
-    """Return the rows of the CIFAR pair that need no cache and no earlier run."""
+    """Return the methods of the CIFAR pair that need neither a cache nor an earlier run."""
     names = [path.stem for path in sorted((CHECKOUT / CIFAR_PAIR).glob("*.yaml"))]
     return [name for name in names if name not in ("pair", "ab") and not name.endswith("_cached")]
 
 
 def short_run(options: Options, method: str) -> list[str]:
-    """Return the recipe of that row and its overrides, with a small batch in a rehearsal."""
-    return [f"{CIFAR_PAIR}/{method}.yaml", *cifar_words(options, method), *(["batch=16"] if options.rehearse else [])]
+    """Return a method's recipe of the CIFAR pair and its overrides, with a small batch in a rehearsal."""
+    return [
+        f"{CIFAR_PAIR}/{method}.yaml",
+        *cifar_overrides(options, method),
+        *(["batch=16"] if options.rehearse else []),
+    ]
 
 
-def imagenet_words(options: Options, method: str) -> list[str]:
-    """Return the overrides with which a row of ImageNet's pair runs here, on noise."""
-    words = [f"data.path={options.inputs / 'imagenet'}", "data.loader=synthetic"]
-    words += [f"data.size={options.imagenet_size}", f"batch={options.imagenet_batch}"]
+def imagenet_overrides(options: Options, method: str) -> list[str]:
+    """Return the overrides for a method of the ImageNet pair, which runs on noise."""
+    overrides = [f"data.path={options.inputs / 'imagenet'}", "data.loader=synthetic"]
+    overrides += [f"data.size={options.imagenet_size}", f"batch={options.imagenet_batch}"]
     if method != "ce":
-        words += [f"teacher.weights={options.inputs / 'resnet50.pt'}", "teacher.expect_top1=null"]
-    return words
+        overrides += [f"teacher.weights={options.inputs / 'resnet50.pt'}", "teacher.expect_top1=null"]
+    return overrides
 
 
-def _quick(options: Options) -> list[HalfHourStage]:
-    """How quick it is."""
+def _speed_stages(options: Options) -> list[HalfHourStage]:
+    """Return the stages that measure speed."""
     records = f"out={options.out}/records"
-    how = ["repeats=2", "steps=2", "warmup=1"] if options.rehearse else ["repeats=7", "steps=20", "warmup=5"]
-    small = ("ce", "kd") if options.rehearse else METHODS
+    repeats = ["repeats=2", "steps=2", "warmup=1"] if options.rehearse else ["repeats=7", "steps=20", "warmup=5"]
+    methods = ("ce", "kd") if options.rehearse else METHODS
 
-    def bench(name: str, seconds: float, what: str, recipe: str, *words: str) -> HalfHourStage:
-        return _pipeline(name, seconds, "bench.py", what, f"{recipe}.yaml", *words, records, *how)
+    def bench(name: str, seconds: float, part: str, recipe: str, *overrides: str) -> HalfHourStage:
+        return _pipeline(name, seconds, "bench.py", part, f"{recipe}.yaml", *overrides, records, *repeats)
 
-    def both_ways(name: str, seconds: float, recipe: str, *words: str) -> list[HalfHourStage]:
-        """Return the step operation by operation, whose parts are measured, and as a graph."""
+    def step_stages(name: str, seconds: float, recipe: str, *overrides: str) -> list[HalfHourStage]:
+        """Return two stages for a step: eager, which also measures the step's parts, and as a CUDA graph."""
         graph = "graph=auto" if options.rehearse else "graph=true"
-        eager = bench(name, seconds, "step", recipe, *words, "graph=false")
-        return [eager, bench(f"{name}-graph", seconds, "step", recipe, *words, graph)]
+        eager = bench(name, seconds, "step", recipe, *overrides, "graph=false")
+        return [eager, bench(f"{name}-graph", seconds, "step", recipe, *overrides, graph)]
 
-    stages = [s for m in small for s in both_ways(f"cifar-{m}", 40, f"{CIFAR_PAIR}/{m}", *short_run(options, m)[1:])]
+    stages = [
+        s for m in methods for s in step_stages(f"cifar-{m}", 40, f"{CIFAR_PAIR}/{m}", *short_run(options, m)[1:])
+    ]
     stages += [
-        s for m in small for s in both_ways(f"imagenet-{m}", 60, f"{IMAGENET_PAIR}/{m}", *imagenet_words(options, m))
+        s
+        for m in methods
+        for s in step_stages(f"imagenet-{m}", 60, f"{IMAGENET_PAIR}/{m}", *imagenet_overrides(options, m))
     ]
     for key in ("student.compile", "teacher.compile", "losses.ddkd.diffusion.compile"):
         name = f"ddkd-{key.split('.')[-2]}-compiled"
-        words = [*imagenet_words(options, "ddkd"), f"{key}=true"]
-        stages += [] if options.rehearse else [bench(name, 120, "step", f"{IMAGENET_PAIR}/ddkd", *words)]
-    losses = "kd" if options.rehearse else "ddkd"
-    stages += [bench(f"losses-{losses}", 60, "losses", f"{IMAGENET_PAIR}/{losses}", *imagenet_words(options, losses))]
+        overrides = [*imagenet_overrides(options, "ddkd"), f"{key}=true"]
+        stages += [] if options.rehearse else [bench(name, 120, "step", f"{IMAGENET_PAIR}/ddkd", *overrides)]
+    method = "kd" if options.rehearse else "ddkd"
+    stages += [
+        bench(f"losses-{method}", 60, "losses", f"{IMAGENET_PAIR}/{method}", *imagenet_overrides(options, method))
+    ]
     loader = [f"data.path={options.jpeg_shards}", f"batch={8 if options.rehearse else 128}", "data.resize=null"]
     return [*stages, bench("loader", 60, "loader", f"{IMAGENET_PAIR}/ce", *loader)]
 
 
-def _cells(options: Options) -> list[HalfHourStage]:
-    """Cells of CIFAR-100's tables: three methods, as many seeds as there is time for."""
+def _table_stages(options: Options) -> list[HalfHourStage]:
+    """Return the stage that trains results for CIFAR-100's tables: three methods with two seeds each."""
     methods = ("kd",) if options.rehearse else ("kd", "dkd", "perception")
     recipes = [str(CHECKOUT / CIFAR_PAIR / f"{method}.yaml") for method in methods]
-    words = [*cifar_words(options, "kd"), "checkpoints.every_epochs=60", "journal={every_steps: 781, trackers: []}"]
-    words += (
+    overrides = [
+        *cifar_overrides(options, "kd"),
+        "checkpoints.every_epochs=60",
+        "journal={every_steps: 781, trackers: []}",
+    ]
+    overrides += (
         ["epochs=1", "batch=16"]
         if options.rehearse
         else [f"stop.minutes={max(options.minutes - 1, 0.5)}", "data.validation_batch=2000"]
     )
-    seeds, jobs = ("0", "1") if options.rehearse else ("0,1", "6")  # as many runs as jobs: all stop at once
-    stage = _pipeline("cells", 60 * options.minutes, "compare.py", *recipes, f"seeds={seeds}", f"jobs={jobs}", *words)
-    return [replace(stage, folder=options.out, goes_on=True)]
+    seeds, jobs = ("0", "1") if options.rehearse else ("0,1", "6")  # one job per run, so that all stop at the same time
+    stage = _pipeline(
+        "cells", 60 * options.minutes, "compare.py", *recipes, f"seeds={seeds}", f"jobs={jobs}", *overrides
+    )
+    # It passes when its minutes are over, with unfinished runs, which the next call continues.
+    return [replace(stage, folder=options.out, rerun_if_passed=True)]

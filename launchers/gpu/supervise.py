@@ -1,4 +1,4 @@
-"""A stage as a process with a time limit, and its result as a file that is on disk before the next stage begins."""
+"""Execution of a stage as a process with a time limit, and the file of its result."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from stages import HalfHourStage
 
 from shards.manifest import write_atomically
 
-PASSED, FAILED, LATE = "passed", "FAILED", "no time"
+PASSED, FAILED, OUT_OF_TIME = "passed", "FAILED", "no time"
 STAGE_RESULT, ANSWER, LOG = "result.json", "answer.json", "log.txt"
-MERCY = 10.0
-"""Seconds that a stage has to end by itself once its time is over."""
+GRACE_SECONDS = 10.0
+"""Seconds between SIGTERM and SIGKILL for a stage that exceeds its time limit."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage ended."""
+    """The result of a stage."""
 
     name: str
     status: str
@@ -32,11 +32,11 @@ class StageResult:
     reason: str = ""
     command: str = ""
     answer: dict[str, Any] = field(default_factory=dict)
-    """What a check found: ``passed``, ``title``, ``columns``, ``rows``, ``notes``."""
+    """Answer of a check: ``passed``, ``title``, ``columns``, ``rows``, ``notes``."""
 
     @property
     def passed(self) -> bool:
-        """Whether it need not run again."""
+        """Return whether the stage succeeded, and need not run again."""
         return self.status == PASSED
 
     def __str__(self) -> str:
@@ -44,26 +44,28 @@ class StageResult:
 
     @classmethod
     def out_of_time(cls, stage: HalfHourStage) -> StageResult:
-        """Return that the command's minutes were over before the stage could begin."""
-        return cls(stage.name, LATE, reason="the same command goes on here", command=stage.command_line)
+        """Return the result of a stage that could not begin within the command's minutes."""
+        return cls(
+            stage.name, OUT_OF_TIME, reason="run the same command again to continue here", command=stage.command_line
+        )
 
 
 def run_stage(stage: HalfHourStage, folder: Path, seconds: float) -> StageResult:
-    """Run the stage for at most that long, and write down how it ended."""
+    """Run a stage for at most ``seconds``, and write and return its result."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ANSWER).unlink(missing_ok=True)
     began = time.monotonic()
     with (folder / LOG).open("wb") as log:
-        words = [word.replace("{folder}", str(folder)) for word in stage.words]
+        args = [arg.replace("{folder}", str(folder)) for arg in stage.args]
         environment = {**os.environ, **stage.environment}
         process = subprocess.Popen(
-            words,
+            args,
             cwd=stage.folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # a process group of its own, to end the stage with all its children
         )
         try:
             status = process.wait(seconds)
@@ -80,34 +82,34 @@ def run_stage(stage: HalfHourStage, folder: Path, seconds: float) -> StageResult
 
 
 def write_stage_result(folder: Path, result: StageResult) -> StageResult:
-    """Write down how a stage ended, and return it."""
+    """Write the result of a stage, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / STAGE_RESULT, (json.dumps(asdict(result), indent=1) + "\n").encode())
     return result
 
 
 def read_stage_result(folder: Path) -> StageResult | None:
-    """Return how a stage ended; None if it did not."""
+    """Return the result of a stage, None if it has not ended."""
     path = folder / STAGE_RESULT
     return StageResult(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the stage with all that it has started; a run in it saves first."""
+    """End a stage and all processes that it has started. SIGTERM comes first, so that a run can save."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(MERCY)
-    with contextlib.suppress(ProcessLookupError):  # nobody is left
+            process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):  # no process of the group is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _reason(status: int | None, seconds: float, answer: dict[str, Any], log: Path) -> str:
-    """Return what went wrong; nothing if all is well."""
+    """Return why a stage failed, an empty string if it passed; ``status`` is None after the time limit."""
     if status is None:
-        return f"not over after {seconds:.0f} s"
+        return f"not finished after {seconds:.0f} s"
     if status:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"exit code {status}: {lines[-1][:200] if lines else 'it said nothing'}"
+        return f"exit code {status}: {lines[-1][:200] if lines else 'without output'}"
     return "" if answer.get("passed", True) else str(answer.get("notes", "see its table"))

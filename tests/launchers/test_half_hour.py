@@ -74,7 +74,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(half_hour: ModuleTyp
     assert statuses() == {"good": "passed", "broken": "FAILED", "hanging": "FAILED", "last": "passed"}
     summary = Path("runs/half_hour/summary.md").read_text()
     assert "exit code 1: it broke" in summary
-    assert "not over after 3 s" in summary
+    assert "not finished after 3 s" in summary
     assert "77777" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
@@ -109,7 +109,7 @@ def test_no_stage_begins_when_the_minutes_are_over(half_hour: ModuleType, staged
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "name the commands to run, 1, 2 or 3"),
+        ([], "pass the commands to run, 1, 2 or 3"),
         (["4"], "not 4"),
         (["1", "minuts=3"], "minuts: Extra inputs are not permitted"),
         (["1", "minutes=-1"], "minutes: Input should be greater than 0"),
@@ -134,7 +134,7 @@ def test_a_rehearsal_waits_longer_for_a_stage(half_hour: ModuleType, staged: Sta
 def test_a_rehearsal_is_no_result(half_hour: ModuleType, staged: Staged):
     staged(first="print('fine')")
     assert ended(half_hour, "--rehearse") == 0
-    with pytest.raises(RecipeError, match=r"holds other results \(rehearse was True there and is False here\)"):
+    with pytest.raises(RecipeError, match=r"contains other results \(rehearse was True there and is False here\)"):
         ended(half_hour)
 
 
@@ -166,6 +166,6 @@ def test_all_of_it_is_rehearsed_on_this_machine(tmp_path: Path):
     print(f"rehearsed in {time.monotonic() - began:.0f} s")
     assert set(statuses(tmp_path / "out").values()) == {"passed"}
     tables = (tmp_path / "out" / "benchmarks.md").read_text()
-    for title in ("## Machine", "## Milliseconds a step of every method", "## Losses against float64", "## A step"):
+    for title in ("## Machine", "## Milliseconds per step of every method", "## Losses against float64", "## A step"):
         assert title in tables
     assert "# cifar100/resnet56_resnet20/kd: " in (tmp_path / "out" / "cells.yaml").read_text()

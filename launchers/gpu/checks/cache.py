@@ -1,4 +1,4 @@
-"""A teacher's cache, written here, is whole, and training from it is training from the live teacher, to float16."""
+"""Check a teacher's cache: it verifies, and training from it matches the live teacher within float16's precision."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from pathlib import Path
 from options import Options
 from stages import short_run
 
-from checks import CheckAnswer, answer, forget_accelerator, losses_of, train_short
+from checks import CheckAnswer, answer, journal_losses, reset_accelerator, train_short
 from pipeline import cache_teacher
 
 _LARGEST_DIFFERENCE = 1e-2
+"""Relative difference of a loss, due to the cache's float16."""
 
 
 def check(options: Options, folder: Path) -> CheckAnswer:
-    """Write two views, verify them, and compare a few steps."""
+    """Write a cache of two views, verify it, and compare the losses of a few steps with the live teacher's."""
     for name in ("cache", "live", "cached"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    words = [*short_run(options, "kd"), "teacher.batch=16", "data.views=2"]
-    cached, printed = [*words, f"teacher.cache={folder / 'cache'}"], io.StringIO()
+    args = [*short_run(options, "kd"), "teacher.batch=16", "data.views=2"]
+    cached_args, printed = [*args, f"teacher.cache={folder / 'cache'}"], io.StringIO()
     with contextlib.redirect_stdout(printed):
         for flags in ([], ["--verify"]):
-            forget_accelerator()
+            reset_accelerator()
             try:
-                cache_teacher.main([*flags, *cached])
-            except SystemExit:  # it has said what is wrong
+                cache_teacher.main([*flags, *cached_args])
+            except SystemExit:  # the reason has been printed
                 last = printed.getvalue().splitlines()[-1:]
-                return answer("Teacher's cache", ["", ""], [["verified", *last]], ["the cache is not verified", *last])
+                return answer("Teacher's cache", ["", ""], [["verified", *last]], ["the cache does not verify", *last])
     steps = f"stop.steps={4 if options.rehearse else 20}"
-    live, ours = (losses_of(train_short(folder / name, *w, steps)) for name, w in (("live", words), ("cached", cached)))
-    difference = max(abs(a - b) / abs(a) for a, b in zip(live, ours, strict=True))
-    wrong = [] if difference <= _LARGEST_DIFFERENCE else [f"cached differs from live by {difference:.1e}"]
+    live = journal_losses(train_short(folder / "live", *args, steps))
+    cached = journal_losses(train_short(folder / "cached", *cached_args, steps))
+    difference = max(abs(a - b) / abs(a) for a, b in zip(live, cached, strict=True))
+    problems = (
+        []
+        if difference <= _LARGEST_DIFFERENCE
+        else [f"the loss from the cache differs from the live teacher's by {difference:.1e}"]
+    )
     rows = [["verified", printed.getvalue().splitlines()[-1]], ["largest difference of the loss", f"{difference:.1e}"]]
-    return answer("Teacher's cache", ["", ""], rows, wrong)
+    return answer("Teacher's cache", ["", ""], rows, problems)

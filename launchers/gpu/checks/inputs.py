@@ -1,4 +1,4 @@
-"""What the other stages read, as far as it was not given: shards and weights, drawn."""
+"""Random shards and weights, for the inputs of the other stages that the user does not pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 def check(options: Options, _: Path) -> CheckAnswer:
-    """Draw what is missing, and say what there is."""
+    """Write the missing inputs, and return the source of each input."""
     options.inputs.mkdir(parents=True, exist_ok=True)
     few = options.rehearse
     if options.cifar is None:
@@ -30,12 +30,12 @@ def check(options: Options, _: Path) -> CheckAnswer:
     write_shards(options.inputs / "imagenet", 1000, 64 if few else 2_048, (64, 64))
     if options.jpegs is None:
         write_shards(options.inputs / "jpegs", 20, 32 if few else 256, (500, 375))
-    classes = {
+    networks = {
         "resnet56": ("cifar_resnet56", options.cifar_shards),
         "resnet50": ("resnet50", options.inputs / "imagenet"),
     }
-    classes["demo_teacher"] = ("cifar_resnet20", options.inputs / "demo")
-    for name, (model, shards) in classes.items():
+    networks["demo_teacher"] = ("cifar_resnet20", options.inputs / "demo")
+    for name, (model, shards) in networks.items():
         if not (options.inputs / f"{name}.pt").is_file():
             write_weights(options.inputs / f"{name}.pt", model, read_manifest(shards).num_classes)
     rows = [["CIFAR-100", str(options.cifar or "drawn")], ["its teacher", str(options.weights or "drawn")]]
@@ -43,21 +43,21 @@ def check(options: Options, _: Path) -> CheckAnswer:
 
 
 def draw_inputs(folder: Path, train: int, val: int, size: int) -> None:
-    """Write a drawn classification task, if it is not there."""
-    words = [str(folder), "--train", str(train), "--val", str(val), "--size", str(size)]
-    subprocess.run([sys.executable, str(_ROOT / "shards" / "prepare_demo.py"), *words], check=True)
+    """Write the shards of the demo's classification task, unless they exist."""
+    args = [str(folder), "--train", str(train), "--val", str(val), "--size", str(size)]
+    subprocess.run([sys.executable, str(_ROOT / "shards" / "prepare_demo.py"), *args], check=True)
 
 
 def write_weights(path: Path, model: str, classes: int) -> None:
-    """Write a network's first weights, with BatchNorm statistics that fit noise."""
+    """Write a network's initial weights, with BatchNorm statistics of random images."""
     torch.manual_seed(0)
     network = create_model(model, classes)
-    network(torch.randn(16, 3, 64, 64))
+    network(torch.randn(16, 3, 64, 64))  # in training mode, to update the statistics
     torch.save(network.state_dict(), path)
 
 
 def write_shards(folder: Path, classes: int, samples: int, side: tuple[int, int]) -> None:
-    """Write a training and a validation split of as many JPEGs of noise, if they are not there."""
+    """Write ``samples`` training JPEGs and an eighth as many for validation, unless they exist."""
     if (folder / "manifest.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +69,7 @@ def write_shards(folder: Path, classes: int, samples: int, side: tuple[int, int]
 
 def _write_split(folder: Path, split: str, count: int, classes: int, side: tuple[int, int]) -> Split:
     rng = np.random.default_rng(count)
+    # Eight different images are enough: only their size and their decoding time matter.
     images = [_jpeg(rng, side) for _ in range(min(count, 8))]
     with ShardWriter(folder / f"{split}-000000.tar", "jpg") as writer:
         for number in range(count):
@@ -79,7 +80,7 @@ def _write_split(folder: Path, split: str, count: int, classes: int, side: tuple
 
 
 def _jpeg(rng: np.random.Generator, side: tuple[int, int]) -> bytes:
-    """Return a smooth image, as photographs are, encoded."""
+    """Return a random smooth image, similar to a photograph, encoded as JPEG."""
     coarse = rng.integers(0, 255, (side[1] // 16 + 1, side[0] // 16 + 1, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)

@@ -1,4 +1,4 @@
-"""What this machine is: what figures depend on, said before the first of them."""
+"""Facts about this machine that the figures depend on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ QUERY = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,cl
 
 
 def check(options: Options, folder: Path) -> CheckAnswer:
-    """Return the machine's facts; none of them is wrong."""
+    """Return the machine's facts. This check always passes."""
     rows = [[name, str(value)] for name, value in versions().items() if value is not None]
     rows += [["cores", str(len(os.sched_getaffinity(0)))], ["bf16", str(_has_bf16())]]
     if torch.cuda.is_available():
         rows += [["CUDA", str(torch.version.cuda)], ["cuDNN", str(torch.backends.cudnn.version())]]
-        rows += [["to the GPU, pinned", f"{_bandwidth(2 if options.rehearse else 20):.1f} GB/s"], *_card()]
-    rows += [["nvJPEG", path] for path in _loaded("nvjpeg")]
+        rows += [["to the GPU, pinned", f"{_bandwidth(2 if options.rehearse else 20):.1f} GB/s"], *_gpu_facts()]
+    rows += [["nvJPEG", path] for path in _loaded_libraries("nvjpeg")]
     return answer("Machine", ["", ""], rows)
 
 
@@ -32,8 +32,8 @@ def _has_bf16() -> bool:
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else "bf16" in Path("/proc/cpuinfo").read_text()
 
 
-def _card() -> list[list[str]]:
-    """Return what nvidia-smi says of the first GPU."""
+def _gpu_facts() -> list[list[str]]:
+    """Return nvidia-smi's facts about the first GPU, an empty list if it fails."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
@@ -43,22 +43,22 @@ def _card() -> list[list[str]]:
 
 
 def _bandwidth(times: int) -> float:
-    """Return the GB/s of copies of pinned memory to the GPU."""
-    host, there = (
+    """Return the bandwidth of copies from pinned memory to the GPU in GB/s."""
+    host, device = (
         torch.empty(2**28, dtype=torch.uint8).pin_memory(),
         torch.empty(2**28, dtype=torch.uint8, device="cuda"),
     )
-    there.copy_(host, non_blocking=True)
+    device.copy_(host, non_blocking=True)  # warm-up
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(times):
-        there.copy_(host, non_blocking=True)
+        device.copy_(host, non_blocking=True)
     torch.cuda.synchronize()
     return times * host.nbytes / (time.perf_counter() - began) / 1e9
 
 
-def _loaded(name: str) -> list[str]:
-    """Return the shared libraries of that name which DALI and torchvision have loaded."""
+def _loaded_libraries(name: str) -> list[str]:
+    """Return the paths of loaded shared libraries with ``name`` in their file name, after importing DALI."""
     import torchvision.io  # noqa: F401
 
     try:

@@ -1,4 +1,4 @@
-"""The largest losses at ImageNet's size: they fit, and what they take."""
+"""Check that the largest losses fit into memory at ImageNet's size, and measure their peak memory."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from pathlib import Path
 
 import torch
 from options import Options
-from stages import IMAGENET_PAIR, imagenet_words
+from stages import IMAGENET_PAIR, imagenet_overrides
 
 from checks import CheckAnswer, answer, cuda_device, train_short
 
 
 def check(options: Options, folder: Path) -> CheckAnswer:
-    """Train a few steps of each on noise, and return the most memory that was allocated."""
-    rows, wrong = [], []
+    """Train three steps of each method on noise, and return its peak memory in GB."""
+    rows, problems = [], []
     for method in ("kd", "ddkd") if options.rehearse else ("ce", "kd", "crd", "review", "ddkd"):
         shutil.rmtree(folder / "run", ignore_errors=True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        words = [f"{IMAGENET_PAIR}/{method}.yaml", *imagenet_words(options, method), *_precision()]
+        args = [f"{IMAGENET_PAIR}/{method}.yaml", *imagenet_overrides(options, method), *_precision()]
         try:
-            train_short(folder / "run", *words, "stop.steps=3", "checkpoints={every_steps: 0, every_epochs: 0}")
+            train_short(folder / "run", *args, "stop.steps=3", "checkpoints={every_steps: 0, every_epochs: 0}")
         except Exception as error:
-            wrong.append(f"{method}: {' '.join(str(error).split())[:160]}")
+            problems.append(f"{method}: {' '.join(str(error).split())[:160]}")
         rows.append([method, f"{_peak() / 1e9:.2f}"])
     title = f"Peak memory in GB, ResNet-50 → MobileNetV1, B {options.imagenet_batch}, {options.imagenet_size} px"
     return answer(
-        title, ["method", "GB on the GPU" if cuda_device().type == "cuda" else "GB of this process"], rows, wrong
+        title, ["method", "GB on the GPU" if cuda_device().type == "cuda" else "GB of this process"], rows, problems
     )
 
 
 def _precision() -> list[str]:
+    # ImageNet's bf16 is many times slower on a CPU without bf16 units.
     return [] if cuda_device().type == "cuda" else ["precision=fp32"]
 
 
 def _peak() -> float:
+    """Return the peak memory in bytes: allocated on the GPU, or resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
