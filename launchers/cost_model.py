@@ -202,7 +202,7 @@ class Method(NamedTuple):
 def seconds(message: Message, nodes: int, network: Interconnect) -> float:
     """Return the time of a collective: its latency, and its bytes over the slower of NVLink and network."""
     sent = volume(message, nodes * GPUS)
-    # NCCL builds a ring per adapter, and each ring crosses from node to node once. So all adapters are used.
+    # NCCL's rings together use every adapter of a node, and each ring crosses from node to node once.
     return _latency(message.kind, nodes, network) + sent / (min(NVLINK, network.bandwidth) if nodes > 1 else NVLINK)
 
 

@@ -1,50 +1,52 @@
 #!/usr/bin/env bash
-# A whole Slurm job, from its batch script: the files in slurm/ are a header and one call of this.
+# Run a complete Slurm job. A batch script in slurm/ is a header and one call of this script.
 #
-#   launchers/job.sh train RECIPE [key=value …]          one task a GPU; requeued when it was preempted
-#   launchers/job.sh table [RECIPE …] [key=value …]      the same for one recipe of an array; by default ImageNet's, all of them
-#   launchers/job.sh run SCRIPT [argument …]             a resumable Python script in one task; requeued when it was stopped
-#   launchers/job.sh cache RECIPE [key=value …]          the recipe's teacher, cached; one task a GPU; requeued when it was stopped
+#   launchers/job.sh train RECIPE [key=value …]          train, one task per GPU; requeued after a preemption
+#   launchers/job.sh table [RECIPE …] [key=value …]      train one recipe of an array (default: all recipes of ImageNet)
+#   launchers/job.sh run SCRIPT [argument …]             run a resumable Python script in one task; requeued after a signal
+#   launchers/job.sh cache RECIPE [key=value …]          cache a recipe's teacher, one task per GPU; requeued after a signal
 #
-# From the environment of sbatch, all optional:
-#   DRY_RUN=1                   print what would run
-#   STAGE=FOLDER                copy a recipe's shards to this folder of every node's own disk first (default: SLURM_TMPDIR; empty: do not)
-#   MASTER_ADDR, MASTER_PORT    where the ranks meet, instead of the first node and a port that follows from the job
-#   MAX_RESTARTS=50             how often a job may begin again
-#   PYTHON                      the interpreter (default: .venv's, else python)
+# Optional variables in the environment of sbatch:
+#   DRY_RUN=1                   print the commands without running them
+#   STAGE=FOLDER                copy the shards to this folder on every node's local disk first (default: SLURM_TMPDIR; empty: no copy)
+#   MASTER_ADDR, MASTER_PORT    address and port of the rendezvous (default: the first node, and a port that depends on the job id)
+#   MAX_RESTARTS=50             limit of restarts of a job
+#   PYTHON                      Python interpreter (default: that of .venv, else python)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/word.sh"
 
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
 export PYTHON=$python DRY_RUN=${DRY_RUN:-}
-# sbatch --export says what this script gets, and srun would keep to it, too: the tasks need what is exported here.
+# sbatch --export limits the variables of this script, and srun would apply the same limit. But the tasks need all variables set here.
 export SLURM_EXPORT_ENV=ALL
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 restarts=${SLURM_RESTART_COUNT:-0}
-# An array's first id is also that of the whole array, which a requeue of one task must not touch.
+# One task of an array has the same job id as the whole array. The form ARRAYID_TASKID requeues that task alone.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-${SLURM_JOB_ID:-0}}
 
-say() { printf '%s\n' "job $job: $*" >&2; }
+# Print a message with the job id to stderr.
+log() { printf '%s\n' "job $job: $*" >&2; }
 
-show() { printf '$ %s\n' "${*@Q}"; }
+# Print a command as it would be typed.
+print_command() { printf '$ %s\n' "${*@Q}"; }
 
-misused() {
-    say "error: expected train RECIPE, table, cache RECIPE or run SCRIPT, got '$*'"
+usage_error() {
+    log "error: expected train RECIPE, table, cache RECIPE or run SCRIPT, got '$*'"
     exit 2
 }
 
 guard_restarts() {
     if [ "$restarts" -gt "${MAX_RESTARTS:-50}" ]; then
-        say "error: began again $restarts times; look into the log, then submit it again (or give MAX_RESTARTS=N)"
+        log "error: restarted $restarts times; check the log, then submit the job again (or set MAX_RESTARTS=N)"
         exit 1
     fi
 }
 
-# Where the ranks of what begins meet. Ports from 20000 on lie below those that Linux gives to outgoing connections (32768 on); this
-# script runs on the first node, so it can see which one is taken.
+# Set address and port of the rendezvous for a start of $1. Linux uses ports from 32768 on for outgoing connections, so those from 20000
+# to 29999 are usually free. This script runs on the first node, so it can test a port.
 rendezvous() {
     if [ -z "${MASTER_ADDR:-}" ]; then
         local hosts=("$(hostname)")
@@ -54,18 +56,18 @@ rendezvous() {
     if [ -z "${MASTER_PORT:-}" ]; then
         MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 10000))
         while (: < "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do
-            say "port $MASTER_PORT of $MASTER_ADDR is taken; trying the next"
+            log "port $MASTER_PORT of $MASTER_ADDR is taken; trying the next"
             MASTER_PORT=$((MASTER_PORT + 1))
         done
         export MASTER_PORT
     fi
-    # A shared file system that is cold lets some ranks load for minutes; a rank that failed ends the step by itself.
+    # Some ranks may take minutes to import from a slow shared file system. A rank that fails ends the step at once, without this limit.
     export PIPELINE_RENDEZVOUS_SECONDS=${PIPELINE_RENDEZVOUS_SECONDS:-600}
-    say "start $((restarts + 1)) of $1 on $nodes nodes, ${SLURM_NTASKS:-1} ranks, which meet at $MASTER_ADDR:$MASTER_PORT"
+    log "start $((restarts + 1)) of $1 on $nodes nodes, ${SLURM_NTASKS:-1} ranks, rendezvous at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# What a hang or a crash leaves behind, for every start and rank on its own; no interface is forced.
-debugging() {
+# Set the variables for traces of hangs and crashes, with separate files for every start and rank. NCCL still chooses its interface.
+enable_debugging() {
     debug=$PWD/slurm/logs/debug/$job-start-$((restarts + 1))
     [ -n "$DRY_RUN" ] || mkdir -p "$debug"
     export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -73,11 +75,11 @@ debugging() {
     export TORCH_FR_DUMP_TEMP_FILE=$debug/nccl-rank-
 }
 
-# Run srun to its end and return its exit code. A signal to this script goes on to the tasks, again and again: one that is still
-# starting may have missed it, and one that listens takes no harm.
-supervised() {
+# Run srun and return its exit code. A signal to this script is forwarded to the tasks every five seconds: a task that is still starting
+# may miss the first ones, and repeated signals do no harm.
+run_srun() {
     local running pause status=0
-    # Until srun itself listens it must not die of one.
+    # A signal must not kill srun before it has installed its own handlers.
     (trap '' USR1 TERM && exec srun "$@") &
     running=$!
     while kill -0 "$running" 2> /dev/null; do
@@ -85,68 +87,68 @@ supervised() {
         pause=$!
         wait -n "$running" "$pause" || true
         kill "$pause" 2> /dev/null || true
-        [ -z "$told" ] || kill -USR1 "$running" 2> /dev/null || true
+        [ -z "$signalled" ] || kill -USR1 "$running" 2> /dev/null || true
     done
     wait "$running" || status=$?
     return "$status"
 }
 
-# Stage the shards in folder $1, in a step of its own: it ends when the last node is done, so that no rank waits for another in a
-# rendezvous, which has a limit. Whatever goes wrong, the shared folder is there.
+# Copy the shards of folder $1 to every node, in a job step of its own. It ends when all nodes are done. Otherwise the ranks of a fast
+# node could reach the time limit of the rendezvous. If the copy fails, the shared folder is read.
 stage() {
     STAGE=${STAGE-${SLURM_TMPDIR:-}}
     [ -n "$STAGE" ] || return 0
     export STAGE SHARDS=$1
-    local words=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label "$PYTHON" shards/stage.py "$SHARDS" "$STAGE")
+    local args=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label "$PYTHON" shards/stage.py "$SHARDS" "$STAGE")
     if [ -n "$DRY_RUN" ]; then
-        show srun "${words[@]}"
+        print_command srun "${args[@]}"
     else
-        supervised "${words[@]}" || say "not every node could stage; those read $SHARDS"
+        run_srun "${args[@]}" || log "some nodes could not copy the shards; they read $SHARDS instead"
     fi
 }
 
-# Run the job's tasks and set `status`.
-step() {
-    local words=(--kill-on-bad-exit=1 --wait=60 --label "$@") tee
+# Run the tasks of the job and set `status`.
+run_step() {
+    local args=(--kill-on-bad-exit=1 --wait=60 --label "$@") tee
     status=0
     if [ -n "$DRY_RUN" ]; then
-        show srun "${words[@]}"
+        print_command srun "${args[@]}"
         "$@"
         return
     fi
     exec 3> >(trap '' USR1 TERM && exec tee "$debug/errors.txt" >&2)
     tee=$!
-    supervised "${words[@]}" 2>&3 || status=$?
+    run_srun "${args[@]}" 2>&3 || status=$?
     exec 3>&-
     wait "$tee" || true
 }
 
-# Say which rank failed first: srun ends the others after it.
-explain() {
+# Report the rank that failed first. srun ends the other ranks afterwards, and they would report that.
+report_failure() {
     local first
     first=$(sed -nE '/^srun: error: ([^ :]+): tasks? ([^:]+): (.+)$/{s//rank \2 on \1: \3/p;q}' "$debug/errors.txt")
-    say "error: ${first:-srun failed}; the step ended with exit code $status, what it wrote stands above and in $debug"
+    log "error: ${first:-srun failed}; the step ended with exit code $status; see its output above and in $debug"
 }
 
 requeue() {
-    # A job that its owner cancelled was told to stop, too.
+    # A job that its owner cancels gets a signal, too, and must not come back.
     if [ "$(squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
-        say "it was cancelled; submitting it again continues it"
+        log "the job was cancelled; submit it again to continue"
         return
     fi
-    say "stopped by a signal; requeued, it continues"
+    log "stopped by a signal; requeued to continue"
     scontrol requeue "$job"
 }
 
-# Run tasks that write into folder $1 and leave the file preempted there when a signal ended them and all that they did is saved.
+# Run tasks that write to folder $1. When a signal ends them, they save their work and create the file `preempted` in that folder.
 resumable() {
     local folder=$1
     [ -n "$DRY_RUN" ] || rm -f "$folder/preempted"
-    if [ -n "$told" ]; then # before anything began, so nothing is lost
+    if [ -n "$signalled" ]; then # the signal came before the tasks started, so there is nothing to save
         mkdir -p "$folder"
         touch "$folder/preempted"
     else
-        step launchers/node.sh "${@:2}"
+        run_step launchers/node.sh "${@:2}"
     fi
     if [ -e "$folder/preempted" ]; then
         requeue
@@ -160,30 +162,30 @@ train() {
     { read -r shards && read -r folder; } <<< "$paths"
     rendezvous "$folder"
     stage "$shards"
-    resumable "$folder" pipeline/train.py "$@" "$(word folder "$folder")"
+    resumable "$folder" pipeline/train.py "$@" "$(override folder "$folder")"
 }
 
 table() {
-    local recipes=() overrides=() word index=${SLURM_ARRAY_TASK_ID:-0}
-    for word; do
-        if [[ $word == *=* ]]; then overrides+=("$word"); else recipes+=("$word"); fi
+    local recipes=() overrides=() arg recipe index=${SLURM_ARRAY_TASK_ID:-0}
+    for arg; do
+        if [[ $arg == *=* ]]; then overrides+=("$arg"); else recipes+=("$arg"); fi
     done
     if [ ${#recipes[@]} = 0 ]; then
-        for word in configs/imagenet/*/*.yaml; do
-            # A row that reads a cache is that row once more.
-            [[ $word == */pair.yaml || $word == *_cached.yaml ]] || recipes+=("$word")
+        for recipe in configs/imagenet/*/*.yaml; do
+            # A *_cached recipe is the same row of the table again, with a cached teacher.
+            [[ $recipe == */pair.yaml || $recipe == *_cached.yaml ]] || recipes+=("$recipe")
         done
     fi
     if [ "$index" -ge ${#recipes[@]} ]; then
-        say "error: there are ${#recipes[@]} recipes; give --array=0-$((${#recipes[@]} - 1))"
+        log "error: there are ${#recipes[@]} recipes; submit with --array=0-$((${#recipes[@]} - 1))"
         exit 2
     fi
     train "${recipes[index]}" "${overrides[@]}"
 }
 
 run() {
-    step launchers/node.sh "$@"
-    # 128 + SIGTERM or SIGUSR1: it was stopped, and what is done stays.
+    run_step launchers/node.sh "$@"
+    # 128 + SIGTERM or SIGUSR1: the script was stopped, and the finished part of its work is on the disk.
     if [ "$status" = 143 ] || [ "$status" = 138 ]; then
         requeue
     fi
@@ -200,17 +202,17 @@ cache() {
 
 case ${1:-} in
     train | table | cache) ;;
-    run) [ $# -gt 1 ] || misused "$@" ;;
-    *) misused "$@" ;;
+    run) [ $# -gt 1 ] || usage_error "$@" ;;
+    *) usage_error "$@" ;;
 esac
-# srun does not take over from sbatch how many cores a task has (Slurm 22.05 on).
+# Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 fi
-told=''
-trap 'told=yes' USR1 TERM
+signalled=''
+trap 'signalled=yes' USR1 TERM
 guard_restarts
-debugging
+enable_debugging
 "$@"
-[ "$status" = 0 ] || explain
+[ "$status" = 0 ] || report_failure
 exit "$status"

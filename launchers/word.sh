@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# What job.sh and node.sh share, which source it.
+# A function for job.sh and node.sh, which source this file.
 
-# Print key $1 with text $2 as a word of the command line, in quotes where YAML might read the text otherwise.
-word() {
+# Print an override of key $1 with text $2, as one argument. The text is quoted unless it is a plain path, because YAML would read some
+# texts as numbers, comments or null.
+override() {
     local text=$2
     if ! [[ $text =~ ^[A-Za-z0-9_./+-]*/[A-Za-z0-9_./+-]*$ ]]; then
         text=${text//\\/\\\\}

@@ -63,7 +63,7 @@ def read_archive(path: Path, names: Collection[str]) -> dict[str, bytes]:
 
 
 def _read_headers(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
-    position = start  # of the next header: where the archive is damaged if that cannot be read
+    position = start  # of the next header; if it cannot be read, the archive is damaged there
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WNID = re.compile(r"n\d{8}")
+"""A WordNet id, the name of an ImageNet class."""
 
 
 def read_lines(path: Path) -> list[str]:

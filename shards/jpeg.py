@@ -24,7 +24,11 @@ _BLOCK, _FILL_GREY = 8, 128
 
 @dataclass(frozen=True)
 class Transform:
-    """The maximal sides of images in pixels (None: no limit), and the quality of every JPEG that is encoded again."""
+    """The conversion of images.
+
+    ``resize_short`` limits the shorter side, ``max_side`` the longer one, in pixels (None: no limit). ``quality`` is
+    that of JPEGs that are encoded again.
+    """
 
     resize_short: int | None = None
     max_side: int | None = None

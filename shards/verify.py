@@ -90,7 +90,7 @@ def _check_images(path: Path, rows: np.ndarray, grey: list[int]) -> Iterator[str
             try:
                 image = decode_jpeg(file.read(row["size"]))
             except Unusable as reason:
-                yield f"{path}: the image of id {row['id']} {reason}"
+                yield f"{path}: the image of id {row['id']} is unusable: {reason}"
                 continue
             width, height = image.size
             grey += [int(row["id"])] if ends_in_grey(image) else []
@@ -103,7 +103,7 @@ def check_split(manifest: Manifest, split: Split, rows: np.ndarray) -> Iterator[
     ids, counts = np.unique(rows["id"], return_counts=True)
     left_out = np.array([entry.id for entry in split.left_out], np.int64)
     for number in ids[counts > 1]:
-        yield f"{split.name}: id {number} comes more than once"
+        yield f"{split.name}: id {number} is used more than once"
     for number in np.intersect1d(ids, left_out):
         yield f"{split.name}: id {number} is in a shard, but according to the manifest it was left out"
     missing = np.setdiff1d(np.arange(split.id_count), np.union1d(ids, left_out))

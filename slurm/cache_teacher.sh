@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A teacher's answers to the images of a recipe, once for every run that learns from them, on a node of eight GPUs.
+# Cache the outputs of a recipe's teacher, for all runs that use them, on one node with eight GPUs.
 #   sbatch slurm/cache_teacher.sh configs/imagenet/r50_mbv1/kd_cached.yaml views=10 [key=value …]
 #SBATCH --job-name=cache_teacher
 #SBATCH --nodes=1

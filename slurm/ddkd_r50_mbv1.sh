@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DDKD, ResNet-50 to MobileNetV1, ImageNet, on a node of eight GPUs.
+# Train DDKD, ResNet-50 to MobileNetV1, on ImageNet, on one node with eight GPUs.
 #   sbatch slurm/ddkd_r50_mbv1.sh [key=value …]          sbatch --nodes=2 slurm/ddkd_r50_mbv1.sh batch=512 schedule.rate=0.2
 #SBATCH --job-name=ddkd_r50_mbv1
 #SBATCH --nodes=1

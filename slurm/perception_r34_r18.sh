@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perception-DKD, ResNet-34 to ResNet-18, ImageNet, on a node of eight GPUs.
+# Train Perception-DKD, ResNet-34 to ResNet-18, on ImageNet, on one node with eight GPUs.
 #   sbatch slurm/perception_r34_r18.sh [key=value …]          sbatch --nodes=2 slurm/perception_r34_r18.sh batch=512 schedule.rate=0.2
 #SBATCH --job-name=perception_r34_r18
 #SBATCH --nodes=1

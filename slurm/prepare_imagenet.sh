@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ImageNet as shards, on the cores of one node.
+# Write ImageNet as shards, with all cores of one node.
 #   sbatch slurm/prepare_imagenet.sh /data/ILSVRC2012 datasets/imagenet [option …]
 #SBATCH --job-name=prepare_imagenet
 #SBATCH --nodes=1

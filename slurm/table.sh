@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A table: an array with a recipe each, by default every cell of ImageNet's, two at a time.
+# Train the results of a table as a job array with one recipe per task, two tasks at a time. By default these are all of ImageNet's.
 #   sbatch slurm/table.sh [key=value …]
 #   sbatch --array=0-2 slurm/table.sh configs/imagenet/r34_r18/{kd,dkd,perception}.yaml [key=value …]
 #SBATCH --job-name=table

@@ -77,7 +77,6 @@ def run_part(command: int, stages: Sequence[HalfHourStage], options: Options) ->
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # SystemExit also ends the running stage
+    # SystemExit unwinds through run_stage, which ends the running stage.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     entry(main)

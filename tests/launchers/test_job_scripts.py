@@ -82,7 +82,7 @@ def test_the_tasks_are_python_told_the_recipe_and_the_words_of_sbatch(job: Job, 
     flags, _, task = call.partition(" launchers/node.sh ")
     assert flags == "srun --kill-on-bad-exit=1 --wait=60 --label"
     assert task.startswith(f"pipeline/train.py {RECIPE} data.path=/data/imagenet batch=512 folder=")
-    assert "2 nodes, 2 ranks, which meet at 127.0.0.1:24321" in done.stderr
+    assert "2 nodes, 2 ranks, rendezvous at 127.0.0.1:24321" in done.stderr
 
 
 @pytest.mark.parametrize("told", ["NONE", "HOME,PATH", "ALL"])
@@ -144,14 +144,14 @@ def test_a_task_of_an_array_is_requeued_and_not_the_array(job: Job, environment:
 
 def test_a_job_that_its_owner_cancelled_does_not_come_back(job: Job, environment: dict[str, str], folder: Path):
     done = job("slurm/ddkd_r50_mbv1.sh", STEP=f"touch {folder}/preempted", STATE="CANCELLED")
-    assert "it was cancelled" in done.stderr
+    assert "the job was cancelled" in done.stderr
     assert not [call for call in calls(environment) if "requeue" in call]
 
 
 def test_a_job_that_began_again_too_often_ends_before_its_step(job: Job, environment: dict[str, str]):
     done = job("slurm/ddkd_r50_mbv1.sh", SLURM_RESTART_COUNT="51")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "began again 51 times" in done.stderr
+    assert "restarted 51 times" in done.stderr
     assert not calls(environment)
     assert job("slurm/ddkd_r50_mbv1.sh", SLURM_RESTART_COUNT="51", MAX_RESTARTS="60").returncode == 0
 
@@ -197,7 +197,7 @@ def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environm
     assert call == (
         f"srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/cache_teacher.py {RECIPE} views=10"
     )
-    start = "start 1 of runs/imagenet/r50_mbv1/ddkd/seed-0 on 2 nodes, 2 ranks, which meet at 127.0.0.1:24321"
+    start = "start 1 of runs/imagenet/r50_mbv1/ddkd/seed-0 on 2 nodes, 2 ranks, rendezvous at 127.0.0.1:24321"
     assert done.stderr == f"job 4321: {start}\n"
 
 
@@ -230,9 +230,9 @@ def test_a_taken_port_is_passed_over_and_a_given_one_kept(job: Job):
         taken.listen()
         done = job("slurm/ddkd_r50_mbv1.sh")
     assert "port 24321 of 127.0.0.1 is taken" in done.stderr
-    assert "which meet at 127.0.0.1:24322" in done.stderr
+    assert "rendezvous at 127.0.0.1:24322" in done.stderr
     given = {"MASTER_ADDR": "head", "MASTER_PORT": "29500"}
-    assert "which meet at head:29500" in job("slurm/ddkd_r50_mbv1.sh", **given).stderr
+    assert "rendezvous at head:29500" in job("slurm/ddkd_r50_mbv1.sh", **given).stderr
 
 
 def test_an_array_has_a_recipe_for_each_index_and_says_where_it_ends(job: Job, environment: dict[str, str]):
@@ -245,7 +245,7 @@ def test_an_array_has_a_recipe_for_each_index_and_says_where_it_ends(job: Job, e
     assert job("slurm/table.sh", "configs/demo.yaml", SLURM_ARRAY_TASK_ID="0").returncode == 0
     assert " configs/demo.yaml folder=" in calls(environment)[-1]
     done = job("slurm/table.sh", "configs/demo.yaml", SLURM_ARRAY_TASK_ID="1")
-    assert (done.returncode, done.stderr) == (2, "job 4321: error: there are 1 recipes; give --array=0-0\n")
+    assert (done.returncode, done.stderr) == (2, "job 4321: error: there are 1 recipes; submit with --array=0-0\n")
 
 
 def test_a_cache_without_a_recipe_is_one_line(job: Job, environment: dict[str, str]):
@@ -312,11 +312,14 @@ def test_a_task_ends_as_python_ends_and_gives_deepspeeds_environment_on():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"SLURM_NTASKS": "3"}, "error: rank 3 on .*: 2 of 3 tasks on one of 2 nodes; give --nodes and"),
-        ({"SLURM_GPUS_ON_NODE": "8"}, "error: rank 3 on .*: 8 GPUs and 2 tasks; give --ntasks-per-node"),
-        ({"MASTER_ADDR": ""}, "error: rank 3 on .*: MASTER_ADDR is not set, and 4 tasks must meet; start them by"),
-        ({"PYTHON": "/no/python"}, "error: rank 3 on .*: there is no Python at '/no/python'; give PYTHON=FILE"),
-        ({"MASTER_ADDR": "nowhere.invalid"}, "error: rank 3 on .*: nowhere.invalid is not known here"),
+        ({"SLURM_NTASKS": "3"}, "error: rank 3 on .*: 2 of 3 tasks on one of 2 nodes; use --nodes and"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "error: rank 3 on .*: 8 GPUs but 2 tasks on this node; set --ntasks-per-node"),
+        ({"MASTER_ADDR": ""}, "error: rank 3 on .*: MASTER_ADDR is not set, but 4 tasks need it; start them with"),
+        ({"PYTHON": "/no/python"}, "error: rank 3 on .*: there is no Python at '/no/python'; set PYTHON=FILE"),
+        (
+            {"MASTER_ADDR": "nowhere.invalid"},
+            "error: rank 3 on .*: the host name nowhere.invalid cannot be resolved here",
+        ),
     ],
 )
 def test_a_world_that_is_not_what_was_meant_is_one_line(more: dict[str, str], message: str):

@@ -100,7 +100,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 def test_both_nodes_train_as_one_world_from_their_own_disks(whole: Path, place: Path):
     log = whole.with_suffix(".log").read_text()
-    assert "on 2 nodes, 2 ranks, which meet at n1:" in log or "which meet at 127.0.0.1:" in log
+    assert "on 2 nodes, 2 ranks, rendezvous at n1:" in log or "rendezvous at 127.0.0.1:" in log
     staged = next((place / "local").glob("shards-*"))
     assert sorted(log.count(f"{rank}: {staged}") for rank in (0, 1)) == [1, 1]
     assert json.loads((whole / "versions.json").read_text())
@@ -123,7 +123,7 @@ def test_a_job_without_the_environment_of_sbatch_is_the_same(
         (checkout / ".venv").unlink()
     log = (place / "bare.log").read_text()
     assert slurm.job(job)["JobState"] == "COMPLETED", log
-    assert "on 2 nodes, 2 ranks, which meet at " in log
+    assert "on 2 nodes, 2 ranks, rendezvous at " in log
     assert (place / "bare" / "result.json").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: PrivateSlurm, submi
     slurm.wait_for_end(job, 60)
     found = slurm.job(job)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
-    assert "it was cancelled" in folder.with_suffix(".log").read_text()
+    assert "the job was cancelled" in folder.with_suffix(".log").read_text()
     assert (folder / "checkpoints" / f"step-{steps_of(folder)}").is_dir()
 
 

@@ -126,7 +126,7 @@ def _edit_table(column: str) -> Callable[[Path], None]:
         (_grow, "train-000000.tar has 19,968 bytes"),
         (_cut, "train-000001.tar is damaged"),
         (_swap_indices, "train-000001.idx does not fit its tar"),
-        (_swap_tars, "id 0 comes more than once"),
+        (_swap_tars, "id 0 is used more than once"),
         (_flip_table, "train.samples.npy has another sha256"),
         (_lose_table, "train.samples.npy is missing"),
         (_empty_table, "train.samples.npy is not a sample table (EOF"),
@@ -152,13 +152,13 @@ def _with(number: int, **changes: object) -> list[Sample]:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (_with(3, id=5), "id 5 comes more than once"),
+        (_with(3, id=5), "id 5 is used more than once"),
         (_with(3, id=5), "1 ids are missing, the first is 3"),
         (_with(3, id=8), "1 ids are not from 0 to 7, the first is 8"),
         (_with(3, label=2), "label 2 is not one of the manifest's 2 classes"),
         (_with(3, width=19), "the image of id 3 is 20×16, not 19×16"),
-        (_with(3, image=jpeg(3)[:-60]), "the image of id 3 cannot be decoded: image file is truncated"),
-        (_with(3, image=encode(pixels(3), "GIF")), "the image of id 3 neither a JPEG nor a PNG"),
+        (_with(3, image=jpeg(3)[:-60]), "the image of id 3 is unusable: cannot be decoded: image file is truncated"),
+        (_with(3, image=encode(pixels(3), "GIF")), "the image of id 3 is unusable: neither a JPEG nor a PNG"),
         (_with(3, image=jpeg(3, 30, 10), width=30, height=10), "the largest sides are not the manifest's"),
     ],
 )
