@@ -105,7 +105,7 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
     if saving or progress.epoch_ended or journal.due(progress):
         session.guard.check()
     journal.record(progress, rate, norm)
-    if progress.epoch_ended and session.loader.validates:
+    if progress.epoch_ended and session.loader.has_validation:
         validate(session, state)
     if saving:
         checkpoints.save(CheckpointState(progress, journal.length))

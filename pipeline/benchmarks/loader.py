@@ -45,15 +45,15 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
     reading = ReadBenchmark(loader.plan)
     parts: dict[str, Items] = {
         "read": reading.requests(),
-        "decode": other.images["train"](cycle(_first_requests(loader.plan, steps))),
+        "decode": other.decoders["train"](cycle(_first_requests(loader.plan, steps))),
         "loader": stream(loader),
     }
     if run.recipe.data.loader == "dali":
         from pipeline.data.native import native_decoder  # loads DALI
 
-        parts["native reader"] = native_decoder(loader.plan, loader.pace, device)
+        parts["native reader"] = native_decoder(loader.plan, loader.settings, device)
     images = steps * loader.plan.micro_batch
-    ahead = items_ahead(loader.pace)
+    ahead = items_ahead(loader.settings)
     measured = measure_in_turn(
         parts, device, repeats=repeats, warmup=max(warmup, ahead), steps=steps, images=images, ahead=ahead
     )

@@ -72,7 +72,7 @@ def _sweep(run: Run, configs: list[Config], key: str, device: torch.device) -> l
     """Return a measurement for each of the configurations, which differ in ``key``."""
     tried = [run.recipe.model_copy(update={"data": config}) for config in configs]
     loaders = [open_training(run, recipe, device) for recipe in tried]
-    ahead = max(items_ahead(loader.pace) for loader in loaders)
+    ahead = max(items_ahead(loader.settings) for loader in loaders)
     measure_loaders = partial(measure_in_turn, device=device, warmup=ahead, ahead=ahead)
     pilot = measure_loaders({key: stream(loaders[-1])}, repeats=1, steps=2, images=0)
     # All ranks take as many steps as rank 0.

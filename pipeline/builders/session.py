@@ -75,7 +75,7 @@ class Session:
 
     def evaluate(self) -> Accuracy | None:
         """Return the student's accuracy on the validation images, None where there are none."""
-        if not self.loader.validates:
+        if not self.loader.has_validation:
             return None
         return evaluate(self.student, self.loader.validation(), self.accelerator)
 
@@ -145,7 +145,7 @@ def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, 
         loader = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
         check_teacher_accuracy(recipe.teacher, teacher, loader)
-    if not loader.validates:
+    if not loader.has_validation:
         accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not validated")
     return loader, teacher, distiller
 

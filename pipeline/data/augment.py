@@ -1,8 +1,8 @@
 """The order of an epoch, crops and flips, as pure functions of (seed, epoch or view, id).
 
-Every draw comes from a counter and not from a generator's state (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011): what happens to a sample depends neither on its batch nor on its rank nor on what was drawn before,
-so a run resumes anywhere and on any number of ranks.
+Every random number comes from a counter, not from the state of a generator. So a sample's augmentation does not depend
+on its batch, its rank or earlier draws. A run can resume at any step and on any number of ranks. Source: Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 Boxes are (top, left, height, width) in pixels. Shape suffixes: B rows of a batch, N samples of a split.
 """
@@ -13,15 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 AUGMENT_VERSION = "philox4x32-10, 1"
-"""Name of what is drawn and how: the number rises whenever a sample's crop or flip at some view is another."""
+"""Version of the random augmentation. Its number must rise whenever a change alters a sample's crop or flip."""
 
-# What a draw is for, so that an order and a crop of one seed share no numbers. Attempts at a crop count on from _CROP.
+# The purpose of a draw is part of its counter: an order and a crop of one seed must not share random numbers.
+# Attempt i at a crop uses _CROP + i, so _CROP must stay the largest.
 _ORDER, _SHARDS, _FLIP, _PAD, _CROP = 0, 1, 2, 3, 16
 _ATTEMPTS = 10
 
 
 def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Return Philox4x32-10 of each column of ``counter`` [4, …]: four random words a column, as [4, …]."""
+    """Return Philox4x32-10 of each column of ``counter`` [4, …]: four random 32-bit words per column, as [4, …]."""
+    # 64-bit words, because each round needs the upper half of a 32-bit by 32-bit product.
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     x0, x1, x2, x3 = counter.astype(np.uint64)
     key0, key1 = key
@@ -34,7 +36,10 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
 
 
 def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
-    """Return four words for each (id, draw), which broadcast, as [4, …]; seed and id have 64 bits, the rest 32."""
+    """Return four random words for each (id, draw), as [4, …]. ``ids`` and ``draw`` broadcast.
+
+    ``seed`` and ids have 64 bits, ``view`` and ``draw`` 32.
+    """
     ids_64, view_64, draw_64 = np.broadcast_arrays(*(np.asarray(x, np.int64) for x in (ids, view, draw)))
     counter = np.stack([draw_64, view_64, ids_64, ids_64 >> 32]).astype(np.uint32)
     return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
@@ -48,25 +53,27 @@ def uniforms(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArra
 def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int = 0) -> NDArray[np.int64]:
     """Return the row numbers [N] of a split in the order of an epoch: a permutation.
 
-    ``shards_N`` is the shard of each row. With ``shuffle_shards`` = 0 the whole split is shuffled; otherwise the shards
-    are, and then the samples within groups of that many shards, so that reads stay near one another on cold storage.
+    ``shards_N`` is the shard of each row. With ``shuffle_shards`` = 0 the whole split is shuffled. Otherwise the shards
+    are shuffled, then the samples within groups of ``shuffle_shards`` shards. This keeps reads local on cold storage.
     """
     shards_N = np.asarray(shards_N)
     keys_N = _sort_keys(len(shards_N), _ORDER, seed, epoch)
     if shuffle_shards == 0 or len(shards_N) == 0:
         return np.argsort(keys_N, kind="stable")
-    place_of_shard = np.argsort(_sort_keys(int(shards_N.max()) + 1, _SHARDS, seed, epoch), kind="stable")
-    return np.lexsort([keys_N, place_of_shard[shards_N] // shuffle_shards])
+    shard_order = np.argsort(_sort_keys(int(shards_N.max()) + 1, _SHARDS, seed, epoch), kind="stable")
+    # np.lexsort sorts by its last key first: by the group of shards, then by the random key.
+    return np.lexsort([keys_N, shard_order[shards_N] // shuffle_shards])
 
 
 def _sort_keys(count: int, draw: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Return random 64-bit keys; sorting by our own keys, because numpy's shuffles may change between its releases."""
+    """Return one random 64-bit sort key per element, as [count]."""
+    # Not NumPy's own shuffle, which may give another order in another release.
     high, low, _, _ = random_words(np.arange(count), epoch, draw, seed=seed).astype(np.uint64)
     return high << np.uint64(32) | low
 
 
 def global_batch(order_N: NDArray[np.int64], step: int, batch: int) -> NDArray[np.int64]:
-    """Return the rows of global batch ``step`` of an epoch; the last ``N % batch`` rows of the order belong to none."""
+    """Return the rows of global batch ``step`` of an epoch. The last ``N % batch`` rows of the order are left out."""
     return order_N[step * batch : (step + 1) * batch]
 
 
@@ -86,6 +93,7 @@ def random_resized_crop(
     ratio: tuple[float, float],
 ) -> NDArray[np.int64]:
     """Return the boxes [B, 4] of torchvision's RandomResizedCrop: ten attempts at area and ratio, else the centre."""
+    # All attempts are drawn for all images at once. Counters have no state, so unused draws affect no later one.
     widths_B, heights_B = np.asarray(widths_B, np.int64), np.asarray(heights_B, np.int64)
     draws = _CROP + np.arange(_ATTEMPTS)[:, None]
     for_area, for_ratio, for_top, for_left = uniforms(ids_B, view, draws, seed=seed)  # [attempts, B] each
@@ -95,13 +103,14 @@ def random_resized_crop(
     fits = (width > 0) & (width <= widths_B) & (height > 0) & (height <= heights_B)
     top = np.floor(for_top * (heights_B - height + 1))
     left = np.floor(for_left * (widths_B - width + 1))
+    # argmax of booleans is the first True. A column without one is replaced by the centre box below.
     first_fit = fits.argmax(axis=0), np.arange(len(widths_B))
     boxes_B4 = np.stack([x[first_fit] for x in (top, left, height, width)], axis=1).astype(np.int64)
     return np.where(fits.any(axis=0)[:, None], boxes_B4, _centre_box(widths_B, heights_B, ratio))
 
 
 def _centre_box(widths_B: NDArray, heights_B: NDArray, ratio: tuple[float, float]) -> NDArray[np.int64]:
-    """Return the largest centred boxes [B, 4] whose width over height lies within ``ratio``."""
+    """Return the largest centred boxes [B, 4] whose aspect ratio, width over height, is within ``ratio``."""
     aspect = widths_B / heights_B
     width = np.where(aspect > max(ratio), np.rint(heights_B * max(ratio)), widths_B).astype(np.int64)
     height = np.where(aspect < min(ratio), np.rint(widths_B / min(ratio)), heights_B).astype(np.int64)
@@ -109,13 +118,13 @@ def _centre_box(widths_B: NDArray, heights_B: NDArray, ratio: tuple[float, float
 
 
 def pad_crop(ids_B: ArrayLike, view: int, *, seed: int, pad: int) -> NDArray[np.int64]:
-    """Return the (top, left) [B, 2], 0 … 2·pad, of a crop of an image's own size from the image padded by ``pad``."""
+    """Return the (top, left) [B, 2] of a crop of the original size from the image padded by ``pad``: 0 … 2·pad."""
     for_top, for_left, _, _ = uniforms(ids_B, view, _PAD, seed=seed)
     return np.floor(np.stack([for_top, for_left], axis=1) * (2 * pad + 1)).astype(np.int64)
 
 
 def flips(ids_B: ArrayLike, view: int, *, seed: int, probability: float) -> NDArray[np.bool_]:
-    """Return which images [B] are mirrored left to right."""
+    """Return a mask [B] of the images that are mirrored left to right."""
     return uniforms(ids_B, view, _FLIP, seed=seed)[0] < probability
 
 
@@ -124,7 +133,7 @@ def resize_and_centre_crop(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return each image's (height, width) [B, 2] after resizing and its crop's (top, left) [B, 2], as torchvision does.
 
-    The short side becomes ``resize``, the long side is cut to an integer; the crop of ``size`` × ``size`` is centred.
+    The short side becomes ``resize``; the long side is rounded down. The crop of ``size`` × ``size`` is centred.
     """
     sides_B2 = np.stack([np.asarray(heights_B, np.int64), np.asarray(widths_B, np.int64)], axis=1)
     resized_B2 = resize * sides_B2 // sides_B2.min(axis=1, keepdims=True)

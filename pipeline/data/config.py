@@ -15,73 +15,75 @@ Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 
 
 class Config(FrozenModel):
-    """Which shards are read, and what becomes of an image on its way into a batch."""
+    """The shards to read, and the transforms of their images."""
 
     path: str
     """Folder of shards, with its ``manifest.json``."""
     prepare: tuple[str, ...] = ()
-    """Script and arguments that make the shards where they are missing; the destination is added."""
+    """Script and arguments that create missing shards. The destination folder is appended."""
     classes: PositiveInt | None = None
-    """What ``--check`` takes for their number of classes where they are not there; those that are there know it."""
+    """Number of classes that ``--check`` assumes if the shards are missing. Existing shards record their own."""
     samples: PositiveInt | None = None
-    """What ``--check`` and a cache's ``--dry-run`` take for their number of training images, likewise."""
+    """Number of training images that ``--check`` and a cache's ``--dry-run`` assume if the shards are missing."""
     loader: Literal["dali", "memory", "synthetic"] = "dali"
-    """``dali`` decodes as it goes; ``memory`` keeps small sets decoded on the device; ``synthetic`` looks at no image
-    at all and gives noise in its place, to show what a step takes that waits for no input."""
+    """``dali`` decodes during training. ``memory`` keeps a small data set decoded on the device. ``synthetic`` reads no
+    image and returns noise, to measure a step that never waits for input."""
     size: Side
     """Side of the square images of a batch, in pixels, in training and in validation."""
     resize: Side | None = None
-    """Short side before the centre crop of validation; null is ``size``."""
+    """Short side in pixels before the centre crop of validation; null is ``size``."""
     crop: Literal["random_resized", "pad"] = "random_resized"
-    """How training crops: a random area and aspect ratio, or the image's own size out of the zero-padded image."""
+    """Crop of training: ``random_resized`` draws area and aspect ratio. ``pad`` cuts the original size out of the
+    zero-padded image."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    """``random_resized``: least and largest share of the image's area."""
+    """``random_resized``: smallest and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    """``random_resized``: least and largest width over height."""
+    """``random_resized``: smallest and largest aspect ratio, width over height."""
     pad: int = Field(default=4, ge=0, le=MAX_PIXELS)
     """``pad``: pixels added on each side."""
     flip: Probability = 0.5
     """Probability of mirroring left to right."""
     mean: tuple[float, float, float]
-    """Subtracted from red, green and blue, which lie in 0 … 1."""
+    """Per-channel mean of red, green and blue, for pixel values in 0 … 1."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    """Divides them afterwards."""
+    """Per-channel standard deviation, for pixel values in 0 … 1."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Keys crops and flips; the recipe's ``seed`` keys the order."""
+    """Seed of crops and flips. The recipe's ``seed`` determines the order of the samples."""
     shuffle_shards: NonNegativeInt = 0
-    """Samples are shuffled within groups of that many shuffled shards; 0 shuffles the whole split."""
+    """Number of shuffled shards in a group; samples are shuffled within a group. 0 shuffles the whole split."""
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
-    """Number of augmented looks at an image, taken in turn; null is a new one every epoch."""
+    """Number of augmented views of every image, used in turn; null draws a new view every epoch."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
-    """Images a rank validates at a time; null is the size of its micro-batch."""
+    """Images per validation batch of a rank; null is the size of its micro-batch."""
     threads: int | None = Field(default=None, gt=0, le=1024)
-    """Decoding threads of a rank; null is what ``bench.py loader --tune`` found best for such images on such a machine,
-    and before there is such a finding its share of the machine's cores."""
+    """Decoding threads of a rank. null is the result of ``bench.py loader --tune`` for similar images on this machine.
+    Without a result it is the rank's share of the cores."""
     prefetch: int | None = Field(default=None, gt=0, le=1024)
-    """Batches that are read, and batches that are decoded, ahead of the one in use; null likewise, or 2."""
+    """Batches that are read ahead, and batches that are decoded ahead. null is the result of ``--tune``, or 2."""
     hw_decoder_load: Probability = 0.0
-    """Share of a batch, its largest images, that a GPU's JPEG engine decodes, where it has one; its cores do the rest.
-    They round differently, so this is never tuned behind the recipe's back: with any but 0 a sample's pixels depend on
-    the others of its batch and on its process's first, which other numbers of ranks and a teacher's cache change."""
+    """Share of a batch, its largest images, that the JPEG engine of the GPU decodes, if there is one. The GPU's cores
+    decode the rest. ``--tune`` never sets it, because the engine rounds differently. With a value above 0, a sample's
+    pixels depend on the other images of its batch and on the first batch of its process. They then change with the
+    number of ranks, and differ between training and the writing of a teacher's cache."""
     channels_last: bool = True
-    """Memory format of the images: channels beside one another, or planes."""
+    """Memory format of the images: true is channels last (NHWC), false is contiguous (NCHW)."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Config:
         if not self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must rise and end at 1 or below, got {list(self.scale)}")
+            raise ValueError(f"scale must be [smallest, largest] with largest at most 1, got {list(self.scale)}")
         if self.ratio[0] > self.ratio[1]:
-            raise ValueError(f"ratio must rise, got {list(self.ratio)}")
+            raise ValueError(f"ratio must be [smallest, largest], got {list(self.ratio)}")
         return self
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Config:
         if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize: {self.resize} is smaller than size: {self.size}, which is cropped from it")
+            raise ValueError(f"resize: {self.resize} is smaller than the crop, size: {self.size}; raise resize")
         if self.loader == "memory" and (self.crop != "pad" or self.resize not in (None, self.size)):
-            raise ValueError("loader: memory takes images as they are: set crop: pad and leave resize out")
+            raise ValueError("loader: memory does not resize images: set crop: pad and remove resize")
         return self
 
     def view(self, epoch: int) -> int:
-        """Return which look at the images an epoch takes."""
+        """Return the view of the images that an epoch uses."""
         return epoch if self.views is None else epoch % self.views

@@ -1,8 +1,7 @@
-"""Decoding with NVIDIA DALI, on the GPU where there is one and on the CPU otherwise, by the same graph.
+"""Decoding with NVIDIA DALI: one graph for training and validation, on the GPU or, without one, on the CPU.
 
-One graph serves training and validation: a request says of each image which box is decoded, what it is resized to,
-which crop is taken and whether it is mirrored. Nothing in it is random or has a state, so the pixels of a sample depend
-on its geometry alone.
+A request contains the geometry of each image: the box to decode, its size after resizing, the crop and the flip.
+The graph has no random operator and no state, so the pixels of a sample depend only on its geometry.
 """
 
 from __future__ import annotations
@@ -26,74 +25,90 @@ from pipeline.data.requests import SampleRequest, describe_sample
 from shards.read import SplitReader
 
 RESIZE = "linear, antialiased"
-"""The law of ``fn.resize`` below: what becomes of a box's pixels."""
+"""Interpolation of ``fn.resize`` below, as recorded in the fingerprint of a cache."""
 
-# DALI's type stubs lack what its C library adds at run time, the enumerations among it.
+# DALI's type stubs do not contain what its C library adds at run time, such as the enumerations.
 _dali: Any = nvidia.dali
 fn, types, feed_ndarray = _dali.fn, _dali.types, _dali.plugin.pytorch.feed_ndarray
 
 
 def dali_fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return what a sample's pixels follow from, besides its geometry."""
+    """Return the facts that determine a sample's pixels, besides its geometry. A cache records them."""
     decoder = {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
     return decoder | ({"hw_decoder_load": config.hw_decoder_load} if device.type == "cuda" else {})
 
 
 class Inputs(NamedTuple):
-    """What the graph is fed: encoded images, boxes' (top, left) and (height, width), resized sides, crops, flips."""
+    """The inputs of the graph for one batch, in the order of ``fn.external_source``."""
 
     encoded: list[NDArray[np.uint8]]
+    """The encoded images, one array of bytes each."""
     corners_B2: NDArray[np.int32]
+    """(top, left) of each box."""
     shapes_B2: NDArray[np.int32]
+    """(height, width) of each box."""
     resized_B2: NDArray[np.float32]
+    """(height, width) of each box after resizing."""
     crops_B2: NDArray[np.int32]
+    """(top, left) of each crop in the resized box."""
     flips_B: NDArray[np.int32]
+    """1 where the image is mirrored."""
 
 
 class InFlight(NamedTuple):
-    """A request that DALI is at. It keeps the inputs alive, which DALI reads without a copy."""
+    """A request that DALI is working on. It keeps the inputs alive, because DALI reads them without a copy."""
 
     request: SampleRequest
     inputs: Inputs
 
 
 class DaliDecoder:
-    """Turns the requests of one split into images, with ``pace.prefetch`` batches in flight.
+    """A decoder of one split with DALI, with ``settings.prefetch`` batches in flight.
 
     ``batch`` is the largest number of images in a request.
     """
 
     def __init__(
-        self, reader: SplitReader, config: Config, batch: int, pace: LoaderSettings, device: torch.device
+        self, reader: SplitReader, config: Config, batch: int, settings: LoaderSettings, device: torch.device
     ) -> None:
         self._reader = reader
         self._config = config
         self._device = device
+        # DALI pulls its inputs from a callback that is fixed when the graph is built. A new stream therefore replaces
+        # this iterator, and the callback reads from whichever iterator is stored here.
         self._requests: Iterator[SampleRequest] = iter(())
         self._in_flight: deque[InFlight] = deque()
-        self._pipeline = create_pipeline(self._next_inputs, config, batch, pace, device)
+        self._pipeline = create_pipeline(self._next_inputs, config, batch, settings, device)
 
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
         """Yield each request with its images [B, C, H, W] in float32.
 
         Raises ValueError, one line, for an image that cannot be decoded.
         """
-        # At the beginning, not at the end: as Python exits, an unfinished stream ends after DALI has shut down.
+        # Clean up before a stream, not after it: at interpreter exit, Python closes an unfinished generator only after
+        # DALI has shut down.
         self._drain()
         self._requests = requests
         while (images := self._run()) is not None:
+            # DALI returns batches in the order in which it pulled them, so these images belong to the oldest request.
             yield self._in_flight.popleft().request, images
             if self._requests is not requests:
-                raise RuntimeError("another stream of this loader has begun; there is one at a time")
+                raise RuntimeError("another stream of this loader has begun; use one stream at a time")
 
     def _next_inputs(self) -> Inputs:
-        # DALI asks whenever it has room for another batch, and takes StopIteration for the end.
+        """Return the inputs of the next request; DALI calls this.
+
+        Raises StopIteration at the end of the requests.
+        """
+        # DALI calls this whenever its queue has room, which is ``prefetch`` batches before it returns the images.
+        # So the requests advance ahead of the images, and ``_in_flight`` holds those in between.
+        # DALI takes StopIteration for the end of the data: it still returns the batches in its queue.
         request = next(self._requests)
         self._in_flight.append(InFlight(request, _inputs(request)))
         return self._in_flight[-1].inputs
 
     def _run(self) -> Tensor | None:
-        """Return the images of the oldest request in flight, None after the last."""
+        """Return the images of the oldest request in flight, or None after the last."""
         try:
             images = run(self._pipeline, self._device)
         except StopIteration:
@@ -106,10 +121,12 @@ class DaliDecoder:
                 f"data.path: {describe_sample(self._reader, row)} cannot be decoded; "
                 f"shards/verify.py {self._reader.folder} lists what is wrong"
             ) from error
+        # With channels_last DALI returns NHWC; the permuted view has shape NCHW and memory format channels_last.
         return images.permute(0, 3, 1, 2) if self._config.channels_last else images
 
     def _drain(self) -> None:
-        """Drop what a stream that was left early has in flight, so that the pipeline starts afresh."""
+        """Discard the batches that an unfinished stream left in flight, and reset the pipeline."""
+        # With empty requests the callback raises StopIteration, so that DALI pulls no further batch meanwhile.
         self._requests = iter(())
         try:
             while self._in_flight:
@@ -120,11 +137,12 @@ class DaliDecoder:
         self._pipeline.reset()
 
     def _undecodable_row(self) -> int | None:
-        """Return the row of the first image in flight that fails by itself; DALI does not say which one it was."""
-        singles = [single for flight in self._in_flight for single in _singles(flight)]
+        """Return the row of the first image in flight that cannot be decoded alone, or None if every image can."""
+        # DALI's error does not name the sample, so each image is tried in a batch of its own.
+        singles = [single for flight in self._in_flight for single in _split_rows(flight)]
         source = iter(singles)
-        alone = LoaderSettings(threads=1, prefetch=1)
-        probe = create_pipeline(lambda: next(source).inputs, self._config, 1, alone, torch.device("cpu"))
+        settings = LoaderSettings(threads=1, prefetch=1)
+        probe = create_pipeline(lambda: next(source).inputs, self._config, 1, settings, torch.device("cpu"))
         for single in singles:
             try:
                 probe.run()
@@ -134,11 +152,12 @@ class DaliDecoder:
 
 
 def create_pipeline(
-    source: Callable[[], Inputs], config: Config, batch: int, pace: LoaderSettings, device: torch.device
+    source: Callable[[], Inputs], config: Config, batch: int, settings: LoaderSettings, device: torch.device
 ) -> Pipeline:
-    """Return DALI's pipeline from the inputs that ``source`` gives to normalised images; it is built when first run."""
-    pipeline = new_pipeline(batch, pace, device)
+    """Return a DALI pipeline that turns the inputs from ``source`` into normalised images. Its first run builds it."""
+    pipeline = new_pipeline(batch, settings, device)
     with pipeline:
+        # ``no_copy`` saves a copy of every encoded image; ``InFlight`` keeps the arrays alive in return.
         encoded, corners, shapes, resized, crops, flips = fn.external_source(
             source,
             num_outputs=6,
@@ -147,10 +166,11 @@ def create_pipeline(
             no_copy=True,
         )
         where = {"start": corners, "shape": shapes, "axes": (0, 1)}
-        how = {"adjust_orientation": False, **decoding(config, device)}  # the boxes are of the image as it is stored
+        # No rotation by EXIF: the boxes refer to the image as it is stored.
+        how = {"adjust_orientation": False, **decoding(config, device)}
         if device.type == "cuda":
-            # Below version 13.2, and torchvision brings 13.1, nvJPEG leaves a part of an image to the CPU, if its
-            # chroma is to be interpolated.
+            # Decode the whole image, then slice. Before version 13.2 (torchvision installs 13.1), nvJPEG decodes a part
+            # of an image on the CPU if chroma is interpolated.
             boxes = fn.slice(fn.decoders.image(encoded, **how), **where)
         else:
             boxes = fn.decoders.image_slice(encoded, **where, **how)
@@ -162,25 +182,26 @@ def create_pipeline(
     return pipeline
 
 
-def new_pipeline(batch: int, pace: LoaderSettings, device: torch.device) -> Pipeline:
+def new_pipeline(batch: int, settings: LoaderSettings, device: torch.device) -> Pipeline:
     """Return a pipeline without operators."""
-    return Pipeline(batch, pace.threads, cuda_index(device), prefetch_queue_depth=pace.prefetch)
+    return Pipeline(batch, settings.threads, cuda_index(device), prefetch_queue_depth=settings.prefetch)
 
 
 def decoding(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return where and how a decoder of the graph decodes."""
+    """Return the keyword arguments of DALI's image decoders: device and output."""
     if device.type != "cuda":
         return {"device": "cpu", "output_type": types.RGB}
-    # Interpolated chroma is what the decoders of the CPU, and torchvision, do.
+    # Fancy upsampling interpolates chroma, as the decoders of the CPU and torchvision do.
     share = {"hw_decoder_load": config.hw_decoder_load}
     return {"device": "mixed", "output_type": types.RGB, "jpeg_fancy_upsampling": True, **share}
 
 
 def normalized(images: Any, flips: Any, config: Config) -> Any:
-    """Return the graph's last node: images mirrored where ``flips`` is 1, in float32 and normalised."""
+    """Return the last node of the graph: images in float32, normalised, and mirrored where ``flips`` is 1."""
     return fn.crop_mirror_normalize(
         images,
         mirror=flips,
+        # The decoded pixels are 0 … 255; the recipe's mean and std are for 0 … 1.
         mean=[255 * mean for mean in config.mean],
         std=[255 * std for std in config.std],
         dtype=types.FLOAT,
@@ -189,11 +210,12 @@ def normalized(images: Any, flips: Any, config: Config) -> Any:
 
 
 def run(pipeline: Pipeline, device: torch.device) -> Tensor:
-    """Return the next images of a pipeline, as it lays them out. Raises StopIteration after the last."""
+    """Return the next images of a pipeline, in its own layout. Raises StopIteration after the last."""
     if device.type != "cuda":
         (images,) = pipeline.run()
         return torch.from_dlpack(images.as_tensor())
-    # Bound to torch's stream, so that the host waits for nothing; the copy makes the images torch's own memory.
+    # DALI's outputs are ordered on torch's stream, so the host does not wait for them. They are copied into torch's
+    # memory, because DALI reuses its own buffers.
     stream = torch.cuda.current_stream(device)
     (images,) = pipeline.run(stream)
     dense = images.as_tensor()
@@ -207,13 +229,14 @@ def _inputs(request: SampleRequest) -> Inputs:
         request.encoded,
         boxes[:, :2].astype(np.int32),
         boxes[:, 2:].astype(np.int32),
-        resized.astype(np.float32),
+        resized.astype(np.float32),  # the type that ``fn.resize`` takes as its size
         crops.astype(np.int32),
         flips.astype(np.int32),
     )
 
 
-def _singles(flight: InFlight) -> Iterator[InFlight]:
+def _split_rows(flight: InFlight) -> Iterator[InFlight]:
+    """Yield each row of a request as a request of its own."""
     request, inputs = flight
     for row in range(len(request.rows_B)):
         one = slice(row, row + 1)

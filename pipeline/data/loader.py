@@ -1,4 +1,4 @@
-"""The loader: batches of this rank, in an order that neither the number of ranks nor an interruption changes."""
+"""The loader of a rank's batches. Their order does not depend on the number of ranks or on interruptions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Config", "Decoder", "Loader", "create_loader", "transform_fingerprin
 
 
 class Decoder(Protocol):
-    """What a way of decoding is: it turns requests into normalised images on the device, in their order."""
+    """The interface of a decoder, which turns requests into normalised images on the device, in order."""
 
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
         """Yield each request with its images [B, C, H, W]. One call at a time."""
@@ -34,69 +34,71 @@ class Decoder(Protocol):
 
 
 class Loader:
-    """The batches of this rank. Its whole state is the ``Progress`` it is given."""
+    """A loader of this rank's batches. It has no state: the ``Progress`` it gets determines the batches."""
 
     def __init__(
-        self, plan: BatchSampler, images: dict[str, Decoder], pace: LoaderSettings, device: torch.device
+        self, plan: BatchSampler, decoders: dict[str, Decoder], settings: LoaderSettings, device: torch.device
     ) -> None:
         self.plan = plan
-        self.images = images
-        self.pace = pace
+        self.decoders = decoders
+        self.settings = settings
         self.device = device
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples in the whole global batches of an epoch, over all ranks."""
+        """Return the number of samples in the complete global batches of an epoch, over all ranks."""
         return self.steps_per_epoch * self.plan.batch
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of an epoch; the same on every rank."""
+        """Return the number of global batches of an epoch, which is the same on every rank."""
         return self.plan.steps_per_epoch
 
     @property
     def manifest(self) -> Manifest:
-        """What the folder of shards holds."""
+        """Return the manifest of the shards."""
         return next(iter(self.plan.readers.values())).manifest
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, those without a sample included."""
+        """Return the number of classes, including those without a sample."""
         return self.manifest.num_classes
 
     @property
     def id_count(self) -> int:
-        """One more than the largest possible training id."""
+        """Return one more than the largest possible training id."""
         return self.plan.readers["train"].split.id_count
 
     @property
     def labels_by_id(self) -> NDArray[np.int64]:
-        """Return the label of every training id, int64 [id_count]; −1 where there is no such sample."""
+        """Return the label of every training id, int64 [id_count]; −1 for an id without a sample."""
         return self.plan.readers["train"].labels_by_id()
 
     def stream(self, progress: Progress, epochs: int) -> Iterator[Batch]:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
-        return self._batches(self.plan.training(progress, epochs), self.images["train"])
+        return self._batches(self.plan.training(progress, epochs), self.decoders["train"])
 
     @property
-    def validates(self) -> bool:
-        """Whether there are validation images; shards may hold training images alone."""
-        return "val" in self.images
+    def has_validation(self) -> bool:
+        """Return whether there are validation images. Shards may contain training images only."""
+        return "val" in self.decoders
 
     def validation(self) -> Iterator[Batch]:
         """Yield the validation images, each once over all ranks; equally many batches on every rank.
 
         A padded row has id −1 and label −1.
         """
-        return self._batches(self.plan.validation(), self.images["val"])
+        return self._batches(self.plan.validation(), self.decoders["val"])
 
     def views(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
-        """Yield what rows of the training split's sample table look like at a view, for each (rows, view)."""
-        return self._batches(self.plan.views(parts), self.images["train"])
+        """Yield a batch for each (rows, view): training images of those rows of the sample table, in that view."""
+        return self._batches(self.plan.views(parts), self.decoders["train"])
 
-    def _batches(self, requests: Generator[SampleRequest, None, None], images: Decoder) -> Iterator[Batch]:
-        ahead = read_ahead(requests, self.pace.prefetch, self.device)
-        with closing(ahead), closing(images(ahead)) as decoded:
+    def _batches(self, requests: Generator[SampleRequest, None, None], decoder: Decoder) -> Iterator[Batch]:
+        # Control runs backwards here: the decoder pulls requests from ``ahead``, whose thread pulls from ``requests``.
+        # Both are closed even if the caller stops early, the decoder first, so that no thread outlives the loop.
+        ahead = read_ahead(requests, self.settings.prefetch, self.device)
+        with closing(ahead), closing(decoder(ahead)) as decoded:
             for request, images_BCHW in decoded:
                 extra = {name: self._send(column) for name, column in request.extra.items()}
                 yield Batch(images_BCHW, self._send(request.labels_B), self._send(request.ids_B), extra)
@@ -120,33 +122,36 @@ def create_loader(
 ) -> Loader:
     """Open the shards and return the loader of ``rank``; ``batch`` is the global batch.
 
-    ``manifest`` is the shards', where it was read already. ``columns(view)`` is called on the reading
-    thread; its arrays' rows travel to the device as ``Batch.extra``. Raises FileNotFoundError or
-    ValueError, one line, where the shards are not whole or do not fit the recipe.
+    ``manifest`` is that of the shards, if it was read already. ``columns(view)`` is called on the reading thread; rows
+    of its arrays become ``Batch.extra`` on the device. Raises FileNotFoundError or ValueError, one line, if the shards
+    are incomplete or do not fit the recipe.
     """
     if "train" in splits and batch % (world * accumulation):
         raise ValueError(
-            f"batch: {batch} does not divide by {world} ranks × accumulation: {accumulation}; "
+            f"batch: {batch} is not divisible by {world} ranks × accumulation: {accumulation}; "
             f"make it a multiple of {world * accumulation}"
         )
     readers = {split: _open(config, split, manifest) for split in splits}
     if "train" in readers and len(readers["train"].samples) < batch:
         raise ValueError(
-            f"data.path: {config.path} has {len(readers['train'].samples)} training samples, less than one global "
-            f"batch: {batch}; lower batch or prepare more"
+            f"data.path: {config.path} has {len(readers['train'].samples)} training samples, fewer than one global "
+            f"batch: {batch}; lower batch or prepare more samples"
         )
     encoded, pin = config.loader == "dali", device.type == "cuda"
     plan = BatchSampler(config, readers, batch, accumulation, seed, rank, world, columns, encoded, pin)
-    pace = loader_settings(config, next(iter(readers.values())).manifest, device)
-    return Loader(plan, _create_images(plan, pace, device), pace, device)
+    settings = loader_settings(config, next(iter(readers.values())).manifest, device)
+    return Loader(plan, _create_decoders(plan, settings, device), settings, device)
 
 
 def transform_fingerprint(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
-    """Return what a training image follows from, besides its shards, its id and the view."""
-    of_crop = ("pad",) if config.crop == "pad" else ("scale", "ratio")
-    names = ("size", "crop", *of_crop, "flip", "mean", "std", "seed")
-    said = {name: getattr(config, name) for name in names}
-    return {**said, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
+    """Return the facts that determine a training image, besides its shards, its id and the view.
+
+    A cache of teacher outputs records them.
+    """
+    crop_keys = ("pad",) if config.crop == "pad" else ("scale", "ratio")
+    keys = ("size", "crop", *crop_keys, "flip", "mean", "std", "seed")
+    values = {key: getattr(config, key) for key in keys}
+    return {**values, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
 
 
 def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
@@ -158,10 +163,11 @@ def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> 
 
 
 def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
+    """Return the reader of a split, after a check of its files and of the sizes of its images."""
     folder = Path(config.path)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"data.path: no folder {folder}; prepare the shards (shards/prepare_*.py) or name theirs (data.path=FOLDER)"
+            f"data.path: no folder {folder}; prepare the shards (shards/prepare_*.py) or set data.path=FOLDER"
         )
     try:
         reader = SplitReader(folder, split, manifest)
@@ -175,6 +181,7 @@ def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
 
 
 def _check_sides(config: Config, reader: SplitReader) -> None:
+    """Raise ValueError for an image whose size differs from ``data.size``."""
     samples = reader.samples
     odd = np.flatnonzero((samples["width"] != config.size) | (samples["height"] != config.size))
     if len(odd):
@@ -187,20 +194,21 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
         )
 
 
-def _create_images(plan: BatchSampler, pace: LoaderSettings, device: torch.device) -> dict[str, Decoder]:
+def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch.device) -> dict[str, Decoder]:
+    """Return a decoder for each split."""
     config, batches = plan.config, {"train": plan.micro_batch, "val": plan.validation_batch}
     if config.loader == "synthetic":
         return {split: synthetic.SyntheticDecoder(config, batches[split], device) for split in plan.readers}
     if config.loader == "memory":
         return {split: memory.MemoryDecoder(reader, config, device) for split, reader in plan.readers.items()}
     decoder = _dali().DaliDecoder
-    return {split: decoder(reader, config, batches[split], pace, device) for split, reader in plan.readers.items()}
+    return {split: decoder(reader, config, batches[split], settings, device) for split, reader in plan.readers.items()}
 
 
 def _dali() -> ModuleType:
-    """Return the module that decodes with DALI."""
+    """Return the module ``dali``. Raises ValueError where DALI is not installed."""
     try:
-        # Not at the head of the file: it takes a second to load, and is for Linux only.
+        # Imported on first use: DALI takes a second to load, and exists for Linux only.
         from pipeline.data import dali
     except ModuleNotFoundError as error:
         raise ValueError(f"data.loader: dali needs NVIDIA DALI ({error}), which runs on Linux; try memory") from None

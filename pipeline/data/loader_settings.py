@@ -1,7 +1,7 @@
-"""How busily a rank makes images: its decoding threads, and how far ahead. No pixel depends on it.
+"""Decoding threads and prefetch depth of a rank. No pixel depends on them.
 
-What a recipe leaves open is what ``bench.py loader --tune`` found best for such images on such a machine. It is kept in
-``$XDG_CACHE_HOME/distillation-pipeline/loader.json``, by default under ``~/.cache``.
+Keys that a recipe does not set take the results of ``bench.py loader --tune`` for similar images on this machine. They
+are stored in ``$XDG_CACHE_HOME/distillation-pipeline/loader.json``, by default under ``~/.cache``.
 """
 
 from __future__ import annotations
@@ -23,37 +23,41 @@ from shards.manifest import Manifest, write_atomically
 
 
 class LoaderSettings(FrozenModel):
-    """What making images takes of a machine."""
+    """The resources with which a rank loads images."""
 
     threads: PositiveInt
-    """That decode."""
+    """Decoding threads."""
     prefetch: PositiveInt
-    """Batches that are read, and batches that are decoded, ahead of the one in use."""
+    """Batches that are read ahead, and batches that are decoded ahead, of the one in use."""
 
 
 TunedSettings = TypeAdapter(dict[str, LoaderSettings])
 
 
 def loader_settings(config: Config, manifest: Manifest, device: torch.device) -> LoaderSettings:
-    """Return the recipe's own values, in their place the remembered ones, and in theirs the default."""
+    """Return the settings of the recipe; keys it does not set are the tuned ones, or else the defaults."""
     default = LoaderSettings(threads=cores(), prefetch=2)
     if config.loader == "dali" and None in (config.threads, config.prefetch):
-        default = _kept().get(workload_key(config, manifest, device), default)
+        default = _read_tuned().get(workload_key(config, manifest, device), default)
     return LoaderSettings(threads=config.threads or default.threads, prefetch=config.prefetch or default.prefetch)
 
 
-def remember(pace: LoaderSettings, config: Config, manifest: Manifest, device: torch.device) -> Path:
-    """Keep what is best for such work on this machine, and return the file; OSError where it cannot be written."""
+def remember(settings: LoaderSettings, config: Config, manifest: Manifest, device: torch.device) -> Path:
+    """Store the best settings for this workload on this machine, and return the file.
+
+    Raises OSError where it cannot be written.
+    """
     path = tuned_path()
-    kept = {**_kept(), workload_key(config, manifest, device): pace}
+    tuned = {**_read_tuned(), workload_key(config, manifest, device): settings}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({name: each.model_dump() for name, each in kept.items()}, indent=1).encode())
+    write_atomically(path, json.dumps({key: value.model_dump() for key, value in tuned.items()}, indent=1).encode())
     return path
 
 
 def workload_key(config: Config, manifest: Manifest, device: torch.device) -> str:
-    """Return what the best pace depends on: processor, cores of a rank, kind and size of images in and out."""
+    """Return what the best settings depend on: processor, cores of a rank, type and size of images in and out."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    # The mean size is rounded to a power of two below, so that data sets of similar images share one result.
     kib = sum(shard.filesize for shard in shards) / sum(shard.nsamples for shard in shards) / 1024
     images = f"{manifest.image} of about {2 ** round(math.log2(kib))} KiB to {config.size} px"
     decoder = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
@@ -61,21 +65,23 @@ def workload_key(config: Config, manifest: Manifest, device: torch.device) -> st
 
 
 def cores() -> int:
-    """Return this rank's share of the cores that the machine's ranks may use; a task that Slurm binds has its own."""
-    mine = len(os.sched_getaffinity(0))
-    if os.environ.get("SLURM_CPUS_PER_TASK") == str(mine):
-        return mine
-    return max(1, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return the number of cores of this rank: its share of the cores that its machine's ranks may use."""
+    allowed = len(os.sched_getaffinity(0))
+    # Slurm can bind each task to cores of its own. The ranks do not share them.
+    if os.environ.get("SLURM_CPUS_PER_TASK") == str(allowed):
+        return allowed
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def tuned_path() -> Path:
-    """Return the file in which paces are kept."""
-    # Not Path.home(), which raises where a user has none.
+    """Return the file in which tuned settings are stored."""
+    # Not Path.home(), which raises for a user without a home folder.
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "distillation-pipeline" / "loader.json"
 
 
-def _kept() -> dict[str, LoaderSettings]:
+def _read_tuned() -> dict[str, LoaderSettings]:
+    """Return the stored settings by workload; none if the file is missing or unreadable."""
     path = tuned_path()
     try:
         return TunedSettings.validate_json(path.read_bytes())
@@ -83,8 +89,8 @@ def _kept() -> dict[str, LoaderSettings]:
         return {}
     except (OSError, ValidationError) as error:
         if collectives.is_main():
-            told = error.strerror if isinstance(error, OSError) else "it is damaged, or another version's"
-            print(f"note: {path} is passed over ({told}); bench.py loader --tune writes it anew")
+            reason = error.strerror if isinstance(error, OSError) else "it is damaged, or of another version"
+            print(f"note: {path} is ignored ({reason}); bench.py loader --tune writes it again")
         return {}
 
 

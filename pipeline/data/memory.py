@@ -1,4 +1,6 @@
-"""Small sets kept decoded on the device: padded, cropped and mirrored there, under the same laws and in the same order.
+"""A decoder that keeps a small data set decoded on the device, and pads, crops and mirrors there.
+
+The augmentation and the order of samples are those of the other decoders.
 
 Shape suffixes: B rows of a request, N samples of a split, H W C as stored, P pixels of all padded images.
 """
@@ -25,12 +27,13 @@ _ROWS_AT_ONCE = 1024
 
 
 def memory_fingerprint(kind: str) -> dict[str, str]:
-    """Return what a sample's pixels follow from, besides its geometry; a PNG has only one decoding."""
+    """Return the facts that determine a sample's pixels, besides its geometry. ``kind`` is the image format."""
+    # PNG is lossless, so every decoder gives the same pixels. JPEG decoders round differently from one another.
     return {"backend": "memory"} if kind == "png" else {"backend": "memory", "pillow": PIL.__version__}
 
 
 class MemoryDecoder:
-    """One split as bytes on the device, with ``config.pad`` zeros around every image.
+    """A decoder of one split that holds its pixels on the device, each image padded by ``config.pad`` zeros.
 
     Raises ValueError, one line, for an image that cannot be decoded.
     """
@@ -39,6 +42,7 @@ class MemoryDecoder:
         self._config = config
         self._device = device
         images_NHWC = torch.from_numpy(decode_split(reader, config.size)).to(device)
+        # F.pad counts from the last dimension: no padding of C, ``pad`` on both sides of W and of H.
         self._pixels_PC = F.pad(images_NHWC, (0, 0, *[config.pad] * 4)).flatten(0, 2)
         self._mean_C, self._std_C = (255 * torch.tensor(values, device=device) for values in (config.mean, config.std))
 
@@ -53,22 +57,25 @@ class MemoryDecoder:
         """Gather the crops, mirrored where the request says so, as uint8 [B, H, W, C]."""
         size, pad = self._config.size, self._config.pad
         geometry = request.geometry
-        place_B4 = np.column_stack([request.rows_B, geometry.crops_B2 + pad, geometry.flips_B])
-        host_B4 = torch.from_numpy(place_B4)
-        if self._device.type == "cuda":  # or the copy would wait for all that the GPU has yet to do
+        crops_B4 = np.column_stack([request.rows_B, geometry.crops_B2 + pad, geometry.flips_B])
+        host_B4 = torch.from_numpy(crops_B4)
+        if self._device.type == "cuda":  # a copy from unpinned memory would wait for all queued work of the GPU
             host_B4 = host_B4.pin_memory()
         rows_B, tops_B, lefts_B, flips_B = host_B4.to(self._device, non_blocking=True).unbind(1)
         along = torch.arange(size, device=self._device)
         down_BH = tops_B[:, None] + along
         across_BW = lefts_B[:, None] + torch.where(flips_B[:, None] == 1, along.flip(0), along)
-        # One number a pixel: a third of the time that indexing by image, row and column takes.
+        # One flat index per pixel takes a third of the time of indexing by image, row and column.
         lines_BH = rows_B[:, None] * (size + 2 * pad) + down_BH
         numbers_BHW = lines_BH[:, :, None] * (size + 2 * pad) + across_BW[:, None, :]
         return self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
 
 
 def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:
-    """Return all images of a split in storage order, [N, H, W, C]. Raises ValueError for one that is broken."""
+    """Return all images of a split in storage order, [N, H, W, C].
+
+    Raises ValueError, one line, for an image that cannot be decoded.
+    """
     images_NHWC = np.empty((len(reader.samples), size, size, 3), np.uint8)
 
     def decode_from(start: int) -> None:
@@ -83,6 +90,7 @@ def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:
                     f"shards/verify.py {reader.folder} lists what is wrong"
                 ) from error
 
+    # Threads suffice: Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode_from, range(0, len(images_NHWC), _ROWS_AT_ONCE)))
     return images_NHWC

@@ -1,6 +1,6 @@
-"""DALI's own reader of WebDataset shards, to compare ours with.
+"""DALI's own reader of WebDataset shards, as a baseline for benchmarks.
 
-Nothing is trained with it: what it reads next depends on the number of ranks and on all that it has read before.
+It is never used for training: its order depends on the number of ranks and on all that it has read before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pipeline.data.requests import BatchSampler
 from shards.read import SplitReader
 
 _SHUFFLED = 1024
-"""Samples in the reader's buffer, out of which it draws."""
+"""Samples in the reader's shuffle buffer, from which it draws."""
 
 
-def native_decoder(plan: BatchSampler, pace: LoaderSettings, device: torch.device) -> Generator[Tensor, None, None]:
-    """Yield training images [B, H, W, C] or [B, C, H, W] in micro-batches for ever, cropped and mirrored at random."""
+def native_decoder(plan: BatchSampler, settings: LoaderSettings, device: torch.device) -> Generator[Tensor, None, None]:
+    """Yield micro-batches of training images without end, [B, H, W, C] or [B, C, H, W], randomly cropped and mirrored."""
     config, reader = plan.config, plan.readers["train"]
-    pipeline = new_pipeline(plan.micro_batch, pace, device)
+    pipeline = new_pipeline(plan.micro_batch, settings, device)
     with pipeline:
         encoded = _read(reader, plan)
         if config.crop == "pad":
@@ -52,12 +52,13 @@ def _read(reader: SplitReader, plan: BatchSampler):
 def _random_resized(encoded, config: Config, device: torch.device):
     drawn = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
     resized = {"size": [config.size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
-    if device.type == "cuda":  # which is given whole images to decode, as in ``dali.py``
+    if device.type == "cuda":  # decode whole images, for the same reason as in ``dali.py``
         return fn.random_resized_crop(fn.decoders.image(encoded, **decoding(config, device)), **drawn, **resized)
     return fn.resize(fn.decoders.image_random_crop(encoded, **drawn, **decoding(config, device)), **resized)
 
 
 def _pad_cropped(images, config: Config):
+    # ``values`` draws from a list of whole numbers, each with the same probability, so that the cast rounds nothing.
     offsets = range(-config.pad, config.pad + 1)
     start = fn.cast(fn.random.uniform(values=[float(offset) for offset in offsets], shape=(2,)), dtype=types.INT32)
     return fn.slice(images, start=start, shape=(config.size,) * 2, axes=(0, 1), out_of_bounds_policy="pad")

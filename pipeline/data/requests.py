@@ -1,6 +1,6 @@
-"""From the order of an epoch to requests: which samples a micro-batch holds and what becomes of each image.
+"""Sample requests: the samples of each micro-batch, and the geometry of each image.
 
-Everything that decides *what* a batch is stands here; a loader only turns requests into pixels.
+This module decides *what* a batch contains; a decoder only turns requests into pixels.
 
 Shape suffixes: B rows of a micro-batch. Boxes are (top, left, height, width) in pixels.
 """
@@ -24,47 +24,50 @@ from pipeline.data.config import Config
 from shards.read import SplitReader
 
 Columns = Callable[[int], Mapping[str, NDArray]]
-"""``columns(view)``: further arrays by name, with a row for every id; they may be memory-mapped."""
+"""A function ``columns(view)`` that returns more arrays by name, with one row per id. They may be memory-mapped."""
 
 
-# A distant file system answers several reads in the time of one.
+# A remote file system answers several reads in the time of one.
 _READS_AT_ONCE = 8
 _PAGE = mmap.PAGESIZE
-_LONGEST = 16
-"""Times the short side: so much of an image's long side is looked at for its central crop."""
+_MAX_ASPECT = 16
+"""Largest part of an image's long side that validation decodes, in multiples of the short side."""
 
 
 class Geometry(NamedTuple):
-    """What becomes of each image: cut the box out, resize it, take the crop (zeros outside the image), mirror it."""
+    """The steps for each image: cut out the box, resize it, take the crop (zeros outside the image), mirror it."""
 
     boxes_B4: NDArray[np.int64]
+    """(top, left, height, width) of the box in the stored image."""
     resized_B2: NDArray[np.int64]
     """(height, width) of the box after resizing."""
     crops_B2: NDArray[np.int64]
     """(top, left) of the ``size`` × ``size`` crop in the resized box."""
     flips_B: NDArray[np.bool_]
+    """Mask of the images that are mirrored left to right."""
 
 
 class SampleRequest(NamedTuple):
-    """A micro-batch of one rank, but for its pixels. The tensors are on the host, pinned where they go to a GPU."""
+    """A micro-batch of one rank before decoding. Its tensors are on the host, pinned if they go to a GPU."""
 
     rows_B: NDArray[np.int64]
-    """Places in the split's sample table."""
+    """Row numbers in the split's sample table."""
     geometry: Geometry
     encoded: list[NDArray[np.uint8]]
     """The encoded images, in memory; empty for a loader that does not decode."""
     ids_B: Tensor
     labels_B: Tensor
     extra: dict[str, Tensor]
+    """Rows of ``columns`` by name, such as the outputs of a cached teacher."""
 
 
 def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry:
-    """Return the random geometry of rows of a sample table at one look."""
+    """Return the random geometry of rows of a sample table for one view."""
     ids, widths, heights = samples_B["id"], samples_B["width"], samples_B["height"]
     flips = augment.flips(ids, view, seed=config.seed, probability=config.flip)
     if config.crop == "pad":
         offsets = augment.pad_crop(ids, view, seed=config.seed, pad=config.pad)
-        boxes = _whole(widths, heights)
+        boxes = _full_boxes(widths, heights)
         return Geometry(boxes, boxes[:, 2:], offsets - config.pad, flips)
     boxes = augment.random_resized_crop(
         ids, view, widths, heights, seed=config.seed, scale=config.scale, ratio=config.ratio
@@ -75,36 +78,38 @@ def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry
 def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
     """Return the geometry of validation for rows of a sample table.
 
-    Of an image that is very long and thin only the middle is taken: the crop sees no more of it, and all of it would be
-    gigabytes when its short side is resized.
+    Only the middle of a very long and thin image is decoded. The centre crop uses no more of it, and the whole image
+    would take gigabytes once its short side is resized.
     """
-    boxes = _middle(samples_B["width"], samples_B["height"])
+    boxes = _middle_boxes(samples_B["width"], samples_B["height"])
     resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or config.size, config.size)
     return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
 
 
-def _middle(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
-    boxes_B4 = _whole(widths_B, heights_B)
+def _middle_boxes(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
+    """Return the boxes [B, 4] of the images' middles, their long side about ``_MAX_ASPECT`` short sides or less."""
+    boxes_B4 = _full_boxes(widths_B, heights_B)
     sides_B2 = boxes_B4[:, 2:]
-    limits_B1 = _LONGEST * sides_B2.min(axis=1, keepdims=True)
-    # As odd or even as the image's own side, so that the middle stays where it is.
+    limits_B1 = _MAX_ASPECT * sides_B2.min(axis=1, keepdims=True)
+    # The cut side keeps the parity of the image's side, so that its centre is not shifted by half a pixel.
     kept_B2 = np.where(sides_B2 > limits_B1, limits_B1 + (sides_B2 - limits_B1) % 2, sides_B2)
     return np.concatenate([(sides_B2 - kept_B2) // 2, kept_B2], axis=1)
 
 
-def _whole(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
+def _full_boxes(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
+    """Return the boxes [B, 4] of entire images."""
     zeros_B = np.zeros_like(widths_B)
     return np.stack([zeros_B, zeros_B, heights_B, widths_B], axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Which rows this rank takes of which global batch, and in how many micro-batches."""
+    """The sampler of one rank: its rows of each global batch, in micro-batches."""
 
     config: Config
     readers: dict[str, SplitReader]
     batch: int
-    """Size of the global batch; the world size times the accumulation divides it."""
+    """Size of the global batch, a multiple of world size × accumulation."""
     accumulation: int
     seed: int
     rank: int
@@ -117,17 +122,17 @@ class BatchSampler:
 
     @property
     def micro_batch(self) -> int:
-        """Rows of a training request."""
+        """Return the number of rows of a training request."""
         return rows_per_rank(self.batch, self.world, self.accumulation)
 
     @property
     def validation_batch(self) -> int:
-        """Rows of a validation request; the last may have fewer."""
+        """Return the number of rows of a validation request; the last may have fewer."""
         return self.config.validation_batch or self.micro_batch
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch."""
+        """Return the number of complete global batches in an epoch."""
         return len(self.readers["train"].samples) // self.batch
 
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
@@ -149,12 +154,12 @@ class BatchSampler:
                 yield self._training_request(rows, view, pool)
 
     def validation(self) -> Generator[SampleRequest, None, None]:
-        """Yield this rank's share of the validation split in storage order, as many requests on every rank.
+        """Yield this rank's share of the validation split in storage order, equally many requests on every rank.
 
-        Where the split does not divide, a rank ends in a padded row: its id and its label are −1.
+        If the split is not divisible by the ranks, some ranks end with a padded row, whose id and label are −1.
         """
         count = len(self.readers["val"].samples)
-        share = -(-count // self.world)
+        share = -(-count // self.world)  # rounded up
         rows = np.arange(share) * self.world + self.rank
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
             for first in range(0, share, self.validation_batch):
@@ -172,6 +177,7 @@ class BatchSampler:
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
+        # A padded row decodes the last image once more; its id and label of −1 exclude it from every count.
         real = rows < count
         rows = np.minimum(rows, count - 1)
         samples = self.readers["val"].samples[rows]
@@ -188,6 +194,7 @@ class BatchSampler:
         if not self.encoded:
             return []
         views = self.readers[split].bytes(rows)
+        # ``list`` waits for the threads and raises their exceptions.
         list(pool.map(_read_into_memory, [views[start::_READS_AT_ONCE] for start in range(_READS_AT_ONCE)]))
         return views
 
@@ -195,17 +202,18 @@ class BatchSampler:
         if self.columns is None:
             return {}
         columns = self.columns(view)
-        if beyond := [name for name, column in columns.items() if len(column) <= ids.max()]:
-            raise ValueError(f"{beyond[0]} has {len(columns[beyond[0]])} rows, and id {ids.max()} is asked for")
+        if short := [name for name, column in columns.items() if len(column) <= ids.max()]:
+            raise ValueError(f"{short[0]} has {len(columns[short[0]])} rows, but id {ids.max()} is requested")
         extra = {name: self._empty(len(ids), column) for name, column in columns.items()}
 
         def take(part: slice) -> None:
             for name, column in columns.items():
-                # Straight to where they belong: the default mode, which looks at every id, copies twice.
+                # mode="clip" writes directly into ``out``; the default mode="raise" copies through a buffer.
+                # The ids were checked above, so that nothing is clipped.
                 column.take(ids[part], axis=0, out=extra[name].numpy()[part], mode="clip")
 
-        each = -(-len(ids) // _READS_AT_ONCE)
-        list(pool.map(take, [slice(start, start + each) for start in range(0, len(ids), each)]))
+        size = -(-len(ids) // _READS_AT_ONCE)
+        list(pool.map(take, [slice(start, start + size) for start in range(0, len(ids), size)]))
         return extra
 
     def _host(self, array: NDArray) -> Tensor:
@@ -215,19 +223,20 @@ class BatchSampler:
         return tensor
 
     def _empty(self, rows: int, like: NDArray) -> Tensor:
-        """Return a host tensor for as many rows like those of an array."""
+        """Return an uninitialised host tensor with ``rows`` rows of the shape and dtype of an array's rows."""
         dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
         return torch.empty((rows, *like.shape[1:]), dtype=dtype, pin_memory=self.pin)
 
 
 def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:
-    # A byte of every page, so that page faults happen here. ``take`` lets the training thread run meanwhile, however
-    # few the bytes are; a maximum of so few would not, and one of all of them is slow.
+    """Read memory-mapped files into memory."""
+    # Touch one byte of every page, so that page faults happen on this thread. ``take`` releases the GIL meanwhile.
+    # ``max`` would keep the GIL for so few bytes, and be slow for all of them.
     for view in filter(len, views):
         view.take(np.arange(0, len(view) + _PAGE - 1, _PAGE), mode="clip")
 
 
 def describe_sample(reader: SplitReader, row: int) -> str:
-    """Return where a sample lies, for an error: ``sample 42 in …/train-000000.tar``."""
+    """Return a sample's id and file for an error message: ``sample 42 in …/train-000000.tar``."""
     sample = reader.samples[row]
     return f"sample {sample['id']} in {reader.folder / reader.split.shards[sample['shard']].url}"

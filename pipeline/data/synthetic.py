@@ -1,6 +1,6 @@
-"""Noise in the place of images, drawn once on the device: what a step takes when it waits for no input.
+"""A decoder that returns noise instead of images, to measure a step that never waits for input.
 
-Ids, labels and order are those of the shards' tables; no tar is opened.
+The noise is drawn once, on the device. Ids, labels and order come from the shards' tables; no tar is opened.
 
 Shape suffixes: B rows of a request, C channels, H W space.
 """
@@ -17,12 +17,12 @@ from pipeline.data.requests import SampleRequest
 
 
 def synthetic_fingerprint() -> dict[str, str]:
-    """Return what the pixels follow from: a teacher's answers to noise are no other loader's."""
+    """Return the fingerprint of noise: a cache that was made on noise must not be used with images."""
     return {"backend": "synthetic"}
 
 
 class SyntheticDecoder:
-    """The same images for every request, of which ``batch`` is the largest number in one."""
+    """A decoder that gives the same noise to every request. ``batch`` is the largest number of rows in a request."""
 
     def __init__(self, config: Config, batch: int, device: torch.device) -> None:
         draws = torch.Generator(device).manual_seed(config.seed)
@@ -31,6 +31,6 @@ class SyntheticDecoder:
         self._images_BCHW = images_BCHW if config.channels_last else images_BCHW.contiguous()
 
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
-        """Yield each request with as many images [B, C, H, W] in float32."""
+        """Yield each request with one image per row, [B, C, H, W] in float32."""
         for request in requests:
             yield request, self._images_BCHW[: len(request.rows_B)]

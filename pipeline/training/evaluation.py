@@ -64,7 +64,7 @@ def check_teacher_accuracy(config: Config | None, teacher: AnyTeacher | None, lo
     expected = config.expect_top1 if config else None
     if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
         return
-    if not loader.validates:
+    if not loader.has_validation:
         folder = loader.plan.config.path
         raise RecipeError(f"teacher.expect_top1: {folder} has no validation images to measure the teacher on")
     measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1

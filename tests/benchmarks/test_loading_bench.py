@@ -61,7 +61,7 @@ def test_the_native_reader_does_the_same_work(small_shards: Path, keys: dict):
     """Where nothing is left to chance, its images are ours; only their order is not."""
     loader = open_loader(config_of(small_shards, flip=0.0, **keys), batch=10)
     ours = join(loader.stream(Progress(4), 3)).images_BCHW
-    with closing(native_decoder(loader.plan, loader.pace, CPU)) as batches:
+    with closing(native_decoder(loader.plan, loader.settings, CPU)) as batches:
         theirs = torch.cat(list(islice(batches, 5))).permute(0, 3, 1, 2)
     nearest = (theirs[:, None] - ours).abs().flatten(2).amax(2).min(1)
     assert nearest.values.max() == 0
@@ -78,14 +78,16 @@ def test_the_best_is_remembered_and_the_next_loader_takes_it(
     assert [each.name for each in measured] == [line.partition("  ")[0] for line in rates]
     assert measured[-3].name == "prefetch 1"
     assert str(tuned_path()) in conclusion
-    pace = build_loader(found.recipe, found.manifest, CPU, ("train",)).pace
+    pace = build_loader(found.recipe, found.manifest, CPU, ("train",)).settings
     assert f"data.threads={pace.threads} data.prefetch={pace.prefetch} for" in conclusion
     tuned_path().write_text(tuned_path().read_text().replace(f'"prefetch": {pace.prefetch}', '"prefetch": 7'))
-    assert build_loader(found.recipe, found.manifest, CPU, ("train",)).pace == LoaderSettings(
+    assert build_loader(found.recipe, found.manifest, CPU, ("train",)).settings == LoaderSettings(
         threads=pace.threads, prefetch=7
     )
     own = loaded(photo_shards, "data.prefetch=5").recipe
-    assert build_loader(own, found.manifest, CPU, ("train",)).pace == LoaderSettings(threads=pace.threads, prefetch=5)
+    assert build_loader(own, found.manifest, CPU, ("train",)).settings == LoaderSettings(
+        threads=pace.threads, prefetch=5
+    )
 
 
 def test_what_cannot_be_remembered_is_told(
@@ -94,7 +96,7 @@ def test_what_cannot_be_remembered_is_told(
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     best = loaded(photo_shards).recipe.data.model_copy(update={"threads": 3, "prefetch": 4, "hw_decoder_load": 0.9})
     tune._save_best(loaded(photo_shards).recipe.data, best, read_manifest(photo_shards), CPU)
-    note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "passed over" not in line)
+    note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "is ignored" not in line)
     assert note.startswith("note: /dev/null/distillation-pipeline/loader.json cannot be written")
     assert note.endswith("give data.threads=3 data.prefetch=4")
     assert by_hand.startswith("data.hw_decoder_load=0.9 is best; give it yourself")

@@ -47,7 +47,7 @@ def test_a_shard_that_is_shorter_than_the_manifest_says(run_train: Train, shards
 
 
 def test_a_batch_that_the_accumulation_does_not_divide(run_train: Train):
-    assert "ce.yaml: batch: 12 does not divide by" in refused(run_train, "ce.yaml", "accumulation=5")
+    assert "ce.yaml: batch: 12 is not divisible by" in refused(run_train, "ce.yaml", "accumulation=5")
 
 
 def test_a_folder_that_holds_another_recipes_run(run_train: Train):

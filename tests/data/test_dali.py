@@ -158,7 +158,7 @@ def test_a_second_stream_ends_the_first(drawn: Path) -> None:
     next(first)
     second = loader.stream(Progress(6), 2)
     next(second)
-    with pytest.raises(RuntimeError, match="one at a time"):
+    with pytest.raises(RuntimeError, match="one stream at a time"):
         next(first)
     assert len(list(second)) == 11
 

@@ -32,7 +32,7 @@ def remembered_for(config: Config) -> None:
 
 
 def pace_in(config: Config, **keys: object) -> LoaderSettings:
-    return open_loader(config.model_copy(update=keys)).pace
+    return open_loader(config.model_copy(update=keys)).settings
 
 
 def test_what_was_found_is_taken_and_what_the_recipe_says_itself_wins(config: Config):
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_such_thing_is_passed_over_with_a_line(
     path.write_text(content) if content is not None else path.mkdir()
     assert pace_in(config) == DEFAULT
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"note: {path} is passed over")
+    assert line.startswith(f"note: {path} is ignored")
     assert pace_in(config, threads=1, prefetch=1) == LoaderSettings(threads=1, prefetch=1)
     assert capsys.readouterr().out == ""  # it was not asked
 
@@ -92,7 +92,7 @@ def check_pixels(config: Config, device: torch.device) -> None:
     def everything(**keys: object) -> tuple[LoaderSettings, list]:
         loader = open_loader(config.model_copy(update=keys), batch=6, device=device)
         batch = join(loader.stream(Progress(loader.steps_per_epoch), 2))
-        return loader.pace, list(batch[:3])
+        return loader.settings, list(batch[:3])
 
     paced = [everything(), everything(threads=1, prefetch=1)]
     remember(FOUND, config, read_manifest(Path(config.path)), device)
