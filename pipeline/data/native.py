@@ -21,7 +21,7 @@ _SHUFFLED = 1024
 
 
 def native_decoder(plan: BatchSampler, settings: LoaderSettings, device: torch.device) -> Generator[Tensor, None, None]:
-    """Yield micro-batches of training images without end, [B, H, W, C] or [B, C, H, W], randomly cropped and mirrored."""
+    """Yield micro-batches of training images without end, [B, H, W, C] or [B, C, H, W], with random crops and flips."""
     config, reader = plan.config, plan.readers["train"]
     pipeline = new_pipeline(plan.micro_batch, settings, device)
     with pipeline:

@@ -195,7 +195,7 @@ def _find_cache(recipe: Recipe, config: TeacherConfig, folder: str) -> Finding:
         cache = Cache(Path(folder))
         missing = set(cache.missing(recipe.taps.teacher).values())
         available = {LOGITS, *cache.kinds(recipe.taps.teacher).values()} - missing
-        cache.whole(available, views_read(recipe, cache))
+        cache.complete_views(available, views_read(recipe, cache))
     except (OSError, ValueError) as error:
         return fail(str(error), advice)
     if missing and not config.uses_live_model:

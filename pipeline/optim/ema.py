@@ -13,15 +13,17 @@ from pipeline.frozen_model import FrozenModel
 
 
 class Config(FrozenModel):
-    """The recipe's ``ema``."""
+    """The recipe's ``ema`` section."""
 
     decay: float = Field(gt=0, lt=1)
+    """Share of the old average that a step keeps."""
 
 
 class EMA:
-    """Averages of a network's weights: average ← decay · average + (1 − decay) · weight. Buffers stay its own.
+    """The moving averages of a network's weights: average ← decay · average + (1 − decay) · weight.
 
-    They are kept in the tensors ``into``, by parameter name, or in copies of the network's weights.
+    Buffers are not averaged. The averages are stored in the tensors ``into``, by parameter name. The default is copies
+    of the network's weights.
     """
 
     def __init__(self, config: Config, network: nn.Module, into: dict[str, Tensor] | None = None) -> None:
@@ -31,23 +33,25 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the network by one step."""
+        """Update the averages after an optimizer step of the network."""
         weights = [parameter.detach() for parameter in self.network.parameters()]
         averages = list(self.averages.values())
+        # One call for all tensors: on a GPU, a kernel launch per parameter would cost more than the arithmetic.
         torch._foreach_lerp_(averages, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averages into the network for a while."""
-        own = [parameter.detach().clone() for parameter in self.network.parameters()]
+        """Replace the network's weights by the averages inside the context."""
+        weights = [parameter.detach().clone() for parameter in self.network.parameters()]
         self._write(list(self.averages.values()))
         try:
             yield
         finally:
-            self._write(own)
+            self._write(weights)
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
+        """Copy ``values`` into the network's parameters."""
         for parameter, value in zip(self.network.parameters(), values, strict=True):
             parameter.copy_(value)
 

@@ -1,4 +1,4 @@
-"""A non-finite update never reaches the weights, and ends the run with the loss part and the step that caused it."""
+"""A guard that skips non-finite updates and ends the run with an error that names the loss part and the step."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 
 GRADIENT = "the gradient"
 SMALLEST_SCALE = 2.0**-20
-"""A GradScaler's scale that no overflow of scaled gradients explains."""
+"""Scale of a GradScaler below which the scaling cannot be the cause of an overflow any more."""
 
 
 class NonFiniteError(ValueError):
-    """A loss part or a gradient stopped being finite; the message names it and the step."""
+    """The error of a loss part or gradient that became NaN or inf. The message names it and the step."""
 
 
 class FiniteGuard:
-    """Watches loss parts and gradients on the device, without a wait of the host.
+    """A guard that checks loss parts and gradients for NaN and inf on the device, so that the host never waits.
 
-    ``first_step_P`` is sticky: the first step at which each part was not finite. The host reads it, agreed over all
-    ranks, where it waits anyway (when it logs and before it saves). P loss parts; the last entry is the gradient.
+    ``first_step_P`` is the first step at which each part was not finite; it never returns to ``NEVER``. The host reads
+    its minimum over all ranks when it waits anyway: before it logs and before it saves. P loss parts; the last entry is
+    the gradient.
     """
 
+    # An integer above every step, so that the minimum over steps and ranks is the first step.
     NEVER = 2**62
 
     def __init__(self, device: torch.device) -> None:
@@ -36,60 +38,68 @@ class FiniteGuard:
         self.names: list[str] = []
         self.scaler: torch.amp.GradScaler | None = None
         self.half_answers: Mapping[tuple[str, str], Tensor] = {}
-        """What the teacher's networks that compute in float16 answered last, by key and name (``half_answers``).
+        """The last float16 outputs of the teacher's networks, by (recipe key, name); see ``half_answers``.
 
-        Looked at only to say what was not finite.
+        Only an error message reads them.
         """
         self.first_step_P = torch.empty(0, dtype=torch.int64, device=device)
 
     def watch(self, losses: dict[str, Tensor], step: int | Tensor) -> None:
-        """Note which of the named ``losses`` of ``step`` (counted from 1) are not finite."""
+        """Record which of the named ``losses`` of ``step`` (counted from 1) are not finite."""
         if not self.names:
             self.names = [*losses, GRADIENT]
             self.first_step_P = torch.full((len(self.names),), self.NEVER, dtype=torch.int64, device=self.device)
         finite = torch.isfinite(torch.stack([value.detach().float() for value in losses.values()]))
-        self._note(self.first_step_P[:-1], finite, step)
+        self._record(self.first_step_P[:-1], finite, step)
 
     def skip_step_if_nonfinite(
         self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int | Tensor
     ) -> None:
-        """Make the fused ``optimizer`` leave weights and momentum alone in ``step`` if its gradients are not finite.
+        """Make the fused ``optimizer`` skip ``step``, weights and momentum, if its gradients are not finite.
 
-        The gradients have been averaged over the ranks, and a non-finite total makes them non-finite (``poisoned``), so
-        every rank decides alike. Under a GradScaler it is the scaler that skips, and an overflow of scaled gradients is
-        no error. DeepSpeed, which has stepped by now, has skipped by the same norm, and does not read the flag.
+        The gradients are averaged over the ranks by now, and a non-finite total has made them NaN
+        (``propagate_nonfinite``). So every rank decides alike. With a GradScaler, the scaler skips the step, and an
+        overflow of scaled gradients is no error. DeepSpeed has made its step already, or skipped it by the same norm,
+        and does not read the flag.
         """
         if optimizer.scaler is not None:
             self.scaler = optimizer.scaler
             return
         finite = torch.isfinite(gradient_norm.detach()).reshape(1)
-        self._note(self.first_step_P[-1:], finite, step)
+        self._record(self.first_step_P[-1:], finite, step)
+        # The attribute that GradScaler sets: a fused step reads it on the device, and does nothing where it is 1. An
+        # ``if`` on the host would wait for the GPU at every step, and could not be captured in a CUDA graph.
         optimizer.optimizer.found_inf = (~finite[0]).float()  # type: ignore[attr-defined]
 
     def _advice(self) -> str:
-        """Return what to do; it depends on whether it is the teacher that is not finite, or may be."""
-        advice = "lower schedule.rate, or precision: fp32"
+        """Return what the user can do, which depends on whether the teacher's outputs are not finite, or may be."""
+        advice = "lower schedule.rate, or set precision: fp32"
         for (key, name), value in self.half_answers.items():
             if not value.isfinite().all():
-                return f"the teacher's own {name} are not finite in float16; give {key}.dtype: bf16, or fp32"
+                return f"the teacher's own {name} are not finite in float16; set {key}.dtype: bf16, or fp32"
         keys = dict.fromkeys(f"{key}.dtype: bf16" for key, _ in self.half_answers)
         return f"{advice}; or {', '.join(keys)}, if the teacher overflows float16" if keys else advice
 
-    def _note(self, first_step: Tensor, finite: Tensor, step: int | Tensor) -> None:
+    def _record(self, first_step: Tensor, finite: Tensor, step: int | Tensor) -> None:
+        # In place and without a branch on the host: a captured CUDA graph repeats it for every step.
         torch.minimum(first_step, torch.where(finite, self.NEVER, step), out=first_step)
 
     def check(self) -> None:
-        """Raise NonFiniteError if anything so far, on any rank, was not finite. Every rank calls it at one step."""
+        """Raise NonFiniteError if anything so far, on any rank, was not finite.
+
+        All ranks must call it at the same step, because it is a collective.
+        """
         first_steps = collectives.all_reduce_min(self.first_step_P).tolist()
         step = min(first_steps, default=self.NEVER)
         if step < self.NEVER:
             # Parts come before the total and the gradient in the dict, so the first of the earliest step is the cause.
             name = self.names[first_steps.index(step)]
-            raise NonFiniteError(f"{name} is not finite at step {step}, which touched no weight; {self._advice()}")
+            raise NonFiniteError(f"{name} became NaN or inf at step {step}; the update was skipped; {self._advice()}")
         if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise NonFiniteError(f"{GRADIENT} was not finite for many steps on end, all skipped; use precision: bf16")
+            raise NonFiniteError(f"{GRADIENT} was NaN or inf for many steps in a row, all skipped; use precision: bf16")
 
 
 def propagate_nonfinite(total: Tensor) -> Tensor:
-    """Return ``total`` with a gradient of NaN where it is not finite itself, so that averaging tells every rank."""
+    """Return ``total``; if it is not finite, its gradient becomes NaN."""
+    # The all-reduce then makes the gradients NaN on every rank, so that all ranks skip the same step.
     return total * torch.where(torch.isfinite(total), 1.0, torch.nan).detach()

@@ -13,11 +13,12 @@ from pipeline.teachers.frozen import Teacher
 
 
 class EMATeacher(Teacher):
-    """The moving average of the student's weights: mean teacher, Tarvainen and Valpola, NeurIPS 2017, arXiv:1703.01780.
+    """A teacher that is the moving average of the student's weights ("mean teacher").
 
-    It answers in evaluation mode, with the student's BatchNorm statistics, which under DDP are the ranks' mean: every
-    rank has the same teacher. Weights are float32 and the forward runs under ``autocast``: of the precisions bf16
-    rather than fp16, because the first statistics fit no network yet, and deep ones answer with more than 65504.
+    It runs in evaluation mode, with the student's BatchNorm statistics. Under DDP these are averaged over the ranks, so
+    that every rank has the same teacher. Weights are float32, and the forward runs under ``autocast``. Its half
+    precision is bf16 and not fp16: early statistics do not fit the network yet, and the outputs of deep networks then
+    exceed 65504. Source: Tarvainen and Valpola, NeurIPS 2017, arXiv:1703.01780.
     """
 
     def __init__(
@@ -27,18 +28,20 @@ class EMATeacher(Teacher):
             taps, batch=batch, image_size=0, dtype=torch.float32, device=device, fold=False, autocast=autocast
         )
         self.average = average
-        self.norms = {}  # They move, and what a loss takes from them it takes once.
+        # Losses read these parameters once, when they are built; those of a moving average would soon be outdated.
+        self.norms = {}
 
     def follow(self, student: nn.Module) -> None:
-        """Begin as that plain network is, and follow it from now on."""
+        """Copy the weights of ``student``, a plain network without wrappers, and average over them from now on."""
         network = self.taps.model
         network.load_state_dict(student.state_dict())
         self.ema = EMA(self.average, student, into=dict(network.named_parameters()))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the student by one step; every rank calls it."""
+        """Update the averages after an optimizer step. Every rank must call it, because buffers are averaged."""
         self.ema.update()
         with collectives.average_buffers(self.ema.network):
-            for own, students in zip(self.taps.model.buffers(), self.ema.network.buffers(), strict=True):
-                own.copy_(students)
+            # Buffers are copied, not averaged over time: BatchNorm statistics are moving averages themselves.
+            for buffer, student_buffer in zip(self.taps.model.buffers(), self.ema.network.buffers(), strict=True):
+                buffer.copy_(student_buffer)

@@ -10,34 +10,36 @@ from pydantic import Field, PositiveInt, model_validator
 from pipeline.frozen_model import FrozenModel
 from pipeline.optim.ema import Config as Averaging
 
-_Triple = tuple[float, float, float]
+RGBTriple = tuple[float, float, float]
+"""One value each for red, green and blue."""
 
 
 class TeacherNetwork(FrozenModel):
-    """A frozen network: which it is, with which weights, and how it computes."""
+    """The configuration of one frozen network: architecture, weights and precision."""
 
     model: str | None = None
     """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
     weights: str | None = None
-    """A file of weights, or the name of published ones: torchvision's, such as IMAGENET1K_V1, or a tag of timm's."""
+    """A weights file, or the name of published weights: torchvision's, such as IMAGENET1K_V1, or a tag of timm."""
     weights_key: str | None = None
-    """Which of several weights in the file are meant, such as ``model_ema``; default: the raw ones."""
+    """The key of the weights in a file with several, such as ``model_ema``; default: the raw weights."""
     recipe: str | None = None
-    """Instead of ``model``: the recipe whose finished run gives the network, its last weights, mean and std.
+    """Instead of ``model``: the recipe whose finished run provides the network, its last weights, mean and std.
 
-    With ``weights`` these take the place of the last ones: a file, such as the run's best ones.
+    ``weights`` then replaces the last weights, for example with the file of the run's best weights.
     """
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """``auto`` is fp16 on a GPU and fp32 on a CPU; for a moving average see ``EMATeacher``."""
     fold: bool = True
-    """Whether BatchNorm is folded into the convolution before it."""
+    """Whether each BatchNorm is folded into the convolution before it."""
     compile: bool = False
-    """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
-    mean: _Triple | None = None
-    """What the teacher's training images were normalised with; default: what published weights say, or the recipe's."""
-    std: _Triple | None = None
+    """Whether torch compiles the network: a minute or more at the start, faster steps, different last bits."""
+    mean: RGBTriple | None = None
+    """Mean of the teacher's training images; default: that of published weights, or else the recipe's."""
+    std: RGBTriple | None = None
+    """Standard deviation of the teacher's training images; same default."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -45,41 +47,42 @@ class TeacherNetwork(FrozenModel):
         return self
 
     def check_source(self) -> None:
-        """Raise ValueError unless there is one source of the network and its weights."""
+        """Raise ValueError unless the network and its weights have exactly one source."""
         by_recipe = self.recipe is not None and self.model is None
         by_model = self.recipe is None and self.model is not None and self.weights is not None
         if not (by_recipe or by_model):
             raise ValueError("give either model and weights (a file, or a name such as IMAGENET1K_V1), or recipe")
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """Return the precision the network computes in on ``device``."""
+        """Return the dtype in which the network computes on ``device``."""
         if self.dtype == "auto":
             return torch.float16 if device.type == "cuda" else torch.float32
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
 
 
 class Config(TeacherNetwork):
-    """The recipe's ``teacher``: a network; or several, ``members``; or the ``average`` of the student's own weights."""
+    """The recipe's ``teacher``: one network, several ``members``, or the ``average`` of the student's weights."""
 
     members: tuple[TeacherNetwork, ...] | None = Field(default=None, min_length=1)
-    """Networks whose softened answers are mixed; features are those of the first."""
+    """Networks whose softened outputs are mixed. Features come from the first."""
     combine: Literal["mean", "entropy", "confidence"] | None = None
-    """How the members are weighed, as ``member_weights`` says."""
+    """Weighting of the members; see ``member_weights``."""
     temperature: float | None = Field(default=None, gt=0)
-    """T of the mixture: the one at which a loss of the logits has exactly it as its target."""
+    """Temperature T of the mixture. A logit loss at this T has exactly the mixture as its target."""
     average: Averaging | None = None
+    """Settings of the moving average of the student's weights, which is then the teacher."""
     batch: PositiveInt | None = None
-    """Images of one forward, whatever the batch; default: a rank's rows in the run's first start."""
+    """Images per forward of the teacher, whatever the batch; default: a rank's rows at the first start of the run."""
     expect_top1: float | None = Field(default=None, ge=0, le=100)
-    """Percent on the validation images below which neither a run nor the writing of a cache begins."""
+    """Smallest top-1 accuracy on the validation images, in percent; below it no run starts and no cache is written."""
     cache: str | None = None
-    """Folder of answers that ``cache_teacher.py`` wrote; they take the network's place, which is not loaded then."""
+    """Folder of outputs written by ``cache_teacher.py``. They replace the network, which is then not loaded."""
     fallback: Literal["live"] | None = None
-    """With ``live`` the network is asked for what the cache does not hold, instead of ending the command."""
+    """``live``: the network computes the outputs that are not cached; null: missing outputs are an error."""
     accept: tuple[str, ...] = ()
-    """Keys, as the error names them, in which the cache may differ from what this run would ask."""
+    """Keys, as named by the error, in which the cache may differ from this run."""
     encode: dict[str, PositiveInt] = Field(default={})
-    """Principal components that ``cache_teacher.py`` keeps of a stage's channels, where it writes the cache."""
+    """Number of principal components per stage that ``cache_teacher.py`` stores instead of the stage's channels."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -87,34 +90,35 @@ class Config(TeacherNetwork):
         given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
         allowed = {kind, *_BESIDE[kind]} if kind else {*TeacherNetwork.model_fields, "batch", "expect_top1", *_CACHE}
         if stray := sorted(given - allowed):
-            raise ValueError(f"{', '.join(stray)} cannot stand beside {kind or 'a single network, without members'}")
+            kind_text = kind or "a single network, without members"
+            raise ValueError(f"{', '.join(stray)} cannot be combined with {kind_text}; remove {', '.join(stray)}")
         if self.cache is None and (self.fallback or self.accept):
-            raise ValueError("fallback and accept say something of a cache; name its folder, cache")
+            raise ValueError("fallback and accept need a cache; set cache to its folder")
         if kind is None:
             if self.cache is None or self.uses_live_model or self.model or self.recipe:
                 self.check_source()
         elif kind == "members" and (self.combine is None or self.temperature is None):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")
         if self.combine == "confidence" and self.expect_top1 is not None:
-            raise ValueError("expect_top1 says nothing beside combine: confidence, which knows the labels")
+            raise ValueError("expect_top1 has no meaning with combine: confidence, which uses the labels; remove it")
         return self
 
     @property
     def uses_live_model(self) -> bool:
-        """Whether training may ask the network itself."""
+        """Return whether training may run the network itself."""
         return self.cache is None or self.fallback is not None
 
     @property
     def has_model(self) -> bool:
-        """Whether there is a network, and not a cache alone."""
+        """Return whether the recipe names a network, and not only a cache."""
         return self.cache is None or bool(self.model or self.recipe or self.members)
 
     @property
     def recipes(self) -> list[str]:
-        """The recipes whose runs the networks come from."""
+        """Return the recipes whose runs provide the networks."""
         return [network.recipe for network in self.members or (self,) if network.recipe is not None]
 
 
 _CACHE = ("cache", "fallback", "accept", "encode")
 _BESIDE = {"members": ("combine", "temperature", "batch", "expect_top1", *_CACHE), "average": ("dtype", "batch")}
-"""What may stand beside a teacher that is no single network of its own."""
+"""Keys that may be combined with ``members`` or ``average``."""

@@ -1,7 +1,4 @@
-"""What is learned from: a frozen network, several of them, or the student's own moving average.
-
-M members, B batch, K classes.
-"""
+"""The frozen teacher network. B batch, K classes, C channels, H W space."""
 
 from __future__ import annotations
 
@@ -14,25 +11,25 @@ from torch.nn import functional as F
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models.folding import fold_batchnorms
-from pipeline.teachers.config import _Triple
+from pipeline.teachers.config import RGBTriple
 
 TOLERANCE = 1e-3
 """Largest change of a tap by folding, relative to its largest value. Rounding changes 1e-6, a wrong fold about 1."""
 
 
 class Normalization(NamedTuple):
-    """Per-channel mean and standard deviation that images in [0, 1] were brought to zero and one with."""
+    """The per-channel mean and standard deviation with which images in [0, 1] were normalised."""
 
-    mean: _Triple
-    std: _Triple
+    mean: RGBTriple
+    std: RGBTriple
 
 
 class Teacher(nn.Module):
-    """A network that answers ``Outputs`` for a batch and never changes: frozen, in evaluation mode.
+    """A frozen network in evaluation mode that returns ``Outputs`` for a batch.
 
-    It runs in chunks of exactly ``batch`` images, the last one padded and cut: the last bits of an answer depend on the
-    batch size, and so not on the caller's. ``given`` is the normalisation of the images that come, ``expected`` the one
-    it was trained with. Raises ValueError where folding changes more than rounding.
+    It runs in chunks of exactly ``batch`` images; the last chunk is padded, and its outputs are cut. So the last bits
+    of the outputs do not depend on the caller's batch size. ``given`` is the normalisation of the input images,
+    ``expected`` the one that the network was trained with. Raises ValueError if folding changes more than rounding.
     """
 
     def __init__(
@@ -53,23 +50,26 @@ class Teacher(nn.Module):
         self.dtype = dtype
         self.autocast = autocast
         taps.requires_grad_(False).eval()
-        self.norms = taps.norms()
+        self.norms = taps.norms()  # before folding, which merges these BatchNorms into convolutions
         if fold:
             _fold(taps, image_size)
         self.taps = taps.to(device, dtype)
-        # The faster layout, on a CPU by a quarter; and always the same one, since the last bits depend on it too.
+        # channels_last is faster, by a quarter on a CPU. It is always used, because the last bits depend on it, too.
         self.taps.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.renormalization = None
         if given and expected and given != expected:
             self.renormalization = tuple(x.to(device) for x in _renormalization(given, expected))
 
     def forward(self, batch: Batch) -> Outputs:
-        """Return the answers for ``batch.images_BCHW`` in the teacher's precision, as ordinary tensors."""
+        """Return the outputs for ``batch.images_BCHW`` in the teacher's precision, as ordinary tensors."""
         images_BCHW = self._prepared(batch.images_BCHW)
         autocast = torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None)
+        # Every forward has exactly self.batch images: kernels are chosen by the shape of their input, and different
+        # kernels round differently. With one shape, a cache, a live teacher and any number of ranks give the same bits.
         with torch.inference_mode(), autocast:
             chunks = [self.taps(chunk) for chunk in images_BCHW.split(self.batch)]
-        # Copied outside of inference mode: autograd refuses to save that mode's own tensors for a loss's backward.
+        # torch.cat copies, even a single chunk. It runs outside of inference mode, because autograd refuses to save
+        # tensors of that mode for the backward of a loss.
         rows = len(batch.images_BCHW)
         features = {name: torch.cat([chunk.features[name] for chunk in chunks])[:rows] for name in chunks[0].features}
         return Outputs(torch.cat([chunk.logits_BK for chunk in chunks])[:rows], features)
@@ -79,16 +79,17 @@ class Teacher(nn.Module):
         return tap_shapes(self.taps, image_size)
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode, whatever ``mode`` a module around it is put in."""
+        """Stay in evaluation mode, also when ``train()`` of a parent module is called."""
         return super().train(False)
 
     def _prepared(self, images_BCHW: Tensor) -> Tensor:
-        """Return the images as the network wants them: its normalisation, precision and layout, and whole chunks."""
+        """Return the images in the network's normalisation, precision and memory format, padded to complete chunks."""
         if self.renormalization is not None:
             scale_C11, shift_C11 = self.renormalization
             images_BCHW = images_BCHW * scale_C11 + shift_C11
-        if lacking := -len(images_BCHW) % self.batch:
-            images_BCHW = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, lacking))
+        # Padding rows cannot change the others: in evaluation mode, no layer mixes the rows of a batch.
+        if padding := -len(images_BCHW) % self.batch:
+            images_BCHW = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, padding))
         return images_BCHW.to(self.dtype, memory_format=torch.channels_last)
 
 
@@ -101,7 +102,10 @@ def _renormalization(given: Normalization, expected: Normalization) -> tuple[Ten
 
 @torch.no_grad()
 def _fold(taps: FeatureTaps, image_size: int) -> None:
-    """Fold the BatchNorms of ``taps.model`` and make sure that every tap and the logits stay what they were."""
+    """Fold the BatchNorms of ``taps.model`` into its convolutions.
+
+    Raises ValueError if a tap or the logits change by more than ``TOLERANCE``.
+    """
     weight = next(taps.parameters())
     image_1CHW = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(weight)
     before = taps(image_1CHW)
@@ -110,5 +114,5 @@ def _fold(taps: FeatureTaps, image_size: int) -> None:
     for name, value in {**before.features, "logits": before.logits_BK}.items():
         new = after.logits_BK if name == "logits" else after.features[name]
         change = ((new - value).abs().max() / value.abs().max().clamp_min(1e-12)).item()
-        if not change <= TOLERANCE:
+        if not change <= TOLERANCE:  # written like this, because a NaN must fail, too
             raise ValueError(f"teacher: folding BatchNorm changes {name} by {change:.0e} of its size; set fold: false")

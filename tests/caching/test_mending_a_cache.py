@@ -64,7 +64,7 @@ def test_training_names_the_file_and_what_the_line_says_mends_it(
     capsys: pytest.CaptureFixture[str],
 ):
     damage(copied / name)
-    with pytest.raises(RecipeError, match=r"view[- ].*(--verify RECIPE|the command that began it goes on)") as refusal:
+    with pytest.raises(RecipeError, match=r"view[- ].*(--verify RECIPE|run the same command again)") as refusal:
         run_train("kd.yaml", "teacher.cache=cache", "epochs=2")
     assert "\n" not in str(refusal.value)
     with pytest.raises(SystemExit) as end:
@@ -99,7 +99,9 @@ def test_a_lost_encoder_is_fitted_again_with_all_that_it_encoded(
     run_cache(*words)
     whole = content(place / "cache")
     damage(place / "cache" / "stage3.encoder.safetensors")
-    with pytest.raises(RecipeError, match=r"stage3\.encoder\.safetensors is not the encoder .*--verify RECIPE marks"):
+    with pytest.raises(
+        RecipeError, match=r"stage3\.encoder\.safetensors is missing or does not match .*--verify RECIPE marks"
+    ):
         run_train("ddkd.yaml", "teacher.cache=cache", "epochs=1")
     run_cache(*words)
     assert content(place / "cache") == whole
@@ -118,7 +120,7 @@ def test_a_damaged_header_is_mended_by_moving_the_folder_away(
     damage: Callable[[Path], object], copied: Path, written: Path, place: Path, run_cache: Command, run_train: Command
 ):
     damage(copied / "cache.json")
-    with pytest.raises(RecipeError, match=r"cache/cache\.json: .*move the folder away and write the cache anew"):
+    with pytest.raises(RecipeError, match=r"cache/cache\.json: .*move the folder away and write a new cache"):
         run_train("kd.yaml", "teacher.cache=cache")
     copied.rename(place / "away")
     run_cache(*WORDS, "block=24")

@@ -118,7 +118,7 @@ def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path,
         (["teacher.weights=other.safetensors"], r"another teacher\.network\.weights"),
         (["teacher.mean=[0.1, 0.1, 0.1]"], r"another teacher\.network\.mean"),
         (["data.path=other_shards"], r"another shards"),
-        (["data.views=3"], r"has 2 views, 3 are asked for"),
+        (["data.views=3"], r"has 2 views, but 3 are needed"),
     ],
 )
 def test_a_cache_of_other_answers_is_refused(

@@ -53,7 +53,7 @@ def test_a_flipped_bit_is_caught_with_its_rows(
 ):
     flip(copied / "view-01.logits.npy", at)
     row = (at - 128) // 40 // 24 * 24  # of 20 numbers each, behind 128 bytes of header
-    assert_caught(run_cache, capsys, f"view-01.logits.npy: rows {row} to {min(row + 23, 59)} are not what was written")
+    assert_caught(run_cache, capsys, f"view-01.logits.npy: rows {row} to {min(row + 23, 59)} do not match their digest")
 
 
 def test_a_truncated_file_is_caught(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):
@@ -92,7 +92,7 @@ def test_a_spoilt_encoder_is_caught(place: Path, run_cache: Command, capsys: pyt
     run_cache(*VERIFY)
     (place / "cache" / "stage3.encoder.safetensors").write_bytes(b"another")
     capsys.readouterr()
-    assert_caught(run_cache, capsys, "stage3.encoder.safetensors is not the encoder")
+    assert_caught(run_cache, capsys, "stage3.encoder.safetensors is missing or does not match")
 
 
 def test_answers_that_are_no_numbers_are_caught(copied: Path, run_cache: Command, capsys: pytest.CaptureFixture[str]):

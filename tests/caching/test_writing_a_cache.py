@@ -207,7 +207,7 @@ def test_maps_are_kept_as_principal_components_where_asked(place: Path, run_cach
     assert left.item() == pytest.approx(lost, rel=1e-2)
     run_train("ddkd.yaml", "teacher.cache=cache", "folder=encoded", "epochs=1")
     (place / "cache" / "stage3.encoder.safetensors").write_bytes(b"another")
-    with pytest.raises(RecipeError, match=r"is not the encoder that cache\.json names"):
+    with pytest.raises(RecipeError, match=r"is missing or does not match the sha256 in cache\.json"):
         run_train("ddkd.yaml", "teacher.cache=cache", "folder=spoilt", "epochs=1")
 
 

@@ -71,7 +71,7 @@ def test_a_run_that_fails_is_named_with_its_command_and_reason_under_the_table_o
     message = str(caught.value)
     assert message.startswith("1 of 2 runs failed: ")
     assert "bad.yaml epochs=1 seed=0: error: " in message
-    assert "is not finite at step" in message
+    assert "became NaN or inf at step" in message
     _, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert row.startswith(f"| `{place / 'ce'}`")
 

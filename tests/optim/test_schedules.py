@@ -34,11 +34,11 @@ def test_the_cosine_goes_from_the_rate_after_warm_up_to_the_final_rate():
 
 
 def test_milestones_and_step_belong_together():
-    with pytest.raises(ValidationError, match="milestones go with kind: step"):
+    with pytest.raises(ValidationError, match="milestones need kind: step"):
         Schedule(kind="cosine", rate=0.1, milestones=(1,))
     with pytest.raises(ValidationError, match="kind: step needs milestones"):
         Schedule(kind="step", rate=0.1)
-    with pytest.raises(ValidationError, match="must rise"):
+    with pytest.raises(ValidationError, match="must be in increasing order"):
         Schedule(kind="step", rate=0.1, milestones=(30, 20))
 
 
@@ -57,7 +57,7 @@ def test_the_published_warm_up_of_dkd_counts_epochs_from_one():
 def test_a_ramp_holds_from_its_start_until_its_end():
     ramp = Ramp.model_validate({"from": 2, "until": 30})
     assert [ramp_factor(ramp, at(epoch)) for epoch in (0, 1.99, 2, 29.99, 30)] == [0, 0, 1, 1, 0]
-    with pytest.raises(ValidationError, match="must lie before"):
+    with pytest.raises(ValidationError, match="must be smaller than"):
         Ramp.model_validate({"from": 5, "until": 5})
 
 

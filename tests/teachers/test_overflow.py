@@ -31,9 +31,7 @@ def loud(recipes: Path) -> Path:
 
 def test_a_teacher_that_overflows_is_named_and_the_advice_works(run_train: Train, loud: Path):
     words = (*KD, "teacher={recipe: null, model: cifar_resnet8, weights: loud.pt}")
-    with pytest.raises(
-        NonFiniteError, match=r"the teacher's own logits are not finite in float16; give teacher\.dtype"
-    ):
+    with pytest.raises(NonFiniteError, match=r"the teacher's own logits are not finite in float16; set teacher\.dtype"):
         run_train(*words, "teacher.dtype=fp16", "folder=half")
     for dtype in ("bf16", "fp32"):
         run_train(*words, f"teacher.dtype={dtype}", f"folder={dtype}")
@@ -51,7 +49,7 @@ def test_so_is_a_member_of_several_and_the_advice_works(run_train: Train, loud: 
         return f"teacher={{members: [{', '.join(members)}], combine: {combine}, temperature: 4, batch: 12}}"
 
     with pytest.raises(
-        NonFiniteError, match=rf"own logits are not finite in float16; give teacher\.members\.{number}\.dtype: bf16"
+        NonFiniteError, match=rf"own logits are not finite in float16; set teacher\.members\.{number}\.dtype: bf16"
     ):
         run_train(*KD, teacher("fp16"), "folder=half")
     run_train(*KD, teacher("bf16"), "folder=whole")

@@ -144,18 +144,18 @@ def test_members_are_a_teacher():
         ({"members": [], "combine": "mean", "temperature": 4}, "at least 1 item"),
         (
             {"members": TWO, "combine": "mean", "temperature": 4, "recipe": "r.yaml"},
-            "recipe cannot stand beside members",
+            "recipe cannot be combined with members",
         ),
-        ({"members": TWO, "combine": "mean", "temperature": 4, "fold": False}, "fold cannot stand beside members"),
+        ({"members": TWO, "combine": "mean", "temperature": 4, "fold": False}, "fold cannot be combined with members"),
         (
             {"members": TWO, "combine": "mean", "temperature": 4, "average": {"decay": 0.9}},
-            "average cannot stand beside",
+            "average cannot be combined with",
         ),
         ({"members": [{"model": "x"}], "combine": "mean", "temperature": 4}, "give either model and weights"),
-        ({"members": TWO, "combine": "confidence", "temperature": 4, "expect_top1": 60}, "which knows the labels"),
-        ({"recipe": "r.yaml", "combine": "mean"}, "combine cannot stand beside a single network"),
-        ({"average": {"decay": 0.9}, "mean": (0, 0, 0)}, "mean cannot stand beside average"),
-        ({"average": {"decay": 0.9}, "expect_top1": 60}, "expect_top1 cannot stand beside average"),
+        ({"members": TWO, "combine": "confidence", "temperature": 4, "expect_top1": 60}, "which uses the labels"),
+        ({"recipe": "r.yaml", "combine": "mean"}, "combine cannot be combined with a single network"),
+        ({"average": {"decay": 0.9}, "mean": (0, 0, 0)}, "mean cannot be combined with average"),
+        ({"average": {"decay": 0.9}, "expect_top1": 60}, "expect_top1 cannot be combined with average"),
     ],
 )
 def test_what_does_not_go_together_is_refused(keys: dict[str, object], message: str):
