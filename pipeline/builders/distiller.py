@@ -1,4 +1,4 @@
-"""From a run to its Distiller: the student with the losses, on the device."""
+"""Builds the Distiller of a run: the student with the losses, on the device."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipeline.teachers.cached import AnyTeacher
 def build_distiller(
     run: Run, loader: Loader, teacher: AnyTeacher | None, device: torch.device, layout: torch.memory_format
 ) -> Distiller:
-    """Return the student with the recipe's losses, on the device, its weights in that memory format."""
+    """Return the student with the recipe's losses, on the device, with weights in the memory format ``layout``."""
     recipe, start = run.recipe, run.recipe.student.start
-    named = student_spec(recipe.student, recipe.taps.student)
-    student = build_student(named, loader.num_classes, recipe.seed, layout)
+    spec = student_spec(recipe.student, recipe.taps.student)
+    student = build_student(spec, loader.num_classes, recipe.seed, layout)
     if start is not None:
         load_start(start, run.start, student, recipe.student.model, recipe.data)
     facts = Facts(
         num_classes=loader.num_classes,
-        student_shapes=named.probe(student, recipe.data.size),
+        student_shapes=spec.probe(student, recipe.data.size),
         teacher_shapes=teacher.shapes(recipe.data.size) if teacher else {},
         id_count=loader.id_count,
         labels_by_id=loader.labels_by_id,
@@ -33,5 +33,6 @@ def build_distiller(
     )
     distiller = Distiller(student, recipe.losses, facts).to(device)
     if recipe.student.compile:
-        student.compile(dynamic=False)  # in place: no key of the state dict changes, as a wrapper's would
+        # The method, not torch.compile(student): a wrapper would change the keys of the state dict.
+        student.compile(dynamic=False)
     return distiller.to(memory_format=layout)  # type: ignore[call-overload]

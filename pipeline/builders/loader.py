@@ -1,4 +1,4 @@
-"""From a recipe to this rank's loader."""
+"""Builds this rank's loader from a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_loader(
     splits: tuple[str, ...],
     teacher: AnyTeacher | None = None,
 ) -> Loader:
-    """Return this rank's loader of those splits, which reads ahead what a cached teacher answers with."""
+    """Return this rank's loader of those splits. It also reads the cached outputs of ``teacher`` ahead of use."""
     return create_loader(
         recipe.data,
         batch=recipe.batch,
@@ -34,5 +34,5 @@ def build_loader(
 
 
 def training_splits(manifest: Manifest) -> tuple[str, ...]:
-    """Return ``train`` and, where the shards have it, ``val``."""
+    """Return ``train`` and, if the shards have it, ``val``."""
     return ("train", "val") if "val" in manifest.splits else ("train",)

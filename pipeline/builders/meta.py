@@ -1,8 +1,8 @@
-"""What a recipe is made of, found without training, weights or data: all is built on torch's meta device.
+"""Facts about the networks of a recipe, found on torch's meta device, without weights or data.
 
-Parameters, multiply-accumulates of one image, taps with their shapes and the parts of the losses. Where the shards are
-there, their classes and samples count; else ``data.classes`` and ``data.samples``. What computes with numbers, such as
-a user's network that calls ``.item()``, is built and run on the CPU instead.
+They are parameters, multiply-accumulates of one image, and the shapes of taps. Classes and samples are those of the
+shards, or ``data.classes`` and ``data.samples`` if there are no shards. A network that needs the values of tensors,
+such as one that calls ``.item()``, is built and run on the CPU instead.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ from shards.read import SplitReader
 
 
 class NetworkSummary(NamedTuple):
-    """What a network is made of."""
+    """The size of a network and the shapes of its outputs."""
 
     name: str
     parameters: int
+    """Number of parameters."""
     macs: float
-    """Multiply-accumulates of one image forward."""
+    """Multiply-accumulates of the forward of one image."""
     shapes: dict[str, tuple[int, ...]]
-    """Of each tap that the losses read, and of the logits, without the batch."""
+    """Shape of each tap that the losses read, and of the logits, without the batch."""
 
 
 ProbedNetwork = tuple[NetworkSummary, FeatureTaps]
 
 
 class ProbedModels(NamedTuple):
-    """The networks of a recipe, and what they and the shards tell its losses."""
+    """The networks of a recipe, and the facts that its losses are built from."""
 
     student: ProbedNetwork
     teachers: list[ProbedNetwork]
     facts: Facts
     note: str
-    """What was not there to be told."""
+    """One line on assumed facts, empty if there are none."""
 
 
 def probe_models(
@@ -66,14 +67,13 @@ def probe_models(
     measure: Callable[[ModelSpec, int, int], ProbedNetwork],
     manifest: Manifest | None = None,
 ) -> ProbedModels:
-    """Return the recipe's networks, each as ``measure`` builds it, and what they tell the losses.
+    """Return the recipe's networks, each built by ``measure``, and the facts that the losses are built from.
 
-    ``sources`` are the recipes of ``teacher.recipes``; ``manifest`` is the shards', where it was read already.
+    ``sources`` are the recipes of ``teacher.recipes``; ``manifest`` is that of the shards, if it was read already.
     """
     num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
     student = measure(student_spec(recipe.student, recipe.taps.student), num_classes, recipe.data.size)
-    named = teacher_specs(recipe, sources)
-    teachers = [measure(network, num_classes, recipe.data.size) for network in named]
+    teachers = [measure(spec, num_classes, recipe.data.size) for spec in teacher_specs(recipe, sources)]
     shapes, norms = _cached_shapes(recipe.teacher, recipe, teachers)
     facts = Facts(
         num_classes=num_classes,
@@ -90,7 +90,10 @@ def probe_models(
 def _cached_shapes(
     config: Config | None, recipe: Recipe, measured: list[ProbedNetwork]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
-    """Return the shapes of the teacher's answers, and the BatchNorms before its taps."""
+    """Return the shapes of the teacher's outputs, and the parameters of the BatchNorms before its taps.
+
+    The header of a cache contains both, so that a recipe with only a cache needs no network.
+    """
     if config is None:
         return {}, {}
     if config.cache is not None and not config.has_model:
@@ -99,57 +102,63 @@ def _cached_shapes(
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms
     network, taps = measured[0]
-    return network.shapes, {} if config.average else _plain(taps.norms())
+    return network.shapes, {} if config.average else _initial_norms(taps.norms())
 
 
 class FakeModel(nn.Module):
-    """Stands for a network and answers tensors of its shapes: the losses need no more of it here."""
+    """A stand-in for a network that returns random tensors of its shapes, which is all that the losses need here."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
         self.shapes = shapes
 
     def forward(self, images_BCHW: Tensor) -> Outputs:
-        """Return features and logits as the network would."""
+        """Return features and logits with the shapes of the network's."""
         rows, device = len(images_BCHW), images_BCHW.device
         found = {name: torch.rand(rows, *shape, device=device) for name, shape in self.shapes.items()}
         return Outputs(found.pop("logits"), found)
 
 
 def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tuple[int, np.ndarray, str]:
-    """Return the number of classes, the label of every training id, and what of this was made up."""
+    """Return the number of classes, the label of every training id, and a note if they are assumed.
+
+    They come from the shards, or from ``data.classes`` and ``data.samples`` if there are no shards. Raises RecipeError
+    if ``data.classes`` is needed and not set.
+    """
     folder = Path(config.path)
     if manifest or (folder / MANIFEST).is_file():
         reader = SplitReader(folder, "train", manifest)
         return reader.manifest.num_classes, reader.labels_by_id(), ""
     classes, samples = config.classes, config.samples
     if classes is None:
-        raise RecipeError(f"data.classes: {folder} holds no shards, and how many classes they have is not said")
-    counted = f"the {samples} that data.samples says" if samples else f"{2 * classes} made-up ones"
-    note = f"no shards at {folder}: what is kept of every sample is counted for {counted}"
+        raise RecipeError(f"data.classes: {folder} contains no shards; set data.classes to their number of classes")
+    counted = f"the {samples} samples of data.samples" if samples else f"{2 * classes} assumed samples"
+    note = f"no shards at {folder}: the memory of losses per sample is counted for {counted}"
     return classes, np.arange(samples or 2 * classes) % classes, note
 
 
-@cache  # the rows of a table share their networks
-def probe(named: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
-    """Return what the network is made of, and the network."""
+@cache  # recipes of one table often have the same networks
+def probe(spec: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
+    """Return the summary of a network, and the network, on the meta device if it can run there."""
     try:
         with torch.device("meta"):
-            return run_probe(named, num_classes, image_size)
-    except Exception:  # it computes with numbers, which the meta device has none of; or what is wrong is so here, too
-        return run_probe(named, num_classes, image_size)
+            return run_probe(spec, num_classes, image_size)
+    # A network may need the values of tensors, which the meta device does not have. Any other error comes again here.
+    except Exception:
+        return run_probe(spec, num_classes, image_size)
 
 
-def run_probe(named: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
-    """Return what the network is made of, and the network, which is on torch's default device."""
-    taps = named.build(num_classes)
+def run_probe(spec: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
+    """Return the summary of a network, and the network, on torch's default device."""
+    taps = spec.build(num_classes)
     with FlopCounter() as counted:
-        shapes = named.probe(taps, image_size)
-    return NetworkSummary(named.model, count_parameters(taps), counted.flops / 2, shapes), taps
+        shapes = spec.probe(taps, image_size)
+    return NetworkSummary(spec.model, count_parameters(taps), counted.flops / 2, shapes), taps
 
 
-def _plain(norms: dict[str, NormParameters]) -> dict[str, NormParameters]:
-    """Return a BatchNorm's first scales and shifts: losses compute with them, and on the meta device are no numbers."""
+def _initial_norms(norms: dict[str, NormParameters]) -> dict[str, NormParameters]:
+    """Return BatchNorm parameters of the same shapes with their initial values, on the CPU."""
+    # Losses compute with these values when they are built, and tensors on the meta device have none.
     with torch.device("cpu"):
         return {k: NormParameters(torch.ones(n.weight_C.shape), torch.zeros(n.bias_C.shape)) for k, n in norms.items()}
 
@@ -160,13 +169,13 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def image_flops(recipe: Recipe, sources: Sequence[Recipe] = (), manifest: Manifest | None = None) -> float | None:
-    """Return the operations (``flops.py``) that one image of a batch takes, or None where they cannot be counted.
+    """Return the operations (``flops.py``) for one image of a training batch, or None if they cannot be counted.
 
-    Student and losses forward and backward, as autograd goes: where nothing asks for a gradient, as at the images, none
-    is counted. The teachers forward, if they are asked. No optimizer, and nothing that ranks do twice or that backward
-    computes again to save memory. One rank may ask, once all is built for training: what
-    a module keeps for all networks is then not kept on the meta device. What computes with numbers, such as a network
-    that calls ``.item()``, finds none there, and is None.
+    Counted are the forward and backward of student and losses, and the forward of teachers that run during training.
+    Gradients that autograd does not compute, such as those of the images, are not counted. Neither are the optimizer,
+    work that several ranks repeat, and what gradient checkpointing computes again. A single rank may call this, after
+    all modules for training are built. A module might otherwise create tensors that it shares among networks on the
+    meta device. The result is None for a network that needs the values of tensors, such as one that calls ``.item()``.
     """
     try:
         with torch.device("meta"), collectives.single_process():
@@ -174,12 +183,12 @@ def image_flops(recipe: Recipe, sources: Sequence[Recipe] = (), manifest: Manife
             return _student_flops(recipe, parts) + _teacher_flops(recipe, parts)
     except Exception as error:
         reason = one_line(error, 200)
-        print(f"note: the journal will not say TFLOP/s: what this recipe computes cannot be counted ({reason})")
+        print(f"note: the journal will have no TFLOP/s: the operations of this recipe cannot be counted ({reason})")
         return None
 
 
 def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
-    """Return the operations of a micro-batch's forward and backward, by image."""
+    """Return the operations of the forward and backward of a micro-batch, per image."""
     rows, size = recipe.batch // recipe.accumulation, recipe.data.size
     zeros_B = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {})
@@ -191,7 +200,7 @@ def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
 
 
 def _teacher_flops(recipe: Recipe, parts: ProbedModels) -> float:
-    """Return the operations of the networks that are asked, by image."""
+    """Return the operations of the teacher networks that run during training, per image."""
     config = recipe.teacher
     if config is None or not config.uses_live_model:
         return 0.0

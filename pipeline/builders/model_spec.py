@@ -1,4 +1,4 @@
-"""A network as a recipe names it."""
+"""The specification of a network in a recipe."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from pipeline.models.stages import stages
 
 
 class ModelSpec(NamedTuple):
-    """A network as a recipe names it."""
+    """The specification of a network: its model, stages and taps. It is hashable, as a key of caches."""
 
     key: str
-    """The key where it does."""
+    """Key of the network in the recipe, for error messages, such as ``student``."""
     model: str
+    """Name for ``create_model``."""
     stages: frozenset[tuple[str, str]]
-    """What the recipe says of its stages."""
+    """Pairs (stage name, module path) of the recipe, in addition to the known stages."""
     taps: frozenset[str]
-    """Those that the losses read."""
+    """Names of the taps that the losses read."""
 
     def build(self, num_classes: int) -> FeatureTaps:
-        """Return the network, freshly initialised."""
+        """Return the network with its taps, freshly initialised."""
         with error_context(f"{self.key}.model"):
             model = create_model(self.model, num_classes)
         with error_context(f"{self.key}.stages"):
             return FeatureTaps(model, stages(model) | dict(self.stages), self.taps)
 
     def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
-        """Return ``tap_shapes`` of the network on images of that size."""
+        """Return the shapes of the network's taps and logits on images of that size, without the batch."""
         with error_context(f"{self.key}.model"):
             return tap_shapes(network, image_size)

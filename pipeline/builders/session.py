@@ -1,4 +1,4 @@
-"""A run, built and restored: everything that the training loop needs."""
+"""Builds and restores everything that the training loop of a run needs."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ from pipeline.training.trackers import begin_trackers
 
 @dataclass(frozen=True)
 class Session:
-    """What a command trains with."""
+    """The objects that a command trains with."""
 
     run: Run
     accelerator: Accelerator
     loader: Loader
     distiller: nn.Module
-    """As it is trained: wrapped by DDP or DeepSpeed."""
+    """The Distiller in its wrapper for training, DDP or DeepSpeed."""
     student: FeatureTaps
-    """Without its wrapping."""
+    """The student without a wrapper."""
     parameters: int
-    """Of the student."""
+    """Number of parameters of the student."""
     optimizer: Any
     averages: dict[str, EMA | EMATeacher]
-    """Of the student's weights, by their names in a checkpoint."""
+    """Moving averages of the student's weights, by name in a checkpoint."""
     checkpoints: Checkpoints
     journal: TrainingJournal
     guard: FiniteGuard
@@ -65,29 +65,29 @@ class Session:
 
     @property
     def recipe(self) -> Recipe:
-        """The run's recipe."""
+        """Return the run's recipe."""
         return self.run.recipe
 
     @property
     def timer(self) -> StepTimer:
-        """The clock of a step's parts."""
+        """Return the timer of a step's parts."""
         return self.journal.timer
 
     def evaluate(self) -> Accuracy | None:
-        """Return the student's accuracy on the validation images, None where there are none."""
+        """Return the student's accuracy on the validation images, or None if there are none."""
         if not self.loader.has_validation:
             return None
         return evaluate(self.student, self.loader.validation(), self.accelerator)
 
     def micro_batches(self, state: State) -> Iterator[Batch]:
-        """Yield this rank's micro-batches from where the run is; the time they take counts as ``data``."""
+        """Yield this rank's micro-batches from the current progress. The wait for them is timed as ``data``."""
         batches = iter(()) if state.reason else self.loader.stream(state.progress, self.recipe.epochs)
         return self.journal.timed(batches)
 
 
 @dataclass
 class State:
-    """Where the run is."""
+    """The mutable state of a run in this command."""
 
     progress: Progress
     journal_bytes: int
@@ -96,15 +96,16 @@ class State:
     last: Accuracy | None = None
     """The last evaluation of this command."""
     reason: str | None = None
-    """Why this command ends before the run does."""
+    """Reason why this command ends before the run does; None if it does not."""
 
 
 def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
-    """Build what the run is made of, open its folder and restore its newest checkpoint; every rank calls it."""
+    """Build the run's modules, open its folder and restore its newest checkpoint. Every rank must call it."""
     recipe = run.recipe
     accelerator = create_accelerator(recipe, launch, run.folder)
     loader, teacher, unwrapped = _build(run, launch, accelerator)
-    parameters = sum(parameter.numel() for parameter in unwrapped.student.parameters())  # ZeRO-3 will leave none here
+    # Counted before ``prepare``: under ZeRO-3, the parameters are empty afterwards.
+    parameters = sum(parameter.numel() for parameter in unwrapped.student.parameters())
     averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)
@@ -138,7 +139,7 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
 
 
 def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, AnyTeacher | None, Distiller]:
-    """Return loader, teacher and Distiller. Raises RecipeError for what does not fit together."""
+    """Return loader, teacher and Distiller. Raises RecipeError if they do not fit together."""
     recipe, device = run.recipe, accelerator.device
     with error_context(display_path(run.path)):
         teacher = build_teacher(run, device)
@@ -146,7 +147,7 @@ def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, 
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
         check_teacher_accuracy(recipe.teacher, teacher, loader)
     if not loader.has_validation:
-        accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not validated")
+        accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not evaluated")
     return loader, teacher, distiller
 
 
@@ -160,8 +161,9 @@ def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) 
 
 
 def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progress) -> TrainingJournal:
-    """Return the journal, with its trackers and the clock of the steps."""
-    # TensorBoard hides what was written from that step on, by an attempt that got further than its last checkpoint.
+    """Return the journal, with its trackers and the timer of the steps."""
+    # TensorBoard hides earlier entries from that step on: an interrupted command may have logged steps after its last
+    # checkpoint.
     purge = {"purge_step": progress.step + 1} if progress.step else {}
     begin_trackers(accelerator, "tensorboard", {"tensorboard": purge})
     flops = None

@@ -1,4 +1,4 @@
-"""From a recipe to its student."""
+"""Builds the student of a recipe and loads its initial weights."""
 
 from __future__ import annotations
 
@@ -22,42 +22,41 @@ from pipeline.runs.identity import Run
 
 
 def student_spec(config: StudentConfig, taps: frozenset[str]) -> ModelSpec:
-    """Return the student as the recipe names it, with those taps."""
+    """Return the specification of the student with those taps."""
     return ModelSpec("student", config.model, frozenset((config.stages or {}).items()), taps)
 
 
 def build_student(
-    named: ModelSpec, num_classes: int, seed: int, layout: torch.memory_format = torch.contiguous_format
+    spec: ModelSpec, num_classes: int, seed: int, layout: torch.memory_format = torch.contiguous_format
 ) -> FeatureTaps:
-    """Return the student as the seed initialises it, its weights in that memory format."""
+    """Return the student, initialised from the seed, with weights in the memory format ``layout``."""
     torch.manual_seed(seed)
-    return named.build(num_classes).to(memory_format=layout)  # type: ignore[call-overload]
+    return spec.build(num_classes).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def weights_layout(recipe: Recipe, launch: Launch) -> torch.memory_format:
-    """Return the memory format of the weights: the images', except under ZeRO, which lays them out in rows.
+    """Return the memory format of the student's weights.
 
-    In another than the images' every gradient would be copied into DDP's buckets.
+    It is that of the images. Under ZeRO it is contiguous, because ZeRO flattens the weights.
     """
+    # With another format than the images', DDP would copy every gradient into its buckets.
     channels_last = recipe.data.channels_last and not launch.use_deepspeed
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def load_start(start: StartConfig, run: Run | None, student: FeatureTaps, model: str, data: Data) -> None:
-    """Load the weights that the student starts from: a file, published ones, or the last ones of a finished ``run``."""
+    """Load the initial weights of the student: a file, published weights, or the last weights of a finished ``run``."""
     weights = start.weights or str(finished(run).folder / STUDENT)
     expected = None if is_file(weights) else published_normalization(model, weights)
     if expected is not None and expected != (data.mean, data.std):
-        told = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
-        print_note(
-            "student.start", f"{weights} of {model} was trained on images of another mean and std: {told} gives them"
-        )
+        overrides = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
+        print_note("student.start", f"{weights} of {model} was trained with another mean and std; set {overrides}")
     with error_context("student.start"):
         check_student(Path(weights))
         print_note("student.start", load_weights(student.model, weights, model, start.weights_key))
 
 
 def print_note(key: str, note: str) -> None:
-    """Print, once for all ranks, what was chosen where the recipe left it open; nothing for an empty ``note``."""
+    """Print a note on a key of the recipe, on the main rank only; nothing for an empty ``note``."""
     if note and collectives.is_main():
         print(f"note: {key}: {note}", flush=True)

@@ -1,4 +1,4 @@
-"""From a recipe to its teacher: a network, several, the student's average, or the cache of a network's answers."""
+"""Builds the teacher of a recipe: a network, an ensemble, the student's moving average, or a cache of outputs."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from shards.manifest import Manifest
 def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
     """Return the teacher, or None for a recipe without one.
 
-    Raises RecipeError where its weights do not fit the network or the shards' classes, or a cache does not fit either.
+    Raises RecipeError if weights do not fit the network or the classes of the shards, or if a cache does not fit them.
     """
     recipe, config = run.recipe, run.recipe.teacher
     if config is None:
         return None
     if (run.folder / IDENTITY).is_file():
         for weights in known_by_path(run.identity):
-            told = f"{run.folder} knows {weights} by its path; that it holds what it did then is not checked"
-            print_note("weights", told)
+            text = f"{run.folder} records only the path of {weights}, no digest; it is not checked for changes"
+            print_note("weights", text)
     if config.cache is not None:
         with error_context("teacher.cache"):
-            return _cached(run, config, Cache(Path(config.cache)), device)
+            return _build_cached(run, config, Cache(Path(config.cache)), device)
     if config.average is not None:
-        named = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher")
+        spec = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher")
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
-        taps = named.build(run.manifest.num_classes)
+        taps = spec.build(run.manifest.num_classes)
         return EMATeacher(taps, config.average, batch=config.batch or 1, device=device, autocast=autocast)
     return build_live_teacher(run, config, recipe.taps.teacher, device)
 
@@ -58,17 +58,17 @@ def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
 def build_live_teacher(
     run: Run, config: Config, taps: Iterable[str], device: torch.device
 ) -> Teacher | TeacherEnsemble:
-    """Return the frozen network, or networks, with those taps, whether there is a cache of their answers or not."""
+    """Return the frozen network or ensemble with those taps, even if the recipe has a cache of its outputs."""
     first, *others = frozen_networks(run, config)
-    teachers = [_build(run, config, first, frozenset(taps), device)]
-    teachers += [_build(run, config, network, frozenset(), device) for network in others]
+    teachers = [_build_frozen(run, config, first, frozenset(taps), device)]
+    teachers += [_build_frozen(run, config, network, frozenset(), device) for network in others]
     if config.combine is None or config.temperature is None:
         return teachers[0]
     return TeacherEnsemble(teachers, combine=config.combine, temperature=config.temperature)
 
 
 def teacher_networks(config: Config | None) -> dict[str, TeacherNetwork]:
-    """Return what the recipe says of each of the teacher's networks, by the key where it says it."""
+    """Return the configuration of each of the teacher's networks, by recipe key."""
     if config is None or not config.has_model:
         return {}
     if config.members is None:
@@ -77,63 +77,65 @@ def teacher_networks(config: Config | None) -> dict[str, TeacherNetwork]:
 
 
 def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
-    """Return the teacher's networks as the recipe, or those of ``sources`` that it stands on, name them.
+    """Return the specifications of the teacher's networks; a moving average is the student's network.
 
-    The first has the taps that the losses read. A moving average is the student's network. ``sources`` are the recipes
-    of ``teacher.recipes``, in that order.
+    The first has the taps that the losses read. ``sources`` are the recipes of ``teacher.recipes``, in that order.
     """
-    following, found = iter(sources), []
-    for place, network in teacher_networks(recipe.teacher).items():
-        source = next(following).student if network.recipe is not None else network
+    remaining, found = iter(sources), []
+    for key, network in teacher_networks(recipe.teacher).items():
+        source = next(remaining).student if network.recipe is not None else network
         model = source.model or recipe.student.model
-        own = network.stages or (source if source.model else recipe.student).stages or {}
-        wanted = frozenset[str]() if found else recipe.taps.teacher
-        found.append(ModelSpec(place, model, frozenset(own.items()), wanted))
+        stages = network.stages or (source if source.model else recipe.student).stages or {}
+        taps = frozenset[str]() if found else recipe.taps.teacher
+        found.append(ModelSpec(key, model, frozenset(stages.items()), taps))
     return found
 
 
 class FrozenNetwork(NamedTuple):
-    """One of a teacher's networks: what a recipe says of it, and where its weights are."""
+    """One of a teacher's networks, with its configuration and the source of its weights."""
 
     spec: ModelSpec
     config: TeacherNetwork
     run: Run | None
-    """The one whose student it is."""
+    """The run whose student it is; None for a network that is not from a run."""
     weights: str
-    """A file or a published name; those of a run are its last unless the recipe says."""
+    """A file, or the name of published weights. By default, the last weights of the run."""
     expected: Normalization
-    """What its images were normalised with when it was trained."""
+    """The normalisation of the images that it was trained with."""
 
 
 def frozen_networks(run: Run, config: Config) -> list[FrozenNetwork]:
-    """Return the teacher's networks; none where there is a cache alone."""
-    following, found = iter(run.teachers), []
-    named = teacher_specs(run.recipe, [below.recipe for below in run.teachers])
-    for each, network in zip(named, teacher_networks(config).values(), strict=True):
-        below = next(following) if network.recipe is not None else None
-        weights = network.weights or (str(below.folder / STUDENT) if below else "")
-        data = (below or run).recipe.data
+    """Return the teacher's networks; none for a recipe with only a cache."""
+    remaining, found = iter(run.teachers), []
+    specs = teacher_specs(run.recipe, [source.recipe for source in run.teachers])
+    for spec, network in zip(specs, teacher_networks(config).values(), strict=True):
+        source = next(remaining) if network.recipe is not None else None
+        weights = network.weights or (str(source.folder / STUDENT) if source else "")
+        data = (source or run).recipe.data
         expected = Normalization(network.mean or data.mean, network.std or data.std)
-        found.append(FrozenNetwork(each, network, below, weights, expected))
+        found.append(FrozenNetwork(spec, network, source, weights, expected))
     return found
 
 
-def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str], device: torch.device) -> Teacher:
-    """Return the network with its weights and those taps, frozen."""
+def _build_frozen(
+    run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str], device: torch.device
+) -> Teacher:
+    """Return the frozen network with its weights and those taps."""
     data = run.recipe.data
     if network.run is not None:
         finished(network.run)
-    named = network.spec._replace(taps=taps)
-    built = named.build(run.manifest.num_classes)
-    named.probe(built, data.size)  # folding would run it on the same images, and not say what it cannot take
-    with error_context(f"{named.key}.weights"):
+    spec = network.spec._replace(taps=taps)
+    built = spec.build(run.manifest.num_classes)
+    # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
+    spec.probe(built, data.size)
+    with error_context(f"{spec.key}.weights"):
         check_student(Path(network.weights))
-        note = load_weights(built.model, network.weights, named.model, network.config.weights_key)
-    print_note(f"{named.key}.weights", note)
+        note = load_weights(built.model, network.weights, spec.model, network.config.weights_key)
+    print_note(f"{spec.key}.weights", note)
     given = Normalization(data.mean, data.std)
     if not is_file(network.weights) and network.expected != given:
-        told = f"mean {list(network.expected.mean)} and std {list(network.expected.std)}"
-        print_note(named.key, f"its images are brought to {told}, which {network.weights} of {named.model} expects")
+        normalization = f"mean {list(network.expected.mean)} and std {list(network.expected.std)}"
+        print_note(spec.key, f"its images are renormalised to {normalization} for {network.weights} of {spec.model}")
     teacher = Teacher(
         built,
         batch=config.batch or 1,
@@ -152,34 +154,34 @@ def _build(run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str
 # -- from a cache -----------------------------------------------------------------------------------------------------
 
 
-def _cached(run: Run, config: Config, cache: Cache, device: torch.device) -> CachedTeacher:
-    """Return the teacher that answers from the cache, and asks the network for what it lacks if the recipe says so."""
+def _build_cached(run: Run, config: Config, cache: Cache, device: torch.device) -> CachedTeacher:
+    """Return the cached teacher. With ``teacher.fallback: live``, the network computes the missing outputs."""
     recipe = run.recipe
     check_provenance(cache, provenance(run, config, device), config.accept)
     check_sizes(cache, run.manifest)
-    lacking = cache.missing(recipe.taps.teacher)
-    if lacking and config.fallback is None:
-        tap, kind = next(iter(lacking.items()))
+    missing = cache.missing(recipe.taps.teacher)
+    if missing and config.fallback is None:
+        tap, kind = next(iter(missing.items()))
         loss = next(name for name, spec in recipe.losses.items() if tap in cache.kinds(spec.config.taps().teacher))
         raise RecipeError(
-            f"{cache.folder} has no {kind}, which the loss {loss!r} reads as {tap!r}; let cache_teacher.py write "
-            "it for this recipe, too, or ask the network: teacher.fallback=live"
+            f"{cache.folder} has no {kind}, which the loss {loss!r} reads as {tap!r}; add it with cache_teacher.py "
+            "RECIPE, or let the network compute it: teacher.fallback=live"
         )
-    live = build_live_teacher(run, config, lacking, device) if lacking else None
+    live = build_live_teacher(run, config, missing, device) if missing else None
     taps = cache.kinds(recipe.taps.teacher)
     return CachedTeacher(cache, taps, views=views_read(recipe, cache), device=device, live=live)
 
 
 def views_read(recipe: Recipe, cache: Cache) -> int:
-    """Return how many of the cache's views the run reads: fewer epochs need no more of them."""
+    """Return the number of the cache's views that the run reads: at most one per epoch."""
     return min(recipe.data.views or cache.header.views, recipe.epochs)
 
 
 def provenance(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any]:
-    """Return what a frozen teacher's answers follow from, besides id and view: networks, pixels and shards.
+    """Return the facts that determine a frozen teacher's outputs, besides id and view: networks, images and shards.
 
-    None stands for what is not known: the network, where the recipe names a cache alone; the weights of a file that is
-    gone, or ``published`` ones, unless they are to be looked at.
+    Unknown facts are None: the network of a recipe with only a cache, and the digest of a missing weights file.
+    Published weights are hashed only if ``published`` is true.
     """
     classes = run.manifest.num_classes
     found = [_network_facts(network, classes, device, published) for network in frozen_networks(run, config)]
@@ -190,19 +192,21 @@ def provenance(run: Run, config: Config, device: torch.device, *, published: boo
         "data": transform_fingerprint(run.recipe.data, run.manifest, device),
         "shards": run.manifest.sha256,
     }
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(facts))  # tuples become lists, as in the header that they are compared with
 
 
 def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, published: bool) -> dict[str, Any]:
-    (named, config, _, weights, expected) = network
-    at_hand = Path(weights).is_file() if is_file(weights) else published
-    if is_file(weights) and not at_hand and collectives.is_main():
-        print(f"note: {named.key}.weights: {weights} is not there; that the cache is of these weights is not checked")
+    """Return the facts about one network for ``provenance``."""
+    (spec, config, _, weights, expected) = network
+    readable = Path(weights).is_file() if is_file(weights) else published
+    if is_file(weights) and not readable and collectives.is_main():
+        print(f"note: {spec.key}.weights: {weights} is missing, so the cache is not checked against these weights")
     return {
+        # Only if set, so that caches written before this option existed still match.
         **({"compile": True} if config.compile else {}),
-        "model": named.model,
-        "stages": dict(named.stages),
-        "weights": weights_sha256(weights, named.model, classes, config.weights_key) if at_hand else None,
+        "model": spec.model,
+        "stages": dict(spec.stages),
+        "weights": weights_sha256(weights, spec.model, classes, config.weights_key) if readable else None,
         "published": None if is_file(weights) else weights,
         "dtype": str(config.torch_dtype(device)).removeprefix("torch."),
         "fold": config.fold,
@@ -212,35 +216,36 @@ def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, p
 
 
 def check_sizes(cache: Cache, manifest: Manifest) -> None:
-    """Raise RecipeError where the rows cannot be those of the shards, whatever the user accepts."""
+    """Raise RecipeError if the cache's ids or classes differ from the shards'; ``accept`` has no effect here."""
     ids, logits = manifest.splits["train"].id_count, cache.header.kinds.get(LOGITS)
     if cache.header.id_count != ids:
-        raise RecipeError(f"{cache.folder} has rows for {cache.header.id_count:,} ids, and the shards have {ids:,}")
+        raise RecipeError(f"{cache.folder} has rows for {cache.header.id_count:,} ids, but the shards have {ids:,}")
     if logits and logits.shape != (manifest.num_classes,):
-        raise RecipeError(f"{cache.folder} has {logits.shape[0]} logits, and the shards {manifest.num_classes} classes")
+        classes = manifest.num_classes
+        raise RecipeError(f"{cache.folder} has {logits.shape[0]} logits, but the shards have {classes} classes")
 
 
 def check_provenance(cache: Cache, facts: dict[str, Any], accept: Iterable[str] = ()) -> None:
-    """Raise RecipeError if the cache is of other answers than those that follow from ``facts``, but in ``accept``."""
-    theirs = cache.header.binding.model_dump()
-    differing = [key for key in differing_keys(theirs, _known(facts, theirs)) if key not in accept]
+    """Raise RecipeError if the cache was written with other facts than ``facts``. Keys in ``accept`` may differ."""
+    cached = cache.header.binding.model_dump()
+    differing = [key for key in differing_keys(cached, _fill_unknown(facts, cached)) if key not in accept]
     if differing:
-        told = ", ".join(f"{key}{_values(theirs, facts, key)}" for key in differing)
+        values = ", ".join(f"{key}{_values(cached, facts, key)}" for key in differing)
         raise RecipeError(
-            f"{cache.folder} is of another {told}; write another cache for this, or, if you know that the answers are "
-            f"the same, teacher.accept=[{', '.join(differing)}]"
+            f"{cache.folder} was written with different settings: {values}; write a new cache, "
+            f"or, if you know that the outputs are the same, set teacher.accept=[{', '.join(differing)}]"
         )
 
 
-def _known(facts: Any, theirs: Any) -> Any:
-    """Return ``facts`` with what the cache says wherever they do not know."""
-    if isinstance(facts, dict) and isinstance(theirs, dict):
-        return {key: _known(value, theirs.get(key)) for key, value in facts.items()}
-    return theirs if facts is None else facts
+def _fill_unknown(facts: Any, cached: Any) -> Any:
+    """Return ``facts`` with every None replaced by the value in the cache."""
+    if isinstance(facts, dict) and isinstance(cached, dict):
+        return {key: _fill_unknown(value, cached.get(key)) for key, value in facts.items()}
+    return cached if facts is None else facts
 
 
-def _values(theirs: Any, facts: Any, key: str) -> str:
-    """Return what both say at a key, unless that is a whole section."""
+def _values(cached: Any, facts: Any, key: str) -> str:
+    """Return both values of a key as text, or an empty text if one of them is a section."""
     for part in key.split("."):
-        theirs, facts = (tree.get(part) if isinstance(tree, dict) else None for tree in (theirs, facts))
-    return "" if isinstance(theirs, dict) or isinstance(facts, dict) else f" ({theirs}, here {facts})"
+        cached, facts = (tree.get(part) if isinstance(tree, dict) else None for tree in (cached, facts))
+    return "" if isinstance(cached, dict) or isinstance(facts, dict) else f" ({cached}, here {facts})"

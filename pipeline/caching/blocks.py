@@ -1,7 +1,8 @@
-"""A cache's files, written block by block so that it may be interrupted at any moment, and held against their digests.
+"""Writing the files of a cache block by block, so that an interruption at any moment loses only one block.
 
-A block's rows are written and flushed, and only then its digest: what has a digest is whole. Blocks are ranges of ids,
-and ranks write different ones with plain writes, which no shared file system mixes up as it may mix up shared maps.
+The rows of a block are written and flushed before its digest. A block with a digest is therefore complete. A block is a
+range of ids. Ranks write different blocks, with ``pwrite`` and not through memory maps: shared file systems may lose
+writes to a map that several machines share.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from numpy.typing import NDArray
 from pipeline.teachers.cache import DIGEST, DTYPE, Cache, block_hasher
 
 _RESERVE = 2**30
-"""Bytes of the disk that are left to others."""
+"""Bytes of free disk space that are left to others."""
 
 
 class Block(NamedTuple):
-    """What is written and marked as done together: a range of ids at one view, of the kinds that are not there yet."""
+    """A unit of writing: one range of ids at one view, for the kinds that are not written yet."""
 
     view: int
     number: int
+    """Index of the range of ids, as for ``Header.ids``."""
     kinds: tuple[str, ...]
 
 
 def create_files(cache: Cache) -> None:
-    """Create the files of all views and kinds that are not there, sparse, and again those that are damaged.
+    """Create the missing files of all views and kinds, sparse, and create damaged files again.
 
-    Raises ValueError for a damaged one of which blocks are marked as written.
+    Raises ValueError for a damaged file with blocks that are marked as written.
     """
     for view in range(cache.header.views):
         for kind in cache.header.kinds:
@@ -41,19 +43,20 @@ def create_files(cache: Cache) -> None:
 
 
 def _create_pair(cache: Cache, view: int, kind: str) -> None:
-    """Create a view's file and that of its digests, where they are not there and whole."""
+    """Create the file of a kind at a view and the file of its digests, unless they exist and are valid."""
     header = cache.header
     path, digests = cache.path(view, kind), cache.digests_path(view, kind)
     if not cache.written(view, kind).any():
-        # In this order: what has a digest is whole at any moment.
+        # The digests are deleted first and created last, so that no digest ever belongs to an empty block.
         digests.unlink(missing_ok=True)
-        if not _is_whole(cache, view, kind):
+        if not _is_valid(cache, view, kind):
             _create(path, DTYPE, (header.id_count, *header.kinds[kind].stored))
         _create(digests, np.dtype(np.uint8), (header.blocks, DIGEST))
-    cache.rows(view, kind)  # or it raises
+    cache.rows(view, kind)  # raises ValueError for a file that is damaged
 
 
-def _is_whole(cache: Cache, view: int, kind: str) -> bool:
+def _is_valid(cache: Cache, view: int, kind: str) -> bool:
+    """Return whether the file exists and has the expected dtype and shape."""
     try:
         cache.rows(view, kind)
     except (OSError, ValueError):
@@ -62,14 +65,15 @@ def _is_whole(cache: Cache, view: int, kind: str) -> bool:
 
 
 def _create(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    # Under its own name only with its header and its whole length.
+    """Create a sparse array of zeros."""
+    # Created under a temporary name and renamed, so that no file has the final name before its full length.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     np.lib.format.open_memmap(temporary, "w+", dtype, shape)
     temporary.rename(path)
 
 
 def missing_blocks(cache: Cache, lost: Collection[str] = ()) -> list[Block]:
-    """Return what is not written yet, and all that is of the kinds ``lost``, view by view."""
+    """Return the blocks that are not written yet, and all blocks of the kinds in ``lost``, view by view."""
     header = cache.header
     return [
         Block(view, number, kinds)
@@ -81,53 +85,59 @@ def missing_blocks(cache: Cache, lost: Collection[str] = ()) -> list[Block]:
 
 
 def check_room(cache: Cache, blocks: Iterable[Block]) -> int:
-    """Return the bytes that the blocks take; raise OSError if the disk has not as many free.
+    """Return the total bytes of the blocks. Raises OSError if the disk does not have enough free space for them.
 
-    Those that are written again lie on the disk already.
+    Blocks that are written again need no new space.
     """
     header = cache.header
-    taken = Counter[tuple[int, str]]()
+    sizes = Counter[tuple[int, str]]()
     for block in blocks:
         for kind in block.kinds:
-            taken[block.view, kind] += len(header.ids(block.number)) * header.row_bytes([kind])
-    needed = sum(min(size, _not_allocated(cache, *file)) for file, size in taken.items())
-    there = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
+            sizes[block.view, kind] += len(header.ids(block.number)) * header.row_bytes([kind])
+    needed = sum(min(size, _not_allocated(cache, *file)) for file, size in sizes.items())
+    existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed + _RESERVE > free:
         raise OSError(
-            f"{cache.folder} needs {shown_bytes(needed)} more; its disk has {shown_bytes(free)} free, of which "
-            f"{shown_bytes(_RESERVE)} are left to others; write fewer views, or encode maps (encode={{last: 256}})"
+            f"{cache.folder} needs {format_bytes(needed)} more, but its disk has {format_bytes(free)} free, of which "
+            f"{format_bytes(_RESERVE)} are reserved; write fewer views, or encode maps (encode={{last: 256}})"
         )
-    return taken.total()
+    return sizes.total()
 
 
 def _not_allocated(cache: Cache, view: int, kind: str) -> int:
-    """Return how many bytes of a view's file the disk has not given it yet."""
-    path, whole = cache.path(view, kind), cache.header.id_count * cache.header.row_bytes([kind])
-    return max(whole - 512 * path.stat().st_blocks, 0) if path.is_file() else whole
+    """Return how many bytes of a sparse file the disk has not allocated yet."""
+    path, size = cache.path(view, kind), cache.header.id_count * cache.header.row_bytes([kind])
+    # st_blocks counts in units of 512 bytes, whatever the block size of the file system.
+    return max(size - 512 * path.stat().st_blocks, 0) if path.is_file() else size
 
 
 def write_block(cache: Cache, block: Block, answers: Iterable[tuple[range, dict[str, NDArray[np.float16]]]]) -> None:
-    """Write a block: for consecutive ranges of its ids the stored rows by kind, zeros for an id without a sample."""
+    """Write a block. ``answers`` gives the stored rows by kind for consecutive ranges of its ids.
+
+    The rows of ids without a sample are zeros.
+    """
     files = {kind: os.open(cache.path(block.view, kind), os.O_WRONLY) for kind in block.kinds}
-    seals = {kind: block_hasher(block.view, kind, block.number) for kind in block.kinds}
+    hashers = {kind: block_hasher(block.view, kind, block.number) for kind in block.kinds}
     first = {kind: _offset(cache.path(block.view, kind)) for kind in block.kinds}
     try:
         for ids, rows in answers:
             for kind in block.kinds:
                 content = np.ascontiguousarray(rows[kind]).tobytes()
-                seals[kind].update(content)
+                hashers[kind].update(content)
                 _write_at(files[kind], content, first[kind] + ids.start * cache.header.kinds[kind].row_bytes)
+        # Only rows that have reached the disk may get a digest.
         for file in files.values():
             os.fsync(file)
     finally:
         for file in files.values():
             os.close(file)
     for kind in block.kinds:
-        _mark(cache.digests_path(block.view, kind), block.number, seals[kind].digest())
+        _write_digest(cache.digests_path(block.view, kind), block.number, hashers[kind].digest())
 
 
-def _mark(path: Path, block: int, digest: bytes) -> None:
+def _write_digest(path: Path, block: int, digest: bytes) -> None:
+    """Write the digest of a block, which marks the block as written."""
     file = os.open(path, os.O_WRONLY)
     try:
         _write_at(file, digest, _offset(path) + block * DIGEST)
@@ -136,22 +146,23 @@ def _mark(path: Path, block: int, digest: bytes) -> None:
 
 
 def _offset(path: Path) -> int:
-    """Return where an array's first row lies in its file."""
+    """Return the byte offset of an array's first row in its file."""
     return np.lib.format.open_memmap(path, mode="r").offset
 
 
 def _write_at(file: int, content: bytes, offset: int) -> None:
-    left = memoryview(content)
-    while left:
+    """Write all bytes of ``content`` at an offset of a file."""
+    rest = memoryview(content)
+    while rest:  # pwrite may write fewer bytes than it was given
         try:
-            written = os.pwrite(file, left, offset)
+            written = os.pwrite(file, rest, offset)
         except OSError as error:
-            raise OSError(f"a block could not be written ({error}); make room, and the same command goes on") from error
-        left, offset = left[written:], offset + written
+            raise OSError(f"a block was not written ({error}); free disk space and run the command again") from error
+        rest, offset = rest[written:], offset + written
 
 
-def shown_bytes(count: float) -> str:
-    """Return a number of bytes in decimal units, as disks are sold."""
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text in decimal units, such as ``1.5 GB`` for 1.5e9."""
     units = ("bytes", "kB", "MB", "GB", "TB", "PB")
     power = min(int(np.log10(max(count, 1))) // 3, len(units) - 1)
     return f"{count / 1000**power:,.1f} {units[power]}" if power else f"{count:,.0f} bytes"

@@ -1,4 +1,4 @@
-"""What of a cache is not as it was written: found, and marked as not written, so that the writer writes it again."""
+"""Finding the damaged blocks of a cache, and marking them as not written, so that they are written again."""
 
 from __future__ import annotations
 
@@ -14,46 +14,48 @@ from shards.manifest import write_atomically
 
 
 class Damage(NamedTuple):
-    """What is wrong with the answers of one kind at one view."""
+    """The damage of the outputs of one kind at one view."""
 
     description: str
-    """A line for the user."""
+    """One line for the user."""
     view: int
     kind: str
     blocks: tuple[int, ...]
-    """To be written again; none where that is marked already."""
+    """Numbers of the blocks to write again; empty if they are marked as not written already."""
 
 
 def find_damage(cache: Cache) -> Iterator[Damage]:
-    """Read everything and yield what is not as it was written, or not written."""
+    """Read the whole cache and yield all damaged or missing parts."""
     every = tuple(range(cache.header.blocks))
     for kind in cache.header.kinds:
-        lost = _lost_encoder(cache, kind)
+        # Without its encoder, no row of a kind can be decoded: all of them are written again, with a new encoder.
+        encoder_error = _check_encoder(cache, kind)
         for view in range(cache.header.views):
-            if lost:
-                yield Damage(lost, view, kind, every)
+            if encoder_error:
+                yield Damage(encoder_error, view, kind, every)
                 continue
             try:
-                yield from _of_file(cache, view, kind)
+                yield from _check_file(cache, view, kind)
             except (OSError, ValueError) as error:
                 yield Damage(_message(error), view, kind, every)
 
 
-def _of_file(cache: Cache, view: int, kind: str) -> Iterator[Damage]:
+def _check_file(cache: Cache, view: int, kind: str) -> Iterator[Damage]:
+    """Yield the damaged and the missing blocks of one file. Raises OSError or ValueError if it cannot be read."""
     path, written = cache.path(view, kind), cache.written(view, kind)
     blocks = tuple(cache.damaged(view, kind, np.flatnonzero(written).tolist()))
     if blocks:
         rows = cache.header.ids(blocks[0])
         more = f" and {len(blocks) - 1} more blocks" if len(blocks) > 1 else ""
-        told = f"{path}: rows {rows.start} to {rows.stop - 1}{more} are not what was written"
-        yield Damage(told, view, kind, blocks)
+        text = f"{path}: rows {rows.start} to {rows.stop - 1}{more} do not match their digest"
+        yield Damage(text, view, kind, blocks)
     if not written.all():
-        told = f"{cache.folder}: view {view} of {kind} is written to {written.mean():.0%}"
-        yield Damage(told, view, kind, ())
+        text = f"{cache.folder}: view {view} of {kind} is written to {written.mean():.0%}"
+        yield Damage(text, view, kind, ())
 
 
-def _lost_encoder(cache: Cache, kind: str) -> str | None:
-    """Return what is wrong with a kind's encoder, without which its rows say nothing."""
+def _check_encoder(cache: Cache, kind: str) -> str | None:
+    """Return a message on the encoder of a kind if it is missing or damaged, otherwise None."""
     try:
         cache.encoder(kind)
     except (OSError, ValueError) as error:
@@ -62,17 +64,22 @@ def _lost_encoder(cache: Cache, kind: str) -> str | None:
 
 
 def _message(error: Exception) -> str:
+    """Return an error's text without the hint, which the command prints once for all damage."""
     return str(error).removesuffix(f"; {MEND_HINT}")
 
 
 def lost_encoders(cache: Cache) -> list[str]:
-    """Return the kinds that were stored encoded, and whose encoder is gone or damaged."""
+    """Return the encoded kinds whose encoder is missing or damaged."""
     kinds = cache.header.kinds.items()
-    return [name for name, kind in kinds if kind.encoded and kind.encoded.sha256 and _lost_encoder(cache, name)]
+    # In a new header, the encoders are still to be fitted and have no sha256: these are not lost.
+    return [name for name, kind in kinds if kind.encoded and kind.encoded.sha256 and _check_encoder(cache, name)]
 
 
 def mark_damaged(cache: Cache, found: Iterable[Damage]) -> None:
-    """Mark the damaged blocks as not written. Raises RecipeError while another process writes there, and OSError."""
+    """Mark the damaged blocks as not written.
+
+    Raises RecipeError while another process writes to the folder, and OSError if it cannot be written.
+    """
     lock_folder(cache.folder)
     for damage in found:
         if damage.blocks:
@@ -80,7 +87,7 @@ def mark_damaged(cache: Cache, found: Iterable[Damage]) -> None:
 
 
 def mark_blocks(cache: Cache, view: int, kind: str, blocks: Iterable[int]) -> None:
-    """Mark some blocks as not written; all of them where the file of the digests is damaged itself."""
+    """Mark some blocks as not written, or all blocks if the file of digests is damaged itself."""
     try:
         digests = cache.digests(view, kind)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which kinds of answer there are to keep, and what they take on disk."""
+"""The kinds of output that a cache can store, and their size on disk."""
 
 from __future__ import annotations
 
@@ -10,88 +10,94 @@ import numpy as np
 
 from pipeline.builders.meta import probe, training_labels
 from pipeline.builders.teacher import teacher_specs
-from pipeline.caching.blocks import shown_bytes
+from pipeline.caching.blocks import format_bytes
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
-from pipeline.teachers.cache import LOGITS, NAME, CacheEntry, Encoding, resolved
+from pipeline.teachers.cache import LOGITS, NAME, CacheEntry, Encoding, kinds_by_tap
 
-LIKELY = 8
-"""Part of a map's channels that the table shows as encoded, where no other is asked for."""
+CHANNEL_DIVISOR = 8
+"""Channels of a map per principal component in the encoding that the table proposes, if the user gives no number."""
 
 
 class Choice(NamedTuple):
-    """A kind of answer, and whether it is written."""
+    """One kind of output with one way to store it, as a row of the table."""
 
     name: str
     kind: CacheEntry
-    """As a header has it, but for what only the teacher's answers tell."""
+    """The entry of the header, without the facts that only the teacher's outputs determine."""
     written: bool
+    """Whether the command writes it."""
 
     @property
     def title(self) -> str:
-        """The kind as a table shows it."""
+        """Return the name and the stored shape, for a table."""
         return f"{self.name} {' × '.join(map(str, self.kind.stored))}"
 
 
 def choices(
     recipe: Recipe, sources: Sequence[Recipe], kinds: Iterable[str], encode: Mapping[str, int]
 ) -> tuple[list[Choice], list[str]]:
-    """Return what there is to keep, small before large, and the names of the network's stages.
+    """Return the kinds of output that can be stored, in order of size, and the names of the network's stages.
 
-    ``sources`` are the recipes of ``teacher.recipes``. Written are the logits, what the recipe's losses read, ``kinds``
-    and the stages of ``encode``. Raises RecipeError for a stage that the network does not have, and for an encoding
-    that cannot be.
+    ``sources`` are the recipes of ``teacher.recipes``. The command writes the logits, the taps of the recipe's losses,
+    ``kinds`` and the stages of ``encode``. Raises RecipeError for an unknown stage and for an impossible encoding.
     """
     num_classes = training_labels(recipe.data)[0]
-    named = teacher_specs(recipe, sources)[0]
-    stages = list(probe(named._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
+    spec = teacher_specs(recipe, sources)[0]
+    stages = list(probe(spec._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
     ranks = _ranks(stages, encode)
-    wanted = {LOGITS, *resolved(stages, [*recipe.taps.teacher, *kinds]).values(), *ranks}
-    offered = {kind for kind in resolved(stages, ["embedding", "last"]).values() if kind in stages}
+    wanted = {LOGITS, *kinds_by_tap(stages, [*recipe.taps.teacher, *kinds]).values(), *ranks}
+    # The table also shows these two, as candidates for losses that are added later.
+    offered = {kind for kind in kinds_by_tap(stages, ["embedding", "last"]).values() if kind in stages}
     taps = frozenset(wanted | offered) - {LOGITS}
-    if odd := [kind for kind in sorted(taps) if not re.fullmatch(NAME, kind)]:
-        raise RecipeError(f"teacher.stages: {odd[0]!r} becomes a file's name: small letters, digits and _, please")
-    shapes = probe(named._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
+    if invalid := [kind for kind in sorted(taps) if not re.fullmatch(NAME, kind)]:
+        raise RecipeError(
+            f"teacher.stages: {invalid[0]!r} becomes a file name: it must be lower-case letters, digits or _"
+        )
+    shapes = probe(spec._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
     found: list[Choice] = []
     for name in sorted(shapes, key=lambda name: int(np.prod(shapes[name]))):
-        found += _choices_of(name, shapes[name], name in wanted, ranks.get(name))
+        found += _storage_choices(name, shapes[name], name in wanted, ranks.get(name))
     return found, stages
 
 
 def _ranks(stages: Iterable[str], encode: Mapping[str, int]) -> dict[str, int]:
-    """Return the components to keep by stage; raise RecipeError for one that is named twice, or is none."""
+    """Return the number of components by stage.
+
+    Raises RecipeError for a stage with two different numbers, and for an unknown stage.
+    """
     ranks: dict[str, int] = {}
     for tap, rank in encode.items():
-        for kind in resolved(stages, [tap]).values():
+        for kind in kinds_by_tap(stages, [tap]).values():
             if ranks.setdefault(kind, rank) != rank:
-                raise RecipeError(f"encode: {kind} is to keep {ranks[kind]} components, and {rank}; say one of them")
+                raise RecipeError(f"encode: {kind} has both {ranks[kind]} and {rank} components; give one number")
     return ranks
 
 
-def _choices_of(name: str, shape: tuple[int, ...], wanted: bool, rank: int | None) -> list[Choice]:
-    """Return the kind as it is, and as it is or could be encoded."""
+def _storage_choices(name: str, shape: tuple[int, ...], wanted: bool, rank: int | None) -> list[Choice]:
+    """Return the choices for one kind: stored as it is, and encoded with ``rank`` components or a default number."""
     if rank is not None and (name == LOGITS or not rank <= shape[0]):
-        raise RecipeError(f"encode: {name} has {shape[0]} channels, and logits are kept whole; got {rank}")
-    whole = Choice(name, CacheEntry(shape=shape), wanted and rank is None)
+        raise RecipeError(f"encode: {name} has {shape[0]} channels, and logits are never encoded; got {rank}")
+    plain = Choice(name, CacheEntry(shape=shape), wanted and rank is None)
     if rank is None and len(shape) == 1:
-        return [whole]
-    encoded = Encoding(rank=rank or max(shape[0] // LIKELY, 1), sha256="", unexplained=0.0)
-    return [whole, Choice(name, CacheEntry(shape=shape, encoded=encoded), rank is not None)]
+        return [plain]
+    encoded = Encoding(rank=rank or max(shape[0] // CHANNEL_DIVISOR, 1), sha256="", unexplained=0.0)
+    return [plain, Choice(name, CacheEntry(shape=shape, encoded=encoded), rank is not None)]
 
 
 def size_table(recipe: Recipe, found: list[Choice], views: int) -> str:
-    """Return what the kinds of answer take on disk, for that many views."""
+    """Return a table of the sizes on disk of the kinds of output, for that many views."""
     _, labels_by_id, note = training_labels(recipe.data)
     images = len(labels_by_id)
     lines = [f"  {'':<28}{'bytes an image':>16}{'a view':>12}{f'{views} views':>12}"]
     for choice in found:
-        mark = "*" if choice.written else " "
+        star = "*" if choice.written else " "
         row = choice.kind.row_bytes
-        lines.append(f"{mark} {choice.title:<28}{row:>16,}{_sizes(row * images, views)}")
+        lines.append(f"{star} {choice.title:<28}{row:>16,}{_sizes(row * images, views)}")
     total = sum(choice.kind.row_bytes for choice in found if choice.written)
     lines.append(f"* {'is written, together':<28}{total:>16,}{_sizes(total * images, views)}")
     return "\n".join([f"answers to {images:,} images, in float16", *lines, *([note] if note else [])])
 
 
 def _sizes(view: int, views: int) -> str:
-    return f"{shown_bytes(view):>12}{shown_bytes(views * view):>12}"
+    return f"{format_bytes(view):>12}{format_bytes(views * view):>12}"

@@ -1,4 +1,4 @@
-"""Whether a cache holds what was written, and whether that is what the teacher answers."""
+"""Comparing a cache with new outputs of its teacher."""
 
 from __future__ import annotations
 
@@ -12,46 +12,48 @@ from pipeline.teachers.cache import Cache
 
 
 class Difference(NamedTuple):
-    """How far a kind's stored answers are from those that the teacher gives now."""
+    """The difference between the stored outputs of a kind and the teacher's new ones."""
 
     kind: str
     images: int
+    """Number of images compared."""
     largest: float
+    """Largest absolute difference."""
     scale: float
-    """The largest answer, in absolute value."""
+    """Largest absolute value of the stored outputs."""
 
     @property
     def relative(self) -> float:
-        """The largest difference as a share of the largest answer."""
+        """Return the largest difference divided by the largest stored value."""
         return self.largest / self.scale if self.scale else float(self.largest > 0)
 
     def __str__(self) -> str:
-        """Return the difference as a user reads it."""
-        told = f"largest difference {self.largest:.3g}, answers up to {self.scale:.3g}"
-        return f"{self.kind}: {told}, {self.images:,} images"
+        """Return the difference as one line of text."""
+        text = f"largest difference {self.largest:.3g}, answers up to {self.scale:.3g}"
+        return f"{self.kind}: {text}, {self.images:,} images"
 
 
 def compare_answers(cache: Cache, source: AnswerSource, sample: int, rng: np.random.Generator) -> list[Difference]:
-    """Ask the teacher again about at least ``sample`` images of random views, and compare every kind.
+    """Run the teacher on at least ``sample`` images in random views, and return the difference of every kind.
 
-    It is asked in the same company as when the answers were written: the last bits depend on it.
+    It runs on the same chunks of images as when the cache was written, because the last bits depend on them.
     """
     found = {kind: Difference(kind, 0, 0.0, 0.0) for kind in cache.header.kinds}
     encoders = cache.encoders(source.loader.device)
-    parts = list(_parts(cache, source, sample, rng))
+    parts = list(_sample_chunks(cache, source, sample, rng))
     for (ids, view), outputs in zip(parts, source.answers(parts), strict=True):
         for kind, now in stored(outputs, cache.header.kinds, encoders).items():
             then = cache.rows(view, kind)[ids].astype(np.float64)
             _, images, largest, scale = found[kind]
-            # Not max, which lets a NaN through.
+            # np.maximum returns NaN if either is NaN; Python's max may drop it.
             largest = float(np.maximum(largest, np.abs(then - now).max()))
             scale = float(np.maximum(scale, np.abs(then).max()))
             found[kind] = Difference(kind, images + len(ids), largest, scale)
     return list(found.values())
 
 
-def _parts(cache: Cache, source: AnswerSource, sample: int, rng: np.random.Generator) -> Iterator[Part]:
-    """Yield random chunks of ids, each at a random view, until they hold ``sample`` images or are all of a view's."""
+def _sample_chunks(cache: Cache, source: AnswerSource, sample: int, rng: np.random.Generator) -> Iterator[Part]:
+    """Yield random chunks of ids, each at a random view, until they contain ``sample`` images or there are no more."""
     blocks = range(cache.header.blocks)
     chunks = [source.present(ids) for block in blocks for ids in cache.header.chunks(block)]
     chosen = 0

@@ -191,11 +191,15 @@ def test_what_computes_with_its_numbers_is_run_on_the_cpu(recipes: Path):
 def test_what_is_counted_for_made_up_samples_is_said(recipes: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(recipes)
     absent = summarize(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7")))
-    assert str(absent).endswith("\nno shards at nowhere: what is kept of every sample is counted for 14 made-up ones")
+    assert str(absent).endswith(
+        "\nno shards at nowhere: the memory of losses per sample is counted for 14 assumed samples"
+    )
     said = summarize(load_recipe("ddkd.yaml", ("data.path=nowhere", "data.classes=7", "data.samples=60")))
-    assert said.note.endswith("at nowhere: what is kept of every sample is counted for the 60 that data.samples says")
+    assert said.note.endswith(
+        "at nowhere: the memory of losses per sample is counted for the 60 samples of data.samples"
+    )
     there = str(summarize(load_recipe("ddkd.yaml")))
-    assert "made-up" not in there
+    assert "assumed" not in there
     assert "\ntraining  about 0." in there
 
 

@@ -83,7 +83,7 @@ def test_torchvisions_teachers_answer_as_torchvisions_own(
         expected = model(normalised(*IMAGENET))
     found = answers(recipe, f"teacher={{model: {name}, weights: IMAGENET1K_V1}}")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    assert f"which IMAGENET1K_V1 of {name} expects" in capsys.readouterr().out
+    assert f"for IMAGENET1K_V1 of {name}" in capsys.readouterr().out
 
 
 def test_timms_teachers_answer_as_their_own_configuration_says(recipe: Path, monkeypatch: pytest.MonkeyPatch):
@@ -134,7 +134,7 @@ def test_a_start_says_which_images_it_expects_and_the_words_that_give_them(
         load_start(config.student.start, None, student, "resnet18", config.data)
         return capsys.readouterr().out
 
-    told = said(start).partition("another mean and std: ")[2].partition(" gives them")[0]
+    told = said(start).partition("another mean and std; set ")[2].partition("\n")[0]
     assert said([*start, *told.split(" ")]) == ""
 
 

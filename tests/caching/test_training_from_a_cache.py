@@ -113,11 +113,11 @@ def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["data.scale=[0.2, 1.0]"], r"another data\.scale \(\[0\.5, 1\.0\], here \[0\.2, 1\.0\]\)"),
-        (["data.seed=1"], r"another data\.seed"),
-        (["teacher.weights=other.safetensors"], r"another teacher\.network\.weights"),
-        (["teacher.mean=[0.1, 0.1, 0.1]"], r"another teacher\.network\.mean"),
-        (["data.path=other_shards"], r"another shards"),
+        (["data.scale=[0.2, 1.0]"], r"different settings: data\.scale \(\[0\.5, 1\.0\], here \[0\.2, 1\.0\]\)"),
+        (["data.seed=1"], r"different settings: data\.seed"),
+        (["teacher.weights=other.safetensors"], r"different settings: teacher\.network\.weights"),
+        (["teacher.mean=[0.1, 0.1, 0.1]"], r"different settings: teacher\.network\.mean"),
+        (["data.path=other_shards"], r"different settings: shards"),
         (["data.views=3"], r"has 2 views, but 3 are needed"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_difference_may_be_accepted_in_the_middle_of_a_run(copied: Path, run_t
 def test_rows_of_other_shards_are_refused_whatever_is_accepted(copied: Path, run_train: Command):
     more = [sys.executable, str(ROOT / "shards" / "prepare_demo.py"), "more", "--train", "90", "--val", "12"]
     subprocess.run([*more, "--size", "24", "--jobs", "1"], check=True, capture_output=True)
-    with pytest.raises(RecipeError, match=r"rows for 60 ids, and the shards have 90"):
+    with pytest.raises(RecipeError, match=r"rows for 60 ids, but the shards have 90"):
         run_train("kd.yaml", "teacher.cache=cache", "data.path=more", "teacher.accept=[shards]")
 
 

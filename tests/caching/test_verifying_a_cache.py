@@ -137,7 +137,7 @@ def test_somebody_elses_cache_is_data_and_nothing_else(
         ('"stage3": {', '"../stage3": {', r"cache\.json: kinds"),
         ('"version": 1', '"version": 2', r"cache\.json: version"),
         ('"views": 2', '"views": 2, "more": 1', r"cache\.json: more"),
-        ('"id_count": 60', '"id_count": 61', r"rows for 61 ids, and the shards have 60"),
+        ('"id_count": 60', '"id_count": 61', r"rows for 61 ids, but the shards have 60"),
         ('"batch": 12', '"batch": 0', r"cache\.json: batch"),
         ('"binding": {', '"binding": [', r"cache\.json: Invalid JSON"),
     ],

@@ -139,7 +139,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     before = content(copied)
     usage = shutil.disk_usage(copied)
     monkeypatch.setattr(blocks.shutil, "disk_usage", lambda _: usage._replace(free=2**30 + 1000))
-    told = r"needs 5\.8 kB more; its disk has 1\.1 GB free, of which 1\.1 GB are left to others"
+    told = r"needs 5\.8 kB more, but its disk has 1\.1 GB free, of which 1\.1 GB are reserved"
     with pytest.raises(RecipeError, match=told):
         run_cache("kd.yaml", "teacher.cache=logits", "encode={embedding: 4}", "kinds=embedding")
     assert content(copied.parent / "logits") == {}
@@ -157,7 +157,7 @@ def test_a_teacher_worse_than_expected_is_not_cached(place: Path, run_cache: Com
 def test_an_answer_that_float16_does_not_hold_is_named(place: Path, run_cache: Command):
     state = load_file("teacher.safetensors")
     save_file({key: 1e6 * x if key.startswith("fc.") else x for key, x in state.items()}, "teacher.safetensors")
-    with pytest.raises(RecipeError, match=r"the teacher answers .* at logits, and float16 ends at 65504"):
+    with pytest.raises(RecipeError, match=r"the teacher's logits have values up to .*, but float16 ends at 65504"):
         run_cache("kd.yaml", "teacher.cache=cache")
 
 
@@ -169,7 +169,7 @@ def test_an_answer_that_float16_does_not_hold_is_named(place: Path, run_cache: C
         (["kd.yaml", "teacher.cache=cache", "views=0"], r"views: Input should be greater than 0, got 0"),
         (["kd.yaml", "teacher.cache=cache", "kinds=[stage9]"], r"no stage 'stage9'"),
         (["kd.yaml", "teacher.cache=cache", "encode={last: 65}"], r"stage3 has 64 channels"),
-        (["kd.yaml", "teacher.cache=cache", "encode={last: 8, stage3: 4}"], r"stage3 is to keep 8 components, and 4"),
+        (["kd.yaml", "teacher.cache=cache", "encode={last: 8, stage3: 4}"], r"stage3 has both 8 and 4 components"),
         (["kd.yaml", "teacher.cache=cache", "teacher.model=null", "teacher.weights=null"], r"no frozen network to ask"),
     ],
 )
@@ -184,8 +184,8 @@ def test_a_folder_of_another_teachers_answers_is_not_continued(copied: Path, pla
     before = content(copied)
     for words, told in (
         (["teacher.fold=false"], r"another teacher\.network\.fold"),
-        (["encode={last: 8}"], r"has stage3 as 64 × 4 × 4; keep to that"),
-        (["teacher.batch=6"], r"was begun with teacher\.batch: 12, here 6"),
+        (["encode={last: 8}"], r"has stage3 as 64 × 4 × 4; keep this shape"),
+        (["teacher.batch=6"], r"was written with teacher\.batch: 12, here 6"),
     ):
         with pytest.raises(RecipeError, match=told):
             run_cache("all.yaml", "teacher.cache=cache", *words)

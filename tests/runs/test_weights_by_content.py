@@ -125,7 +125,7 @@ def test_a_run_that_began_with_a_path_is_still_compared_by_it(
         check_folder(run_of(f"{name}.yaml", [moved(name)]))
     if name != "start":
         build_teacher(run_of(f"{name}.yaml"), CPU)
-        assert "knows w.pt by its path; that it holds what it did then is not checked" in capsys.readouterr().out
+        assert "records only the path of w.pt, no digest; it is not checked for changes" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_told_with_their_place(place: Path):

@@ -92,7 +92,7 @@ def test_shards_without_validation_images_are_trained_on_and_it_is_said(
     del manifest["splits"]["val"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     run_train("ce.yaml", f"data.path={copy}", "epochs=1")
-    assert f"note: {copy} has no validation split: this run is not validated" in capfd.readouterr().out
+    assert f"note: {copy} has no validation split: this run is not evaluated" in capfd.readouterr().out
     assert json.loads((recipes / "runs" / "ce" / "result.json").read_text())["top1"] is None
 
 
