@@ -183,7 +183,7 @@ def test_what_cannot_be_written_is_one_line(words: list[str], told: str, place: 
 def test_a_folder_of_another_teachers_answers_is_not_continued(copied: Path, place: Path, run_cache: Command):
     before = content(copied)
     for words, told in (
-        (["teacher.fold=false"], r"another teacher\.network\.fold"),
+        (["teacher.fold=false"], r"different settings: teacher\.network\.fold"),
         (["encode={last: 8}"], r"has stage3 as 64 × 4 × 4; keep this shape"),
         (["teacher.batch=6"], r"was written with teacher\.batch: 12, here 6"),
     ):

@@ -82,4 +82,4 @@ def test_the_advice_names_the_teacher_where_it_is_or_may_be_the_cause(
     guard.half_answers = {place: value.half() for place, value in answers.items()}
     with pytest.raises(NonFiniteError) as caught:
         guard.check()
-    assert str(caught.value).partition("no weight; ")[2].startswith(advice)
+    assert str(caught.value).partition("was skipped; ")[2].startswith(advice)

@@ -72,5 +72,5 @@ def test_what_the_networks_answer_in_half_precision_is_known_by_key_and_name():
     places = {("teacher.members.0", "logits"), ("teacher.members.2", "logits")}
     assert half_answers(ensemble, answers).keys() == places | {("teacher.members.0", "features (last)")}
     for live, found in ((None, set()), (nn.Identity(), {("teacher", "features (last)")})):
-        cached = of(CachedTeacher, live=live, asked=["last"] if live else [], kinds=["logits"])
+        cached = of(CachedTeacher, live=live, live_taps=["last"] if live else [], kinds=["logits"])
         assert half_answers(cached, answers).keys() == found
