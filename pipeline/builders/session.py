@@ -109,7 +109,7 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
     averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # no rank may read or write the folder before it is checked and locked
 
     distiller, optimizer = accelerator.prepare(unwrapped, create_optimizer(recipe.optimizer, unwrapped))
     if recipe.compress:

@@ -1,4 +1,4 @@
-"""Writing the files of a cache block by block, so that an interruption at any moment loses only one block.
+"""Writing the files of a cache block by block, so that an interruption loses at most the current block of each rank.
 
 The rows of a block are written and flushed before its digest. A block with a digest is therefore complete. A block is a
 range of ids. Ranks write different blocks, with ``pwrite`` and not through memory maps: shared file systems may lose

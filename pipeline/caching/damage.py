@@ -64,7 +64,7 @@ def _check_encoder(cache: Cache, kind: str) -> str | None:
 
 
 def _message(error: Exception) -> str:
-    """Return an error's text without the hint, which the command prints once for all damage."""
+    """Return an error's text without the hint to run ``--verify``, as that is the command that calls this."""
     return str(error).removesuffix(f"; {MEND_HINT}")
 
 

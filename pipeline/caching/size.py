@@ -47,7 +47,7 @@ def choices(
     stages = list(probe(spec._replace(taps=frozenset()), num_classes, recipe.data.size)[1].stages)
     ranks = _ranks(stages, encode)
     wanted = {LOGITS, *kinds_by_tap(stages, [*recipe.taps.teacher, *kinds]).values(), *ranks}
-    # The table also shows these two, as candidates for losses that are added later.
+    # The table also shows these two, so that a user can see their size before choosing them.
     offered = {kind for kind in kinds_by_tap(stages, ["embedding", "last"]).values() if kind in stages}
     taps = frozenset(wanted | offered) - {LOGITS}
     if invalid := [kind for kind in sorted(taps) if not re.fullmatch(NAME, kind)]:

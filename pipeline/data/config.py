@@ -9,7 +9,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from pipeline.frozen_model import FrozenModel
 
 MAX_PIXELS = 2**14
+"""Largest side of an image, in pixels."""
 MAX_VIEWS = 100_000
+"""Largest number of augmented views."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 
