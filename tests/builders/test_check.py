@@ -101,7 +101,7 @@ def test_a_check_says_what_training_would_refuse(recipes: Path, monkeypatch: pyt
         ("student.model=resnet19",): "student.model: there is no model 'resnet19'",
         ("losses.ddkd.feature.stage=stage9",): "student.stages: the network has no stage 'stage9'",
         ("losses.ddkd.feature.stage=embedding",): "losses: the tap 'embedding' is shaped [64]",
-        ("data.path=nowhere",): "data.classes: nowhere holds no shards",
+        ("data.path=nowhere",): "data.classes: nowhere contains no shards",
     }.items():
         with pytest.raises(RecipeError) as caught:
             summarize(load_recipe("ddkd.yaml", words))
