@@ -1,4 +1,4 @@
-"""What travels through the pipeline: a batch, a network's outputs, and how far training has come.
+"""The types that pass through the pipeline: a batch, a network's outputs, and the progress of training.
 
 Shape suffixes, here and everywhere: B batch, C channels, H W space, K classes, D embedding, L levels, N samples.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One rank's rows of a batch. A NamedTuple, because accelerate sees through it and not through a dataclass."""
+    """One rank's rows of a batch. It is a NamedTuple, because accelerate looks into tuples but not into dataclasses."""
 
     images_BCHW: Tensor
     """Float images, normalised with the recipe's mean and std."""
@@ -21,44 +21,44 @@ class Batch(NamedTuple):
     ids_B: Tensor
     """int64 stable sample numbers of the split; −1 in a padded row."""
     extra: dict[str, Tensor]
-    """What a teacher's cache sends along, by name; rows as in the batch."""
+    """Tensors of a teacher's cache by name, with the rows of the batch."""
 
 
 class Outputs(NamedTuple):
-    """What a network answers; the same type for student and teacher."""
+    """The outputs of a network, student or teacher."""
 
     logits_BK: Tensor
     features: dict[str, Tensor]
-    """Taps by the name the recipe asked for, such as ``stage4`` or ``last``."""
+    """Features by the tap's name in the recipe, such as ``stage4`` or ``last``."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, in whole global batches. Learning rate, ramps and loader are functions of it."""
+    """The progress of a run in complete global batches. Learning rate, ramps and loader are functions of it."""
 
     steps_per_epoch: int
     step: int = 0
-    """Whole global batches seen, which is optimizer steps taken."""
+    """Complete global batches seen, which equals optimizer steps taken."""
     samples_seen: int = 0
 
     @property
     def epoch(self) -> int:
-        """Whole epochs behind us; 0 during the first epoch."""
+        """Return the number of completed epochs; 0 during the first epoch."""
         return self.step // self.steps_per_epoch
 
     @property
     def fraction(self) -> float:
-        """Epochs behind us as a real number."""
+        """Return the completed epochs as a real number."""
         return self.step / self.steps_per_epoch
 
     @property
     def step_in_epoch(self) -> int:
-        """Global batches of the current epoch behind us."""
+        """Return the number of completed global batches in the current epoch."""
         return self.step % self.steps_per_epoch
 
     @property
     def epoch_ended(self) -> bool:
-        """Whether the last step closed an epoch."""
+        """Return whether the last step was the last of an epoch."""
         return self.step > 0 and self.step_in_epoch == 0
 
     def after(self, batch: int) -> Progress:
@@ -67,5 +67,5 @@ class Progress:
 
 
 def rows_per_rank(batch: int, world_size: int, accumulation: int) -> int:
-    """Return the rows that a rank computes at once of a global ``batch``: its share of a micro-batch, at least one."""
+    """Return how many rows of a global ``batch`` a rank computes at once: its share of a micro-batch, at least one."""
     return max(batch // (world_size * accumulation), 1)

@@ -15,11 +15,11 @@ from pipeline.losses._registry import LossSpec
 from pipeline.optim.guard import propagate_nonfinite
 
 Timer = Callable[[str], AbstractContextManager[None]]
-"""``timer(name)`` is a context whose time counts as ``name``."""
+"""A function that returns a context; ``timer(name)`` adds the time inside it to ``name``."""
 
 
 class Distiller(nn.Module):
-    """Student + losses. All trainable work is inside ``forward``, as DDP and ZeRO need it; the teacher is outside."""
+    """The student with its losses. DDP and ZeRO need all trainable work inside ``forward``; the teacher is outside."""
 
     def __init__(self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Distiller(nn.Module):
     def forward(
         self, batch: Batch, teacher: Outputs | None, progress: Progress, timer: Timer = nullcontext
     ) -> dict[str, Tensor]:
-        """Return the weighted parts as ``loss`` or ``loss/part``, ``total``, their sum, and ``top1`` in percent.
+        """Return the weighted parts as ``loss`` or ``loss/part``, their sum as ``total``, and ``top1`` in percent.
 
         ``timer`` measures ``student`` and ``losses``.
         """
@@ -46,7 +46,7 @@ class Distiller(nn.Module):
         return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
 
     def commit(self) -> None:
-        """Let the losses that keep a state of their own take in the global batch that has just been learned from."""
+        """Update the losses' own state, such as memory banks, with the global batch of the last optimizer step."""
         for module in self.losses.modules():
             if isinstance(module, Loss):
                 module.commit()

@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line that says where, the file or the key."""
+"""Errors that a user can cause, each with one line that names the file or the key."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class RecipeError(ValueError):
 
 
 class AlreadyReported(Exception):
-    """What a user can mend, which a process that was begun for it has said already, in one line."""
+    """A user's error that a child process has already reported in one line."""
 
 
 class Interrupted(Exception):
-    """What was to be made was told to stop before its end; the same command continues it."""
+    """A command that was stopped before its end; the same command continues it."""
 
 
 def one_line(error: BaseException, longest: int | None = None) -> str:
-    """Return an error's own words in one line, cut after so many characters."""
+    """Return an error's message in one line, cut after ``longest`` characters."""
     return " ".join(str(error).split())[:longest]
 
 
 @contextmanager
 def error_context(location: str) -> Iterator[None]:
-    """Say in front of what a user got wrong inside where it was said: a file or a key."""
+    """Prefix errors raised inside the context with ``location``, the file or key that they concern."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -36,5 +36,5 @@ def error_context(location: str) -> Iterator[None]:
 
 
 def display_path(path: Path) -> str:
-    """Return the path as a message shows it: relative to the project where it lies inside."""
+    """Return the path as messages show it: relative to the project if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

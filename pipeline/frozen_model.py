@@ -1,4 +1,4 @@
-"""The base class of everything that is read from a recipe, a command line or a file of ours."""
+"""The pydantic base class of all settings: recipes, command lines and the project's own files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    """A pydantic model that refuses unknown keys and cannot be changed once it is made.
+    """A pydantic model that rejects unknown keys and cannot be changed.
 
-    Fields may hold types that pydantic does not know, such as a loss's class.
+    Fields may have types that pydantic does not know, such as a loss's class.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)

@@ -1,6 +1,6 @@
-"""Whether the ranks were told the same: each compares what it was told with what rank 0 was, at the store they meet at.
+"""Comparison of every rank's settings with those of rank 0, through the ranks' common store.
 
-Before there is a process group, so that nothing can wait in a collective for a rank that ends here.
+No process group exists yet, so no rank can wait in a collective for a rank that stops here.
 """
 
 from __future__ import annotations
@@ -11,48 +11,50 @@ from typing import Any
 
 from pipeline.distributed.collectives import Store  # pyright: ignore[reportPrivateImportUsage]
 
-_FIRST, _DIFFERENCE = "told/first", "told/difference"
-_NOTHING = "nothing"
-_LONGEST = 80
+_RANK_0, _DIFFERENCE = "settings/rank0", "settings/difference"
+_NOT_SET = "not set"
+_MAX_CHARACTERS = 80
 
 
 def publish(store: Store, settings: Mapping[str, Any]) -> None:
-    """Leave at the store what rank 0 was told; it does so before it says that it has come."""
-    store.set(_FIRST, json.dumps(_texts(settings)))
+    """Write rank 0's settings to the store; rank 0 calls it before it reports its arrival."""
+    store.set(_RANK_0, json.dumps(_to_text(settings)))
 
 
 def compare_with_rank0(store: Store, settings: Mapping[str, Any], name: str) -> None:
-    """Leave at the store where this rank, called ``name``, differs from rank 0, if it does."""
-    found = difference(json.loads(store.get(_FIRST)), _texts(settings))
+    """Write to the store how this rank, called ``name``, differs from rank 0, if it does."""
+    found = difference(json.loads(store.get(_RANK_0)), _to_text(settings))
     if found is not None:
-        key, first, own = found
-        line = f"{name}: {key} is {_shorten(own)} here and {_shorten(first)} on rank 0"
+        key, first, ours = found
+        line = f"{name}: {key} is {_shorten(ours)} here and {_shorten(first)} on rank 0"
         store.set(_DIFFERENCE, f"{line}; start all ranks with the same command, shards, code and packages")
 
 
 def read_difference(store: Store) -> str | None:
-    """Return what a rank left, once all have compared."""
+    """Return the difference that a rank wrote, None if there is none; valid once all ranks have compared."""
+    # get() would wait for a key that no rank may ever write; check() returns at once.
     return store.get(_DIFFERENCE).decode() if store.check([_DIFFERENCE]) else None
 
 
-def difference(first: Mapping[str, str], own: Mapping[str, str]) -> tuple[str, str, str] | None:
-    """Return the first key at which the two differ with both values, None where they are the same."""
-    keys = (key for key in {**first, **own} if first.get(key) != own.get(key))
-    return next(((key, first.get(key, _NOTHING), own.get(key, _NOTHING)) for key in keys), None)
+def difference(first: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """Return the first key at which the two differ, with both values; None if they are equal."""
+    keys = (key for key in {**first, **ours} if first.get(key) != ours.get(key))
+    return next(((key, first.get(key, _NOT_SET), ours.get(key, _NOT_SET)) for key in keys), None)
 
 
 def flatten(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of nested mappings and what stands there."""
+    """Yield every dotted key of nested mappings with its value."""
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value:  # an empty mapping has no keys below it, so it is a value itself
             yield from flatten(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 
 
-def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
+def _to_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    # JSON, because the store carries text, and an error message shows it; paths become strings.
     return {key: json.dumps(value, default=str, ensure_ascii=False) for key, value in flatten(settings)}
 
 
 def _shorten(value: str) -> str:
-    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+    return value if len(value) <= _MAX_CHARACTERS else f"{value[:_MAX_CHARACTERS]}…"

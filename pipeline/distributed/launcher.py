@@ -1,4 +1,4 @@
-"""What the launcher told this process: read from the environment once, where a command begins, and handed on."""
+"""The launcher's settings for this process, read from the environment once, when a command begins."""
 
 from __future__ import annotations
 
@@ -9,56 +9,56 @@ import torch
 
 from pipeline.errors import RecipeError
 
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_OF_MPI = (
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_MPI_VARIABLES = (
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
 )
-NUMBERS = (*_OF_A_RANK, *_OF_MPI, "OMP_NUM_THREADS")
-"""Variables that Accelerate, which looks at other launchers', too, takes for numbers wherever they are set."""
+NUMBERS = (*_RANK_VARIABLES, *_MPI_VARIABLES, "OMP_NUM_THREADS")
+"""Variables that Accelerate reads as numbers wherever they are set, those of other launchers included."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started with it; the defaults are a process without a launcher."""
+    """A process among those that were started with it; the defaults describe a process without a launcher."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int | None = None
-    """Its number on its host; None where nobody said."""
+    """Rank of the process on its host; None if it is not set."""
     use_cpu: bool = False
-    """Whether the launcher wants it to compute on the CPU."""
+    """True if the launcher selects the CPU."""
     use_deepspeed: bool = False
     deepspeed_file: str | None = None
-    """JSON of DeepSpeed's settings."""
+    """JSON file with DeepSpeed's settings."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first rank."""
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it computes on the CPU, by choice or for want of a GPU."""
+        """Return whether the process computes on the CPU, by choice or because there is no GPU."""
         return self.use_cpu or not torch.cuda.is_available()
 
 
 def read_launch() -> Launch:
-    """Return what the environment says. Raises RecipeError for a rank that cannot be.
+    """Return the launcher's settings from the environment. Raises RecipeError for an impossible rank.
 
-    An empty variable says nothing, and is taken away: Accelerate would fail on it.
+    An empty variable counts as not set, and is deleted: Accelerate would fail on it.
     """
     for name in NUMBERS:
         if os.environ.get(name) == "":
             del os.environ[name]
-    for name in _OF_MPI:
-        number(name, 0)
+    for name in _MPI_VARIABLES:
+        number(name, 0)  # for the error only: Accelerate reads these, too, and would end in a traceback
     rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
     if world_size == 0:
-        raise RecipeError("WORLD_SIZE is 0; it is the number of processes, 1 for a single one")
+        raise RecipeError("WORLD_SIZE is 0; set it to the number of processes, 1 for a single one")
     if rank >= world_size:
-        raise RecipeError(f"RANK is {rank}, which is none of the {world_size} ranks of WORLD_SIZE")
+        raise RecipeError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; give a rank from 0 to {world_size - 1}")
     return Launch(
         rank=rank,
         world_size=world_size,
@@ -70,7 +70,7 @@ def read_launch() -> Launch:
 
 
 def number(name: str, default: int) -> int:
-    """Return what a variable says, the default where it is not set or empty. Raises RecipeError for no number."""
+    """Return the number in a variable, the default if it is not set or empty. Raises RecipeError for other text."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise RecipeError(f"{name} is {text!r}, not a number")
@@ -78,5 +78,5 @@ def number(name: str, default: int) -> int:
 
 
 def is_set(name: str) -> bool:
-    """Whether a variable says yes, as Accelerate reads its own."""
+    """Return whether a variable is set to yes, by the rules of Accelerate for its own variables."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -1,4 +1,4 @@
-"""Batch normalisation of auxiliary networks, which never leave training and so keep no running averages."""
+"""Batch normalisation for auxiliary networks, which are always in training mode and keep no running averages."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from pipeline.distributed.collectives import standardize_columns
 
 NormFactory = Callable[[int], nn.Module]
-"""Makes a normalisation of that many channels."""
+"""A function that makes the normalisation of so many channels."""
 
 
 class RankNorm(nn.BatchNorm2d):
-    """A BatchNorm of this rank's rows."""
+    """Batch normalisation over the rows of this rank only."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, track_running_stats=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised, scaled and shifted map. Raises ValueError where a channel has a single value."""
+        """Return the normalised, scaled and shifted map. Raises ValueError if a channel has a single value."""
         if input[:, 0].numel() < 2:
             raise ValueError(
-                "a BatchNorm that learns with the student sees a single value; at least 2 rows a rank are needed: "
-                "raise batch"
+                "a BatchNorm that is trained with the student got one value a channel; each rank needs at least 2 "
+                "rows: raise batch"
             )
         return super().forward(input)
 
 
 def batch_norm(width: int, stat_scope: str) -> nn.Module:
-    """Return a BatchNorm of that many channels over all ranks' rows (``global``), or this rank's (``rank``)."""
+    """Return a BatchNorm of ``width`` channels over the rows of all ranks (``global``) or of this rank (``rank``)."""
     return BatchNorm(width) if stat_scope == "global" else RankNorm(width)
 
 

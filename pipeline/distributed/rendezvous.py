@@ -1,7 +1,7 @@
-"""Whether the processes that a launcher started know of one another; if not, one line says so, not N trainings.
+"""Rendezvous: the ranks of a launch find one another, compare their settings and join in a process group.
 
-``refuse_lone_ranks`` reads it off the environment. ``meet`` waits until every rank is there, compares what they were
-told, and joins them.
+``check_launcher`` reads the environment, and refuses processes that would each train alone. ``init_process_group``
+waits until every rank is there, compares their settings, and joins them.
 """
 
 from __future__ import annotations
@@ -25,52 +25,54 @@ from pipeline.distributed.launcher import Launch, number
 from pipeline.errors import Interrupted, RecipeError
 
 SECONDS_VARIABLE = "PIPELINE_RENDEZVOUS_SECONDS"
-"""How long a rank waits for the others to come; ``DEFAULT_SECONDS`` where it is not set."""
+"""Environment variable: seconds that a rank waits for the others; ``DEFAULT_SECONDS`` if it is not set."""
 DEFAULT_SECONDS = 120.0
 POLL_SECONDS = 0.1
-"""Seconds between two looks at the store."""
+"""Seconds between two reads of the store."""
 LEAVE_SECONDS = 10.0
-"""How long rank 0, which serves the store, stays for the others to read that they disagree."""
+"""Seconds that rank 0, which serves the store, waits for the others to read an error from it."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank that has met the others waits for them in a collective."""
+"""Longest wait in a collective, once all ranks have joined."""
 
 REQUIRED_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a process that is started without an elastic agent must be told."""
-# How other launchers tell each of their processes how many there are.
+"""Variables that a process needs if no elastic agent started it."""
+# Where other launchers give each process the number of processes.
 TASK_COUNT_VARIABLES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
 
 def check_launcher() -> None:
-    """Raise RecipeError, which tells the command that works, if several processes would each train alone.
+    """Raise RecipeError, with a command that works, if several processes would each train alone.
 
-    ``WORLD_SIZE=1`` says that this is what is wanted.
+    A user who wants that sets ``WORLD_SIZE=1``.
     """
-    told = "" if _in_a_shell_of_srun() else next((name for name in TASK_COUNT_VARIABLES if os.environ.get(name)), "")
-    tasks, launcher = number(told, 1), TASK_COUNT_VARIABLES.get(told, "")
+    variable = "" if _is_srun_shell() else next((name for name in TASK_COUNT_VARIABLES if os.environ.get(name)), "")
+    tasks, launcher = number(variable, 1), TASK_COUNT_VARIABLES.get(variable, "")
     world = number("WORLD_SIZE", 0)
     if not world:
         if tasks > 1:
             raise RecipeError(_missing_environment_message(tasks, launcher))
-        # Accelerate's launcher of a single process leaves these traces, the second where it was to start several.
+        # `accelerate launch` sets the first for a single process, and the second, too, if it was to start several.
         if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
             raise RecipeError(
-                "accelerate launch was asked for several processes and started one, as it does with --cpu, MULTI_CPU "
-                f"or NO; start them with: torchrun --nproc_per_node N {shlex.join(sys.argv)} (WORLD_SIZE=1 means one)"
+                "accelerate launch started one process of several, as it does with --cpu, MULTI_CPU or NO; "
+                f"start them with: torchrun --nproc_per_node N {shlex.join(sys.argv)} (WORLD_SIZE=1 means one)"
             )
     elif os.environ.get("GROUP_WORLD_SIZE") and number("GROUP_WORLD_SIZE", 1) != tasks > 1:
         raise RecipeError(
-            f"{launcher} started {tasks} torchruns that do not see one another; give each: --nnodes {tasks} "
+            f"{launcher} started {tasks} torchruns that cannot see one another; give each: --nnodes {tasks} "
             "--rdzv_backend c10d --rdzv_endpoint HOST_OF_RANK_0:29500"
         )
     elif world > 1 and (missing := [name for name in REQUIRED_VARIABLES if not os.environ.get(name)]):
-        raise RecipeError(f"WORLD_SIZE is {world}, but not set: {', '.join(missing)}")
+        raise RecipeError(f"WORLD_SIZE is {world}, but these are not set: {', '.join(missing)}")
 
 
-def _in_a_shell_of_srun() -> bool:
-    """Whether a user typed the command in the shell of ``srun -n N --pty bash``, of whose tasks only the first lives.
+def _is_srun_shell() -> bool:
+    """Return whether a user typed the command in the shell of ``srun -n N --pty bash``.
 
-    A task of the step itself, or another than the first, is one of several.
+    Of such a step only the first task is alive, so the command is a single process. A task of the step itself, or a
+    task other than the first, is one of several.
     """
+    # The shell is the task; a command typed in it has a process id of its own.
     task = (os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_TASK_PID"))
     return "SLURM_PTY_PORT" in os.environ and task[0] == "0" and task[1] != str(os.getpid())
 
@@ -83,23 +85,23 @@ def _missing_environment_message(tasks: int, launcher: str) -> str:
         ),
         "mpirun": (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"), "HOST_OF_RANK_0"),
     }[launcher]
-    told = " ".join(f"{name}=${source}" for name, source in zip(REQUIRED_VARIABLES[:3], names, strict=True))
-    command = f"export {told} MASTER_ADDR={host} MASTER_PORT=29500; exec python {shlex.join(sys.argv)}"
+    settings = " ".join(f"{name}=${source}" for name, source in zip(REQUIRED_VARIABLES[:3], names, strict=True))
+    command = f"export {settings} MASTER_ADDR={host} MASTER_PORT=29500; exec python {shlex.join(sys.argv)}"
     return (
-        f"{launcher} started {tasks} processes and told none of the others; start them with: "
-        f"{launcher} -n {tasks} bash -c {shlex.quote(command)} (WORLD_SIZE=1 keeps them apart)"
+        f"{launcher} started {tasks} processes without RANK and WORLD_SIZE; start them with: "
+        f"{launcher} -n {tasks} bash -c {shlex.quote(command)} (WORLD_SIZE=1 trains each alone)"
     )
 
 
 class Rendezvous(NamedTuple):
-    """Where the ranks meet, and who comes."""
+    """The address where the ranks meet, and the rank of this process."""
 
     rank: int
     world: int
     address: str
     port: int
     seconds: float
-    """How long it may take until all have met."""
+    """Longest wait until all ranks have come."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world} on {platform.node()}"
@@ -112,27 +114,27 @@ def init_process_group(
     gpus: str = "nccl",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Wait until all ranks are there and join them in a process group, of ``gpus`` or, on CPUs, gloo.
+    """Wait until all ranks are there and join them in a process group with backend ``gpus`` or, on CPUs, gloo.
 
-    Raises RecipeError or ConnectionError, one line, if this process would be alone, not all ranks come in time, or one
-    was ``told`` another thing than rank 0, and Unfinished after a signal to stop. A single rank, and ranks that are
-    joined already, need nothing.
+    Raises RecipeError or ConnectionError, one line, if this process would train alone or not all ranks come in time.
+    Raises RecipeError, too, if the ``settings`` of a rank differ from rank 0's, and Interrupted after a signal to stop.
+    A single rank needs no process group, and ranks that have joined already do not join again.
     """
     check_launcher()
     if launch.world_size == 1 or collectives.world_size() > 1:
         return
-    asked = _read_rendezvous(launch)
-    deadline = time.monotonic() + asked.seconds
-    store = _connect_store(asked, deadline)
+    rdzv = _read_rendezvous(launch)
+    deadline = time.monotonic() + rdzv.seconds
+    store = _connect_store(rdzv, deadline)
     try:
-        _compare_ranks(asked, store, deadline, {"device": "cpu" if launch.on_cpu else "cuda", **(settings or {})})
-    except RuntimeError:  # torch's word for a connection that broke
-        raise ConnectionError(f"{asked}: rank 0, where the ranks meet, has ended; its own line says why") from None
-    _join(asked, launch, store, timeout, gpus)
+        _compare_ranks(rdzv, store, deadline, {"device": "cpu" if launch.on_cpu else "cuda", **(settings or {})})
+    except RuntimeError:  # torch raises it for a broken connection
+        raise ConnectionError(f"{rdzv}: rank 0, which serves the store, has ended; see its error message") from None
+    _join(rdzv, launch, store, timeout, gpus)
 
 
 def _compare_ranks(rdzv: Rendezvous, store: collectives.Store, deadline: float, settings: Mapping[str, Any]) -> None:
-    """Wait until all ranks have come. Raises RecipeError, the same on all, if one was told another thing."""
+    """Wait until all ranks have come. Raises RecipeError, the same on all, if the settings of one differ."""
     if rdzv.rank == 0:
         agreement.publish(store, settings)
     _wait_for_all(rdzv, store, "meeting", deadline)
@@ -140,7 +142,7 @@ def _compare_ranks(rdzv: Rendezvous, store: collectives.Store, deadline: float, 
     _wait_for_all(rdzv, store, "compared", time.monotonic() + rdzv.seconds)
     if (difference := agreement.read_difference(store)) is None:
         return
-    if rdzv.rank == 0:
+    if rdzv.rank == 0:  # leaves last, because the store ends with it
         with contextlib.suppress(ConnectionError):
             _wait_for_all(rdzv, store, "read", time.monotonic() + LEAVE_SECONDS)
     else:
@@ -149,18 +151,18 @@ def _compare_ranks(rdzv: Rendezvous, store: collectives.Store, deadline: float, 
 
 
 def _join(rdzv: Rendezvous, launch: Launch, store: collectives.Store, timeout: timedelta, gpus: str) -> None:
-    """Join the ranks, which have all come, in a process group."""
+    """Create the process group of the ranks, which have all come."""
     gpu = None
     if not launch.on_cpu:
         gpu = (launch.local_rank or 0) % torch.cuda.device_count()
-        # Accelerate takes it for the number of a visible GPU; a task that is bound to one sees that as number 0.
+        # Accelerate takes it as the index of a visible GPU; a task that is bound to one GPU sees it as index 0.
         os.environ["LOCAL_RANK"] = str(gpu)
     try:
         collectives.create_process_group("gloo" if gpu is None else gpus, store, rdzv.rank, rdzv.world, timeout, gpu)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"{rdzv}: all ranks came and cannot reach one another ({reason}); name the network that joins the hosts: "
+            f"{rdzv}: all ranks came, but cannot reach one another ({reason}); give the network between the hosts in "
             "NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME (`ip address` lists them)"
         ) from None
 
@@ -182,20 +184,20 @@ def _connect_store(rdzv: Rendezvous, deadline: float) -> collectives.Store:
     except (OSError, OverflowError) as error:
         raise ConnectionError(f"{rdzv}: MASTER_ADDR={rdzv.address} MASTER_PORT={rdzv.port}: {error}") from None
     found: list[collectives.Store | RuntimeError] = []
-    # A thread, because torch knocks again and again, and waits for ever for what takes a call and says nothing.
-    knocking = Thread(target=_open_store, args=(rdzv, found), daemon=True)
-    knocking.start()
-    while knocking.is_alive() and time.monotonic() < deadline:
-        knocking.join(POLL_SECONDS)
+    # In a thread, because torch retries without end, and waits for ever for a server that accepts and sends nothing.
+    connecting = Thread(target=_open_store, args=(rdzv, found), daemon=True)
+    connecting.start()
+    while connecting.is_alive() and time.monotonic() < deadline:
+        connecting.join(POLL_SECONDS)
         _check_signals(rdzv)
     if not found:
         raise ConnectionError(
-            f"{rdzv} found nobody at {rdzv.address}:{rdzv.port} for {rdzv.seconds:g} s; MASTER_ADDR is the host of "
-            f"rank 0 and MASTER_PORT a free port of it, the same for all ranks; {SECONDS_VARIABLE} gives more time"
+            f"{rdzv}: no answer from {rdzv.address}:{rdzv.port} in {rdzv.seconds:g} s; {SECONDS_VARIABLE} gives more "
+            "time. Give all ranks the host of rank 0 as MASTER_ADDR and its free port as MASTER_PORT"
         )
     if isinstance(found[0], RuntimeError):
         reason = str(found[0]).partition("\n")[0]
-        raise ConnectionError(f"{rdzv}: MASTER_PORT: {reason}; give all ranks another, and each its own RANK")
+        raise ConnectionError(f"{rdzv}: MASTER_PORT: {reason}; give all ranks another port, and each its own RANK")
     return found[0]
 
 
@@ -207,7 +209,7 @@ def _open_store(rdzv: Rendezvous, found: list[collectives.Store | RuntimeError])
 
 
 def _wait_for_all(rdzv: Rendezvous, store: collectives.Store, stage: str, deadline: float) -> None:
-    """Wait until all ranks have come to that place of the store, and nobody twice."""
+    """Wait until all ranks have reported that stage to the store. Raises RecipeError if one reports it twice."""
     if store.add(f"{stage}/{rdzv.rank}", 1) > 1:
         raise RecipeError(
             f"{rdzv}: another process has this RANK; each needs its own (for srun in single quotes: '$SLURM_PROCID')"
@@ -218,12 +220,12 @@ def _wait_for_all(rdzv: Rendezvous, store: collectives.Store, stage: str, deadli
             missing = [str(rank) for rank in range(rdzv.world) if not store.check([f"{stage}/{rank}"])]
             raise ConnectionError(
                 f"{rdzv} waited {rdzv.seconds:g} s at {rdzv.address}:{rdzv.port} for {len(missing)} that did not "
-                f"come: {', '.join(missing[:8])}{' …' if missing[8:] else ''}; see how they ended, and give all the "
+                f"come: {', '.join(missing[:8])}{' …' if missing[8:] else ''}. See how they ended, and give all the "
                 f"same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; {SECONDS_VARIABLE} gives more time"
             )
         time.sleep(POLL_SECONDS)
         _check_signals(rdzv)
-        come = store.add(stage, 0)
+        come = store.add(stage, 0)  # reads the counter
 
 
 def _check_signals(rdzv: Rendezvous) -> None:

@@ -83,8 +83,8 @@ def test_ranks_that_were_told_the_same_join(join: mock.Mock):
     [
         ({"seed": 0, "batch": 8}, {"seed": 5, "batch": 9}, "seed is 5 here and 0 on rank 0"),
         ({"stop": {"steps": 3}}, {"stop": {"steps": None}}, "stop.steps is null here and 3 on rank 0"),
-        ({"command": "train"}, {}, 'command is nothing here and "train" on rank 0'),
-        ({}, {"losses": {"kd": {}}}, "losses.kd is {} here and nothing on rank 0"),
+        ({"command": "train"}, {}, 'command is not set here and "train" on rank 0'),
+        ({}, {"losses": {"kd": {}}}, "losses.kd is {} here and not set on rank 0"),
         ({"prepare": ["a"]}, {"prepare": ["a", "é"]}, 'prepare is ["a", "é"] here and ["a"] on rank 0'),
     ],
 )
@@ -152,7 +152,7 @@ def test_other_code_and_other_packages_are_a_difference(recipes: Path, monkeypat
     [
         (Z2, Z2, "met"),
         (Z2, {"zero_optimization": {"stage": 3}}, "DeepSpeed.zero_optimization.stage is 3 here and 2 on rank 0"),
-        (Z2, Z2 | {"wall_clock_breakdown": True}, "DeepSpeed.wall_clock_breakdown is true here and nothing on rank 0"),
+        (Z2, Z2 | {"wall_clock_breakdown": True}, "DeepSpeed.wall_clock_breakdown is true here and not set on rank 0"),
         (Z2, None, "ACCELERATE_USE_DEEPSPEED is false here and true on rank 0"),
         (None, Z2, "ACCELERATE_USE_DEEPSPEED is true here and false on rank 0"),
         (Z2, [], f'{FILE} is [] here and "settings" on rank 0'),

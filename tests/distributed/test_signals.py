@@ -101,9 +101,8 @@ def test_what_runs_in_the_background_of_a_shell_goes_on_ignoring_the_terminal():
 
 
 def test_a_command_with_nothing_to_save_ends_by_ctrl_c_in_one_line():
-    code = "import time; from pipeline.distributed import signals; signals.exit_quietly_on_interrupt(); "
-    code += "print(1, flush=True)"
-    command = [sys.executable, "-c", f"{code}; time.sleep(60)"]
+    code = "import time; from pipeline.distributed import signals; signals.exit_quietly_on_interrupt()"
+    command = [sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(60)"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()

@@ -129,7 +129,7 @@ def test_accelerates_launcher_that_starts_one_process_of_two(launched: Launch, t
     config.write_text(yaml.safe_dump(MULTI_CPU))
     for words in (["--cpu", "--num_processes", "2"], ["--config_file", str(config)]):
         launched(**by_accelerate(*words))
-        assert "accelerate launch was asked for several processes and started one" in refused()
+        assert "accelerate launch started one process of several" in refused()
         assert "torchrun --nproc_per_node N" in refused()
 
 
@@ -152,7 +152,7 @@ def test_tasks_that_are_not_told_of_one_another(launched: Launch, variable: str,
 
 def test_torchruns_that_do_not_see_one_another(launched: Launch, port: int):
     launched(**told(8, 0, port), SLURM_STEP_NUM_TASKS=2, GROUP_WORLD_SIZE=1)
-    assert "srun started 2 torchruns that do not see one another; give each: --nnodes 2" in refused()
+    assert "srun started 2 torchruns that cannot see one another; give each: --nnodes 2" in refused()
 
 
 def test_no_teacher_is_trained_by_each_of_several_lone_ranks(
@@ -164,8 +164,8 @@ def test_no_teacher_is_trained_by_each_of_several_lone_ranks(
     done = run(str(BIN / "accelerate"), *words, folder=tmp_path)
     assert done.returncode != 0
     assert [text for text in done.stderr.splitlines() if text.startswith("error: ")] == [
-        "error: accelerate launch was asked for several processes and started one, as it does with --cpu, MULTI_CPU "
-        f"or NO; start them with: torchrun --nproc_per_node N {TRAIN} ddkd.yaml data.path={place / 'shards'} "
+        "error: accelerate launch started one process of several, as it does with --cpu, MULTI_CPU or NO; "
+        f"start them with: torchrun --nproc_per_node N {TRAIN} ddkd.yaml data.path={place / 'shards'} "
         "(WORLD_SIZE=1 means one)"
     ]
     assert not (tmp_path / "runs").exists()
@@ -176,12 +176,12 @@ def test_no_teacher_is_trained_by_each_of_several_lone_ranks(
 
 def test_a_rank_without_all_that_it_must_be_told(launched: Launch):
     launched(WORLD_SIZE=2, RANK=1, MASTER_ADDR="127.0.0.1")
-    assert refused() == "WORLD_SIZE is 2, but not set: LOCAL_RANK, MASTER_PORT"
+    assert refused() == "WORLD_SIZE is 2, but these are not set: LOCAL_RANK, MASTER_PORT"
 
 
 def test_a_rank_that_is_none_of_the_world(launched: Launch, port: int):
     launched(**told(2, 2, port))
-    assert "RANK is 2, which is none of the 2 ranks" in refused()
+    assert "RANK is 2, but WORLD_SIZE is 2; give a rank from 0 to 1" in refused()
     launched(RANK="$SLURM_PROCID")
     assert refused() == "RANK is '$SLURM_PROCID', not a number"
 
@@ -189,7 +189,7 @@ def test_a_rank_that_is_none_of_the_world(launched: Launch, port: int):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"WORLD_SIZE": 0}, "WORLD_SIZE is 0; it is the number of processes, 1 for a single one"),
+        ({"WORLD_SIZE": 0}, "WORLD_SIZE is 0; set it to the number of processes, 1 for a single one"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
@@ -226,7 +226,7 @@ def test_a_command_in_the_interactive_shell_of_a_step_of_many_tasks_is_one_proce
 @pytest.mark.parametrize("more", [{"SLURM_TASK_PID": os.getpid()}, {"SLURM_PROCID": 1}])
 def test_the_tasks_of_such_a_step_themselves_are_not(launched: Launch, more: dict[str, object]):
     launched(**{**SHELL, **more})
-    assert "srun started 8 processes and told none of the others" in refused()
+    assert "srun started 8 processes without RANK and WORLD_SIZE" in refused()
 
 
 def test_a_host_that_has_no_address(launched: Launch, port: int):
@@ -237,7 +237,7 @@ def test_a_host_that_has_no_address(launched: Launch, port: int):
 def test_a_port_where_nobody_is(launched: Launch, port: int):
     launched(**told(2, 1, port))
     message = refused()
-    assert f"rank 1 of 2 on {os.uname().nodename} found nobody at 127.0.0.1:{port} for 0.5 s" in message
+    assert f"rank 1 of 2 on {os.uname().nodename}: no answer from 127.0.0.1:{port} in 0.5 s" in message
     assert "PIPELINE_RENDEZVOUS_SECONDS gives more time" in message
 
 
@@ -247,20 +247,20 @@ def test_a_port_that_is_another_programs(launched: Launch, port: int):
         other.listen()
         other.detach()  # open until the process ends, or torch would tell at length that it was hung up on
     launched(**told(2, 1, port))
-    assert "found nobody" in refused()
+    assert "no answer from" in refused()
     launched(RANK=0)
-    assert "address already in use; give all ranks another" in refused()
+    assert "address already in use; give all ranks another port" in refused()
 
 
 def test_the_ranks_that_never_came_are_named(launched: Launch, port: int):
     launched(**told(4, 0, port))
-    assert "for 3 that did not come: 1, 2, 3; see how they ended" in refused()
+    assert "for 3 that did not come: 1, 2, 3. See how they ended" in refused()
 
 
 def test_two_processes_of_one_rank(launched: Launch, port: int):
     served = collectives.open_store("127.0.0.1", port, 0, rendezvous.COLLECTIVE_TIMEOUT)
     launched(**told(3, 1, port))
-    assert "did not come: 0, 2;" in refused()
+    assert "did not come: 0, 2." in refused()
     assert "another process has this RANK; each needs its own" in refused()
     del served
 
@@ -270,7 +270,7 @@ def test_ranks_whose_first_has_gone(launched: Launch, port: int, monkeypatch: py
     monkeypatch.setattr(
         rendezvous, "_connect_store", lambda *_: mock.Mock(add=mock.Mock(side_effect=RuntimeError("reset")))
     )
-    assert "rank 0, where the ranks meet, has ended" in refused()
+    assert "rank 0, which serves the store, has ended" in refused()
 
 
 def test_what_an_attempt_said_in_torchruns_store_is_not_heard_in_the_next(port: int, monkeypatch: pytest.MonkeyPatch):
@@ -310,7 +310,7 @@ def test_ranks_that_came_and_cannot_reach_one_another(launched: Launch, port: in
     monkeypatch.setattr(rendezvous, "_connect_store", lambda *_: mock.Mock())
     monkeypatch.setattr(rendezvous, "_compare_ranks", mock.Mock())
     monkeypatch.setattr(collectives, "create_process_group", mock.Mock(side_effect=RuntimeError("no route\nframe #0")))
-    assert "cannot reach one another (no route); name the network that joins the hosts" in refused()
+    assert "cannot reach one another (no route); give the network between the hosts" in refused()
 
 
 def test_a_lone_rank_ends_in_one_line_with_exit_code_2(

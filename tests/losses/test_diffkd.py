@@ -206,7 +206,7 @@ def test_a_norm_over_a_single_value_is_refused_in_one_line(branch: str):
     off = {"feature": ["logits", "logit_distance"], "logits": ["feature"]}[branch]
     one = changed("diffkd", **dict.fromkeys(off)).at([0])
     if branch == "logits":
-        with pytest.raises(ValueError, match=r"at least 2 rows a rank are needed: raise batch$"):
+        with pytest.raises(ValueError, match=r"each rank needs at least 2 rows: raise batch$"):
             one.parts()
     else:
         assert all(value.isfinite() for value in one.parts().values())

@@ -70,7 +70,7 @@ def test_its_norm_takes_the_batchs_statistics_in_either_mode():
 
 def test_a_norm_that_sees_a_single_value_is_refused_in_one_line():
     case = between(2, 1, rows=1)
-    with pytest.raises(ValueError, match=r"at least 2 rows a rank are needed: raise batch$"):
+    with pytest.raises(ValueError, match=r"each rank needs at least 2 rows: raise batch$"):
         case.total()
 
 

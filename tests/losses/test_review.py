@@ -89,7 +89,7 @@ def test_the_shallowest_level_is_reviewed_in_the_light_of_the_embedding():
 
 
 def test_one_row_is_refused_since_the_embeddings_norms_would_see_one_value():
-    with pytest.raises(ValueError, match=r"sees a single value; at least 2 rows a rank are needed: raise batch$"):
+    with pytest.raises(ValueError, match=r"got one value a channel; each rank needs at least 2 rows: raise batch$"):
         example("review", rows=1).total()
 
 
