@@ -1,15 +1,15 @@
-"""Measure where the time of a recipe goes on this machine, and keep what was measured.
+"""Measure where the time of a recipe goes on this machine, and keep the results.
 
     python pipeline/bench.py step RECIPE [key=value …]        real training: data, teacher, student, losses, backward, …
-    python pipeline/bench.py losses RECIPE                    each loss by itself, with memory; needs no data
-    python pipeline/bench.py teacher RECIPE                   the teacher by itself, on drawn images
-    python pipeline/bench.py loader RECIPE [--tune]           reading and decoding; --tune looks for the best settings
-    torchrun --nproc_per_node 8 pipeline/bench.py allreduce RECIPE      the gradients' sum by itself
+    python pipeline/bench.py losses RECIPE                    each loss alone, with its memory; needs no data
+    python pipeline/bench.py teacher RECIPE                   the teacher alone, on random images
+    python pipeline/bench.py loader RECIPE [--tune]           reading and decoding; --tune finds the best settings
+    torchrun --nproc_per_node 8 pipeline/bench.py allreduce RECIPE      the gradients' all-reduce alone
 
-Its own words: ``repeats=5 steps=10`` (in each of them) ``warmup=2`` (steps before them) ``out=runs/bench``, where each
-command leaves a record (JSON) and its picture. ``--compare OLD.json`` shows what is faster and what is slower than in
-an earlier record. What is measured is the first rank's time. ``step`` and ``teacher`` first train the recipe that a
-teacher names, as training does; ``teacher.recipe=null teacher.model=NAME teacher.weights=FILE`` spares that.
+Options: ``repeats=5 steps=10`` (steps of each repeat) ``warmup=2`` (steps before the first) ``out=runs/bench``. Each
+command writes a record (JSON) and a plot to the folder ``out``. ``--compare OLD.json`` shows what became faster or
+slower since an earlier record. The times are those of rank 0. ``step`` and ``teacher`` first train the recipe that the
+teacher names, as training does. ``teacher.recipe=null teacher.model=NAME teacher.weights=FILE`` avoids that.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from pipeline.runs.ownership import check_writable
 from pipeline.runs.rank_settings import join_ranks
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 
-WHAT = ("loader", "teacher", "losses", "allreduce", "step")
+BENCHMARKS = ("loader", "teacher", "losses", "allreduce", "step")
 TUNING = "tuning"
-"""What a record of ``loader --tune`` is of: other rows than those of ``loader``."""
+"""Kind of a record of ``loader --tune``, which has other rows than one of ``loader``."""
 
 
 class BenchArguments(FrozenModel):
-    """The command's own words."""
+    """The options of the command."""
 
     repeats: int = Field(default=5, gt=0, le=10**4)
     warmup: int = Field(default=2, ge=0, le=10**6)
@@ -67,28 +67,28 @@ class BenchArguments(FrozenModel):
     out: Path = Path("runs/bench")
 
 
-def main(words: Sequence[str]) -> None:
-    """Measure what the command line names, print it, and leave a record of it."""
-    what, rest = parse_what(words)
-    tunes, (earlier, rest) = "--tune" in rest, compare_records([word for word in rest if word != "--tune"])
-    if tunes and what != "loader":
-        raise RecipeError(f"command line: --tune is of the loader, not of {what}")
-    kind = TUNING if tunes else what
+def main(args: Sequence[str]) -> None:
+    """Run the benchmark that the command line names, print the results and write a record of them."""
+    benchmark, rest = parse_benchmark(args)
+    tunes, (earlier, rest) = "--tune" in rest, parse_compare([arg for arg in rest if arg != "--tune"])
+    if tunes and benchmark != "loader":
+        raise RecipeError(f"command line: --tune works with loader only, not with {benchmark}")
+    kind = TUNING if tunes else benchmark
     old = read_record(earlier, kind) if earlier else None
-    own, rest = split_command_args(rest, tuple(BenchArguments.model_fields))
-    if tunes and (stray := own.keys() - {"out"}):
-        raise RecipeError(f"command line: --tune chooses {', '.join(sorted(stray))} itself; leave them out")
-    asked = parse_command_args(own, BenchArguments)
+    options, rest = split_command_args(rest, tuple(BenchArguments.model_fields))
+    if tunes and (unused := options.keys() - {"out"}):
+        raise RecipeError(f"command line: --tune chooses {', '.join(sorted(unused))} itself; leave them out")
+    arguments = parse_command_args(options, BenchArguments)
     loaded, launch = load_recipe(*parse_recipe_args(rest)), read_launch()
-    check_writable(asked.out, "out", "give out=ANOTHER")
-    asked.out.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.out, "out", "give out=ANOTHER")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     use_all_cores(launch)
-    measured = run_benchmark(what, loaded, asked, launch, tunes=tunes)
+    measured = run_benchmark(benchmark, loaded, arguments, launch, tunes=tunes)
     collectives.destroy_process_group()
     if not (measured and launch.is_main):
         return
-    record = new_record(kind, loaded, words, measured, launch.world_size)
-    path = write_record(record, asked.out)
+    record = new_record(kind, loaded, args, measured, launch.world_size)
+    path = write_record(record, arguments.out)
     print(benchmark_table(record))
     if old:
         print(f"\ncompared with {earlier}\n{comparison_table(old, record)}")
@@ -96,53 +96,54 @@ def main(words: Sequence[str]) -> None:
     print(f"\n{path}")
 
 
-def parse_what(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return what is to be measured and the other words. Raises RecipeError."""
-    what, *rest = words or [""]
-    if what not in WHAT:
-        near = difflib.get_close_matches(what, WHAT, n=1)
+def parse_benchmark(args: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the benchmark and the other arguments. Raises RecipeError."""
+    name, *rest = args or [""]
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "such as: bench.py step RECIPE"
-        raise RecipeError(f"command line: expected {', '.join(WHAT[:-1])} or {WHAT[-1]} first, got {what!r}; {hint}")
-    return what, rest
+        expected = f"{', '.join(BENCHMARKS[:-1])} or {BENCHMARKS[-1]}"
+        raise RecipeError(f"command line: expected {expected} first, got {name!r}; {hint}")
+    return name, rest
 
 
-def compare_records(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the record that ``--compare`` names, if it is there, and the other words. Raises RecipeError."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--compare=") else [word])]
-    if "--compare" not in words:
-        return None, words
-    place = words.index("--compare")
-    if place + 1 == len(words):
+def parse_compare(args: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the record that ``--compare`` names, None without it, and the other arguments. Raises RecipeError."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--compare=") else [arg])]
+    if "--compare" not in args:
+        return None, args
+    index = args.index("--compare")
+    if index + 1 == len(args):
         raise RecipeError("command line: --compare: name an earlier record, such as runs/bench/step-….json")
-    return Path(words[place + 1]), [*words[:place], *words[place + 2 :]]
+    return Path(args[index + 1]), [*args[:index], *args[index + 2 :]]
 
 
 def run_benchmark(
-    what: str, loaded: LoadedRecipe, asked: BenchArguments, launch: Launch, *, tunes: bool
+    name: str, loaded: LoadedRecipe, arguments: BenchArguments, launch: Launch, *, tunes: bool
 ) -> list[Measurement]:
-    """Make what the measurement stands on, where it is not there, and measure."""
-    loaded, how = bare(loaded, asked.out), asked.model_dump(include={"repeats", "warmup", "steps"})
-    command = f"bench {what}{' --tune' * tunes}"
-    if what in ("losses", "allreduce"):
-        join_ranks(launch, command, loaded.recipe, **how)
+    """Make the missing shards and runs that the benchmark needs, and measure."""
+    loaded, counts = reduce_recipe(loaded, arguments.out), arguments.model_dump(include={"repeats", "warmup", "steps"})
+    command = f"bench {name}{' --tune' * tunes}"
+    if name in ("losses", "allreduce"):
+        join_ranks(launch, command, loaded.recipe, **counts)
         device = create_accelerator(loaded.recipe, launch).device
-        return (measure_losses if what == "losses" else measure_allreduce)(loaded, launch, device, **how)
-    if what == "loader":
+        return (measure_losses if name == "losses" else measure_allreduce)(loaded, launch, device, **counts)
+    if name == "loader":  # reads shards, and needs no teacher
         prepare_shards(loaded, launch)
         run = resolve(loaded, launch)
     else:
         run = ensure_dependencies(loaded, launch)
-    join_ranks(launch, command, run.recipe, run, **how)
-    if what == "step":  # training makes its own Accelerator
-        return measure_step(dataclasses.replace(loaded, recipe=run.recipe), run.manifest, launch, **how)
+    join_ranks(launch, command, run.recipe, run, **counts)
+    if name == "step":  # before create_accelerator, because training makes its own Accelerator
+        return measure_step(dataclasses.replace(loaded, recipe=run.recipe), run.manifest, launch, **counts)
     device = create_accelerator(run.recipe, launch).device
     if tunes:
         return tune(run, device)
-    return (measure_loading if what == "loader" else measure_teacher)(run, device, **how)
+    return (measure_loading if name == "loader" else measure_teacher)(run, device, **counts)
 
 
-def bare(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
-    """Return the recipe without what takes time and is no part of a step, beginning anew in a folder below ``out``."""
+def reduce_recipe(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
+    """Return the recipe without the work that is no part of a step, with ``out`` as its run folder."""
     recipe = loaded.recipe
     teacher = recipe.teacher.model_copy(update={"expect_top1": None}) if recipe.teacher else None
     student = recipe.student.model_copy(update={"start": None})

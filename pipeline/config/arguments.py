@@ -1,4 +1,4 @@
-"""What a command line says: a recipe, its overrides ``key=value``, and a command's own words."""
+"""Parsing of a command line: a recipe, its overrides ``key=value``, and the options of a command."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ DEFAULT = ROOT / "configs" / "demo.yaml"
 
 
 def split_command_args(args: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return (values by key, the other words) of those ``key=value`` words that are a command's own, no recipe's."""
-    own = {key: value for key, _, value in (word.partition("=") for word in args) if key in keys}
-    others = {word.partition("=")[0] for word in args if "=" in word} - own.keys() - Recipe.model_fields.keys()
+    """Return the command's options ``key=value`` by key, and the other arguments, which belong to the recipe."""
+    options = {key: value for key, _, value in (arg.partition("=") for arg in args) if key in keys}
+    others = {arg.partition("=")[0] for arg in args if "=" in arg} - options.keys() - Recipe.model_fields.keys()
+    # A mistyped option would count as an unknown key of the recipe, whose message knows no options.
     for key in sorted(key for key in others if "." not in key):
         if near := difflib.get_close_matches(key, keys, n=1):
             raise RecipeError(f"command line: {key}: unknown key; did you mean {near[0]!r}?")
-    return own, [word for word in args if word.partition("=")[0] not in keys]
+    return options, [arg for arg in args if arg.partition("=")[0] not in keys]
 
 
-def parse_command_args(own: dict[str, str], kind: type[ArgsT]) -> ArgsT:
-    """Return a command's own words, in YAML syntax, as ``kind`` knows them. Raises RecipeError."""
+def parse_command_args(options: dict[str, str], model: type[ArgsT]) -> ArgsT:
+    """Return the command's options, whose values are YAML, as a ``model``. Raises RecipeError."""
     try:
-        return kind.model_validate({key: read_value(key, text) for key, text in own.items()})
+        return model.model_validate({key: read_value(key, text) for key, text in options.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
@@ -38,10 +39,10 @@ def parse_command_args(own: dict[str, str], kind: type[ArgsT]) -> ArgsT:
 
 
 def parse_recipe_args(args: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
-    """Return (recipe, overrides) of a command line ``[RECIPE] [key=value …]``."""
-    paths = [word for word in args if "=" not in word]
+    """Return the recipe and the overrides of a command line ``[RECIPE] [key=value …]``."""
+    paths = [arg for arg in args if "=" not in arg]
     if len(paths) > 1:
         raise RecipeError(
             f"command line: expected one recipe, got {' and '.join(paths)}; overrides are written key=value"
         )
-    return (Path(paths[0]) if paths else default), [word for word in args if "=" in word]
+    return (Path(paths[0]) if paths else default), [arg for arg in args if "=" in arg]

@@ -1,4 +1,4 @@
-"""One line for what is wrong in a recipe: where it was said, the dotted key, given and expected."""
+"""Messages for errors in a recipe, one line item: the file, the dotted key, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pipeline.losses._registry import LossSpec, find_loss, known_losses
 
 
 def validation_message(
-    error: ValidationError, kind: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str
+    error: ValidationError, model: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str
 ) -> str:
-    """Return what is wrong with ``tree``, which is no ``kind``; ``file`` is named where nobody said the value."""
+    """Return why ``tree`` is not a valid ``model``; values without an origin are reported under ``file``."""
     found: dict[tuple[str, ...], list[Any]] = {}
-    for each in error.errors(include_url=False):
-        found.setdefault(_key(each, tree), []).append(each)
+    for item in error.errors(include_url=False):
+        found.setdefault(_key(item, tree), []).append(item)
     location, errors = next(iter(found.items()))
     where = location_of(location, origins, file) if location else file
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{where}: {_describe_errors(errors, location, kind)}{more}"
+    return f"{where}: {_describe_errors(errors, location, model)}{more}"
 
 
-def check_nulls(kind: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str) -> None:
-    """Raise RecipeError for a null at a key that ``kind`` does not have: it takes nothing away, and hides a typo."""
+def check_nulls(model: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str) -> None:
+    """Raise RecipeError for a null at a key that ``model`` does not have: it deletes nothing, so it must be a typo."""
     for key in origins:
         section = _section(tree, key[:-1])
         if key[0] == "constants" or section is None or key[-1] in section:
             continue
-        if ":" in key[-1]:  # a user's own loss, taken away
+        if ":" in key[-1]:  # a user's own loss, deleted; no model lists its name
             continue
-        known = _known_keys(kind, key[:-1])
+        known = _known_keys(model, key[:-1])
         if known and key[-1] not in known:
             raise RecipeError(f"{location_of(key, origins, file)}: {_unknown(key[-1], known)}")
 
@@ -49,7 +49,7 @@ def _section(tree: Any, location: Iterable[str]) -> dict[str, Any] | None:
 
 
 def _key(error: Any, tree: Any) -> tuple[str, ...]:
-    """Return the key that an error is about, without the names that pydantic gives to what may stand there."""
+    """Return the key of an error, without the names of types that pydantic appends for a union."""
     location = tuple(map(str, error["loc"]))
     for depth, part in enumerate(error["loc"]):
         if isinstance(tree, list) and isinstance(part, int):
@@ -61,18 +61,18 @@ def _key(error: Any, tree: Any) -> tuple[str, ...]:
     return location
 
 
-def _describe_errors(errors: list[Any], location: tuple[str, ...], kind: type[BaseModel]) -> str:
-    """Return what is wrong at a key; of several errors each is about another thing that might have stood there."""
+def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[BaseModel]) -> str:
+    """Return what is wrong at a key; several errors come from a union, one from item of its types."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return _unknown(location[-1], _known_keys(kind, location[:-1]))
+        return _unknown(location[-1], _known_keys(model, location[:-1]))
     if first["type"] == "missing":
         return "this key is required"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_type" and isinstance(first["input"], (int, float, date)):
         return f"YAML reads {first['input']!r} here; write text in quotes"
-    message = ", or ".join(each["msg"].removeprefix("Input ") for each in errors)
+    message = ", or ".join(item["msg"].removeprefix("Input ") for item in errors)
     return f"{message}, got {first['input']!r}"
 
 
@@ -81,19 +81,19 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here are {', '.join(known)}"
 
 
-def _known_keys(kind: type[BaseModel], location: Iterable[str]) -> list[str]:
-    """Return the keys of the section at ``location`` of a ``kind``, sorted; none where any name may stand."""
-    section: Any = kind
+def _known_keys(model: type[BaseModel], location: Iterable[str]) -> list[str]:
+    """Return the keys of the section at ``location`` of a ``model``, sorted; none if it accepts any name."""
+    section: Any = model
     for part in location:
-        if part.isdecimal():  # a place in a list, whose sections are all alike
+        if part.isdecimal():  # an index of a list, whose sections all have the same keys
             continue
-        if section is LossSpec:  # what stands here is the name of a loss
+        if section is LossSpec:  # this part of the key is the name of a loss
             section = find_loss(part).Config
             continue
         field = next((field for name, field in section.model_fields.items() if part in (name, field.alias)), None)
         annotation = field and field.annotation
-        candidates = [each for each in (annotation, *_unpacked(annotation)) if isinstance(each, type)]
-        section = next((each for each in candidates if each is LossSpec or issubclass(each, BaseModel)), None)
+        candidates = [item for item in (annotation, *_unpacked(annotation)) if isinstance(item, type)]
+        section = next((item for item in candidates if item is LossSpec or issubclass(item, BaseModel)), None)
         if section is None:
             return []
     if section is LossSpec:

@@ -1,8 +1,8 @@
-"""Say where a recipe's shards, its run and its teacher's cache lie, a line each, loading nothing that takes time.
+"""Print the folders of a recipe's shards, run and teacher's cache, one per line, without slow imports.
 
     python pipeline/config/paths.py RECIPE [key=value …]
 
-For scripts that have to know before training begins.
+For scripts that need the folders before training begins.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipeline.config.compose import compose, find_recipe
 from pipeline.errors import ROOT, RecipeError, one_line
 
 
-def main(words: Sequence[str]) -> None:
-    """Print ``data.path``, the run folder and ``teacher.cache``, which is the run folder where there is none."""
-    recipes = [word for word in words if "=" not in word]
+def main(args: Sequence[str]) -> None:
+    """Print ``data.path``, the run folder and ``teacher.cache``, or the run folder again if there is no cache."""
+    recipes = [arg for arg in args if "=" not in arg]
     if len(recipes) != 1:
         raise RecipeError("command line: name one recipe; overrides are written key=value")
     path = find_recipe(Path(recipes[0]))
-    tree = compose(path, [word for word in words if "=" in word])
+    tree = compose(path, [arg for arg in args if "=" in arg])
     shards = _text(tree, recipes[0], "data", "path")
     if not shards:
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")
@@ -38,7 +38,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _text(tree: Any, file: str, *key: str) -> str | None:
-    """Return the text at a key, None where there is none. Raises RecipeError for a number, or for several lines."""
+    """Return the text at a key, None if there is none. Raises RecipeError for a number, or for several lines."""
     for part in key:
         tree = tree.get(part) if isinstance(tree, dict) else None
     if tree is None or (isinstance(tree, str) and "\n" not in tree):
@@ -47,15 +47,16 @@ def _text(tree: Any, file: str, *key: str) -> str | None:
 
 
 def _seed(tree: Any, file: str) -> int:
-    """Return the seed. Raises RecipeError where it is none: a job would begin its tasks, and each would say so."""
+    """Return the seed. Raises RecipeError if it is invalid, so that a job stops here and not in every task."""
     seed = tree.get("seed", 0)
+    # A bool is an int in Python, but ``seed: yes`` is a mistake.
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise RecipeError(f"{file}: seed: expected a whole number from 0 to {2**64 - 1}, got {seed!r}")
     return seed
 
 
 def default_folder(path: Path, seed: int) -> Path:
-    """Return where the run of the recipe at ``path`` lies that names no folder, below the current one."""
+    """Return the run folder of the recipe at ``path`` if the recipe names none, relative to the current folder."""
     configs = ROOT / "configs"
     name = path.relative_to(configs) if path.is_relative_to(configs) else Path(path.name)
     return Path("runs") / name.with_suffix("") / f"seed-{seed}"

@@ -1,7 +1,7 @@
-"""YAML, read safely and within bounds: what a text says, or one line with its place.
+"""Safe reading of YAML within bounds; an error is one line with the position in the text.
 
-A few bytes of aliases that stand for aliases would fill any memory, and a few thousand brackets any stack, so that a
-text is measured before anything is made of it.
+A few bytes of nested aliases could fill the memory, and a few thousand brackets the stack. Therefore a text is measured
+before any object is built from it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import yaml
 from pipeline.errors import RecipeError, display_path
 
 MAX_VALUES = 10_000
-"""Keys and values of a text, those of an alias counted as often as it stands there."""
+"""Largest number of keys and values of a text, those of an alias counted at each use."""
 MAX_DEPTH = 50
-"""Levels of mappings and lists within one another."""
+"""Largest depth of nested mappings and lists."""
 MAX_LENGTH = 2**20
-"""Bytes of a text."""
+"""Largest size of a text in bytes."""
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; a repeated key, bad syntax and too much of it are a RecipeError."""
+    """Return the content of a YAML file. Raises RecipeError for a repeated key, bad syntax or too large a file."""
     try:
         if path.stat().st_size > MAX_LENGTH:
             raise RecipeError(f"{display_path(path)}: more than {MAX_LENGTH:,} bytes, which is no recipe")
@@ -38,18 +38,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """Return what a text says. Raises YAMLError, and ValueError for numbers, dates and tags that cannot be."""
+    """Return the content of a text. Raises YAMLError, and ValueError for impossible numbers, dates and tags."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"more than {MAX_LENGTH:,} characters")
     _measure(text)
     try:
         return yaml.load(text, _Yaml)
-    except (AttributeError, LookupError, TypeError) as error:  # of PyYAML, as for !!timestamp before a word
-        raise ValueError("a tag such as !!bool does not fit its value; take it away") from error
+    except (AttributeError, LookupError, TypeError) as error:  # raised by PyYAML, for example for !!timestamp word
+        raise ValueError("a tag such as !!bool does not fit its value; remove it") from error
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is one value without quotes, tag or anchor, or what YAML takes for a comment only."""
+    """Return whether a text is a single value without quotes, tag or anchor, or is only a comment for YAML."""
     events = [event for event in yaml.parse(text, _Fast) if isinstance(event, yaml.NodeEvent)]
     if not events:
         return bool(text.strip())
@@ -57,18 +57,19 @@ def is_plain(text: str) -> bool:
     return not others and isinstance(first, yaml.ScalarEvent) and not (first.style or first.tag or first.anchor)
 
 
-_Fast: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is
+# libyaml's loader, if it is installed: much faster.
+_Fast: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Yaml(_Fast):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.2) and refuses a key that stands twice."""
+    """A safe YAML loader that reads 1e-4 as a number (as YAML 1.2 does) and rejects repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if repr(key) in seen:
-                raise _error(f"the key {key!r} stands twice", key_node.start_mark)
+            if repr(key) in seen:  # by repr, because a key may be a list, which cannot be hashed
+                raise _error(f"the key {key!r} is repeated", key_node.start_mark)
             seen.add(repr(key))
         return super().construct_mapping(node, deep)
 
@@ -83,7 +84,7 @@ def _error(problem: str, position: Any) -> yaml.MarkedYAMLError:
 
 
 def _measure(text: str) -> None:
-    """Raise MarkedYAMLError for a text of too many values or levels, or of an alias that stands for itself."""
+    """Raise MarkedYAMLError for too many values or levels, or for an alias that refers to itself."""
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, _Fast):
@@ -95,12 +96,12 @@ def _measure(text: str) -> None:
             continue
         size = 0
         if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = opened.pop()
+            anchor, size = opened.pop()  # its size is now known, so later aliases of it can be counted
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
         elif isinstance(event, yaml.AliasEvent):
             if anchor not in sizes:
-                raise _error(f"there is no &{anchor} above", event.start_mark)
+                raise _error(f"there is no anchor &{anchor} above", event.start_mark)
             size = sizes[anchor]
         if anchor is not None and not isinstance(event, yaml.AliasEvent):
             sizes[anchor] = size

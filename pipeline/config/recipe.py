@@ -1,8 +1,8 @@
-"""Recipes: YAML files under ``configs/`` that name everything a run is made of.
+"""Recipes: YAML files under ``configs/`` that define everything about a run.
 
-``load_recipe(path, overrides)`` maps what a file, its bases, the command line's ``key=value`` words and the constants
-say together (``compose.py``) onto the typed ``Recipe``, strictly. An error is one line: file, dotted key, given,
-expected.
+``load_recipe(path, overrides)`` composes a file, its bases, the overrides ``key=value`` and the constants
+(``compose.py``), and validates the result strictly as a typed ``Recipe``. An error is one line: the file, the dotted
+key, what was given and what was expected.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pipeline.teachers.config import Config as TeacherConfig
 
 
 class StartConfig(FrozenModel):
-    """Where a student begins: a weights file, or the student of another recipe's run."""
+    """The student's initial weights: a weights file, or the student of another recipe's run."""
 
     weights: str | None = None
     weights_key: str | None = None
-    """Which of several weights in the file are meant, such as ``model_ema``; default: the raw ones."""
+    """Key of the weights in a file that has several, such as ``model_ema``; default: the raw weights."""
     recipe: str | None = None
 
     @model_validator(mode="after")
@@ -53,11 +53,11 @@ class StudentConfig(FrozenModel):
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     start: StartConfig | None = None
     compile: bool = False
-    """Whether torch compiles it: a minute or more where a command begins, quicker steps, other last bits."""
+    """True to use torch.compile: a minute or more at the start, faster steps, and different last bits."""
 
 
 class StopConfig(FrozenModel):
-    """Where this command ends early, resumably; not part of what the run is."""
+    """The point where this command ends early, to be resumed later; not part of the run's identity."""
 
     epoch: PositiveInt | None = None
     steps: PositiveInt | None = None
@@ -65,25 +65,25 @@ class StopConfig(FrozenModel):
 
 
 class CheckpointConfig(FrozenModel):
-    """When the run is saved (0 is never), and how much is kept."""
+    """The intervals at which the run is saved (0: never), and the number of checkpoints to keep."""
 
     every_steps: NonNegativeInt = 0
     every_epochs: NonNegativeInt = 1
     keep: PositiveInt = 2
     poll_steps: PositiveInt = 50
-    """How often the ranks agree on whether one of them was told to stop."""
+    """Steps between two checks of whether any rank has received a signal to stop."""
 
 
 class JournalConfig(FrozenModel):
-    """What is written down while training."""
+    """The settings of the training journal."""
 
     every_steps: PositiveInt = 50
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of Accelerate."""
+    """Experiment trackers of Accelerate, by name."""
 
 
 class Recipe(FrozenModel):
-    """Everything a run is made of."""
+    """The complete settings of a run."""
 
     student: StudentConfig
     teacher: TeacherConfig | None = None
@@ -91,35 +91,35 @@ class Recipe(FrozenModel):
     data: Data
     epochs: int = Field(gt=0, le=10**6)
     batch: int = Field(gt=0, le=2**24)
-    """Global batch: over all ranks and micro-batches."""
+    """Size of the global batch, over all ranks and micro-batches."""
     accumulation: int = Field(default=1, gt=0, le=2**24)
     """Micro-batches per global batch. Batch statistics are those of a micro-batch over all ranks."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Keys initialisation, order and random draws; ``data.seed`` keys crops and flips."""
+    """Seed of initialisation, sample order and random draws; ``data.seed`` is that of crops and flips."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     optimizer: Optimizer = Optimizer()
     schedule: Schedule
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient."""
     compress: Literal["auxiliary", "all"] | None = None
-    """Gradients that go from rank to rank in bfloat16: those of the losses' own modules, or the student's, too."""
+    """Gradients that are sent in bfloat16: those of the losses' own modules, or the student's, too."""
     ema: Averaging | None = None
     graph: Literal["auto"] | bool = "auto"
-    """Whether steps are replays of a CUDA graph, the same numbers. ``auto``: on one GPU, without accumulation."""
+    """True to replay each step as a CUDA graph, with equal numbers. ``auto``: on one GPU, without accumulation."""
     compare: tuple[str, ...] = ()
-    """Recipes whose results stand in the closing table; a run that is not there is made first."""
+    """Recipes whose results are in the final table; missing runs are trained first."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
     stop: StopConfig = StopConfig()
     folder: str | None = None
-    """The run folder; default ``runs/<path of the recipe under configs/>/seed-<seed>``."""
+    """Run folder; default ``runs/<path of the recipe under configs/>/seed-<seed>``."""
 
     @model_validator(mode="after")
     def _losses_have_their_teacher(self) -> Recipe:
-        needy = [name for name, spec in self.losses.items() if spec.loss.needs_teacher]
-        if needy and self.teacher is None:
+        names = [name for name, spec in self.losses.items() if spec.loss.needs_teacher]
+        if names and self.teacher is None:
             sources = "teacher: {model: …, weights: …} or teacher: {recipe: …}"
-            raise ValueError(f"the loss {needy[0]!r} needs a teacher; add {sources}")
+            raise ValueError(f"the loss {names[0]!r} needs a teacher; add {sources}")
         return self
 
     @model_validator(mode="after")
@@ -131,7 +131,7 @@ class Recipe(FrozenModel):
 
     @property
     def taps(self) -> Taps:
-        """Every tap the recipe's losses read."""
+        """Return all taps that the recipe's losses read."""
         taps = Taps()
         for spec in self.losses.values():
             taps = taps.union(spec.config.taps())
@@ -140,34 +140,34 @@ class Recipe(FrozenModel):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, the file it came from, and the recipes that it names, which are loaded when they are asked for.
+    """A recipe, its file, and the recipes that it names, which are loaded at their first use.
 
-    They are read once, on the same shards, wherever this command says that they lie; a student's own first stage has
-    the student's seed, teachers and compared runs keep theirs.
+    Every recipe is read once. All use the shards of this recipe, including an override of ``data.path``. The recipe of
+    ``student.start`` also gets this recipe's seed; teachers and compared runs keep theirs.
     """
 
     recipe: Recipe
     path: Path
     loaded: RecipeTree = field(default_factory=dict, repr=False, compare=False)
-    """What this command has loaded."""
+    """Recipes that this command has loaded so far, shared with those that this one names."""
 
     @property
     def teachers(self) -> tuple[LoadedRecipe, ...]:
-        """Those of ``recipe.teacher.recipes``, in that order."""
-        return tuple(map(self._named, self.recipe.teacher.recipes if self.recipe.teacher else ()))
+        """Return the recipes of ``recipe.teacher.recipes``, in that order."""
+        return tuple(map(self._load_named, self.recipe.teacher.recipes if self.recipe.teacher else ()))
 
     @property
     def start(self) -> LoadedRecipe | None:
-        """That of ``student.start.recipe``."""
+        """Return the recipe of ``student.start.recipe``, None if there is none."""
         start = self.recipe.student.start
-        return self._named(start.recipe) if start and start.recipe else None
+        return self._load_named(start.recipe) if start and start.recipe else None
 
     @property
     def compare(self) -> tuple[LoadedRecipe, ...]:
-        """Those of ``recipe.compare``, in that order."""
-        return tuple(map(self._named, self.recipe.compare))
+        """Return the recipes of ``recipe.compare``, in that order."""
+        return tuple(map(self._load_named, self.recipe.compare))
 
-    def _named(self, name: str) -> LoadedRecipe:
+    def _load_named(self, name: str) -> LoadedRecipe:
         key = (find_recipe(Path(name)), tuple(inherited_overrides(self.recipe, name)))
         if key not in self.loaded:
             self.loaded[key] = LoadedRecipe(_load_one(*key), key[0], self.loaded)
@@ -179,7 +179,7 @@ RecipeTree = dict[tuple[Path, tuple[str, ...]], LoadedRecipe]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Return the recipe at ``path`` with its ``base:`` files below it and ``key=value`` overrides above it.
+    """Return the recipe at ``path``, merged over its ``base:`` files and overridden by ``overrides`` (``key=value``).
 
     Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
@@ -188,11 +188,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 
 
 def inherited_overrides(recipe: Recipe, path: str) -> list[str]:
-    """Return the overrides with which ``recipe`` stands on the one at ``path``; where the shards lie comes first."""
+    """Return the overrides for the recipe at ``path`` that ``recipe`` depends on; that of ``data.path`` comes first."""
     others = (*(recipe.teacher.recipes if recipe.teacher else ()), *recipe.compare)
     start = recipe.student.start
-    own = start is not None and start.recipe == path and path not in others
-    return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if own else [])]
+    # A recipe that is also a teacher or a compared run keeps its seed, so that it has one run and not two.
+    is_start = start is not None and start.recipe == path and path not in others
+    return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if is_start else [])]
 
 
 def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
@@ -206,6 +207,7 @@ def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
     except ValidationError as error:
         raise RecipeError(validation_message(error, Recipe, tree, origins, display_path(path))) from None
     check_nulls(Recipe, tree, origins, display_path(path))
+    # After validation, because pydantic takes true as the number 1; only the typed recipe shows where.
     check_switches(tree, dump_recipe(recipe), origins, display_path(path))
     return recipe
 
@@ -218,9 +220,9 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 def _unpack_models(tree: dict[str, Any]) -> None:
     """Turn ``model: {path: package.module:factory, stages: {…}}`` into the keys ``model`` and ``stages``."""
     for section in network_sections(tree):
-        own = section.get("model")
-        if isinstance(own, dict) and own.keys() <= {"path", "stages"}:
-            section |= {"model": own.get("path"), "stages": own.get("stages", section.get("stages"))}
+        model = section.get("model")
+        if isinstance(model, dict) and model.keys() <= {"path", "stages"}:
+            section |= {"model": model.get("path"), "stages": model.get("stages", section.get("stages"))}
 
 
 def _resolve_references(tree: dict[str, Any], path: Path) -> None:
@@ -228,4 +230,4 @@ def _resolve_references(tree: dict[str, Any], path: Path) -> None:
         try:
             container[key] = display_path(find_recipe(Path(str(container[key]))))
         except RecipeError as error:
-            raise RecipeError(f"{display_path(path)}: another recipe is named that is not there: {error}") from None
+            raise RecipeError(f"{display_path(path)}: it names a recipe that does not exist: {error}") from None

@@ -1,4 +1,4 @@
-"""What no key of a recipe may hold, whatever section or loss it belongs to, with the place where it was said."""
+"""Checks of a recipe's values that apply to every section and loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pipeline.errors import RecipeError
 Key = tuple[str, ...]
 
 _LARGEST_INT = 10**6
-"""Of a whole number in the sections that ask for memory, threads or loops by it."""
+"""Largest whole number in the sections where numbers set memory, threads or loops."""
 _BOUNDED = ("losses", "data", "student", "teacher")
 _UNBOUNDED = ("seed", "samples", "classes")
-"""Keys that ask for nothing."""
+"""Keys whose numbers cost no memory or time."""
 
 
 def check_numbers(tree: dict[str, Any], origins: Origins, file: str) -> None:
-    """Raise RecipeError for a number that is not finite, and for one that no machine has the room for."""
+    """Raise RecipeError for a number that is not finite, or too large for any machine."""
     for key, value in _values(tree):
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{location_of(key, origins, file)}: expected a finite number, got {value}")
@@ -29,7 +29,7 @@ def check_numbers(tree: dict[str, Any], origins: Origins, file: str) -> None:
 
 
 def check_switches(tree: dict[str, Any], typed: dict[str, Any], origins: Origins, file: str) -> None:
-    """Raise RecipeError where true or false was given and became the number 1 or 0 in the ``typed`` recipe."""
+    """Raise RecipeError where true or false became the number 1 or 0 in the ``typed`` recipe."""
     known = dict(_values(typed))
     for key, value in _values(tree):
         if isinstance(value, bool) and isinstance(known.get(key), (int, float)) and not isinstance(known[key], bool):
@@ -37,18 +37,19 @@ def check_switches(tree: dict[str, Any], typed: dict[str, Any], origins: Origins
 
 
 def location_of(key: Key, origins: Origins, file: str) -> str:
-    """Return who said the value at a key, and the key, as a message names them."""
-    said = next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), file)
-    return f"{said}: {'.'.join(key)}"
+    """Return the source of the value at a key, and the key, for a message."""
+    # A value inside a list or a mapping may have no origin of its own; the nearest section above it has one.
+    source = next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), file)
+    return f"{source}: {'.'.join(key)}"
 
 
 def _values(tree: Any, above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Yield every value that is no mapping and no list, and where it stands."""
+    """Yield every value that is neither a mapping nor a list, with its key."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _values(value, (*above, str(key)))
     elif isinstance(tree, (list, tuple)):
-        for place, value in enumerate(tree):
-            yield from _values(value, (*above, str(place)))
+        for index, value in enumerate(tree):
+            yield from _values(value, (*above, str(index)))
     else:
         yield above, tree

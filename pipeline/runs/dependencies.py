@@ -1,8 +1,8 @@
-"""The shards and runs that a recipe stands on, made where they are not there.
+"""The dependencies of a recipe, its shards and other runs, and the commands that make those that are missing.
 
-A recipe may stand on other runs (``teacher: {recipe: …}``, ``student: {start: {recipe: …}}``, ``compare: […]``) and on
-shards (``data: {prepare: […]}``). ``ensure_dependencies`` makes what is not there, each in a process of its own, before
-this process has an Accelerator.
+A recipe may depend on other runs (``teacher: {recipe: …}``, ``student: {start: {recipe: …}}``, ``compare: […]``) and on
+shards (``data: {prepare: […]}``). ``ensure_dependencies`` makes each missing one in a process of its own, before this
+process has an Accelerator.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipeline.runs.identity import Run, check_no_cycle, resolve
 from shards.manifest import MANIFEST
 
 _USER_ERROR = 2
-"""Exit code of a command of this project that has said in one line what is wrong."""
+"""Exit code of a command of this project that has reported a user's error in one line."""
 
 
 def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
-    """Make the shards and the runs that ``loaded`` stands on, where they are not there, and return its run.
+    """Make the missing shards and runs that ``loaded`` depends on, and return its run.
 
-    What a finished run stood on is not asked for again. Under several ranks all must be there already: RecipeError
-    names the command that makes it.
+    The dependencies of a finished run are not needed again. With several ranks, none may be missing: RecipeError names
+    the command that makes it.
     """
     check_no_cycles(loaded)
     prepare_shards(loaded, launch)
@@ -39,7 +39,7 @@ def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
 
 
 def check_no_cycles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
-    """Raise RecipeError if a recipe stands on itself, before anything is made."""
+    """Raise RecipeError if a recipe depends on itself, directly or through others."""
     check_no_cycle(loaded, above)
     for named in (*loaded.teachers, *([loaded.start] if loaded.start else []), *loaded.compare):
         check_no_cycles(named, (*above, loaded.path))
@@ -48,52 +48,51 @@ def check_no_cycles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
 def _ensure(run: Run, launch: Launch) -> None:
     if run.result is not None:
         return
-    for path, below in run.needed.items():
-        _ensure(below, launch)
-        if below.result is None:
-            _make(below, run.recipe, path, launch)
+    for path, dependency in run.needed.items():
+        _ensure(dependency, launch)
+        if dependency.result is None:
+            _train(dependency, run.recipe, path, launch)
 
 
-def _make(run: Run, above: Recipe, path: str, launch: Launch) -> None:
-    """Train a run that ``above`` names by ``path`` and that stands on nothing that is missing."""
+def _train(run: Run, dependent: Recipe, path: str, launch: Launch) -> None:
+    """Train the ``run`` that ``dependent`` names by ``path``; its own dependencies are there already."""
     check_folder(run, f"move {run.folder} away")
-    place, *more = inherited_overrides(above, path)
-    elsewhere = load_recipe(path, more).recipe.data.path != above.data.path
-    told = " ".join([run.command, *([shlex.quote(place)] if elsewhere else []), *more])
-    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), place, *more], told, launch)
+    data_path, *others = inherited_overrides(dependent, path)
+    # The message is for the user: it leaves out an override that changes nothing.
+    is_moved = load_recipe(path, others).recipe.data.path != dependent.data.path
+    message = " ".join([run.command, *([shlex.quote(data_path)] if is_moved else []), *others])
+    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), data_path, *others], message, launch)
     if run.result is None:
-        raise Interrupted(f"{told} was stopped before its end; the same command continues")
+        raise Interrupted(f"{message} was stopped before its end; the same command continues")
 
 
 def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True) -> None:
-    """Run ``data.prepare`` if ``data.path`` has no manifest; that of a recipe which is not ``trusted`` is an error."""
+    """Run ``data.prepare`` if ``data.path`` has no manifest. Raises RecipeError if the recipe is not ``trusted``."""
     data = loaded.recipe.data
     if (Path(data.path) / MANIFEST).is_file():
         return
     if not (data.prepare and trusted):
         raise RecipeError(
             f"{display_path(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
-            "make them with the script that the head of the data set's recipe names, or give data.path=FOLDER"
+            "run the script named at the top of the data set's recipe, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
     key = f"{display_path(loaded.path)}: data.prepare"
     if any("\0" in word for word in data.prepare) or not (ROOT / script).is_file():
         raise RecipeError(f"{key}: there is no script {script!r}; name one such as shards/prepare_demo.py")
-    told = shlex.join(["python", script, *arguments])
-    _execute([sys.executable, str(ROOT / script), *arguments], told, launch)
+    message = shlex.join(["python", script, *arguments])
+    _execute([sys.executable, str(ROOT / script), *arguments], message, launch)
     if not (Path(data.path) / MANIFEST).is_file():
-        raise RecipeError(f"{key}: {told} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
+        raise RecipeError(f"{key}: {message} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
 
 
 def _execute(command: list[str], message: str, launch: Launch) -> None:
-    """Run a command to its end; a notice to stop ends it first, wherever it is, and raises Interrupted.
+    """Run a command to its end. A signal to stop ends it early, and raises Interrupted.
 
-    Raises AlreadyReported where it said itself what is wrong, and RecipeError where it ended otherwise.
+    Raises AlreadyReported if the command has reported its error itself, and RecipeError if it failed in another way.
     """
     if launch.world_size > 1:
-        raise RecipeError(
-            f"this run stands on something that is not there yet and one process must make first: {message}"
-        )
+        raise RecipeError(f"this run depends on something that is missing; one process must make it first: {message}")
     check_launcher()
     print(f"$ {message}", flush=True)
     status = _status(command)
@@ -102,11 +101,11 @@ def _execute(command: list[str], message: str, launch: Launch) -> None:
     if status == _USER_ERROR:
         raise AlreadyReported(message)
     if status != 0:
-        raise RecipeError(f"this run stands on another that ended with exit code {status}: {message}")
+        raise RecipeError(f"this run depends on a command that failed with exit code {status}: {message}")
 
 
 def _status(command: list[str]) -> int:
-    """Return a command's exit code; a notice to stop is passed on to it."""
+    """Run a command and return its exit code; a signal to stop is forwarded to it."""
     signals.install()
     with subprocess.Popen(command) as process, signals.forward_to(process.terminate):
         return process.wait()
@@ -115,7 +114,7 @@ def _status(command: list[str]) -> int:
 def finished(run: Run | None) -> Run:
     """Return the run. Raises RecipeError unless it is finished."""
     if run is None:
-        raise RecipeError("a run that this one stands on is not known")
+        raise RecipeError("this run depends on a run that is not known")
     if run.result is None:
-        raise RecipeError(f"{run.folder} holds no finished run of {display_path(run.path)}; make it: {run.command}")
+        raise RecipeError(f"{run.folder} holds no finished run of {display_path(run.path)}; train it: {run.command}")
     return run

@@ -1,4 +1,4 @@
-"""The files of a run folder: their names, what each holds, and how they are written and read."""
+"""The files of a run folder: their names, schemas, readers and writers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
 STUDENT_FILES = (STUDENT, STUDENT_BEST, STUDENT_EMA)
 PREEMPTED = "preempted"
-"""Left by a command that a signal ended, with all that it did saved; gone when the run goes on."""
+"""Marker that a signal ended the command after it saved all its work; removed when the run continues."""
 NEW_FOLDER_HINT = "give folder=ANOTHER"
 
 Percent = Annotated[float, Field(ge=-1, le=100)]
-"""Of the validation images; −1 where a best one is not known."""
+"""Percent of the validation images; −1 if the best is not known."""
 Versions = dict[str, str | bool | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a finished run measured."""
+    """The results of a finished run."""
 
     identity: str
-    """The digest of the run that it is of."""
+    """Digest of the run's identity."""
     model: str
     parameters: NonNegativeInt
     top1: Percent | None
@@ -46,7 +46,7 @@ class Result:
     epochs: NonNegativeInt = 0
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of each file of the student's weights; a run of before there were any has none."""
+    """Digest of each file of the student's weights; empty in runs from before digests were written."""
 
 
 class _IdentitySection(BaseModel):
@@ -65,7 +65,7 @@ class _DataIdentity(_IdentitySection):
 
 
 class Identity(_IdentitySection):
-    """What ``identity.json`` says: the recipe, of which only what is read here has a type."""
+    """The content of ``identity.json``, a recipe; only the keys that this program reads have a type."""
 
     student: dict[str, Any]
     teacher: _TeacherIdentity | None
@@ -73,29 +73,29 @@ class Identity(_IdentitySection):
     data: _DataIdentity
 
     def values(self) -> dict[str, Any]:
-        """Return all that the file says."""
+        """Return all keys and values of the file."""
         return self.model_dump(exclude_unset=True)
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """Return the identity of the run in a folder, None where none was begun. Raises DamagedFile."""
+    """Return the identity of the run in a folder, None if no run has begun there. Raises DamagedFile."""
     return _read(folder / IDENTITY, Identity, f"move {folder} away, or {NEW_FOLDER_HINT}")
 
 
 def read_result(folder: Path) -> Result | None:
-    """Return what the finished run in a folder measured, None where it is not finished. Raises DamagedFile."""
-    return _read(folder / RESULT_FILE, Result, "delete it, and the run is measured again")
+    """Return the results of the run in a folder, None if it is not finished. Raises DamagedFile."""
+    return _read(folder / RESULT_FILE, Result, "delete it, and the run is evaluated again")
 
 
 def student_sha256(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of the student's weights in a run folder."""
+    """Return the sha256 of each file of the student's weights in a run folder, by file name."""
     return {name: sha256_of(folder / name) for name in STUDENT_FILES if (folder / name).is_file()}
 
 
 def check_student(path: Path) -> None:
-    """Raise DamagedFile if a file of the student's weights is not what the finished run in its folder wrote.
+    """Raise DamagedFile if a file of the student's weights differs from the one that the finished run wrote.
 
-    Of a file anywhere else, and of a run that is not finished, nothing is known.
+    Files outside a run folder, and files of an unfinished run, are not checked: there is no digest to compare with.
     """
     if not (path.parent / IDENTITY).is_file():
         return
@@ -103,14 +103,14 @@ def check_student(path: Path) -> None:
     digest = result and result.sha256.get(path.name)
     if digest and digest != sha256_of(path):
         raise DamagedFile(
-            f"{path}: not the weights that this run wrote ({RESULT_FILE} has another sha256); give another file, or "
-            f"delete {RESULT_FILE} and make the run once more, which writes its last weights again"
+            f"{path}: not the weights that this run wrote ({RESULT_FILE} has another sha256). Give another file, or "
+            f"delete {RESULT_FILE} and repeat the run's command, which writes its last weights again"
         )
 
 
 def read_versions(folder: Path) -> Versions | None:
-    """Return the versions that the run was begun with, None where they are not known. Raises DamagedFile."""
-    return _read(folder / VERSIONS_FILE, Versions, "delete it, and the versions of today take its place")
+    """Return the versions with which the run began, None if they are not known. Raises DamagedFile."""
+    return _read(folder / VERSIONS_FILE, Versions, "delete it, and the current versions are written")
 
 
 def _read(path: Path, schema: Any, advice: str) -> Any:
@@ -118,5 +118,5 @@ def _read(path: Path, schema: Any, advice: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that the file is either the old one or the new one, whole."""
+    """Write ``value`` atomically: the file is always the complete old one or the complete new one."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""A run folder: checked, locked, opened, and marked for the scheduler that ended its command."""
+"""Operations on a run folder: check, lock, open, load, and mark as preempted for a scheduler."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ from shards.manifest import sync_path, write_atomically
 
 
 def check_folder(run: Run, advice: str = NEW_FOLDER_HINT) -> None:
-    """Raise RecipeError if the run folder cannot be written or is not this run's; ``advice`` says what to do then.
+    """Raise RecipeError if the run folder cannot be written or has another run; the message ends with ``advice``.
 
-    Raises DamagedFile for a file of the run that is not what was written.
+    Raises DamagedFile for a damaged file of the run.
     """
     check_run_folder(run.folder, advice)
     saved = read_identity(run.folder)
     differing = differing_keys(saved.values(), run.identity) if saved else []
     if "data.classes" in differing:
         raise RecipeError(
-            f"data.path: the classes of {run.recipe.data.path} are not those that {run.folder} was trained on; "
+            f"data.path: the classes of {run.recipe.data.path} differ from those that {run.folder} was trained on; "
             "prepare the shards with the same --classes, or give folder=ANOTHER"
         )
     if differing:
         keys = ", ".join(differing)
-        raise RecipeError(f"{run.folder}: holds the run of another recipe (other {keys}); {advice}")
-    read_versions(run.folder)
+        raise RecipeError(f"{run.folder}: holds the run of another recipe (different {keys}); {advice}")
+    read_versions(run.folder)  # for its error only
 
 
 def open_folder(run: Run) -> None:
-    """Write down what the run is, or compare it; the main process calls it once everything could be built.
+    """Lock the run folder, and write the run's identity, or compare it with the one that is there.
 
-    The folder is this process's until it ends. Raises RecipeError if another trains in it, or began there meanwhile.
+    The main process calls it once everything could be built, and has the lock until it ends. Raises RecipeError if
+    another process trains in the folder, or began another run there meanwhile.
     """
     lock_folder(run.folder)
     check_folder(run)
     (run.folder / PREEMPTED).unlink(missing_ok=True)
-    if not (run.folder / IDENTITY).exists():  # the first file: a folder without it is not yet a run's
+    if not (run.folder / IDENTITY).exists():  # the first file: without it, the folder belongs to no run yet
         write_json(run.folder / IDENTITY, run.identity)
     if not (run.folder / RECIPE).exists():
         write_atomically(run.folder / RECIPE, yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False).encode())
@@ -62,33 +63,33 @@ def open_folder(run: Run) -> None:
     if begun is None:
         write_json(run.folder / VERSIONS_FILE, now)
     elif changed := differing_keys(begun, now):
-        print(f"warning: {run.folder} was begun with another {', '.join(changed)}; its numbers may differ")
+        print(f"warning: {run.folder} began with a different {', '.join(changed)}; its numbers may change")
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Return the recipe of the run in a folder. Raises RecipeError, with what to do, where it is gone or damaged."""
+    """Return the recipe of the run in a folder. Raises RecipeError, with advice, if it is missing or damaged."""
     path = folder / RECIPE
     advice = "give the recipe's own file in place of the folder"
     if not path.is_file():
-        raise RecipeError(f"{folder}: holds no run (no {RECIPE}); {advice}")
+        raise RecipeError(f"{folder}: there is no run here (no {RECIPE}); {advice}")
     try:
         return load_recipe(path, overrides)
     except RecipeError as error:
-        if not str(error).startswith(display_path(path.resolve())):  # what the command line got wrong
+        if not str(error).startswith(display_path(path.resolve())):  # an error of the command line
             raise
         raise RecipeError(f"{error}; {advice}") from None
 
 
 def lock_folder(folder: Path) -> None:
-    """Make the folder, where it is not there, this process's until it ends, without what killed ones left half-written.
+    """Create and lock the folder for this process until it ends, and remove the partial files of killed processes.
 
-    Raises RecipeError if it is another's.
+    Raises RecipeError if another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The descriptor stays open, and the lock with it, as long as the process lives; no crash can leave it behind.
+    # Open, and so locked, until the process ends; not even a crash can leave the lock behind.
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        # By process, not by descriptor: a second run of one process is no other.
+        # lockf locks for the process, flock for the descriptor; one process may open the folder twice.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
@@ -99,7 +100,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def mark_preempted(folder: Path) -> None:
-    """Leave word in a run folder that a signal ended the command, all that it did is saved, and it wants to go on."""
+    """Create the marker ``preempted`` in a run folder: a signal ended the command, all is saved, please requeue."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PREEMPTED).touch()  # no temporary file, which whoever holds the lock by now would remove
+    (folder / PREEMPTED).touch()  # not by a temporary file: a process that has the lock by now would remove it
     sync_path(folder)

@@ -1,4 +1,4 @@
-"""What makes a run this run and no other: its recipe, its folder, its shards and the runs it stands on."""
+"""The identity of a run, by which two runs are equal or not, and a run with the runs that it depends on."""
 
 from __future__ import annotations
 
@@ -21,55 +21,55 @@ from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
 
-# What a command may change without making another run.
+# Keys that a command may change and still continue the same run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints", "graph")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
-# What makes another run only where it is asked for.
+# Keys that are part of the identity only if they are set.
 _OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint", "weights_key")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with its shards, its folder and its identity, and the runs that it names; all of it read once."""
+    """A recipe with its shards, folder and identity, and with the runs that it names; all are read only once."""
 
     recipe: Recipe
     path: Path
     """The recipe file."""
     folder: Path
     manifest: Manifest
-    """Of its shards."""
+    """Manifest of its shards."""
     identity: dict[str, Any]
     teachers: tuple[Run, ...] = ()
-    """Those of ``recipe.teacher.recipes``, in that order."""
+    """Runs of ``recipe.teacher.recipes``, in that order."""
     start: Run | None = None
-    """That of ``student.start.recipe``."""
+    """Run of ``student.start.recipe``."""
     resolve_compare: Callable[[], tuple[Run, ...]] = field(default=tuple, repr=False, compare=False)
 
     @cached_property
     def compare(self) -> tuple[Run, ...]:
-        """Those of ``recipe.compare``, resolved when they are asked for: no identity depends on them."""
+        """Return the runs of ``recipe.compare``. They are resolved at their first use: no identity depends on them."""
         return self.resolve_compare()
 
     @property
     def result(self) -> Result | None:
-        """What the finished run of this identity measured; None if it is not there or not finished."""
+        """Return the results of the finished run with this identity; None if it is missing or not finished."""
         result = read_result(self.folder) if (self.folder / IDENTITY).exists() else None
         return result if result and result.identity == self.fingerprint else None
 
     @property
     def fingerprint(self) -> str:
-        """The identity's sha256."""
+        """Return the sha256 of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def command(self) -> str:
-        """The command that makes this run."""
+        """Return the command that trains this run."""
         return f"python pipeline/train.py {shlex.quote(display_path(self.path))}"
 
     @property
     def needed(self) -> dict[str, Run]:
-        """The runs that must be finished before it, by the path it names them by: all but a cached teacher's."""
+        """Return the runs that must be finished first, by their paths in the recipe: all but a cached teacher's."""
         teacher, start = self.recipe.teacher, self.recipe.student.start
         live = teacher is not None and teacher.uses_live_model
         named = dict(zip(teacher.recipes, self.teachers, strict=True)) if teacher and live else {}
@@ -78,14 +78,14 @@ class Run:
 
 
 def run_folder(loaded: LoadedRecipe) -> Path:
-    """Return ``folder:``, or ``runs/<path under configs/>/seed-<n>`` below the current folder."""
+    """Return the recipe's ``folder``, or ``runs/<path under configs/>/seed-<n>`` below the current folder."""
     if loaded.recipe.folder is not None:
         return Path(loaded.recipe.folder)
     return default_folder(loaded.path, loaded.recipe.seed)
 
 
 def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
-    """Return the run of a recipe whose shards are there, and with it those that it names."""
+    """Return the run of a recipe, with the runs that it names; the shards must exist."""
     with error_context(display_path(loaded.path)):
         manifest = read_manifest(Path(loaded.recipe.data.path))
     return _resolve(loaded, manifest, launch, {}, ())
@@ -94,25 +94,26 @@ def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
 def _resolve(
     loaded: LoadedRecipe, manifest: Manifest, launch: Launch, known: dict[int, Run], above: tuple[Path, ...]
 ) -> Run:
-    """Return the run; ``known`` are those of this command by their LoadedRecipe, all on the same shards.
+    """Return the run. ``known`` has the runs resolved so far, by the id of their LoadedRecipe, on the same shards.
 
-    ``above`` are the files that led to it. Raises RecipeError if a run stands on itself: its identity has no end.
+    ``above`` are the files that led to this one. Raises RecipeError if a run depends on itself, as its identity would
+    contain itself.
     """
     check_no_cycle(loaded, above)
     if id(loaded) in known:
         return known[id(loaded)]
 
-    def named(other: LoadedRecipe) -> Run:
+    def resolve_named(other: LoadedRecipe) -> Run:
         return _resolve(other, manifest, launch, known, (*above, loaded.path))
 
     folder = run_folder(loaded)
-    teachers, start = tuple(map(named, loaded.teachers)), loaded.start and named(loaded.start)
+    teachers, start = tuple(map(resolve_named, loaded.teachers)), loaded.start and resolve_named(loaded.start)
     with error_context(display_path(loaded.path)):
         sources = [run.recipe for run in teachers]
-        recipe = _completed(with_normalization(loaded.recipe, sources), folder, launch)
-        own = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
+        recipe = _fill_defaults(with_normalization(loaded.recipe, sources), folder, launch)
+        ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
     run = known[id(loaded)] = Run(
-        recipe, loaded.path, folder, manifest, own, teachers, start, lambda: tuple(map(named, loaded.compare))
+        recipe, loaded.path, folder, manifest, ours, teachers, start, lambda: tuple(map(resolve_named, loaded.compare))
     )
     return run
 
@@ -121,15 +122,15 @@ def check_no_cycle(loaded: LoadedRecipe, above: tuple[Path, ...]) -> None:
     """Raise RecipeError if the recipe is one of those that led to it."""
     if loaded.path in above:
         raise RecipeError(
-            f"{display_path(loaded.path)}: the recipe stands on itself, by way of {display_path(above[-1])}"
+            f"{display_path(loaded.path)}: the recipe depends on itself, through {display_path(above[-1])}"
         )
 
 
-def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
-    """Return the recipe with what it leaves to the run: the teacher's chunk, and the views of a cache.
+def _fill_defaults(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
+    """Return the recipe with ``teacher.batch`` and ``data.views`` set, where it leaves them to the run.
 
-    A run that has begun keeps its own, so that other ranks ask alike, and a cache may grow; else the chunk is a rank's
-    rows, and the views are all.
+    A run that has begun keeps its values. Then another number of ranks runs the teacher on equal batches, and views
+    that a cache gets later change nothing. In a new run, the batch is a rank's rows, and the views are all of the cache.
     """
     teacher, data = recipe.teacher, recipe.data
     if teacher is None:
@@ -137,33 +138,33 @@ def _completed(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
     begun = read_identity(folder)
     if teacher.batch is None:
         batch = begun and begun.teacher and begun.teacher.batch
-        own = rows_per_rank(recipe.batch, launch.world_size, recipe.accumulation)
-        teacher = teacher.model_copy(update={"batch": batch or own})
+        rows = rows_per_rank(recipe.batch, launch.world_size, recipe.accumulation)
+        teacher = teacher.model_copy(update={"batch": batch or rows})
     if teacher.cache is not None and data.views is None:
-        views = (begun and begun.data.views) or _cache(teacher.cache).header.views
+        views = (begun and begun.data.views) or _read_cache(teacher.cache).header.views
         data = data.model_copy(update={"views": views})
     return recipe.model_copy(update={"teacher": teacher, "data": data})
 
 
-def _cache(folder: str) -> Cache:
+def _read_cache(folder: str) -> Cache:
     with error_context("teacher.cache"):
         return Cache(Path(folder))
 
 
 def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
-    """Return what stands for the cache's answers; where it is gone, what the run that began from it kept of it."""
+    """Return the digest of the cached outputs; if the cache is gone, that of the run in ``folder``, which used it."""
     if open_cache(Path(cache)) is None and (begun := read_identity(folder)) and begun.teacher and begun.teacher.cache:
         return begun.teacher.cache
-    return _cache(cache).digest(recipe.taps.teacher)
+    return _read_cache(cache).digest(recipe.taps.teacher)
 
 
 def identity(
     recipe: Recipe, run: Path, manifest: Manifest, teachers: Sequence[Run], start: str | None
 ) -> dict[str, Any]:
-    """Return what makes ``run`` this run: the resolved recipe, shards by sha256, a teacher's run or cache by digest.
+    """Return the identity of the run in folder ``run``: the resolved recipe, with digests in place of paths.
 
-    Files of weights are in it by the digest of their tensors. ``teachers`` are the runs that the recipe names, and
-    ``start`` the digest of the one that the student begins from.
+    Shards, and a teacher's run or cache, have a digest; files of weights have that of their tensors. ``teachers`` are
+    the runs that the recipe names. ``start`` is the fingerprint of the run whose student this one begins with.
     """
     tree = dump_recipe(recipe)
     for key in _NOT_IDENTITY:
@@ -174,9 +175,9 @@ def identity(
     tree["data"]["classes"] = hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
     teacher = tree["teacher"] or {}
     networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
-    for section, below in zip(networks, teachers, strict=True):
-        section["recipe"] = below.fingerprint
-    name_by_content(tree, recipe, [below.recipe for below in teachers], run, manifest.num_classes)
+    for section, teacher_run in zip(networks, teachers, strict=True):
+        section["recipe"] = teacher_run.fingerprint
+    name_by_content(tree, recipe, [teacher_run.recipe for teacher_run in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
     if teacher.get("cache"):
@@ -187,7 +188,7 @@ def identity(
 
 
 def _without_unused(tree: Any) -> Any:
-    """Return the tree without options that are off: a run is the one that it was before there were any."""
+    """Return the tree without options that are off, so that a new option does not change the identity of old runs."""
     if isinstance(tree, dict):
         return {key: _without_unused(value) for key, value in tree.items() if value or key not in _OPTIONS}
     return [_without_unused(value) for value in tree] if isinstance(tree, list) else tree

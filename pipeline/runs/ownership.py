@@ -1,4 +1,4 @@
-"""Whose a folder is: what a command finds where it is to write, before it writes."""
+"""Checks of a folder before a command writes to it: permissions, and files of other programs."""
 
 from __future__ import annotations
 
@@ -15,58 +15,62 @@ from shards.manifest import MANIFEST
 
 LOCK = ".lock"
 TEMPORARY = re.compile(r".+\.(\d+|npy)\.tmp")
-"""A file that was being written when its process was killed."""
+"""Name of a partial file, left by a process that was killed while it wrote."""
 TRACKERS = ("tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "trackio")
-"""Folders that an experiment tracker may have begun in a run folder."""
+"""Folders that an experiment tracker may create in a run folder before the run begins."""
 LOGS = (".log", ".out", ".err")
-"""What a command prints may go into the folder that it is to make."""
+"""Endings of log files: a command's output may be redirected into its own folder."""
 ENCODERS = ("*.encoder.safetensors",)
-"""Files that are written before a cache's header."""
+"""Files of a cache that are written before its header."""
 _KINDS = {IDENTITY: "a run", HEADER: "a teacher's cache", MANIFEST: "shards"}
 
 
 def check_run_folder(folder: Path, advice: str = NEW_FOLDER_HINT) -> None:
-    """Raise RecipeError if ``folder`` cannot be written, or holds anything but a run and no run was begun there."""
+    """Raise RecipeError if ``folder`` cannot be written, or has files but no run."""
     check_writable(folder, "folder", advice)
     _check_contents(folder, IDENTITY, TRACKERS, advice)
 
 
 def check_cache_folder(folder: Path) -> None:
-    """Raise RecipeError if ``folder`` cannot be written, or holds anything and no teacher's cache was begun there."""
+    """Raise RecipeError if ``folder`` cannot be written, or has files but no teacher's cache."""
     advice = "give teacher.cache=ANOTHER"
     check_writable(folder, "teacher.cache", advice)
     _check_contents(folder, HEADER, ENCODERS, advice)
 
 
 def check_writable(folder: Path, key: str, advice: str) -> None:
-    """Raise RecipeError, which names ``key``, if nothing can be written in ``folder``, or it cannot be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        reason = "must not write there" if there.is_dir() else f"{there} is no folder"
+    """Raise RecipeError, which names ``key``, if ``folder`` cannot be written or created."""
+    # The folder itself, or the nearest existing one above it, in which it would be created.
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        reason = "permission denied" if existing.is_dir() else f"{existing} is not a folder"
         raise RecipeError(f"{key}: {folder} cannot be written ({reason}); {advice}")
 
 
-def _check_contents(folder: Path, marker: str, also: Collection[str], advice: str) -> None:
-    """Raise RecipeError if the folder has files but not ``mark``, which is the first that is written in one's own."""
+def _check_contents(folder: Path, marker: str, allowed: Collection[str], advice: str) -> None:
+    """Raise RecipeError if the folder has files, but not ``marker``, the first that this program writes there."""
     if not folder.is_dir() or (folder / marker).exists():
         return
     names = sorted(path.name for path in folder.iterdir() if not _is_ignorable(path.name))
-    strange = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in also)]
-    if not strange:
+    foreign = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
+    if not foreign:
         return
-    named = next((kind for name, kind in _KINDS.items() if name in strange), None)
-    more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-    told = f"holds {named or ', '.join(strange[:3]) + more}, and not {_KINDS[marker]}"
-    raise RecipeError(f"{folder}: {told}: nothing is written there; {advice}")
+    kind = next((kind for name, kind in _KINDS.items() if name in foreign), None)
+    more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+    content = kind or ", ".join(foreign[:3]) + more
+    raise RecipeError(f"{folder}: holds {content}, and not {_KINDS[marker]}: nothing is written there; {advice}")
 
 
 def _is_ignorable(name: str) -> bool:
-    """Whether a folder with that in it may still be an empty one: a hidden file, word of a signal, a log, a torso."""
+    """Return whether a folder with this file still counts as empty.
+
+    The file is hidden, a log, a partial file or the marker of a preempted run.
+    """
     return name.startswith(".") or name == PREEMPTED or name.endswith(LOGS) or bool(TEMPORARY.fullmatch(name))
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed commands had begun to write in a folder; for whoever holds its lock."""
+    """Remove the partial files of killed processes from a folder; only the process with its lock may do so."""
     for path in folder.iterdir():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What this rank was told, so that ranks which would not train the same run together say so before they begin."""
+"""The settings that all ranks must share, compared before training so that all ranks train the same run."""
 
 from __future__ import annotations
 
@@ -17,61 +17,63 @@ from pipeline.errors import ROOT
 from pipeline.runs.identity import Run
 from pipeline.runs.versions import packages
 
-_OF_A_MACHINE = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
-"""Keys of ``data`` that may differ from host to host: where the shards were staged to, and how they are decoded."""
+_HOST_KEYS = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
+"""Keys of ``data`` that may differ between hosts: the folder of the staged shards, and the settings of decoding."""
 
 
-def join_ranks(launch: Launch, command: str, recipe: Recipe, run: Run | None = None, **words: object) -> None:
-    """Join the ranks that the launcher started. Raises RecipeError, the same on all, if they were told other things.
+def join_ranks(launch: Launch, command: str, recipe: Recipe, run: Run | None = None, **options: object) -> None:
+    """Join the ranks of the launcher. Raises RecipeError, the same on all ranks, if their settings differ.
 
-    ``words`` are the command's own. An entry point calls it before the long work of building; one rank needs nothing.
+    ``options`` are those of the command. An entry point calls it before it builds anything, which takes long. A single
+    rank joins nothing.
     """
     if launch.world_size > 1:
         rendezvous.init_process_group(
-            launch, settings={**shared_settings(command, recipe, run, **words), **_deepspeed(launch)}
+            launch, settings={**shared_settings(command, recipe, run, **options), **_deepspeed(launch)}
         )
 
 
 def _deepspeed(launch: Launch) -> dict[str, Any]:
-    """Return whether DeepSpeed was asked for, and its settings by key; what is no mapping of keys stands whole."""
+    """Return whether DeepSpeed is used, and its settings by key; a file that is not a mapping is a single value."""
     if not launch.use_deepspeed:
         return {"ACCELERATE_USE_DEEPSPEED": False}
     name = launch.deepspeed_file or ""
     path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
     text = path.read_text(errors="replace") if path else f"no file {name}"
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
-        told = text
-    found = {"ACCELERATE_USE_DEEPSPEED": True, "ACCELERATE_DEEPSPEED_CONFIG_FILE": told}
-    if isinstance(told, dict):
-        found |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "settings", "DeepSpeed": told}
-    return found
+        content = json.loads(text)
+    except (ValueError, RecursionError):  # DeepSpeed reports a file that is no JSON; here it only must be the same
+        content = text
+    settings = {"ACCELERATE_USE_DEEPSPEED": True, "ACCELERATE_DEEPSPEED_CONFIG_FILE": content}
+    if isinstance(content, dict):
+        settings |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "settings", "DeepSpeed": content}
+    return settings
 
 
-def shared_settings(command: str, recipe: Recipe, run: Run | None = None, **words: object) -> dict[str, Any]:
-    """Return what must be the same on all ranks, by the names that a message gives it."""
-    return {"command": command, **words, **_recipe(recipe, run), **packages(), "code (sha256)": code_digest()}
+def shared_settings(command: str, recipe: Recipe, run: Run | None = None, **options: object) -> dict[str, Any]:
+    """Return the settings that must be the same on all ranks, by their names in an error message."""
+    of_recipe = _recipe_settings(recipe, run)
+    return {"command": command, **options, **of_recipe, **packages(), "code (sha256)": code_digest()}
 
 
-def _recipe(recipe: Recipe, run: Run | None) -> dict[str, Any]:
-    """Return the recipe by dotted key, and what else the run's identity holds: digests of what lies in files."""
+def _recipe_settings(recipe: Recipe, run: Run | None) -> dict[str, Any]:
+    """Return the recipe by dotted key, with the digests of files that are in the run's identity."""
     tree = dump_recipe(recipe)
-    for key in _OF_A_MACHINE:
+    for key in _HOST_KEYS:
         del tree["data"][key]
     found: dict[str, Any] = dict(flatten(tree))
     if run is None:
         return found
-    # In the recipe these are paths, which may be a host's own; what lies there is in the identity.
+    # These are paths, which may differ between hosts; the identity has the digests of their files.
     found = {key: value for key, value in found.items() if not key.endswith((".weights", "teacher.cache"))}
-    for key, value in flatten(_named(run.identity)):
+    for key, value in flatten(_rename_digests(run.identity)):
         if found.get(key) != value:
             found[key if key not in found else f"{key} (sha256)"] = value
     return {**found, "folder": str(run.folder)}
 
 
-def _named(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity with the shards' digests under names that a user knows."""
+def _rename_digests(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity with the shards' digests under names that a user understands."""
     data = dict(identity["data"])
     shards = {"manifest.json (sha256)": data.pop("manifest"), "classes (sha256)": data.pop("classes")}
     return {**identity, "data": {**data, **shards}}
@@ -79,7 +81,7 @@ def _named(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def code_digest() -> str:
-    """Return the sha256 of the project's own code, changes that are not committed included."""
+    """Return the sha256 of the project's own code, uncommitted changes included."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("pipeline", "shards") for path in (ROOT / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes() + b"\0")

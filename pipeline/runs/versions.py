@@ -1,4 +1,4 @@
-"""The versions, the commit and the machine of a run."""
+"""The versions of packages, the commit and the machine of a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.errors import ROOT
 
 
 def versions() -> dict[str, Any]:
-    """Return what a reader needs to know to repeat the run: versions, commit, machine."""
+    """Return the information needed to repeat a run: versions, commit and machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), **packages(), "device": device, **_commit()}
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of those packages that numbers depend on."""
+    """Return the versions of the packages that can change a run's numbers."""
     names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
     return {name: importlib.metadata.version(name) for name in names if _installed(name)}
 
@@ -32,10 +32,10 @@ def _installed(name: str) -> bool:
 
 
 def _commit() -> dict[str, Any]:
-    def git(*words: str) -> str | None:
+    def git(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-        except OSError:  # a node without git
+            answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        except OSError:  # a machine without git
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 

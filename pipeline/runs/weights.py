@@ -1,4 +1,4 @@
-"""What a recipe leaves to its weights: who they are, by their tensors, and how the images that they expect look."""
+"""Properties of a recipe that follow from its weights: their digest, and the normalisation that they expect."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from pipeline.runs.files import RECIPE, read_identity
 from pipeline.teachers.config import Config, TeacherNetwork
 
 CONTENT = "sha256:"
-"""Before the digest of a file's tensors, where an identity names weights."""
+"""Prefix of the digest of a file's tensors in an identity."""
 
 
 def with_normalization(recipe: Recipe, sources: Sequence[Recipe]) -> Recipe:
-    """Return the recipe with ``mean`` and ``std`` of teachers whose published weights expect other images.
+    """Return the recipe with the ``mean`` and ``std`` that a teacher's published weights expect.
 
-    ``sources`` are the recipes of ``teacher.recipes``, in that order. What the recipe gives itself stays.
+    ``sources`` are the recipes of ``teacher.recipes``, in that order. Values that the recipe sets are kept, and nothing
+    is set if the weights expect the normalisation of the data.
     """
     config = recipe.teacher
     if config is None:
         return recipe
-    found = [_normalized(network, source or recipe) for network, source in _networks(config, sources)]
-    update = {"members": tuple(found)} if config.members else dict(found[0]) if found else {}
+    networks = [_normalized(network, source or recipe) for network, source in _networks(config, sources)]
+    update = {"members": tuple(networks)} if config.members else dict(networks[0]) if networks else {}
     return recipe.model_copy(update={"teacher": config.model_copy(update=update)})
 
 
@@ -43,42 +44,43 @@ def _normalized(network: TeacherNetwork, origin: Recipe) -> TeacherNetwork:
 
 
 def _networks(config: Config, sources: Sequence[Recipe]) -> Iterator[tuple[TeacherNetwork, Recipe | None]]:
-    """Yield each of the teacher's networks with the recipe whose student it is."""
-    following = iter(sources)
+    """Yield each network of the teacher with the recipe that trains it, None if it is not another recipe's student."""
+    remaining = iter(sources)
     for network in config.members or (config,):
-        yield network, None if network.recipe is None else next(following)
+        yield network, None if network.recipe is None else next(remaining)
 
 
 def name_by_content(
     tree: dict[str, Any], recipe: Recipe, sources: Sequence[Recipe], folder: Path, classes: int
 ) -> None:
-    """Put into an identity, in the place of each file of weights, the digest of its tensors.
+    """Replace each file of weights in an identity by the digest of its tensors.
 
-    Published weights keep their name. A file that is gone is what the run in ``folder`` began with, and a run that
-    began when files were known by their paths is still compared by them.
+    Published weights keep their name. If a file is gone, the digest is that of the run in ``folder``. Old runs, whose
+    identity has the paths of files, are still compared by path.
     """
     begun = read_identity(folder)
     kept = _weights_keys(begun.values()) if begun else {}
     networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
     models = [network.model or (source and source.student.model) for network, source in networks]
-    for (place, section), model in zip(_weights_keys(tree).items(), [recipe.student.model, *models], strict=True):
-        weights, known = section.get("weights"), kept.get(place, {}).get("weights")
+    for (key, section), model in zip(_weights_keys(tree).items(), [recipe.student.model, *models], strict=True):
+        weights, known = section.get("weights"), kept.get(key, {}).get("weights")
         if not (weights and model and is_file(weights)) or (known and not known.startswith(CONTENT)):
             continue
         if Path(weights).is_file():
-            with error_context(place):
+            with error_context(key):
                 found = weights_sha256(weights, model, classes, section["weights_key"])
-            section |= {"weights": CONTENT + found, "weights_key": None}  # the digest says what the key chose
-        elif known and weights == _weights_keys(read_yaml(folder / RECIPE) or {}).get(place, {}).get("weights"):
+            # The digest is that of the weights which the key selects, so the key has no more meaning.
+            section |= {"weights": CONTENT + found, "weights_key": None}
+        elif known and weights == _weights_keys(read_yaml(folder / RECIPE) or {}).get(key, {}).get("weights"):
             section |= {"weights": known, "weights_key": None}
 
 
 def _weights_keys(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the sections of a recipe that may name weights, by the keys at which they do: start, then teachers."""
+    """Return the sections of a recipe that may name weights, by the key of the weights: start, then teachers."""
     teacher = tree.get("teacher") or {}
     found = {"student.start.weights": (tree.get("student") or {}).get("start") or {}}
     if teacher.get("members"):
-        return found | {f"teacher.members.{number}.weights": each for number, each in enumerate(teacher["members"])}
+        return found | {f"teacher.members.{index}.weights": member for index, member in enumerate(teacher["members"])}
     return found | ({"teacher.weights": teacher} if teacher else {})
 
 

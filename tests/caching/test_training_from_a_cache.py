@@ -186,7 +186,7 @@ def test_a_kind_that_is_added_in_the_middle_of_a_run_makes_it_another(run_cache:
     run_cache("kd.yaml", "teacher.cache=cache")
     run_train(*words, "stop.steps=3")
     run_cache("ddkd.yaml", "teacher.cache=cache")
-    with pytest.raises(RecipeError, match=r"another recipe \(other teacher\.cache\)"):
+    with pytest.raises(RecipeError, match=r"another recipe \(different teacher\.cache\)"):
         run_train(*words)
 
 
@@ -244,7 +244,7 @@ def test_the_doctor_looks_for_all_that_the_recipe_reads_in_the_cache(copied: Pat
 def test_a_circle_through_a_cache_is_a_circle(written: Path, place: Path, run_train: Command):
     circle = {"base": "kd.yaml", "teacher": {"model": None, "weights": None, "recipe": "circle.yaml"}}
     Path("circle.yaml").write_text(yaml.safe_dump(circle))
-    with pytest.raises(RecipeError, match=r"the recipe stands on itself"):
+    with pytest.raises(RecipeError, match=r"the recipe depends on itself"):
         run_train("circle.yaml", f"teacher.cache={written}")
 
 

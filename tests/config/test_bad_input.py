@@ -35,7 +35,7 @@ def refused(train: Train, *words: str) -> str:
 def test_a_missing_folder_of_shards(run_train: Train):
     message = refused(run_train, "ce.yaml", "data.path=nowhere")
     assert "ce.yaml: data.path: there are no shards in 'nowhere'" in message
-    assert "the script that the head of the data set's recipe names" in message
+    assert "the script named at the top of the data set's recipe" in message
 
 
 def test_a_shard_that_is_shorter_than_the_manifest_says(run_train: Train, shards: Path, tmp_path: Path):
@@ -53,7 +53,7 @@ def test_a_batch_that_the_accumulation_does_not_divide(run_train: Train):
 def test_a_folder_that_holds_another_recipes_run(run_train: Train):
     run_train("ce.yaml", "stop.steps=1")
     message = refused(run_train, "ce.yaml", "seed=1", "batch=6")
-    assert "runs/ce: holds the run of another recipe (other batch, seed)" in message
+    assert "runs/ce: holds the run of another recipe (different batch, seed)" in message
 
 
 def test_a_folder_that_holds_the_run_of_a_student_alone(run_train: Train):
@@ -66,7 +66,7 @@ def test_a_folder_that_holds_the_run_of_a_student_alone(run_train: Train):
 def test_recipes_that_stand_on_one_another(run_train: Train, recipes: Path):
     (recipes / "a.yaml").write_text("base: ce.yaml\ncompare: [b.yaml]\nfolder: runs/a\n")
     (recipes / "b.yaml").write_text("base: ce.yaml\ncompare: [a.yaml]\nfolder: runs/b\n")
-    assert "the recipe stands on itself, by way of" in refused(run_train, "a.yaml")
+    assert "the recipe depends on itself, through" in refused(run_train, "a.yaml")
 
 
 def test_keys_that_are_no_part_of_the_run_may_change(run_train: Train):
@@ -94,7 +94,7 @@ def test_shards_whose_classes_are_not_the_teachers(run_train: Train, shards: Pat
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["classes"] = manifest["classes"][::-1]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "are not those that runs/teacher was trained on" in refused(
+    assert "differ from those that runs/teacher was trained on" in refused(
         run_train, "ddkd.yaml", "compare=null", f"data.path={copy}"
     )
 
@@ -119,7 +119,7 @@ def test_a_run_that_is_not_there_must_be_made_by_one_process_first(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused(run_train, "ddkd.yaml", *([f"data.path={shards}/"] if elsewhere else []))
-    told = message.partition("one process must make first: python pipeline/train.py ")[2]
+    told = message.partition("one process must make it first: python pipeline/train.py ")[2]
     assert "teacher.yaml" in told
     assert (f'data.path="{shards}/"' in told) == elsewhere
 
@@ -188,7 +188,7 @@ def test_a_file_where_the_run_folder_would_be(run_train: Train, recipes: Path):
     (recipes / "taken").write_text("")
     message = refused(run_train, "ce.yaml", "folder=taken/run")
     assert message.startswith("folder: taken/run cannot be written")
-    assert message.endswith("taken is no folder); give folder=ANOTHER")
+    assert message.endswith("taken is not a folder); give folder=ANOTHER")
 
 
 def test_a_misspelt_word_of_the_commands_own():
@@ -199,7 +199,7 @@ def test_a_misspelt_word_of_the_commands_own():
 
 
 def test_an_empty_mapping_that_would_change_nothing(run_train: Train):
-    assert "losses.NAME=null takes one away" in refused(run_train, "ce.yaml", "losses={}")
+    assert "remove an entry with losses.NAME=null" in refused(run_train, "ce.yaml", "losses={}")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_a_loss_without_its_teacher_is_refused(recipe: Path):
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
     path = tmp_path / "twice.yaml"
     path.write_text("epochs: 3\nepochs: 4\n")
-    assert "the key 'epochs' stands twice" in refused(path)
+    assert "the key 'epochs' is repeated" in refused(path)
 
 
 def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path):
@@ -150,7 +150,7 @@ def test_a_recipe_names_others_relative_to_its_own_file(recipe: Path, tmp_path: 
     loaded = load_recipe(folder / "child.yaml").recipe
     assert loaded.teacher is not None
     assert (loaded.teacher.recipe, loaded.compare) == (str(recipe), (str(recipe),))
-    assert "another recipe is named that is not there" in refused(folder / "child.yaml", "teacher.recipe=gone.yaml")
+    assert "it names a recipe that does not exist" in refused(folder / "child.yaml", "teacher.recipe=gone.yaml")
 
 
 def test_a_constant_stands_once_and_is_used_where_it_is_named(recipe: Path, tmp_path: Path):
@@ -175,7 +175,7 @@ def test_a_constant_that_is_a_mapping_may_be_changed_in_part(recipe: Path, tmp_p
     dkd = dump_recipe(load_recipe(child, ["losses.dkd.temperature=1"]).recipe)["losses"]["dkd"]
     assert (dkd["alpha"], dkd["beta"], dkd["temperature"]) == (1.0, 2.0, 1.0)
     assert "losses.dkd.bta: unknown key; did you mean 'beta'?" in refused(child, "losses.dkd.bta=3")
-    assert "losses.dkd.temperature: ${dkd.temperature} is one value, 4.0" in refused(
+    assert "losses.dkd.temperature: ${dkd.temperature} is a single value, 4.0" in refused(
         recipe,
         "constants={dkd: {temperature: 4.0}}",
         "losses.dkd={alpha: 1, beta: 2, temperature: '${dkd.temperature}'}",
@@ -231,7 +231,7 @@ def test_constants_may_stand_in_lists_and_in_other_constants(recipe: Path):
     loaded = load_recipe(recipe, words).recipe
     assert loaded.losses["ce"].config.weight == 0.5
     assert loaded.data.mean == (0.5, 0.0, 1.0)
-    assert "the constant 'a' stands for itself" in refused(recipe, "constants={a: '${b}', b: '${a}'}", "batch='${a}'")
+    assert "the constant 'a' refers to itself" in refused(recipe, "constants={a: '${b}', b: '${a}'}", "batch='${a}'")
 
 
 def test_a_constant_of_the_command_line_that_nothing_uses_is_refused():
@@ -250,7 +250,7 @@ def test_a_bad_constant_is_said_of_whoever_gave_it(recipe: Path, tmp_path: Path)
     assert refused(kd, "constants.kd.temperature=-1").startswith("command line: losses.kd.temperature: ")
     assert "command line: constants: expected a mapping, got 3" in refused(recipe, "constants=3")
     assert "expected losses by name" in refused(recipe, "losses={3: {}}", "losses.ce=null", "losses.kd=null")
-    assert "'runs/${a}': a constant stands for a whole value" in refused(recipe, "constants.a=1", "folder=runs/${a}")
+    assert "'runs/${a}': a constant must be the complete value" in refused(recipe, "constants.a=1", "folder=runs/${a}")
 
 
 def test_a_constant_that_is_not_there_is_named(recipe: Path, tmp_path: Path):

@@ -173,7 +173,8 @@ def test_a_world_that_is_not_the_launchers(monkeypatch: pytest.MonkeyPatch, caps
         doctor.main([])
     assert ended.value.code == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "FAIL  world           WORLD_SIZE is 2, but these are not set: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    assert told[0] == f"FAIL  world           WORLD_SIZE is 2, but these are not set: {missing}"
     assert {text[:5] for text in told[1:]} == {"ok   ", "skip "}
     monkeypatch.setattr(rendezvous, "init_process_group", lambda launch, _, gpus: None)
     failing(network.check_world(read_launch()), "1 rank: ", "the launcher started 2")

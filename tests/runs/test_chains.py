@@ -120,14 +120,14 @@ def test_the_end_of_a_chain_is_part_of_what_every_run_below_it_is(chain: Path):
 def test_a_circle_further_down_is_refused_before_anything_is_made(chain: Path):
     other = yaml.safe_load((chain / "teacher.yaml").read_text()) | {"teacher": {"recipe": "assistant.yaml"}}
     (chain / "teacher.yaml").write_text(yaml.safe_dump({**other, "losses": KD}))
-    with pytest.raises(RecipeError, match=r"assistant.yaml: the recipe stands on itself, by way of .*teacher.yaml"):
+    with pytest.raises(RecipeError, match=r"assistant.yaml: the recipe depends on itself, through .*teacher.yaml"):
         ensure_dependencies(load_recipe("student.yaml"), read_launch())
     assert not (chain / "runs").exists()
 
 
 def test_under_several_ranks_the_far_end_is_told_first(chain: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match=r"one process must make first: python pipeline/train.py .*teacher.yaml"):
+    with pytest.raises(RecipeError, match=r"one process must make it first: python pipeline/train.py .*teacher.yaml"):
         ensure_dependencies(load_recipe("student.yaml"), read_launch())
 
 

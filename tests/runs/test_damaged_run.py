@@ -71,7 +71,7 @@ def test_a_result(place: Path, damage: Callable[[bytes], bytes]):
     file.write_bytes(damage(whole))
     message = refused(place, "whole")
     assert "whole/result.json: " in message
-    assert message.endswith("; delete it, and the run is measured again")
+    assert message.endswith("; delete it, and the run is evaluated again")
     file.unlink()
     train(place, "whole")
     before, after = json.loads(whole), json.loads(file.read_bytes())
@@ -107,7 +107,7 @@ def test_versions(place: Path, damage: str):
     file.write_bytes(DAMAGE[damage](whole))
     message = refused(place, "part")
     assert "part/versions.json: " in message
-    assert message.endswith("; delete it, and the versions of today take its place")
+    assert message.endswith("; delete it, and the current versions are written")
     file.unlink()
     train(place, "part")
     assert file.read_bytes() == whole

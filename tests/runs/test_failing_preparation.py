@@ -55,7 +55,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         ("[/dev/null]", "data.prepare: there is no script '/dev/null'; name one"),
         ('["a\\0b"]', "data.prepare: there is no script 'a\\x00b'; name one"),
         ("[{}/idle.py]", "idle.py new made no manifest.json in 'new'; name a script that prepares shards"),
-        ("[{}/broken.py]", "ended with exit code 7: python"),
+        ("[{}/broken.py]", "failed with exit code 7: python"),
         ("[shards/prepare_demo.py, --foo]", "error: unrecognized arguments: --foo (--help lists the options)"),
         ("[shards/prepare_demo.py, --size, '0']", "error: argument --size: expected a whole number from 1 to 8,192"),
     ],
@@ -88,7 +88,8 @@ def test_a_run_that_ends_without_a_word_is_named(
 ):
     monkeypatch.setattr(dependencies, "_status", lambda command: code)
     line = refusal(monkeypatch, capfd, "ddkd.yaml")
-    assert line.startswith(f"error: this run stands on another that ended with exit code {code}: python pipeline/train")
+    start = f"error: this run depends on a command that failed with exit code {code}: python pipeline/train"
+    assert line.startswith(start)
 
 
 def test_nothing_is_added_to_what_the_other_process_said(

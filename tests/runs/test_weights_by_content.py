@@ -66,7 +66,7 @@ def test_other_weights_in_the_same_file_are_another_run(place: Path, name: str):
     begun(name)
     check_folder(run_of(f"{name}.yaml"))
     write("w.pt", 2)
-    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(other .*weights|members"):
+    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(different .*weights|members"):
         check_folder(run_of(f"{name}.yaml"))
     write("w.pt", 1)
     check_folder(run_of(f"{name}.yaml"))

@@ -112,7 +112,7 @@ def test_a_comparison_refuses_the_folder_before_it_makes_a_teacher(recipes: Path
 def test_a_benchmark_does_not_write_over_a_file(recipes: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(recipes)
     (recipes / "taken").write_text("mine")
-    with pytest.raises(RecipeError, match=r"^out: taken cannot be written \(taken is no folder\); give out=ANOTHER"):
+    with pytest.raises(RecipeError, match=r"^out: taken cannot be written \(taken is not a folder\); give out=ANOTHER"):
         bench.main(["losses", "ce.yaml", "out=taken"])
 
 
@@ -157,7 +157,7 @@ def test_word_of_a_signal_survives_whoever_cleans_the_folder(tmp_path: Path):
 def test_an_identity_of_another_recipe_is_refused_and_kept(run_train: Train, recipes: Path):
     run_train("ce.yaml", "stop.steps=1")
     before = content(recipes / "runs" / "ce")
-    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(other batch\)"):
+    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(different batch\)"):
         run_train("ce.yaml", "batch=6")
     assert content(recipes / "runs" / "ce") == before
     assert json.loads((recipes / "runs/ce/identity.json").read_text())["batch"] == 12

@@ -218,7 +218,7 @@ def test_a_teacher_has_exactly_one_source(keys: dict[str, str]):
 
 def test_a_runs_network_may_be_given_other_weights(run_train: Callable[..., None], recipes: Path):
     words = ("teacher.weights=best.safetensors", "teacher.fold=false", "data.mean=[0.1, 0.2, 0.3]")
-    with pytest.raises(RecipeError, match=r"holds no finished run of .*teacher\.yaml; make it: "):
+    with pytest.raises(RecipeError, match=r"holds no finished run of .*teacher\.yaml; train it: "):
         build_teacher(run_of("ddkd.yaml", words), CPU)
     run_train("teacher.yaml")
     last = load_file("runs/teacher/student.safetensors")
