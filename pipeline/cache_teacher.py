@@ -1,14 +1,14 @@
-"""Run a recipe's teacher once over the shards and keep its answers, to train from instead of asking it again.
+"""Run a recipe's teacher once over the shards and store its outputs, so that training need not run it again.
 
-    python pipeline/cache_teacher.py RECIPE views=4 [key=value …]          write; the same command goes on after a stop
+    python pipeline/cache_teacher.py RECIPE views=4 [key=value …]          write; the same command resumes it
     torchrun --nproc_per_node 8 pipeline/cache_teacher.py RECIPE views=4   with any number of ranks, at any time
-    python pipeline/cache_teacher.py --dry-run RECIPE views=4              what that takes on disk; needs no data
+    python pipeline/cache_teacher.py --dry-run RECIPE views=4              the size on disk; needs no data
     python pipeline/cache_teacher.py --verify RECIPE [sample=256] [tolerance=0.01]
 
-The folder is the recipe's ``teacher.cache``. What is written are the logits and what the recipe's losses read; more by
-``kinds=[embedding, last]``; ``encode={last: 256}``, or the recipe's ``teacher.encode``, keeps that many principal
-components of a stage's channels; more views and kinds may be added later. ``--verify`` reads every byte and asks the
-teacher again for a sample of images.
+The folder is the recipe's ``teacher.cache``. The cache has the logits and the features that the recipe's losses read.
+``kinds=[embedding, last]`` adds others. ``encode={last: 256}``, or the recipe's ``teacher.encode``, keeps that many
+principal components of a stage's channels. More views and kinds can be added later. ``--verify`` reads every byte, and
+runs the teacher again on a sample of images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.install()  # what follows takes seconds to load, and a scheduler may end the job at any of them
+    signals.install()  # before the imports below: they take seconds, and a scheduler may send a signal meanwhile
 
 import signal
 from collections.abc import Iterable, Sequence
@@ -55,117 +55,118 @@ from pipeline.training.evaluation import check_teacher_accuracy
 
 FLAGS = ("--dry-run", "--verify")
 STOPPED = 128 + signal.SIGTERM
-"""Exit code of a command that ended before its work was done: what is written stays, and the same command goes on."""
+"""Exit code of a command that was stopped early: what is written stays, and the same command continues."""
 
 
-def main(words: Sequence[str]) -> None:
-    """Write the cache that the command line names, or say what it takes, or verify it."""
-    own, rest = split_command_args([word for word in words if word not in FLAGS], tuple(CacheArguments.model_fields))
-    asked, launch = parse_command_args(own, CacheArguments), read_launch()
+def main(args: Sequence[str]) -> None:
+    """Write the cache that the command line names, print its size, or verify it."""
+    options, rest = split_command_args([arg for arg in args if arg not in FLAGS], tuple(CacheArguments.model_fields))
+    arguments, launch = parse_command_args(options, CacheArguments), read_launch()
     path, overrides = parse_recipe_args(rest)
     loaded = load_recipe(path, overrides)
     with error_context(display_path(loaded.path)):
-        config = network_of(loaded.recipe)
-        there = open_cache(Path(config.cache)) if config.cache else None
-        asked = complete(asked, loaded.recipe, config, there)
-        if "--dry-run" in words:
-            found, _ = choices(loaded.recipe, recipes(loaded.teachers), asked.kinds, asked.encode)
-            print(size_table(loaded.recipe, found, asked.views or 1))
+        config = live_teacher(loaded.recipe)
+        existing = open_cache(Path(config.cache)) if config.cache else None
+        arguments = fill_arguments(arguments, loaded.recipe, config, existing)
+        if "--dry-run" in args:
+            available, _ = choices(loaded.recipe, recipes(loaded.teachers), arguments.kinds, arguments.encode)
+            print(size_table(loaded.recipe, available, arguments.views or 1))
             return
         folder = cache_folder(config)
-        if "--verify" not in words:
+        if "--verify" not in args:
             check_cache_folder(folder)
-        live = without_cache(loaded, config, overrides, asked.views, there)
+        live = without_cache(loaded, config, overrides, arguments.views, existing)
         try:
             run = ensure_dependencies(live, launch)
-            if "--verify" not in words:
-                join_ranks(launch, "cache_teacher", run.recipe, run, cache=folder, **asked.model_dump(mode="json"))
-        except Interrupted as unfinished:
-            print(unfinished)
-            stopped(None if "--verify" in words else folder)
+            if "--verify" not in args:
+                join_ranks(launch, "cache_teacher", run.recipe, run, cache=folder, **arguments.model_dump(mode="json"))
+        except Interrupted as interrupted:
+            print(interrupted)
+            exit_stopped(None if "--verify" in args else folder)
         use_all_cores(launch)
-        if "--verify" in words:
-            verify_cache(run, network_of(run.recipe), folder, asked, config.accept, launch)
+        if "--verify" in args:
+            verify_cache(run, live_teacher(run.recipe), folder, arguments, config.accept, launch)
         else:
-            write(run, network_of(run.recipe), folder, asked, launch)
+            write(run, live_teacher(run.recipe), folder, arguments, launch)
 
 
 def recipes(loaded: Iterable[LoadedRecipe | Run]) -> list[Recipe]:
-    """Return the recipes themselves."""
-    return [each.recipe for each in loaded]
+    """Return the recipe of each run or loaded recipe."""
+    return [item.recipe for item in loaded]
 
 
-def network_of(recipe: Recipe) -> Config:
-    """Return the recipe's teacher. Raises RecipeError unless it is a frozen network, to be asked."""
+def live_teacher(recipe: Recipe) -> Config:
+    """Return the recipe's teacher. Raises RecipeError unless it is a frozen network, which can be run."""
     config = recipe.teacher
     if config is None or config.average is not None or not config.has_model:
-        raise RecipeError("teacher: there is no frozen network to ask; give teacher.model and teacher.weights")
+        raise RecipeError("teacher: there is no frozen network to run; give teacher.model and teacher.weights")
     return config
 
 
 def cache_folder(config: Config) -> Path:
-    """Return where the cache is to lie. Raises RecipeError if the recipe does not say."""
+    """Return the folder of the cache. Raises RecipeError if the recipe does not name it."""
     if config.cache is None:
-        raise RecipeError("teacher.cache: say which folder to write: teacher.cache=FOLDER")
+        raise RecipeError("teacher.cache: the recipe names no folder; give teacher.cache=FOLDER")
     return Path(config.cache)
 
 
-def complete(asked: CacheArguments, recipe: Recipe, config: Config, there: Cache | None) -> CacheArguments:
-    """Return the words with what the recipe says, and with what the cache has: further views get all of its kinds."""
-    kinds = there.header.kinds if there else {}
-    views = asked.views or recipe.data.views or (there.header.views if there else None)
-    ranks = {name: kind.encoded.rank for name, kind in kinds.items() if kind.encoded}
-    encode = {**ranks, **config.encode, **asked.encode}
-    return asked.model_copy(update={"views": views, "kinds": (*kinds, *asked.kinds), "encode": encode})
+def fill_arguments(arguments: CacheArguments, recipe: Recipe, config: Config, existing: Cache | None) -> CacheArguments:
+    """Return the arguments, completed from the recipe and the existing cache, whose kinds all views must have."""
+    kinds = existing.header.kinds if existing else {}
+    views = arguments.views or recipe.data.views or (existing.header.views if existing else None)
+    components = {name: kind.encoded.rank for name, kind in kinds.items() if kind.encoded}
+    encode = {**components, **config.encode, **arguments.encode}
+    return arguments.model_copy(update={"views": views, "kinds": (*kinds, *arguments.kinds), "encode": encode})
 
 
 def without_cache(
-    loaded: LoadedRecipe, config: Config, overrides: Sequence[str], views: int | None, there: Cache | None
+    loaded: LoadedRecipe, config: Config, overrides: Sequence[str], views: int | None, existing: Cache | None
 ) -> LoadedRecipe:
-    """Return the recipe of the network itself, with the views and the teacher's batch of its cache.
+    """Return the recipe with the live teacher in place of the cache, and with the cache's views and batch.
 
-    Where the student begins and what it is compared with is nothing of the teacher's. The batch does not depend on the
-    number of ranks, so that any number writes the same answers.
+    The student's start and the compared runs are left out, as the teacher does not depend on them. The batch does not
+    depend on the number of ranks, so that any number of ranks writes the same outputs.
     """
     if views is None:
-        raise RecipeError("command line: views: say how many augmented looks at an image to keep, such as views=4")
+        raise RecipeError("command line: views: give the number of augmented views of each image, such as views=4")
     recipe = loaded.recipe
-    own = config.batch or (there.header.batch if there else rows_per_rank(recipe.batch, 1, recipe.accumulation))
-    words = [f"teacher.{key}=null" for key in ("cache", "fallback", "accept", "encode")]
-    words += ["compare=null", "student.start=null", f"data.views={views}", f"teacher.batch={own}"]
-    return load_recipe(loaded.path, [*overrides, *words])
+    batch = config.batch or (existing.header.batch if existing else rows_per_rank(recipe.batch, 1, recipe.accumulation))
+    changes = [f"teacher.{key}=null" for key in ("cache", "fallback", "accept", "encode")]
+    changes += ["compare=null", "student.start=null", f"data.views={views}", f"teacher.batch={batch}"]
+    return load_recipe(loaded.path, [*overrides, *changes])
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(run: Run, config: Config, folder: Path, asked: CacheArguments, launch: Launch) -> None:
-    """Write what of the cache is not there yet; every rank takes its share of the blocks."""
+def write(run: Run, config: Config, folder: Path, arguments: CacheArguments, launch: Launch) -> None:
+    """Write the missing blocks of the cache; every rank writes its share of them."""
     signals.install()
-    recipe, views = run.recipe, asked.views or 1
+    recipe, views = run.recipe, arguments.views or 1
     accelerator = create_accelerator(recipe, launch)
-    found, stages = choices(recipe, recipes(run.teachers), asked.kinds, asked.encode)
-    kinds = {choice.name: choice.kind for choice in found if choice.written}
+    available, stages = choices(recipe, recipes(run.teachers), arguments.kinds, arguments.encode)
+    kinds = {choice.name: choice.kind for choice in available if choice.written}
     source = open_source(run, config, kinds, accelerator.device)
     if config.expect_top1 is not None:
         splits = training_splits(run.manifest)[1:]
         check_teacher_accuracy(config, source.teacher, build_loader(recipe, run.manifest, accelerator.device, splits))
     blocks: list[Block] = []
     if accelerator.is_main_process:
-        print(size_table(recipe, found, views))
+        print(size_table(recipe, available, views))
         facts = provenance(run, config, accelerator.device, published=True)
-        header = new_header(views, config.batch or 1, asked.block, kinds, stages, source, facts)
+        header = new_header(views, config.batch or 1, arguments.block, kinds, stages, source, facts)
         blocks = begin(folder, header, source)
+    # Rank 0 alone reads the folder, which is about to change, and gives its list of blocks to the others.
     blocks = collectives.gather_objects(blocks)[0]
-    is_whole = write_blocks(Cache(folder), source, blocks)
-    accelerator.print(f"{folder}: {'whole' if is_whole else 'stopped; the same command goes on'}")
+    is_complete = write_blocks(Cache(folder), source, blocks)
+    accelerator.print(f"{folder}: {'complete' if is_complete else 'stopped; the same command continues'}")
     accelerator.end_training()
-    if not is_whole:
-        stopped(folder if launch.is_main else None)
+    if not is_complete:
+        exit_stopped(folder if launch.is_main else None)
 
 
-def stopped(folder: Path | None) -> NoReturn:
-    """End the command before its work is done, for a scheduler with word in the ``folder`` if a signal ended it."""
+def exit_stopped(folder: Path | None) -> NoReturn:
+    """Exit before the work is done. If a signal was the reason, mark ``folder`` as preempted for the scheduler."""
     if folder is not None and signals.stop_requested():
         mark_preempted(folder)
     sys.exit(STOPPED)
@@ -175,32 +176,34 @@ def stopped(folder: Path | None) -> NoReturn:
 
 
 def verify_cache(
-    run: Run, config: Config, folder: Path, asked: CacheArguments, accept: Iterable[str], launch: Launch
+    run: Run, config: Config, folder: Path, arguments: CacheArguments, accept: Iterable[str], launch: Launch
 ) -> None:
-    """Read every byte, ask the teacher again about a sample, and exit with 1 where something is not as it should be."""
+    """Read every byte, run the teacher again on a sample, and exit with code 1 if either shows an error."""
     if launch.world_size > 1:
-        raise RecipeError("--verify is the work of one process; start it without a launcher")
+        raise RecipeError("--verify runs in a single process; start it without a launcher")
     cache, device = Cache(folder), create_accelerator(run.recipe, launch).device
     check_provenance(cache, provenance(run, config, device), accept)
     check_sizes(cache, run.manifest)
-    if found := list(find_damage(cache)):
-        print("\n".join(dict.fromkeys(damage.description for damage in found)))
-        print(mark_and_report(cache, found))
+    if damages := list(find_damage(cache)):
+        # Each description once: a lost encoder damages its kind at every view.
+        print("\n".join(dict.fromkeys(damage.description for damage in damages)))
+        print(mark_and_report(cache, damages))
         sys.exit(1)
     print(f"{folder}: {cache.header.views} views of {', '.join(cache.header.kinds)}: every byte is as it was written")
     source = open_source(run, config, cache.header.kinds, device)
-    measured = compare_answers(cache, source, asked.sample, np.random.default_rng())
+    measured = compare_answers(cache, source, arguments.sample, np.random.default_rng())
     print("\n".join(map(str, measured)))
-    if worst := [each.kind for each in measured if not each.relative <= asked.tolerance]:
-        print(f"{', '.join(worst)}: more than the tolerated {asked.tolerance:g} of the largest answer")
+    # "not … <=" and not ">", so that a NaN counts as an error.
+    if wrong := [error.kind for error in measured if not error.relative <= arguments.tolerance]:
+        print(f"{', '.join(wrong)}: error above the tolerance, {arguments.tolerance:g} of the largest output")
         sys.exit(1)
 
 
-def mark_and_report(cache: Cache, found: Iterable[Damage]) -> str:
-    """Mark what is damaged as not written, and return what to do now."""
+def mark_and_report(cache: Cache, damages: Iterable[Damage]) -> str:
+    """Mark the damaged blocks as not written, and return a message with what to do next."""
     try:
-        mark_damaged(cache, found)
-    except (OSError, ValueError) as error:  # somebody else's cache, or one that is being written
+        mark_damaged(cache, damages)
+    except (OSError, ValueError) as error:  # another user's cache, or one that is being written
         return f"{cache.folder}: nothing is marked there ({error})"
     return f"{cache.folder}: marked as not written; the same command without --verify writes it (again)"
 

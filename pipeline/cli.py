@@ -1,4 +1,4 @@
-"""What every entry point does around its own work: help, lost output, and errors in one line with exit code 2."""
+"""The frame of every entry point: help, lost output, and a user's errors in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from pipeline.errors import AlreadyReported, Interrupted, one_line
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
-    """Run an entry point on the command line's words; what a user can mend ends in one line and exit code 2."""
-    with suppress(OSError, ValueError, RuntimeError):  # where standard error is closed, or no file
-        faulthandler.enable()  # a crash in C code, or a mapped file that somebody cut, says where it was
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
+    """Run an entry point with the command line's arguments; a user's error ends in one line and exit code 2."""
+    with suppress(OSError, ValueError, RuntimeError):  # if standard error is closed, or not a file
+        faulthandler.enable()  # a traceback for crashes in C code, and for a mapped file that was truncated
+    args = sys.argv[1:]
+    if {"-h", "--help"} & set(args):
         print(sys.modules["__main__"].__doc__)
         return
     with survive_lost_output():
         try:
-            main(words)
-        except Interrupted as unfinished:
-            print(unfinished)
+            main(args)
+        except Interrupted as interrupted:
+            print(interrupted)
         except AlreadyReported:
             sys.exit(2)
         except (ValueError, OSError, RuntimeError) as error:
+            # Of a RuntimeError only a few are a user's; the others keep their traceback.
             line = _user_message(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):
                 raise
@@ -40,9 +41,9 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
 
 @contextmanager
 def survive_lost_output() -> Iterator[None]:
-    """Let the command go on where its terminal, its pipe or the disk of its log is lost: that costs a line."""
+    """Let the command continue if its terminal, its pipe or its log's disk is lost, with one line of warning."""
     before = sys.stdout, sys.stderr
-    with Path(os.devnull).open("w") as nowhere:  # in place of one that was closed when the command began
+    with Path(os.devnull).open("w") as nowhere:  # replaces a stream that was closed from the start
         out, err = (
             LossyStream("standard output", sys.stdout or nowhere),
             LossyStream("standard error", sys.stderr or nowhere),
@@ -58,7 +59,7 @@ def survive_lost_output() -> Iterator[None]:
 
 
 class LossyStream:
-    """A standard stream; what it cannot write is dropped, after one line on the ``other``."""
+    """A standard stream that drops the text it cannot write, with one warning on the ``other`` stream."""
 
     def __init__(self, name: str, stream: TextIO) -> None:
         self.name = name
@@ -70,34 +71,34 @@ class LossyStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop, the text."""
+        """Write or drop the text, and return its length."""
         self._attempt(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Write what is still in the buffer, or keep it for later."""
+        """Write the buffer, or keep it for later."""
         self._attempt(self.stream.flush)
 
     def end(self) -> None:
-        """Write or drop what is left, so that Python's own end has no complaint."""
+        """Write or drop the rest of the buffer, so that Python's own flush at exit cannot fail."""
         self.flush()
         try:
             self.stream.flush()
         except (OSError, ValueError):
             self._drop()
 
-    def _attempt(self, work: Callable[[], object]) -> None:
+    def _attempt(self, write: Callable[[], object]) -> None:
         try:
-            work()
+            write()
         except (OSError, ValueError) as error:
-            if isinstance(error, BrokenPipeError):  # for ever; a full disk may have room later
+            if isinstance(error, BrokenPipeError):  # a pipe stays broken; a full disk may have room later
                 self._drop()
             if not self.is_lost and self.other:
                 self.is_lost = True
                 self.other.write(f"warning: {self.name} is lost ({error}); the command goes on without it\n")
 
     def _drop(self) -> None:
-        """Let all that is still to come, also from processes begun here, go nowhere."""
+        """Redirect the stream to the null device, for this process and its child processes."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
@@ -105,11 +106,11 @@ class LossyStream:
 
 
 def _user_message(error: Exception) -> str | None:
-    """Return what is wrong and how to mend it; None for what a user cannot mend."""
-    told = one_line(error)
+    """Return what is wrong and how to fix it; None for an error that is not the user's."""
+    message = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{told.partition('. ')[0]}; lower batch, or raise accumulation, which splits it"
-    # Known by name: to import the compiler's errors takes a second.
+        return f"{message.partition('. ')[0]}; lower batch, or raise accumulation, which splits it"
+    # Compared by name, because the import of the compiler's errors takes a second.
     if any(kind.__module__ in ("torch._dynamo.exc", "torch._inductor.exc") for kind in type(error).__mro__):
-        return f"torch cannot compile: {told[:300]}; mend that, or leave the recipe's compile out"
-    return None if isinstance(error, RuntimeError) else told
+        return f"torch cannot compile: {message[:300]}; fix that, or remove compile from the recipe"
+    return None if isinstance(error, RuntimeError) else message

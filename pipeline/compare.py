@@ -1,9 +1,9 @@
-"""Train several recipes with several seeds, those that are not there yet, and print mean and spread.
+"""Train several recipes with several seeds, and print the mean and standard deviation of their results.
 
     python pipeline/compare.py RECIPE [RECIPE …] [seeds=0,1,2] [jobs=1] [key=value …]
 
-A run is an ordinary one in its own folder: the same command goes on where it was interrupted, and a finished run is not
-made again. ``jobs`` runs are made side by side, each on its share of the cores; overrides hold for all.
+Each run is an ordinary run in its own folder. The same command continues after an interruption, and never repeats a
+finished run. ``jobs`` runs are trained in parallel, each on its share of the cores. Overrides apply to all runs.
 """
 
 from __future__ import annotations
@@ -37,34 +37,35 @@ from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.training.result import percent
 
-OWN_WORDS = ("seeds", "jobs")
-MOST_SEEDS, MOST_JOBS = 1000, 256
+OPTIONS = ("seeds", "jobs")
+MAX_SEEDS, MAX_JOBS = 1000, 256
 
 
-def main(words: Sequence[str]) -> None:
-    """Make the runs that the command line asks for, and print their table."""
-    own, words = split_command_args(words, OWN_WORDS)
-    if stray := [word for word in words if word.startswith("seed=")]:
-        raise RecipeError(f"command line: {stray[0]}: which seeds is for seeds=0,1,2 to say")
-    overrides = [word for word in words if "=" in word]
-    recipes = [Path(word) for word in words if "=" not in word]
+def main(args: Sequence[str]) -> None:
+    """Train the runs that the command line names, and print their table."""
+    options, args = split_command_args(args, OPTIONS)
+    if unused := [arg for arg in args if arg.startswith("seed=")]:
+        raise RecipeError(f"command line: {unused[0]}: use seeds=0,1,2, the list of seeds, instead")
+    overrides = [arg for arg in args if "=" in arg]
+    recipes = [Path(arg) for arg in args if "=" not in arg]
     if not recipes:
         raise RecipeError("command line: name the recipes to compare")
-    seeds, (jobs, *_) = numbers(own, "seeds", "0"), numbers(own, "jobs", "1")
-    # Seed by seed, so that an interrupted comparison has every recipe nearly as often as any other.
-    asked = [(recipe, [*overrides, f"seed={seed}"]) for seed in seeds for recipe in recipes]
-    loaded = [load_recipe(recipe, words) for recipe, words in asked]
+    seeds, (jobs, *_) = parse_numbers(options, "seeds", "0"), parse_numbers(options, "jobs", "1")
+    # Seed by seed, so that an interrupted comparison has about equally many runs of every recipe.
+    requested = [(recipe, [*overrides, f"seed={seed}"]) for seed in seeds for recipe in recipes]
+    loaded = [load_recipe(recipe, changes) for recipe, changes in requested]
     folder, times = Counter(map(run_folder, loaded)).most_common(1)[0]
     if times > 1:
         raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
-    for one in loaded:
-        check_run_folder(run_folder(one))
+    for recipe in loaded:
+        check_run_folder(run_folder(recipe))
     launch = read_launch()
-    runs = [ensure_dependencies(one, launch) for one in loaded]
-    failures = make([(run, words) for run, (_, words) in zip(runs, asked, strict=True) if run.result is None], jobs)
+    runs = [ensure_dependencies(recipe, launch) for recipe in loaded]
+    unfinished = [(run, changes) for run, (_, changes) in zip(runs, requested, strict=True) if run.result is None]
+    failures = train_all(unfinished, jobs)
     finished = [run for run in runs if run.result is not None]
     if finished:
-        print(comparison(finished))
+        print(results_table(finished))
     if failures:
         more = f"; and {len(failures) - 2} more" if len(failures) > 2 else ""
         raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")
@@ -72,73 +73,73 @@ def main(words: Sequence[str]) -> None:
         raise Interrupted("stopped before the last run; the same command continues")
 
 
-def numbers(own: dict[str, str], key: str, default: str) -> list[int]:
-    """Return the whole numbers of one of this command's own words. Raises RecipeError."""
-    found = own.get(key, default).split(",")
-    if not all(number.isdecimal() for number in found) or (key == "jobs" and found in (["0"],)):
-        raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {own[key]!r}")
-    if len(found) > MOST_SEEDS or (key == "jobs" and int(found[0]) > MOST_JOBS):
-        raise RecipeError(f"command line: {key}: expected at most {MOST_SEEDS} seeds and {MOST_JOBS} jobs")
-    return [int(number) for number in found]
+def parse_numbers(options: dict[str, str], key: str, default: str) -> list[int]:
+    """Return the whole numbers of an option of this command. Raises RecipeError."""
+    numbers = options.get(key, default).split(",")
+    if not all(number.isdecimal() for number in numbers) or (key == "jobs" and numbers in (["0"],)):
+        raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {options[key]!r}")
+    if len(numbers) > MAX_SEEDS or (key == "jobs" and int(numbers[0]) > MAX_JOBS):
+        raise RecipeError(f"command line: {key}: expected at most {MAX_SEEDS} seeds and {MAX_JOBS} jobs")
+    return [int(number) for number in numbers]
 
 
-def make(wanted: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
-    """Train the runs, ``jobs`` at a time, say each that is done, and return what went wrong with the others.
+def train_all(runs: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
+    """Train the runs, ``jobs`` at a time, print the result of each, and return the errors of those that failed.
 
-    A signal to stop ends those that are under way, resumably, and begins no other.
+    A signal to stop ends the current runs, which can be resumed, and begins no other.
     """
     shares: SimpleQueue[list[int]] = SimpleQueue()
     cores = sorted(os.sched_getaffinity(0))
-    for job in range(jobs):
+    for job in range(jobs):  # with more jobs than cores, a job without a core of its own uses all
         shares.put(cores[job::jobs] or cores)
     signals.install()
 
-    def one(run: Run, words: Sequence[str]) -> str | None:
+    def train_one(run: Run, overrides: Sequence[str]) -> str | None:
         share = shares.get()
         try:
-            return None if signals.stop_requested() else train_run(run, words, share, quiet=jobs > 1)
+            return None if signals.stop_requested() else train_run(run, overrides, share, quiet=jobs > 1)
         finally:
             shares.put(share)
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [failure for failure in pool.map(lambda pair: one(*pair), wanted) if failure]
+        return [failure for failure in pool.map(lambda pair: train_one(*pair), runs) if failure]
 
 
-def train_run(run: Run, words: Sequence[str], cores: list[int], *, quiet: bool) -> str | None:
-    """Train one run in a process of its own on those cores; return what went wrong, if anything did."""
-    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *words]
+def train_run(run: Run, overrides: Sequence[str], cores: list[int], *, quiet: bool) -> str | None:
+    """Train one run in a process of its own on ``cores``, and return its error, None if there is none."""
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *overrides]
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
         os.sched_setaffinity(process.pid, cores)
         with signals.forward_to(process.terminate):
             _, errors = process.communicate()
-    # It had not yet begun to listen: nothing is lost.
+    # The process ended before it could handle signals, so it had nothing to save.
     if signals.stop_requested() and process.returncode in (-signal.SIGTERM, -signal.SIGINT):
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
-        return f"{run.command} {' '.join(words)}: {reason}"
+        return f"{run.command} {' '.join(overrides)}: {reason}"
     if run.result is not None:
         last, best = percent(run.result.top1), percent(run.result.best_top1)
         print(f"{run.folder}: top-1 {last}, best {best}", flush=True)
     return None
 
 
-def comparison(runs: Sequence[Run]) -> str:
-    """Return mean, spread (of a sample) and each finished run's top-1, in percent, by recipe; in Markdown."""
+def results_table(runs: Sequence[Run]) -> str:
+    """Return a Markdown table of top-1 in percent by recipe: mean ± sample deviation, and the value of each run."""
     lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
     for path in dict.fromkeys(run.path for run in runs):
         results = [run.result for run in runs if run.path == path]
         last, best = ([getattr(result, key) for result in results if result] for key in ("top1", "best_top1"))
-        each = ", ".join(map(percent, last))
+        values = ", ".join(map(percent, last))
         name = display_path(path).removeprefix("configs/").removesuffix(".yaml")
-        lines.append(f"| `{name}` | {spread(last)} | {spread(best)} | {each} |")
+        lines.append(f"| `{name}` | {mean_and_deviation(last)} | {mean_and_deviation(best)} | {values} |")
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float | None]) -> str:
-    """Return mean ± standard deviation of a sample; of one value only itself, where nothing was measured a dash."""
+def mean_and_deviation(values: Sequence[float | None]) -> str:
+    """Return mean ± sample standard deviation; a single value alone, or a dash if nothing was measured."""
     measured = [value for value in values if value is not None]
     if not measured:
         return percent(None)

@@ -1,10 +1,10 @@
-"""Say in half a minute whether this machine will train: a line for each check, exit code 1 if any fails on any rank.
+"""Check in half a minute whether this machine can train: one line per check, exit code 1 if any fails on any rank.
 
     python pipeline/doctor.py                                               this host
-    python pipeline/doctor.py RECIPE [key=value …]                          and what the recipe reads
-    torchrun --nproc_per_node 8 pipeline/doctor.py RECIPE [key=value …]     every rank; under srun as training is
+    python pipeline/doctor.py RECIPE [key=value …]                          and the files that the recipe reads
+    torchrun --nproc_per_node 8 pipeline/doctor.py RECIPE [key=value …]     every rank; under srun, start it as training
 
-ok, FAIL or skip; what was measured, of the worst rank; → what to do.
+A line has ok, FAIL or skip, then the measured values of the worst rank, and after → what to do.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ from shards.manifest import MANIFEST
 Checks = dict[str, Callable[[], Finding]]
 
 
-def main(words: Sequence[str]) -> None:
+def main(args: Sequence[str]) -> None:
     """Check the machine and, if the command line names one, the recipe."""
     launch = read_launch()
-    loaded = load_recipe(*parse_recipe_args(words)) if words else None
-    good = examine({"world": partial(network.check_world, launch)}, launch)
+    loaded = load_recipe(*parse_recipe_args(args)) if args else None
+    # Joins the ranks, so it comes before the checks that use collectives.
+    good = run_checks({"world": partial(network.check_world, launch)}, launch)
     hosts = collectives.gather_objects(platform.node())
-    good &= examine(machine_checks(hosts.count(platform.node()), loaded), launch)
+    good &= run_checks(machine_checks(hosts.count(platform.node()), loaded), launch)
     if loaded:
-        good &= examine(recipe_checks(loaded, launch), launch)
+        good &= run_checks(recipe_checks(loaded, launch), launch)
     collectives.destroy_process_group()
     if not good:
         sys.exit(1)
 
 
-def examine(checks: Checks, launch: Launch) -> bool:
-    """Make the checks on every rank, print their lines, and return whether all are well."""
+def run_checks(checks: Checks, launch: Launch) -> bool:
+    """Run the checks on every rank, print a line for each, and return whether all passed on all ranks."""
     good = True
     for name, check in checks.items():
         finding = run_check(check)
         hosts, findings = zip(*gather_findings(name, finding), strict=True)
-        failed = any(each.status == FAIL for each in findings)
-        # Ranks that never met have only themselves to say what is wrong.
+        failed = any(found.status == FAIL for found in findings)
+        # Without a process group, rank 0 knows nothing of the others, so each rank prints its own failures.
         if launch.is_main or (failed and collectives.world_size() == 1):
             print(line(name, findings, hosts), flush=True)
         good &= not failed
@@ -65,19 +66,19 @@ def examine(checks: Checks, launch: Launch) -> bool:
 
 
 def gather_findings(name: str, finding: Finding) -> list[tuple[str, Finding]]:
-    """Return every rank's host and finding; where a rank has gone, say so and exit with 1."""
-    mine = (platform.node(), finding)
+    """Return every rank's host and finding; if a rank has ended, print that and exit with code 1."""
+    ours = (platform.node(), finding)
     try:
-        return collectives.gather_objects(mine)
+        return collectives.gather_objects(ours)
     except RuntimeError as error:
         print(line(name, [finding], [platform.node()]))
-        lost = fail(f"the ranks lost one another: {one_line(error, 300)}", "see each rank's last lines")
+        lost = fail(f"the connection between the ranks is lost: {one_line(error, 300)}", "see each rank's last lines")
         print(line(name, [lost], [platform.node()]), flush=True)
         sys.exit(1)
 
 
 def machine_checks(local_ranks: int, loaded: LoadedRecipe | None) -> Checks:
-    """Return what is checked of every machine."""
+    """Return the checks of the machine, by name."""
     folder = run_folder(loaded) if loaded else Path("runs")
     return {
         "versions": machine.check_versions,
@@ -96,9 +97,10 @@ def machine_checks(local_ranks: int, loaded: LoadedRecipe | None) -> Checks:
 
 
 def recipe_checks(loaded: LoadedRecipe, launch: Launch) -> Checks:
-    """Return what is checked of a recipe."""
+    """Return the checks of a recipe, by name."""
     recipe = loaded.recipe
     shards = Path(recipe.data.path)
+    # Shards that are there already need no more space.
     least = 0 if (shards / MANIFEST).is_file() else machine.LEAST_DISK
     return {
         "data.path": partial(machine.check_disk, shards, least),

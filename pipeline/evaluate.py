@@ -1,9 +1,9 @@
 """Measure a student exactly: every validation image once, over any number of ranks.
 
     python pipeline/evaluate.py runs/demo/seed-0 [weights=best]      the student of a run: last, best or ema
-    python pipeline/evaluate.py RECIPE weights=FILE [key=value …]    a weights file, in a recipe's network, on its data
+    python pipeline/evaluate.py RECIPE weights=FILE [key=value …]    a weights file, with a recipe's network and data
 
-Prints top-1 and top-5 in percent; with ``agreement=yes`` also the teacher's, and how often the two agree.
+It prints top-1 and top-5 in percent. ``agreement=yes`` adds the teacher's, and how often student and teacher agree.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 
 
 class EvaluateArguments(FrozenModel):
-    """The command's own words."""
+    """The options of the command."""
 
     weights: str = "last"
     agreement: bool = False
 
 
-def main(words: Sequence[str]) -> None:
-    """Evaluate what the command line names."""
-    own, words = split_command_args(words, tuple(EvaluateArguments.model_fields))
-    asked, launch = parse_command_args(own, EvaluateArguments), read_launch()
-    target, overrides = parse_recipe_args(words)
+def main(args: Sequence[str]) -> None:
+    """Evaluate the weights that the command line names."""
+    options, args = split_command_args(args, tuple(EvaluateArguments.model_fields))
+    arguments, launch = parse_command_args(options, EvaluateArguments), read_launch()
+    target, overrides = parse_recipe_args(args)
     folder = target if target.is_dir() else None
     loaded = load_run(folder, overrides) if folder else load_recipe(target, overrides)
-    prepare_shards(loaded, launch, trusted=folder is None)  # what lies in a run folder runs nothing
+    prepare_shards(loaded, launch, trusted=folder is None)  # never a script that a run folder names
     recipe = loaded.recipe
-    teacher = _comparison_teacher(recipe.teacher) if asked.agreement else None
-    weights = _weights_file(asked.weights, folder or run_folder(loaded))
+    teacher = _comparison_teacher(recipe.teacher) if arguments.agreement else None
+    weights = _weights_file(arguments.weights, folder or run_folder(loaded))
     manifest = read_manifest(Path(recipe.data.path))
-    join_ranks(launch, "evaluate", recipe, manifest=manifest.sha256, file=weights, agreement=asked.agreement)
+    join_ranks(launch, "evaluate", recipe, manifest=manifest.sha256, file=weights, agreement=arguments.agreement)
     use_all_cores(launch)
     accelerator = create_accelerator(recipe, launch)
     loader = build_loader(recipe, manifest, accelerator.device, ("val",))
-    named, layout = student_spec(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
-    student = build_student(named, loader.num_classes, recipe.seed, layout).to(accelerator.device)
+    spec, layout = student_spec(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
+    student = build_student(spec, loader.num_classes, recipe.seed, layout).to(accelerator.device)
     if note := load_weights(student.model, str(weights), recipe.student.model):
         accelerator.print(f"note: weights: {note}")
     result = evaluate(student, loader.validation(), accelerator)
@@ -80,15 +80,15 @@ def main(words: Sequence[str]) -> None:
 
 
 def _comparison_teacher(config: Teacher | None) -> Teacher:
-    """Return the teacher. Raises RecipeError where there is none to ask."""
+    """Return the teacher. Raises RecipeError if there is none that can be evaluated."""
     if config is None:
         raise RecipeError("agreement=yes: the recipe has no teacher")
     if config.average is not None:
-        raise RecipeError("agreement=yes: the teacher is the student's moving average, which no run keeps to its end")
+        raise RecipeError("agreement=yes: the teacher is the student's moving average, which a run does not save")
     if config.combine == "confidence":
-        raise RecipeError("agreement=yes: combine: confidence knows the labels; its accuracy would say nothing")
+        raise RecipeError("agreement=yes: combine: confidence uses the labels, so its accuracy means nothing")
     if not config.has_model:
-        raise RecipeError("agreement=yes: a cache answers for no validation image; give teacher.model and its weights")
+        raise RecipeError("agreement=yes: a cache has no validation images; give teacher.model and teacher.weights")
     return config
 
 

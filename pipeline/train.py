@@ -3,10 +3,10 @@
     accelerate launch pipeline/train.py                                     the demo (configs/demo.yaml)
     accelerate launch pipeline/train.py configs/imagenet/r50_mbv1/ddkd.yaml data.path=/data/imagenet
     torchrun --nproc_per_node 2 pipeline/train.py RECIPE [key=value …]      two ranks, on CPUs too
-    python pipeline/train.py --check RECIPE [key=value …]                   what it is made of, without training
+    python pipeline/train.py --check RECIPE [key=value …]                   its parts and sizes, without training
 
-The same command continues a run that was interrupted. Data flows one way: shards → Batch → teacher(batch) →
-distiller(batch, answers) → losses["total"] → backward → step.
+The same command continues an interrupted run. Data flows one way: shards → Batch → teacher(batch) →
+distiller(batch, outputs) → losses["total"] → backward → step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline.distributed import signals
 
-    signals.install()  # what follows takes seconds to load, and a scheduler may end the job at any of them
+    signals.install()  # before the imports below: they take seconds, and a scheduler may send a signal meanwhile
 
 from collections.abc import Sequence
 
@@ -49,18 +49,18 @@ from pipeline.training.step import seed_draws
 from pipeline.training.stopping import SIGNAL
 
 
-def main(words: Sequence[str]) -> None:
-    """Train what the command line names, unless it is finished, and print its table; with ``--check`` only look."""
-    if "--check" in words:
-        print(summarize(load_recipe(*parse_recipe_args([word for word in words if word != "--check"]))))
+def main(args: Sequence[str]) -> None:
+    """Train the run that the command line names, unless it is finished, and print its table; or ``--check`` it."""
+    if "--check" in args:
+        print(summarize(load_recipe(*parse_recipe_args([arg for arg in args if arg != "--check"]))))
         return
-    launch, loaded = read_launch(), load_recipe(*parse_recipe_args(words))
-    check_run_folder(run_folder(loaded))  # before hours of work for what it stands on
+    launch, loaded = read_launch(), load_recipe(*parse_recipe_args(args))
+    check_run_folder(run_folder(loaded))  # now, before its dependencies train for hours
     try:
         run = ensure_dependencies(loaded, launch)
         join_ranks(launch, "train", run.recipe, run)
     except Interrupted:
-        if signals.stop_requested():
+        if signals.stop_requested():  # for the scheduler, which requeues this run and not the one it depends on
             mark_preempted(run_folder(loaded))
         raise
     if run.result is None:
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def train(run: Run, launch: Launch) -> None:
-    """Train the run from where it is to its end, or to where ``stop`` or a signal ends this command."""
+    """Train the run from its last checkpoint to its end, or until ``stop`` or a signal ends this command."""
     session, state = open_session(run, launch)
     journal = session.journal
     session.distiller.train()
@@ -84,24 +84,24 @@ def train(run: Run, launch: Launch) -> None:
         for batch in session.micro_batches(state):
             rate = learning_rate(run.recipe.schedule, state.progress, run.recipe.epochs)
             set_learning_rate(session.optimizer, rate)
-            done = session.step(batch, state.progress)
-            journal.accumulate(done)
-            if done.gradient_norm is not None:  # Progress counts whole global batches.
-                close_step(session, state, rate, done.gradient_norm)
+            output = session.step(batch, state.progress)
+            journal.accumulate(output)
+            if output.gradient_norm is not None:  # set by the last micro-batch of a global batch, after its update
+                close_step(session, state, rate, output.gradient_norm)
             if state.reason:
                 break
     finish(session, state)
 
 
 def close_step(session: Session, state: State, rate: float, norm: Tensor) -> None:
-    """Write down, evaluate and save where that is due after a step."""
+    """Write the journal, evaluate and save, where that is due after a step."""
     journal, checkpoints = session.journal, session.checkpoints
     progress = state.progress = state.progress.after(session.recipe.batch)
-    seed_draws(session.recipe.seed, progress.step)  # for the step that comes
+    seed_draws(session.recipe.seed, progress.step)  # for the next step: a resumed run draws the same
     state.reason = session.stopping.reason(progress) if progress.step < journal.total_steps else None
     saving = bool(state.reason) or checkpoints.due(progress)
-    # In this order: nothing that is not finite is written or saved; a step's line stands before its epoch's evaluation;
-    # and a checkpoint knows the journal's length with both.
+    # The order matters. The guard comes first, so that no NaN or infinity is written or saved. A step's line in the
+    # journal comes before its epoch's evaluation. A checkpoint stores the journal's length with both lines.
     if saving or progress.epoch_ended or journal.due(progress):
         session.guard.check()
     journal.record(progress, rate, norm)
@@ -112,7 +112,7 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
 
 
 def validate(session: Session, state: State) -> None:
-    """Evaluate the student, and keep its weights if they are the best so far."""
+    """Evaluate the student, and export its weights if they are the best so far."""
     with session.journal.pause(state.progress):
         last = state.last = session.evaluate()
     if last is None:
@@ -124,14 +124,14 @@ def validate(session: Session, state: State) -> None:
 
 
 def finish(session: Session, state: State) -> None:
-    """Say why the command ends here, or write down what the finished run measured."""
+    """Print why the command stops early, or export the student and write the results of the finished run."""
     accelerator, progress, run = session.accelerator, state.progress, session.run
     if state.reason and accelerator.is_main_process:
         print(f"stopped after step {progress.step} ({state.reason}); the same command continues")
         if state.reason == SIGNAL:
             mark_preempted(run.folder)
     if progress.step == session.journal.total_steps:
-        last = state.last or session.evaluate()  # the first where a command ended between last step and result
+        last = state.last or session.evaluate()  # None if an earlier command ended between the last step and the result
         export(session.student, run.folder / STUDENT, accelerator)
         averaged, ema = None, session.averages.get("ema")
         if isinstance(ema, EMA):

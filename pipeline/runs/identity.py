@@ -130,7 +130,7 @@ def _fill_defaults(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
     """Return the recipe with ``teacher.batch`` and ``data.views`` set, where it leaves them to the run.
 
     A run that has begun keeps its values. Then another number of ranks runs the teacher on equal batches, and views
-    that a cache gets later change nothing. In a new run, the batch is a rank's rows, and the views are all of the cache.
+    that a cache gets later change nothing. In a new run, the batch is a rank's rows, and all views are used.
     """
     teacher, data = recipe.teacher, recipe.data
     if teacher is None:

@@ -107,7 +107,7 @@ def test_answers_that_are_no_numbers_are_caught(copied: Path, run_cache: Command
             found.update(rows[24 * block : 24 * block + 24].tobytes())
             digest[:] = np.frombuffer(found.digest(), np.uint8)
         np.save(copied / f"view-{view:02d}.logits.sha256.npy", digests)
-    assert_caught(run_cache, capsys, "every byte is as it was written", "logits: more than the tolerated")
+    assert_caught(run_cache, capsys, "every byte is as it was written", "logits: error above the tolerance")
 
 
 def test_answers_that_are_not_the_teachers_are_caught(
@@ -119,7 +119,7 @@ def test_answers_that_are_not_the_teachers_are_caught(
     run_cache("all.yaml", "teacher.cache=cache", "data.seed=1")
     header.write_text(header.read_text().replace('"seed": 1', '"seed": 0'))
     capsys.readouterr()
-    assert_caught(run_cache, capsys, "every byte is as it was written", "more than the tolerated 0.01")
+    assert_caught(run_cache, capsys, "every byte is as it was written", "error above the tolerance, 0.01")
 
 
 def test_somebody_elses_cache_is_data_and_nothing_else(

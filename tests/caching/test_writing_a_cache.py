@@ -164,13 +164,13 @@ def test_an_answer_that_float16_does_not_hold_is_named(place: Path, run_cache: C
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["kd.yaml"], r"teacher\.cache: say which folder"),
-        (["kd.yaml", "teacher.cache=cache", "data.views=null"], r"views: say how many"),
+        (["kd.yaml"], r"teacher\.cache: the recipe names no folder"),
+        (["kd.yaml", "teacher.cache=cache", "data.views=null"], r"views: give the number"),
         (["kd.yaml", "teacher.cache=cache", "views=0"], r"views: Input should be greater than 0, got 0"),
         (["kd.yaml", "teacher.cache=cache", "kinds=[stage9]"], r"no stage 'stage9'"),
         (["kd.yaml", "teacher.cache=cache", "encode={last: 65}"], r"stage3 has 64 channels"),
         (["kd.yaml", "teacher.cache=cache", "encode={last: 8, stage3: 4}"], r"stage3 has both 8 and 4 components"),
-        (["kd.yaml", "teacher.cache=cache", "teacher.model=null", "teacher.weights=null"], r"no frozen network to ask"),
+        (["kd.yaml", "teacher.cache=cache", "teacher.model=null", "teacher.weights=null"], r"no frozen network to run"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(words: list[str], told: str, place: Path, run_cache: Command):

@@ -79,7 +79,7 @@ def test_a_run_that_fails_is_named_with_its_command_and_reason_under_the_table_o
 def test_of_many_failures_two_are_named(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(compare, "make", lambda wanted, jobs: ["first", "second", "third"])
+    monkeypatch.setattr(compare, "train_all", lambda runs, jobs: ["first", "second", "third"])
     with pytest.raises(RecipeError, match=r"^3 of 3 runs failed: first; second; and 1 more$"):
         compare.main(["ce.yaml", "seeds=0,1,2"])
     assert capsys.readouterr().out == ""

@@ -206,7 +206,7 @@ def test_an_empty_mapping_that_would_change_nothing(run_train: Train):
     ("error", "told"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …"), "lower batch"),
-        (InductorError(InvalidCxxCompiler(), None), "leave the recipe's compile out"),
+        (InductorError(InvalidCxxCompiler(), None), "remove compile from the recipe"),
     ],
     ids=["memory", "compiler"],
 )

@@ -152,5 +152,5 @@ def test_agreement_with_a_teacher_that_only_its_run_had_is_refused(
     run_train: Train, recipes: Path, mean_teacher: str, monkeypatch: pytest.MonkeyPatch
 ):
     run_train(mean_teacher, "epochs=1")
-    with pytest.raises(RecipeError, match="the teacher is the student's moving average, which no run keeps to its end"):
+    with pytest.raises(RecipeError, match="the teacher is the student's moving average, which a run does not save"):
         evaluate.main([mean_teacher, "epochs=1", "agreement=yes"])

@@ -71,7 +71,7 @@ def test_a_teacher_that_knows_the_labels_is_not_measured(run_train: Train, recip
     members = "members: [{recipe: ce.yaml}, {recipe: ce.yaml}]"
     teacher = f"teacher={{recipe: null, combine: confidence, temperature: 4, {members}}}"
     words = ["ddkd.yaml", teacher, "losses={ddkd: null, ce: {}}", "compare=null", "weights=runs/ce/student.safetensors"]
-    with pytest.raises(RecipeError, match="agreement=yes: combine: confidence knows the labels"):
+    with pytest.raises(RecipeError, match="agreement=yes: combine: confidence uses the labels"):
         evaluate.main([*words, "agreement=yes"])
 
 
