@@ -48,7 +48,7 @@ def survive_lost_output() -> Iterator[None]:
             LossyStream("standard output", sys.stdout or nowhere),
             LossyStream("standard error", sys.stderr or nowhere),
         )
-        out.other, err.other = err, out
+        out.other, err.other = err, out  # the other stream may still work, and can show the warning
         sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
         try:
             yield

@@ -42,6 +42,7 @@ class Distiller(nn.Module):
                 named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
                 parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
             correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
+            # Makes the gradients of a NaN or infinite loss non-finite, so that every rank skips the update.
             total = propagate_nonfinite(torch.stack(list(parts.values())).sum())
         return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
 

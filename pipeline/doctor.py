@@ -42,6 +42,7 @@ def main(args: Sequence[str]) -> None:
     loaded = load_recipe(*parse_recipe_args(args)) if args else None
     # Joins the ranks, so it comes before the checks that use collectives.
     good = run_checks({"world": partial(network.check_world, launch)}, launch)
+    # The ranks of one host share its memory, so the checks below need their number.
     hosts = collectives.gather_objects(platform.node())
     good &= run_checks(machine_checks(hosts.count(platform.node()), loaded), launch)
     if loaded:

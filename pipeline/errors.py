@@ -32,6 +32,7 @@ def error_context(location: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        # A RecipeError is a ValueError, too, so nested contexts add up to "file: key: message".
         raise RecipeError(f"{location}: {error}") from error
 
 

@@ -65,6 +65,7 @@ def main(args: Sequence[str]) -> None:
     teacher = _comparison_teacher(recipe.teacher) if arguments.agreement else None
     weights = _weights_file(arguments.weights, folder or run_folder(loaded))
     manifest = read_manifest(Path(recipe.data.path))
+    # Without a Run, whose identity has the digests, the manifest and the file must be compared explicitly.
     join_ranks(launch, "evaluate", recipe, manifest=manifest.sha256, file=weights, agreement=arguments.agreement)
     use_all_cores(launch)
     accelerator = create_accelerator(recipe, launch)

@@ -79,6 +79,7 @@ def train(run: Run, launch: Launch) -> None:
     journal = session.journal
     session.distiller.train()
     seed_draws(run.recipe.seed, state.progress.step)
+    # A signal may have come while the session was built.
     state.reason = session.stopping.reason(state.progress, beginning=True)
     with journal.open(state.progress, state.journal_bytes):
         for batch in session.micro_batches(state):
@@ -132,6 +133,7 @@ def finish(session: Session, state: State) -> None:
             mark_preempted(run.folder)
     if progress.step == session.journal.total_steps:
         last = state.last or session.evaluate()  # None if an earlier command ended between the last step and the result
+        # On every rank: BatchNorm statistics are averaged, and ZeRO gathers the weights.
         export(session.student, run.folder / STUDENT, accelerator)
         averaged, ema = None, session.averages.get("ema")
         if isinstance(ema, EMA):

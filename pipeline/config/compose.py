@@ -162,7 +162,7 @@ class _Constants:
         if name in self.open:
             raise RecipeError(f"{self.location(at)}: the constant {reference[1]!r} refers to itself")
         self.used.add(name)
-        for key, origin in list(self.origins.items()):
+        for key, origin in list(self.origins.items()):  # a list, because the loop adds keys
             if key[: len(name) + 1] == ("constants", *name):
                 below = (*at, *key[len(name) + 1 :])
                 self.origins[below] = origin if below == at else self.origins.get(below, origin)

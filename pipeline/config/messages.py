@@ -1,4 +1,4 @@
-"""Messages for errors in a recipe, one line item: the file, the dotted key, what was given and what was expected."""
+"""Messages for errors in a recipe, one line each: the file, the dotted key, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_nulls(model: type[BaseModel], tree: dict[str, Any], origins: Origins, 
 
 
 def _section(tree: Any, location: Iterable[str]) -> dict[str, Any] | None:
-    """Return the mapping at a key, None where there is none."""
+    """Return the mapping at a key, None if there is none."""
     for part in location:
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else None
@@ -62,7 +62,7 @@ def _key(error: Any, tree: Any) -> tuple[str, ...]:
 
 
 def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[BaseModel]) -> str:
-    """Return what is wrong at a key; several errors come from a union, one from item of its types."""
+    """Return what is wrong at a key; several errors come from a union, one from each of its types."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
         return _unknown(location[-1], _known_keys(model, location[:-1]))

@@ -146,6 +146,7 @@ def standardize_both(
 def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
     """Return the ranks' common key-value store; rank 0 serves it unless torchrun does. Raises RuntimeError."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # Without a wait for the others: the rendezvous waits itself, handles signals and names the missing ranks.
     store = TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
     # torchrun's store survives a restart of the workers, with all its keys; the prefix separates the attempts.
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -233,6 +234,7 @@ def _gather_numbers(number: int) -> list[int]:
 
 
 def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    # Collectives need a contiguous tensor, and a channels_last one is not.
     result = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         dist.all_reduce(result, operation)

@@ -53,8 +53,8 @@ def read_launch() -> Launch:
         if os.environ.get(name) == "":
             del os.environ[name]
     for name in _MPI_VARIABLES:
-        number(name, 0)  # for the error only: Accelerate reads these, too, and would end in a traceback
-    rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+        read_number(name, 0)  # for the error only: Accelerate reads these, too, and would end in a traceback
+    rank, world_size = read_number("RANK", 0), read_number("WORLD_SIZE", 1)
     if world_size == 0:
         raise RecipeError("WORLD_SIZE is 0; set it to the number of processes, 1 for a single one")
     if rank >= world_size:
@@ -62,14 +62,14 @@ def read_launch() -> Launch:
     return Launch(
         rank=rank,
         world_size=world_size,
-        local_rank=number("LOCAL_RANK", 0) if os.environ.get("LOCAL_RANK") else None,
+        local_rank=read_number("LOCAL_RANK", 0) if os.environ.get("LOCAL_RANK") else None,
         use_cpu=is_set("ACCELERATE_USE_CPU"),
         use_deepspeed=is_set("ACCELERATE_USE_DEEPSPEED"),
         deepspeed_file=os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None,
     )
 
 
-def number(name: str, default: int) -> int:
+def read_number(name: str, default: int) -> int:
     """Return the number in a variable, the default if it is not set or empty. Raises RecipeError for other text."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():

@@ -21,6 +21,7 @@ class RankNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised, scaled and shifted map. Raises ValueError if a channel has a single value."""
+        # torch refuses this, too, but its message does not say what to change.
         if input[:, 0].numel() < 2:
             raise ValueError(
                 "a BatchNorm that is trained with the student got one value a channel; each rank needs at least 2 "

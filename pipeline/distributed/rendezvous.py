@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.distributed import agreement, collectives, signals
-from pipeline.distributed.launcher import Launch, number
+from pipeline.distributed.launcher import Launch, read_number
 from pipeline.errors import Interrupted, RecipeError
 
 SECONDS_VARIABLE = "PIPELINE_RENDEZVOUS_SECONDS"
@@ -46,8 +46,8 @@ def check_launcher() -> None:
     A user who wants that sets ``WORLD_SIZE=1``.
     """
     variable = "" if _is_srun_shell() else next((name for name in TASK_COUNT_VARIABLES if os.environ.get(name)), "")
-    tasks, launcher = number(variable, 1), TASK_COUNT_VARIABLES.get(variable, "")
-    world = number("WORLD_SIZE", 0)
+    tasks, launcher = read_number(variable, 1), TASK_COUNT_VARIABLES.get(variable, "")
+    world = read_number("WORLD_SIZE", 0)
     if not world:
         if tasks > 1:
             raise RecipeError(_missing_environment_message(tasks, launcher))
@@ -57,7 +57,7 @@ def check_launcher() -> None:
                 "accelerate launch started one process of several, as it does with --cpu, MULTI_CPU or NO; "
                 f"start them with: torchrun --nproc_per_node N {shlex.join(sys.argv)} (WORLD_SIZE=1 means one)"
             )
-    elif os.environ.get("GROUP_WORLD_SIZE") and number("GROUP_WORLD_SIZE", 1) != tasks > 1:
+    elif os.environ.get("GROUP_WORLD_SIZE") and read_number("GROUP_WORLD_SIZE", 1) != tasks > 1:
         raise RecipeError(
             f"{launcher} started {tasks} torchruns that cannot see one another; give each: --nnodes {tasks} "
             "--rdzv_backend c10d --rdzv_endpoint HOST_OF_RANK_0:29500"
@@ -168,7 +168,7 @@ def _join(rdzv: Rendezvous, launch: Launch, store: collectives.Store, timeout: t
 
 
 def _read_rendezvous(launch: Launch) -> Rendezvous:
-    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
+    address, port = os.environ["MASTER_ADDR"], read_number("MASTER_PORT", 0)
     text = os.environ.get(SECONDS_VARIABLE) or str(DEFAULT_SECONDS)
     try:
         seconds = float(text)

@@ -93,7 +93,7 @@ def _execute(command: list[str], message: str, launch: Launch) -> None:
     """
     if launch.world_size > 1:
         raise RecipeError(f"this run depends on something that is missing; one process must make it first: {message}")
-    check_launcher()
+    check_launcher()  # processes that cannot see one another would each run the command
     print(f"$ {message}", flush=True)
     status = _status(command)
     if signals.stop_requested():

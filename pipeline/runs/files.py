@@ -50,6 +50,7 @@ class Result:
 
 
 class _IdentitySection(BaseModel):
+    # Extra keys are allowed and kept: most keys of the recipe have no field here.
     model_config = ConfigDict(extra="allow", frozen=True)
 
 

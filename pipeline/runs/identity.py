@@ -112,6 +112,8 @@ def _resolve(
         sources = [run.recipe for run in teachers]
         recipe = _fill_defaults(with_normalization(loaded.recipe, sources), folder, launch)
         ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
+    # By id, as a recipe contains dicts and cannot be hashed. Compared runs are resolved only when they are needed: for
+    # a finished run, their caches and recipes may be gone.
     run = known[id(loaded)] = Run(
         recipe, loaded.path, folder, manifest, ours, teachers, start, lambda: tuple(map(resolve_named, loaded.compare))
     )

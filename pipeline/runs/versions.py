@@ -21,6 +21,7 @@ def versions() -> dict[str, Any]:
 def packages() -> dict[str, str]:
     """Return the versions of the packages that can change a run's numbers."""
     names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
+    # From the metadata: to import a package for its version may take seconds.
     return {name: importlib.metadata.version(name) for name in names if _installed(name)}
 
 

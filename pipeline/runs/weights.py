@@ -64,6 +64,7 @@ def name_by_content(
     models = [network.model or (source and source.student.model) for network, source in networks]
     for (key, section), model in zip(_weights_keys(tree).items(), [recipe.student.model, *models], strict=True):
         weights, known = section.get("weights"), kept.get(key, {}).get("weights")
+        # Published weights keep their name, and an old run its path.
         if not (weights and model and is_file(weights)) or (known and not known.startswith(CONTENT)):
             continue
         if Path(weights).is_file():

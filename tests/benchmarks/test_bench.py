@@ -417,7 +417,7 @@ def test_something_unknown_to_measure_is_one_line_and_exit_code_2(
     ("words", "message"),
     [
         ([], "expected loader, teacher, losses, allreduce or step first, got ''; such as: bench.py step RECIPE"),
-        (["step", "--tune"], "--tune is of the loader, not of step"),
+        (["step", "--tune"], "--tune works with loader only, not with step"),
         (["losses", "--compare"], "--compare: name an earlier record"),
         (["losses", "--compare", "gone.json"], "gone.json cannot be read: No such file or directory"),
         (["losses", "--compare", "broken.json"], "broken.json is no record of this command"),
