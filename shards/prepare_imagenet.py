@@ -123,10 +123,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("source", type=Path, help="folder with train/ and val/, or with the original archives")
     parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
     parser.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="list of classes, one per line, in the order of labels (default: sorted)",
+        "--classes", type=Path, metavar="FILE", help="classes, one per line, in the order of labels (default: sorted)"
     )
     parser.add_argument(
         "--val-labels",
