@@ -200,7 +200,7 @@ class Method(NamedTuple):
 
 
 def seconds(message: Message, nodes: int, network: Interconnect) -> float:
-    """Return the time of a collective: its latency, and its bytes over the slower of NVLink and network."""
+    """Return the seconds of a collective: its latency, plus its bytes divided by the slowest link's bandwidth."""
     sent = volume(message, nodes * GPUS)
     # NCCL's rings together use every adapter of a node, and each ring crosses from node to node once.
     return _latency(message.kind, nodes, network) + sent / (min(NVLINK, network.bandwidth) if nodes > 1 else NVLINK)
@@ -251,7 +251,7 @@ def readme(found: list[Method]) -> str:
 
 
 ROWS = 32
-"""Images per GPU if the batch grows with the GPUs: the recipes' batch of 256 on one node."""
+"""Images per GPU if the batch grows with the number of GPUs: the recipes' batch of 256 divided by a node's GPUs."""
 
 
 def bytes_table(found: list[Method]) -> str:

@@ -97,7 +97,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse_benchmark(args: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the name of the benchmark and the other arguments. Raises RecipeError."""
+    """Return the name of the benchmark and the other arguments. Raises RecipeError for a missing or unknown name."""
     name, *rest = args or [""]
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
@@ -108,7 +108,10 @@ def parse_benchmark(args: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def parse_compare(args: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the record that ``--compare`` names, None without it, and the other arguments. Raises RecipeError."""
+    """Return the record that ``--compare`` names, None without it, and the other arguments.
+
+    Raises RecipeError if the option has no value.
+    """
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--compare=") else [arg])]
     if "--compare" not in args:
         return None, args

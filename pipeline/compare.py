@@ -74,7 +74,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def parse_numbers(options: dict[str, str], key: str, default: str) -> list[int]:
-    """Return the whole numbers of an option of this command. Raises RecipeError."""
+    """Return the whole numbers of an option of this command. Raises RecipeError for other values."""
     numbers = options.get(key, default).split(",")
     if not all(number.isdecimal() for number in numbers) or (key == "jobs" and numbers in (["0"],)):
         raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {options[key]!r}")

@@ -101,7 +101,10 @@ def _damage(path: Path, position: int, reason: str) -> DamagedArchive:
 
 
 def _member(path: Path, info: tarfile.TarInfo, found: dict[str, tarfile.TarInfo]) -> Member:
-    """Return the plain file that a member is, or that its chain of links leads to."""
+    """Return the position and size of a member's content; links are followed to a plain file.
+
+    Raises ValueError for a link to a missing file, and for anything but a plain file at the end.
+    """
     target, steps = info, 0
     while target.islnk() or target.issym():
         # A symbolic link is relative to its own folder, a hard link to the root of the archive.

@@ -78,14 +78,14 @@ positive = up_to(10**7)
 
 
 def seed(text: str) -> int:
-    """Parse a seed: an unsigned integer of 64 bits. Raises ValueError."""
+    """Parse a seed: an unsigned integer of 64 bits. Raises ValueError for anything else."""
     if not 0 <= int(text) < 2**64:
         raise ValueError
     return int(text)
 
 
 def share(text: str) -> float:
-    """Parse a share: a number above 0 and below 1. Raises ValueError."""
+    """Parse a share: a number above 0 and below 1. Raises ValueError for anything else."""
     if not 0 < float(text) < 1:
         raise ValueError
     return float(text)

@@ -30,7 +30,10 @@ def read_document(path: Path, schema: type[_T], advice: str) -> _T:
 
 
 def parse_document(content: bytes, location: str, schema: type[_T], advice: str) -> _T:
-    """Return JSON text as ``schema``. ``location`` names the file or line in errors. Raises DamagedFile."""
+    """Return JSON text as ``schema``. ``location`` names the file or line in errors.
+
+    Raises DamagedFile if the text does not match ``schema``.
+    """
     try:
         return TypeAdapter(schema).validate_json(content, strict=True)
     except ValidationError as error:

@@ -66,7 +66,7 @@ def decode_jpeg(data: bytes) -> Image.Image:
         raise Unusable("neither a JPEG nor a PNG") from None
     except MemoryError:  # the machine is at fault, not the file
         raise
-    except Exception as error:  # Pillow raises many types
+    except Exception as error:  # Pillow raises exceptions of many types
         raise Unusable(f"cannot be decoded: {' '.join(str(error).split())}") from None
     return image
 

@@ -80,7 +80,7 @@ def find_items(options: Namespace) -> tuple[list[str], dict[str, list[ImageItem]
     if options.val_share:
         _set_aside(items, locations, options)
     elif "val" not in items:
-        print("there is no validation split: training will not validate; --val-share S takes images from train for it")
+        print("there is no validation split: training will not validate; give --val-share S to take images from train")
     if options.subset:
         items = {split: choose(each, options.subset, options.seed, split) for split, each in items.items()}
     return classes, items, locations

@@ -149,7 +149,9 @@ def load_samples(path: Path) -> np.ndarray:
 
 def _check_size(path: Path, status: os.stat_result, shard: Shard) -> None:
     if status.st_size != shard.filesize:
-        raise ValueError(f"{path} has {status.st_size:,} bytes, in the manifest {shard.filesize:,}: {MANIFEST_ADVICE}")
+        raise ValueError(
+            f"{path} has {status.st_size:,} bytes, but {shard.filesize:,} in the manifest: {MANIFEST_ADVICE}"
+        )
 
 
 @lru_cache(maxsize=64)
@@ -157,13 +159,14 @@ def _check_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes
     """Check a sample table against the manifest: its digest, and every value in it.
 
     A process does this once for each ``stamp``, the state of the file. ImageNet's table of 51 MB takes less than a
-    second. The result is not stored on disk, because a stored result would need a check, too. Raises ValueError.
+    second. The result is not stored on disk, because a stored result would need a check, too. Raises
+    ValueError if a check fails.
     """
     if sha256_of(path) != split.samples_sha256:
-        raise ValueError(f"{path} has another sha256 than the manifest: {MANIFEST_ADVICE}")
+        raise ValueError(f"{path} has a sha256 that differs from the manifest: {MANIFEST_ADVICE}")
     samples = load_samples(path)
     if len(samples) != split.samples:
-        raise ValueError(f"{path} has {len(samples):,} rows, in the manifest {split.samples:,}: {MANIFEST_ADVICE}")
+        raise ValueError(f"{path} has {len(samples):,} rows, but {split.samples:,} in the manifest: {MANIFEST_ADVICE}")
     for row, column, reason in _wrong_rows(samples, split, num_classes):
         raise ValueError(f"{path}: {column} of row {row:,} is {samples[column][row]}, {reason}: {MANIFEST_ADVICE}")
 

@@ -115,7 +115,7 @@ def _copy(file: File, source: Path, copy: Path) -> None:
             digest.update(chunk)
     if file.sha256 not in (None, digest.hexdigest()):
         raise ValueError(
-            f"{source / file.name} has another sha256 than the manifest: check the folder with shards/verify.py"
+            f"{source / file.name} has a sha256 that differs from the manifest: check the folder with shards/verify.py"
         )
     sync_path(temporary)
     temporary.rename(copy / file.name)

@@ -57,9 +57,9 @@ def check_shard(task: VerifyTask) -> CheckedShard:
         return CheckedShard(task, [f"{path} is missing"], NO_ROWS, [])
     problems = []
     if path.stat().st_size != shard.filesize:
-        problems.append(f"{path} has {path.stat().st_size:,} bytes, in the manifest {shard.filesize:,}")
+        problems.append(f"{path} has {path.stat().st_size:,} bytes, but {shard.filesize:,} in the manifest")
     elif sha256_of(path) != shard.sha256:
-        problems.append(f"{path} has another sha256 than the manifest")
+        problems.append(f"{path} has a sha256 that differs from the manifest")
     try:
         scan = scan_shard(path, task.image)
     except ValueError as error:
@@ -122,7 +122,9 @@ def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str
     path = samples_path(folder, split.name)
     if not path.is_file():
         return None, [f"{path} is missing"]
-    problems = [] if sha256_of(path) == split.samples_sha256 else [f"{path} has another sha256 than the manifest"]
+    problems = []
+    if sha256_of(path) != split.samples_sha256:
+        problems.append(f"{path} has a sha256 that differs from the manifest")
     try:
         table = load_samples(path)
     except ValueError as error:

@@ -64,7 +64,10 @@ class Options(FrozenModel):
 
 
 def read_options(args: Sequence[str]) -> Options:
-    """Return the options of a command line, and write them for the checks. Raises RecipeError."""
+    """Return the options of a command line, and write them for the checks.
+
+    Raises RecipeError for wrong options, and if the folder has results of other inputs.
+    """
     commands = [int(arg) for arg in args if arg in ("1", "2", "3")]
     overrides = {key: text for key, _, text in (arg.partition("=") for arg in args if "=" in arg)}
     # These two keys have their own form on the command line, so they must not be set as overrides, too.

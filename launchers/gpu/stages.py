@@ -26,7 +26,7 @@ class HalfHourStage:
     folder: Path | None = None
     """Working directory; None for the current one."""
     rerun_if_passed: bool = False
-    """True for a stage that succeeds before all of its work is finished."""
+    """Whether a stage that passed runs again, because it may pass before all of its work is finished."""
 
     @property
     def command_line(self) -> str:

@@ -93,7 +93,7 @@ def measure_in_turn(
 
 
 def items_ahead(settings: LoaderSettings) -> int:
-    """Return how many items a part may have ready, or in progress, before they are requested."""
+    """Return the largest number of items that a part prefetches, finished or in progress."""
     return 2 * settings.prefetch + 1
 
 

@@ -64,7 +64,7 @@ class LossInputs(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments; a loss may keep them without extra memory."""
+        """All tensors among the arguments. They exist anyway, so a loss's memory is counted without them."""
         return [*tensors(self.student), *(tensors(self.teacher) if self.teacher else ()), *self.batch[:3]]
 
 

@@ -69,7 +69,7 @@ def contains_evaluation(step: int, steps: int, in_epoch: int) -> bool:
 def shortened(recipe: Recipe, total: int, steps: int, in_epoch: int) -> Recipe:
     """Return the recipe of a run that ends after ``total`` steps and writes a line every ``steps`` steps."""
     changed: dict[str, Any] = {
-        # More epochs than are trained: the last step of a complete run would get a line of its own.
+        # More epochs than are trained, because the last step of a complete run would get a journal line of its own.
         "epochs": max(recipe.epochs, total // in_epoch + 1),
         "stop": StopConfig(steps=total),
         "journal": JournalConfig(every_steps=steps, trackers=()),

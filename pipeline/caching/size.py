@@ -76,8 +76,10 @@ def _ranks(stages: Iterable[str], encode: Mapping[str, int]) -> dict[str, int]:
 
 def _storage_choices(name: str, shape: tuple[int, ...], wanted: bool, rank: int | None) -> list[Choice]:
     """Return the choices for one kind: stored as it is, and encoded with ``rank`` components or a default number."""
-    if rank is not None and (name == LOGITS or not rank <= shape[0]):
-        raise RecipeError(f"encode: {name} has {shape[0]} channels, and logits are never encoded; got {rank}")
+    if rank is not None and name == LOGITS:
+        raise RecipeError(f"encode: {name} cannot be encoded; remove this entry")
+    if rank is not None and rank > shape[0]:
+        raise RecipeError(f"encode: {name} has {shape[0]} channels; give at most {shape[0]} components, got {rank}")
     plain = Choice(name, CacheEntry(shape=shape), wanted and rank is None)
     if rank is None and len(shape) == 1:
         return [plain]

@@ -34,9 +34,10 @@ class Difference(NamedTuple):
 
 
 def compare_answers(cache: Cache, source: AnswerSource, sample: int, rng: np.random.Generator) -> list[Difference]:
-    """Run the teacher on at least ``sample`` images in random views, and return the difference of every kind.
+    """Run the teacher again on at least ``sample`` images in random views, and compare its outputs with the cache.
 
-    It runs on the same chunks of images as when the cache was written, because the last bits depend on them.
+    Returns the difference of each kind of output. The images are in the same chunks as when the cache was written,
+    because the last bits depend on them.
     """
     found = {kind: Difference(kind, 0, 0.0, 0.0) for kind in cache.header.kinds}
     encoders = cache.encoders(source.loader.device)

@@ -29,7 +29,7 @@ def split_command_args(args: Sequence[str], keys: Sequence[str]) -> tuple[dict[s
 
 
 def parse_command_args(options: dict[str, str], model: type[ArgsT]) -> ArgsT:
-    """Return the command's options, whose values are YAML, as a ``model``. Raises RecipeError."""
+    """Return the command's options, whose values are YAML, as a ``model``. Raises RecipeError for a wrong value."""
     try:
         return model.model_validate({key: read_value(key, text) for key, text in options.items()})
     except ValidationError as error:

@@ -51,7 +51,10 @@ def compose(path: Path, overrides: Sequence[str] = (), origins: Origins | None =
 
 
 def find_recipe(path: Path) -> Path:
-    """Return the absolute path of a recipe, searched from the current folder, then the project. Raises RecipeError."""
+    """Return the absolute path of a recipe, searched from the current folder, then the project.
+
+    Raises RecipeError if there is no such file.
+    """
     for candidate in (path, ROOT / path):
         if candidate.is_file():
             return candidate.resolve()
@@ -134,7 +137,7 @@ class _Constants:
         self.filled += 1
         if self.filled > MAX_VALUES or len(at) + len(self.open) > MAX_DEPTH:
             kind = f"more than {MAX_VALUES:,} values" if self.filled > MAX_VALUES else f"more than {MAX_DEPTH} levels"
-            raise RecipeError(f"{self.location(at)}: the constants expand to {kind}; name fewer of them")
+            raise RecipeError(f"{self.location(at)}: the constants expand to {kind}; use fewer ${{name}} references")
         if isinstance(value, dict):
             filled: dict[str, Any] = {}
             for key, below in value.items():
@@ -190,7 +193,7 @@ class _Constants:
 
 
 def read_value(key: str, text: str) -> Any:
-    """Return the YAML value that the command line sets for a key. Raises RecipeError.
+    """Return the YAML value that the command line sets for a key. Raises RecipeError for text that is not YAML.
 
     In a plain value, ``#`` begins no comment. If the key names a file or a folder, a plain value is always text, even
     one that YAML reads as a number: ``folder=2024``. ``null`` still deletes the key.

@@ -34,7 +34,7 @@ def check_nulls(model: type[BaseModel], tree: dict[str, Any], origins: Origins, 
         section = _section(tree, key[:-1])
         if key[0] == "constants" or section is None or key[-1] in section:
             continue
-        if ":" in key[-1]:  # a user's own loss, deleted; no model lists its name
+        if ":" in key[-1]:  # A null deletes a user's own loss, whose name is not a field of any model.
             continue
         known = _known_keys(model, key[:-1])
         if known and key[-1] not in known:

@@ -104,7 +104,7 @@ def check_checksums(recipe: Recipe, count: int = 3, seconds: float = _SECONDS) -
             break
         if sha256 != shard.sha256:
             advice = f"copy it again; python shards/verify.py {folder} lists everything that is wrong"
-            return fail(f"{folder / shard.url} has another sha256 than the manifest says", advice)
+            return fail(f"{folder / shard.url} has a sha256 that differs from the manifest", advice)
         checked += 1
     if not checked:
         return skip(f"no shard was read within {seconds:g} s")

@@ -18,7 +18,10 @@ from pipeline.distributed.launcher import Launch
 _MIB = 2**20
 LONGEST_WAIT = timedelta(minutes=1)
 LARGEST_CLOCK_DIFFERENCE = 2.0
-"""Seconds within which logs of several hosts stay in order and no file seems to come from the future."""
+"""Largest accepted difference between the clocks of two hosts, in seconds.
+
+With a larger one, logs of several hosts are out of order, and new files may have a time in the future.
+"""
 SINGLE_RANK = "there is only one rank"
 
 

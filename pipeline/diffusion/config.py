@@ -29,7 +29,7 @@ class Diffusion(FrozenModel):
     t_max: PositiveInt | None = None
     """Upper bound (exclusive) of the uniform draw of t in training; null is ``time_steps``.
 
-    The sampler never visits most time steps below ``time_steps``.
+    The sampler visits only a few values of t: those in ``sampled``.
     """
     mixing: Mixing = "linear"
     """Weights of student and noise at the sampler's start: (γ, 1 − γ), or their square roots."""

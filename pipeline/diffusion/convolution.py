@@ -103,7 +103,11 @@ class _ConvolutionCall(torch.autograd.Function):
 
 
 class _BatchedWeightGrad(torch.autograd.Function):
-    """Two placeholders for each use of a weight. Their gradients carry the input and the output gradient."""
+    """A function that computes the weight gradient of all uses of a convolution at once.
+
+    Forward returns two placeholders for each use. As their gradients, backward receives the use's input and its output
+    gradient.
+    """
 
     @staticmethod
     def forward(

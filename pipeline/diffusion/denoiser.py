@@ -76,7 +76,8 @@ class Denoiser(nn.Module):
         # A module on the meta device is only built to count its operations, which needs no compiled code.
         if diffusion.compile and self.projection.weight.device.type != "meta":
             for network in (self.predictor, self.adapter):
-                network.compile(dynamic=False)  # in place, as the student is compiled: parameter names stay as they are
+                # Compiled in place, like the student, because torch.compile(network) would change parameter names.
+                network.compile(dynamic=False)
         # Not a buffer: buffers are cast with their module, and in half precision 1 − ᾱ₀ is zero.
         self.alpha_bars_T = diffusion.alpha_bars()
         # The same numbers on the host: the sampler needs them as floats, and reading a GPU tensor would synchronise.

@@ -144,7 +144,10 @@ def standardize_both(
 
 
 def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
-    """Return the ranks' common key-value store; rank 0 serves it unless torchrun does. Raises RuntimeError."""
+    """Return the ranks' common key-value store; rank 0 serves it unless torchrun does.
+
+    Raises RuntimeError if the store cannot be served or reached.
+    """
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     # Without a wait for the others: the rendezvous waits itself, handles signals and names the missing ranks.
     store = TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
@@ -155,9 +158,10 @@ def open_store(address: str, port: int, rank: int, timeout: timedelta) -> Store:
 def create_process_group(
     backend: str, store: Store, rank: int, world: int, timeout: timedelta, local_gpu: int | None = None
 ) -> None:
-    """Create the process group, with ``timeout`` for each of its collectives. Raises RuntimeError.
+    """Create the process group, with ``timeout`` for each of its collectives.
 
-    With NCCL each rank has one GPU; ``local_gpu`` is its index on the host.
+    With NCCL each rank has one GPU; ``local_gpu`` is its index on the host. Raises RuntimeError if the ranks cannot
+    connect to one another.
     """
     gpu = None
     if "nccl" in backend:
@@ -290,8 +294,8 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
 class _Standardize(torch.autograd.Function):
     """Standardized columns: ``h = (x − μ)·r`` with ``r = (v + ε)^(−1/2)``.
 
-    The gradient is ``∂L/∂x = r·(g − Σg/N − h·Σ(g·h)/N)``, with sums over the rows of all ranks. The constant columns
-    share the all-reduce forward, and have no part in the one backward.
+    The gradient is ``∂L/∂x = r·(g − Σg/N − h·Σ(g·h)/N)``, with sums over the rows of all ranks. In forward
+    one all-reduce serves all columns. In backward the all-reduce leaves the constant columns out.
     """
 
     @staticmethod

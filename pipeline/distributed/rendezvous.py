@@ -69,8 +69,8 @@ def check_launcher() -> None:
 def _is_srun_shell() -> bool:
     """Return whether a user typed the command in the shell of ``srun -n N --pty bash``.
 
-    Of such a step only the first task is alive, so the command is a single process. A task of the step itself, or a
-    task other than the first, is one of several.
+    In such a step only the first task is still running, so the command is a single process. If the command is itself a
+    task of the step, or runs in a task other than the first, it is one of several processes.
     """
     # The shell is the task; a command typed in it has a process id of its own.
     task = (os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_TASK_PID"))
@@ -101,7 +101,7 @@ class Rendezvous(NamedTuple):
     address: str
     port: int
     seconds: float
-    """Longest wait until all ranks have come."""
+    """Longest wait in seconds until all ranks have connected."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world} on {platform.node()}"
@@ -114,9 +114,9 @@ def init_process_group(
     gpus: str = "nccl",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Wait until all ranks are there and join them in a process group with backend ``gpus`` or, on CPUs, gloo.
+    """Wait until all ranks have connected and join them in a process group with backend ``gpus`` or, on CPUs, gloo.
 
-    Raises RecipeError or ConnectionError, one line, if this process would train alone or not all ranks come in time.
+    Raises RecipeError or ConnectionError, one line, if this process would train alone or not all ranks connect in time.
     Raises RecipeError, too, if the ``settings`` of a rank differ from rank 0's, and Interrupted after a signal to stop.
     A single rank needs no process group, and ranks that have joined already do not join again.
     """
@@ -134,7 +134,7 @@ def init_process_group(
 
 
 def _compare_ranks(rdzv: Rendezvous, store: collectives.Store, deadline: float, settings: Mapping[str, Any]) -> None:
-    """Wait until all ranks have come. Raises RecipeError, the same on all, if the settings of one differ."""
+    """Wait until all ranks have connected. Raises RecipeError, the same on all, if the settings of one differ."""
     if rdzv.rank == 0:
         agreement.publish(store, settings)
     _wait_for_all(rdzv, store, "meeting", deadline)
@@ -151,7 +151,7 @@ def _compare_ranks(rdzv: Rendezvous, store: collectives.Store, deadline: float, 
 
 
 def _join(rdzv: Rendezvous, launch: Launch, store: collectives.Store, timeout: timedelta, gpus: str) -> None:
-    """Create the process group of the ranks, which have all come."""
+    """Create the process group, after all ranks have connected to the store."""
     gpu = None
     if not launch.on_cpu:
         gpu = (launch.local_rank or 0) % torch.cuda.device_count()
@@ -162,8 +162,9 @@ def _join(rdzv: Rendezvous, launch: Launch, store: collectives.Store, timeout: t
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"{rdzv}: all ranks came, but cannot reach one another ({reason}); give the network between the hosts in "
-            "NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME (`ip address` lists them)"
+            f"{rdzv}: all ranks started, but cannot reach one another ({reason}); "
+            "give the network between the hosts in NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME "
+            "(`ip address` lists them)"
         ) from None
 
 
@@ -214,18 +215,18 @@ def _wait_for_all(rdzv: Rendezvous, store: collectives.Store, stage: str, deadli
         raise RecipeError(
             f"{rdzv}: another process has this RANK; each needs its own (for srun in single quotes: '$SLURM_PROCID')"
         )
-    come = store.add(stage, 1)
-    while come < rdzv.world:
+    arrived = store.add(stage, 1)
+    while arrived < rdzv.world:
         if time.monotonic() > deadline:
             missing = [str(rank) for rank in range(rdzv.world) if not store.check([f"{stage}/{rank}"])]
             raise ConnectionError(
-                f"{rdzv} waited {rdzv.seconds:g} s at {rdzv.address}:{rdzv.port} for {len(missing)} that did not "
-                f"come: {', '.join(missing[:8])}{' …' if missing[8:] else ''}. See how they ended, and give all the "
+                f"{rdzv} waited {rdzv.seconds:g} s at {rdzv.address}:{rdzv.port} for {len(missing)} of the ranks to "
+                f"connect: {', '.join(missing[:8])}{' …' if missing[8:] else ''}. See how they ended, and give all the "
                 f"same MASTER_ADDR, MASTER_PORT and WORLD_SIZE; {SECONDS_VARIABLE} gives more time"
             )
         time.sleep(POLL_SECONDS)
         _check_signals(rdzv)
-        come = store.add(stage, 0)  # reads the counter
+        arrived = store.add(stage, 0)  # reads the counter
 
 
 def _check_signals(rdzv: Rendezvous) -> None:

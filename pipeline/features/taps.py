@@ -286,7 +286,7 @@ def _token_grid(count: int, form: TensorFormat, image_size: tuple[int, int]) -> 
         return prefix, grid
     prefix_text = f", {form.prefixes[0]} of them prefix tokens" if form.prefixes else ""
     raise ValueError(
-        f"{count} tokens{prefix_text}, which form no map of an image of {height} × {width}; give prefix tokens, rows "
+        f"{count} tokens{prefix_text}, which do not form a map of a {height} × {width} image; give prefix tokens, rows "
         "and columns under stages, as <module path>:tokens+5@7x14"
     )
 

@@ -42,7 +42,7 @@ class AB(PreactLoss):
         return regressor(self.facts, student, teacher, self.norm)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``ab``."""
+        """Return the loss part ``ab``."""
         losses = []
         for (of_student, of_teacher), connector in zip(self.pairs, self.connectors, strict=True):
             connected_BCHW = self.autocast_call(connector, student.features[of_student])

@@ -28,7 +28,7 @@ def attention(map_BCHW: Tensor, p: float) -> Tensor:
 
 
 class AT(FeatureMapLoss):
-    """A loss that matches attention maps: the pixels where the maps of several stages are large."""
+    """A loss that matches attention maps, which show at which pixels a stage's features are large."""
 
     class Config(FeatureMapLoss.Config):
         """The config of AT, such as ``{weight: 1000.0, p: 2.0}``."""
@@ -37,5 +37,5 @@ class AT(FeatureMapLoss):
         """Exponent of the activations; the larger it is, the more the strongest channels count."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``at``."""
+        """Return the loss part ``at``."""
         return {"at": at_loss(*self.maps(student, teacher), p=self.config.p)}

@@ -54,7 +54,7 @@ class CatKD(Loss):
         super().__init__(config, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``cat_kd``."""
+        """Return the loss part ``cat_kd``."""
         c = self.config
         loss = cat_loss(student.features[CAM], teacher.features[CAM], resolution=c.resolution, normalize=c.normalize)
         return {"cat_kd": loss}

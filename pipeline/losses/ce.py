@@ -20,6 +20,6 @@ class CrossEntropy(Loss):
         """Share of the target that is spread evenly over the classes."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``ce``."""
+        """Return the loss part ``ce``."""
         smoothing = self.config.label_smoothing
         return {"ce": F.cross_entropy(student.logits_BK, batch.labels_B, label_smoothing=smoothing)}

@@ -194,7 +194,7 @@ class CRD(Loss):
         self.pending: list[Pending] = []
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``student`` and ``teacher``, the losses of the two networks' anchors."""
+        """Return the loss parts ``student`` and ``teacher``: the losses of the two networks' anchors."""
         c = self.config
         student_BD = F.normalize(self.autocast_call(self.student_head, student.features[self.student_tap]))
         teacher_BD = F.normalize(self.autocast_call(self.teacher_head, teacher.features[self.teacher_tap].detach()))

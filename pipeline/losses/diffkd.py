@@ -76,11 +76,11 @@ class DiffKD(Loss):
         logit_distance: InnerLoss | None = None
         """Loss between the student's denoised logits and the teacher's; its weight and ramp are multiplied by λ3."""
         diffusion_weight: NonNegativeFloat
-        """λ1."""
+        """λ1, the weight of the losses that train the noise predictors."""
         autoencoder_weight: NonNegativeFloat
-        """λ2."""
+        """λ2, the weight of the autoencoder's reconstruction loss."""
         distance_weight: NonNegativeFloat
-        """λ3."""
+        """λ3, the weight of the distances between student and teacher."""
 
         @model_validator(mode="after")
         def _branches_fit(self) -> Self:
@@ -109,7 +109,7 @@ class DiffKD(Loss):
             return self.scaled(parts, progress)
 
     def feature_parts(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """Return ``feature``, ``diffusion_feature`` and, with an autoencoder, ``autoencoder``."""
+        """Return the loss parts ``feature``, ``diffusion_feature`` and, with an autoencoder, ``autoencoder``."""
         if self.feature_denoiser is None:
             return {}
         c = self.config
@@ -125,7 +125,7 @@ class DiffKD(Loss):
         return parts
 
     def logit_parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Return ``diffusion_logit``, and the parts of the distance as ``logit_<name>``."""
+        """Return the loss part ``diffusion_logit``, and the parts of the distance as ``logit_<name>``."""
         if self.logit_denoiser is None or self.logit_distance is None:
             return {}
         c = self.config

@@ -97,7 +97,7 @@ class DIST(Loss):
         """Rows that the intra-class term covers; published code takes those of a rank."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``inter`` and ``intra``."""
+        """Return the loss parts ``inter`` and ``intra``."""
         c = self.config
         p_BK, q_BK = softened(student.logits_BK, teacher.logits_BK, c.temperature)
         inter, intra = c.beta * inter_class(p_BK, q_BK), c.gamma * self.grouped_intra_class(p_BK, q_BK)

@@ -56,7 +56,7 @@ class DKD(Loss):
         super().__init__(config, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``dkd``."""
+        """Return the loss part ``dkd``."""
         c = self.config
         return {
             "dkd": dkd_loss(

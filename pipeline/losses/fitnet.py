@@ -20,7 +20,7 @@ class FitNet(ConnectorLoss):
         """The config of FitNets, such as ``{stage: stage2}``."""
 
         stage: StageChoice
-        """Stage of both networks, after its activation. The regressor's ReLU could not reach negative targets."""
+        """Stage of both networks, tapped after its activation, because the regressor's ReLU has no negative outputs."""
 
         def taps(self) -> Taps:
             """Return the stage's taps."""
@@ -32,6 +32,6 @@ class FitNet(ConnectorLoss):
         self.regressor = nn.Sequential(*regressor(facts, self.student_tap, self.teacher_tap, self.norm), nn.ReLU())
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``fitnet``."""
+        """Return the loss part ``fitnet``."""
         guess_BCHW = self.autocast_call(self.regressor, student.features[self.student_tap])
         return {"fitnet": F.mse_loss(guess_BCHW, teacher.features[self.teacher_tap].detach())}

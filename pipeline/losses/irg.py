@@ -56,7 +56,7 @@ class IRG(BatchLoss):
         edge_weight: NonNegativeFloat
         """Weight of the edges' mean squared error, which is averaged over the levels."""
         transformation_weight: NonNegativeFloat
-        """Weight of the moves' mean squared error, which is averaged over the pairs of neighbouring levels."""
+        """Weight of the mean squared error of ``transformation``, averaged over the pairs of neighbouring levels."""
         stages: StageChoices = "all"
 
         def taps(self) -> Taps:
@@ -72,7 +72,7 @@ class IRG(BatchLoss):
         return outputs._replace(features={name: pooled(x) for name, x in outputs.features.items()})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``vertices``, ``edges`` and, with several levels, ``transformation``.
+        """Return the loss parts ``vertices``, ``edges`` and, with several levels, ``transformation``.
 
         The outputs are those that ``reduce`` returned: vectors.
         """

@@ -27,5 +27,5 @@ class KD(Loss):
         temperature: PositiveFloat
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``kd``."""
+        """Return the loss part ``kd``."""
         return {"kd": kd_loss(student.logits_BK, teacher.logits_BK, temperature=self.config.temperature)}

@@ -47,5 +47,5 @@ class NST(FeatureMapLoss):
     """A loss that matches the distribution of the channels' maps of both networks."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``nst``."""
+        """Return the loss part ``nst``."""
         return {"nst": nst_loss(*self.maps(student, teacher))}

@@ -71,7 +71,7 @@ class OFD(PreactLoss):
         return network
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``ofd``."""
+        """Return the loss part ``ofd``."""
         losses = []
         for level, (of_student, of_teacher) in enumerate(self.pairs):
             connected_BCHW = self.autocast_call(self.connectors[level], student.features[of_student])

@@ -51,7 +51,7 @@ class PKT(BatchLoss):
             return stage_taps(self.stage)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``pkt``."""
+        """Return the loss part ``pkt``."""
         of_student, of_teacher = stage_names(self.config.stage)
         student_BD, teacher_BE = student.features[of_student].flatten(1), teacher.features[of_teacher].flatten(1)
         return {"pkt": pkt_loss(student_BD, teacher_BE, eps=self.config.eps)}

@@ -88,7 +88,7 @@ class Review(ConnectorLoss):
         student_preact: bool
         """Whether the student's stages, too, are tapped before their last activation; otherwise after it."""
         widest: PositiveInt
-        """Upper bound for the channels of the fused maps, which is otherwise the width of the student's embedding."""
+        """Largest number of channels of the fused maps; below it, they have the width of the student's embedding."""
 
         def taps(self) -> Taps:
             """Return the stages' taps and the embedding."""
@@ -116,7 +116,7 @@ class Review(ConnectorLoss):
         return Fusion(channels(shapes[0], student), middle, channels(shapes[1], teacher), self.norm, deepest=False)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``review``."""
+        """Return the loss part ``review``."""
         students, teachers = [], []
         residual: tuple[Tensor, ...] = ()
         for (of_student, of_teacher), fusion in zip(reversed(self.pairs), reversed(self.fusions), strict=True):

@@ -66,7 +66,7 @@ class RKD(BatchLoss):
             return stage_taps(self.stage)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``distance`` and ``angle``."""
+        """Return the loss parts ``distance`` and ``angle``."""
         c = self.config
         of_student, of_teacher = stage_names(c.stage)
         both = student.features[of_student].flatten(1), teacher.features[of_teacher].flatten(1)

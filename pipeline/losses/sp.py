@@ -39,6 +39,6 @@ class SP(BatchLoss):
             return stage_taps(self.stage)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``sp``."""
+        """Return the loss part ``sp``."""
         of_student, of_teacher = stage_names(self.config.stage)
         return {"sp": sp_loss(student.features[of_student], teacher.features[of_teacher])}

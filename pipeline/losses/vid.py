@@ -56,7 +56,7 @@ class VID(Loss):
         self.variances = nn.ModuleList(Variance(teacher_C, config) for _, teacher_C in widths)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return ``vid``."""
+        """Return the loss part ``vid``."""
         losses = []
         for (of_student, of_teacher), network, variance in zip(self.pairs, self.means, self.variances, strict=True):
             maps = pool_to_smaller(student.features[of_student], teacher.features[of_teacher])

@@ -38,7 +38,7 @@ def published_weights(name: str, weights: str) -> Mapping[str, Tensor]:
         return load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{weights} of {name}: no download from {url} ({reason}); give a file") from error
+        raise ValueError(f"{weights} of {name}: cannot download {url} ({reason}); give a file") from error
 
 
 def published_normalization(name: str, weights: str) -> Published | None:

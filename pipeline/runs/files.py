@@ -26,7 +26,7 @@ PREEMPTED = "preempted"
 NEW_FOLDER_HINT = "give folder=ANOTHER"
 
 Percent = Annotated[float, Field(ge=-1, le=100)]
-"""Percent of the validation images; −1 if the best is not known."""
+"""An accuracy in percent of the validation images; −1 for a best accuracy that is not known."""
 Versions = dict[str, str | bool | None]
 
 
@@ -79,12 +79,18 @@ class Identity(_IdentitySection):
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """Return the identity of the run in a folder, None if no run has begun there. Raises DamagedFile."""
+    """Return the identity of the run in a folder, None if no run has begun there.
+
+    Raises DamagedFile if the file is not valid.
+    """
     return _read(folder / IDENTITY, Identity, f"move {folder} away, or {NEW_FOLDER_HINT}")
 
 
 def read_result(folder: Path) -> Result | None:
-    """Return the results of the run in a folder, None if it is not finished. Raises DamagedFile."""
+    """Return the results of the run in a folder, None if it is not finished.
+
+    Raises DamagedFile if the file is not valid.
+    """
     return _read(folder / RESULT_FILE, Result, "delete it, and the run is evaluated again")
 
 
@@ -104,13 +110,16 @@ def check_student(path: Path) -> None:
     digest = result and result.sha256.get(path.name)
     if digest and digest != sha256_of(path):
         raise DamagedFile(
-            f"{path}: not the weights that this run wrote ({RESULT_FILE} has another sha256). Give another file, or "
-            f"delete {RESULT_FILE} and repeat the run's command, which writes its last weights again"
+            f"{path}: not the weights that this run wrote (its sha256 differs from {RESULT_FILE}). Give another file, "
+            f"or delete {RESULT_FILE} and repeat the run's command, which writes its last weights again"
         )
 
 
 def read_versions(folder: Path) -> Versions | None:
-    """Return the versions with which the run began, None if they are not known. Raises DamagedFile."""
+    """Return the versions with which the run began, None if they are not known.
+
+    Raises DamagedFile if the file is not valid.
+    """
     return _read(folder / VERSIONS_FILE, Versions, "delete it, and the current versions are written")
 
 

@@ -28,9 +28,9 @@ from shards.manifest import sync_path, write_atomically
 
 
 def check_folder(run: Run, advice: str = NEW_FOLDER_HINT) -> None:
-    """Raise RecipeError if the run folder cannot be written or has another run; the message ends with ``advice``.
+    """Raise RecipeError if the run folder cannot be written or belongs to another run.
 
-    Raises DamagedFile for a damaged file of the run.
+    The message ends with ``advice``. Raises DamagedFile for a damaged file of the run.
     """
     check_run_folder(run.folder, advice)
     saved = read_identity(run.folder)

@@ -96,8 +96,8 @@ def _resolve(
 ) -> Run:
     """Return the run. ``known`` has the runs resolved so far, by the id of their LoadedRecipe, on the same shards.
 
-    ``above`` are the files that led to this one. Raises RecipeError if a run depends on itself, as its identity would
-    contain itself.
+    ``above`` are the files that led to this one. Raises RecipeError if a run depends on itself, because its
+    identity would contain itself.
     """
     check_no_cycle(loaded, above)
     if id(loaded) in known:
@@ -112,8 +112,8 @@ def _resolve(
         sources = [run.recipe for run in teachers]
         recipe = _fill_defaults(with_normalization(loaded.recipe, sources), folder, launch)
         ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
-    # By id, as a recipe contains dicts and cannot be hashed. Compared runs are resolved only when they are needed: for
-    # a finished run, their caches and recipes may be gone.
+    # The key is the id, because a recipe contains dicts and cannot be hashed. Compared runs are resolved only when they
+    # are needed: for a finished run, their caches and recipes may be gone.
     run = known[id(loaded)] = Run(
         recipe, loaded.path, folder, manifest, ours, teachers, start, lambda: tuple(map(resolve_named, loaded.compare))
     )

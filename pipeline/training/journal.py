@@ -59,7 +59,7 @@ class TrainingJournal:
         """Floating-point operations per image, if known."""
         peak = peak_flops(device, recipe.precision)
         self.peak = peak and collectives.world_size() * peak
-        """Peak FLOP/s of all ranks together, if known; all ranks are taken to have the same GPU."""
+        """Peak FLOP/s of all ranks together, if known. All ranks are assumed to have the same GPU."""
         self.micro_batches: list[Tensor] = []
         """The loss parts [P] of each micro-batch of the current step, on the device."""
         self.bar: tqdm[Any] | None = None

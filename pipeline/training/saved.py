@@ -56,7 +56,8 @@ def read_saved(folder: Path, steps_per_epoch: int, total_steps: int, advice: str
     progress = state.progress
     if folder.name != f"step-{progress.step}" or not 0 < progress.step <= total_steps:
         raise DamagedFile(
-            f"{path}: progress.step: {progress.step} does not fit {folder.name} of {total_steps} steps; {advice}"
+            f"{path}: progress.step: expected the step in {folder.name}, from 1 to {total_steps}, "
+            f"got {progress.step}; {advice}"
         )
     if progress.steps_per_epoch != steps_per_epoch or progress.samples_seen < progress.step:
         found = f"{progress.steps_per_epoch} steps per epoch and {progress.samples_seen} samples"

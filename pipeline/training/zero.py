@@ -173,7 +173,9 @@ def _check_recipe(recipe: Recipe, stage: int) -> None:
     # The frozen teacher is left out: ZeRO does not partition it.
     compiled = _compiled_key(dump_recipe(recipe.model_copy(update={"teacher": None})))
     if stage == 3 and compiled:
-        raise RecipeError(f"{compiled}: under ZeRO-3 the weights are partitioned when torch compiles; remove the key")
+        raise RecipeError(
+            f"{compiled}: under ZeRO-3 the weights are partitioned, so torch cannot compile; remove the key"
+        )
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
         raise RecipeError(f"{average}: under ZeRO-3 no rank has all weights to average; use zero2.json, or DDP")

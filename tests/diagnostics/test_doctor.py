@@ -248,7 +248,8 @@ def test_a_corrupt_shard(load: Callable[..., LoadedRecipe]):
     tar = next(Path("shards").glob("train-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
     assert inputs.check_shards(loaded).status == "ok"
-    failing(inputs.check_checksums(loaded.recipe, count=99), f"{tar} has another sha256", "shards/verify.py shards")
+    found = inputs.check_checksums(loaded.recipe, count=99)
+    failing(found, f"{tar} has a sha256 that differs", "shards/verify.py shards")
     tar.write_bytes(tar.read_bytes()[:-1])
     failing(run_check(lambda: inputs.check_shards(loaded)), str(tar), "")
 

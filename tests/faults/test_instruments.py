@@ -104,7 +104,7 @@ ENDS = {
     "hang": done(None, late=True),
     "abort": done(None, signal=6, err="terminate called\n"),
     "accepted": done(),
-    "reported": done(1, out="a.tar has another sha256\n"),
+    "reported": done(1, out="a.tar has a sha256 that differs\n"),
     "exit code 1": done(1),
     "exit code 3": done(3, err="error: x\n"),
 }

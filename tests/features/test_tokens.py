@@ -70,7 +70,9 @@ def test_a_map_has_the_proportions_of_the_image(height: int, width: int):
 
 def test_rows_and_columns_are_given_where_patches_are_no_squares():
     model = Patches(5, (16, 8))
-    with pytest.raises(ValueError, match=r"13 tokens, 5 of them prefix tokens, which form no map of .* 32 × 32; give"):
+    with pytest.raises(
+        ValueError, match=r"13 tokens, 5 of them prefix tokens, which do not form a map of a 32 × 32 image; give"
+    ):
         mapped(model, "norm:tokens+5")
     found, images_BCHW = mapped(model, "norm:tokens+5@2x4")
     torch.testing.assert_close(found, pooled(images_BCHW, (16, 8)))

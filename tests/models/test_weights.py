@@ -154,6 +154,6 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(published, "load_state_dict_from_url", download)
     message = refusal(create_model("resnet18", 10), "IMAGENET1K_V1", "resnet18")
-    assert "no download from https://" in message
+    assert "cannot download https://" in message
     assert "no route to host" in message
     assert "give a file" in message

@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_not_passed_off_as_a_copy(source: Path, tmp_path: Pat
     assert stage.main([str(damaged), str(tmp_path / "local")]) == 0
     told = capsys.readouterr()
     assert told.out == f"{damaged}\n"
-    assert f"{tar} has another sha256 than the manifest" in told.err
+    assert f"{tar} has a sha256 that differs from the manifest" in told.err
     assert not stage.is_complete(stage.copy_path(damaged, tmp_path / "local"))
 
 

@@ -121,13 +121,13 @@ def _edit_table(column: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_flip_padding, "train-000000.tar has another sha256"),
+        (_flip_padding, "train-000000.tar has a sha256 that differs"),
         (_flip_header, "train-000000.tar is damaged"),
         (_grow, "train-000000.tar has 19,968 bytes"),
         (_cut, "train-000001.tar is damaged"),
         (_swap_indices, "train-000001.idx does not fit its tar"),
         (_swap_tars, "id 0 is used more than once"),
-        (_flip_table, "train.samples.npy has another sha256"),
+        (_flip_table, "train.samples.npy has a sha256 that differs"),
         (_lose_table, "train.samples.npy is missing"),
         (_empty_table, "train.samples.npy is not a sample table (EOF"),
         *(

@@ -57,7 +57,7 @@ def write_weights(path: Path, model: str, classes: int) -> None:
 
 
 def write_shards(folder: Path, classes: int, samples: int, side: tuple[int, int]) -> None:
-    """Write ``samples`` training JPEGs and an eighth as many for validation, unless they exist."""
+    """Write random JPEGs, ``samples`` for training and an eighth (at least 8) for validation, unless they exist."""
     if (folder / "manifest.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
