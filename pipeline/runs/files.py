@@ -83,7 +83,15 @@ def read_identity(folder: Path) -> Identity | None:
 
     Raises DamagedFile if the file is not valid.
     """
-    return _read(folder / IDENTITY, Identity, f"move {folder} away, or {NEW_FOLDER_HINT}")
+    copy = identity_copy(folder)
+    advice = f"copy {copy} over it" if copy else f"move {folder} away, or {NEW_FOLDER_HINT}"
+    return _read(folder / IDENTITY, Identity, advice)
+
+
+def identity_copy(folder: Path) -> Path | None:
+    """Return the copy of a run's identity in its newest checkpoint, or None if there is none."""
+    steps = {path: path.parent.name.removeprefix("step-") for path in folder.glob(f"checkpoints/step-*/{IDENTITY}")}
+    return max((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), default=None)
 
 
 def read_result(folder: Path) -> Result | None:

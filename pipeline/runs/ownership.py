@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.errors import RecipeError
-from pipeline.runs.files import IDENTITY, NEW_FOLDER_HINT, PREEMPTED
+from pipeline.runs.files import IDENTITY, NEW_FOLDER_HINT, PREEMPTED, identity_copy
 from pipeline.teachers.cache import HEADER
 from shards.manifest import MANIFEST
 
@@ -28,6 +28,8 @@ _KINDS = {IDENTITY: "a run", HEADER: "a teacher's cache", MANIFEST: "shards"}
 def check_run_folder(folder: Path, advice: str = NEW_FOLDER_HINT) -> None:
     """Raise RecipeError if ``folder`` cannot be written, or has files but no run."""
     check_writable(folder, "folder", advice)
+    if not (folder / IDENTITY).exists() and (copy := identity_copy(folder)):
+        raise RecipeError(f"{folder / IDENTITY} is missing; copy {copy} there, or {advice}")
     _check_contents(folder, IDENTITY, TRACKERS, advice)
 
 

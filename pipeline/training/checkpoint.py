@@ -7,6 +7,7 @@ A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced 
     zero/                    instead of these three, under ZeRO: DeepSpeed's own files, one or more per rank
     buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
     ema.safetensors  teacher.safetensors (the student's moving average, used as its teacher)
+    identity.json            a copy of the run folder's
     state.json               progress, journal length, world size, format, sha256 of every other file
 """
 
@@ -35,6 +36,7 @@ from pipeline.losses._base import Loss
 from pipeline.models.states import file_bytes, load_state, read_state, state_metadata
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
+from pipeline.runs.files import IDENTITY
 from pipeline.teachers.average import EMATeacher
 from pipeline.training import zero
 from pipeline.training.files import (
@@ -182,6 +184,10 @@ class Checkpoints:
         for name, average in self.averages.items():
             module = average if isinstance(average, nn.Module) else None
             save_tensors(folder / f"{name}.safetensors", average.state_dict(), module)
+        identity = self.folder.parent / IDENTITY
+        if identity.is_file():  # a damaged one can be restored from here
+            with saving(folder / IDENTITY, 0):
+                shutil.copyfile(identity, folder / IDENTITY)
         # Last, because it contains the digest of every other file.
         with saving(folder / STATE, 0):
             write_saved(folder, state.progress, state.journal_bytes, self.format, collectives.world_size())

@@ -91,10 +91,34 @@ def test_a_result_of_impossible_values_names_the_key(place: Path, key: str, valu
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_an_identity(place: Path, damage: Callable[[bytes], bytes]):
     file = place / "part" / "identity.json"
-    file.write_bytes(damage(file.read_bytes()))
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
     message = refused(place, "part")
     assert "part/identity.json: " in message
-    assert message.endswith("; move part away, or give folder=ANOTHER")
+    assert message.endswith("; copy part/checkpoints/step-4/identity.json over it")
+    shutil.copy(place / "part" / "checkpoints" / "step-4" / "identity.json", file)
+    train(place, "part")
+    assert file.read_bytes() == whole
+    assert (place / "part" / "result.json").is_file()
+
+
+def test_an_identity_that_is_gone_comes_back_from_a_checkpoint(place: Path):
+    file = place / "part" / "identity.json"
+    file.unlink()
+    assert refused(place, "part").startswith(
+        "part/identity.json is missing; copy part/checkpoints/step-4/identity.json"
+    )
+    shutil.copy(place / "part" / "checkpoints" / "step-4" / "identity.json", file)
+    train(place, "part")
+    assert (place / "part" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_an_identity_without_a_checkpoint(place: Path, damage: Callable[[bytes], bytes]):
+    shutil.rmtree(place / "part" / "checkpoints")
+    file = place / "part" / "identity.json"
+    file.write_bytes(damage(file.read_bytes()))
+    assert refused(place, "part").endswith("; move part away, or give folder=ANOTHER")
     train(place, "another", "stop.steps=1")
     (place / "part").rename(place / "away")
     train(place, "part", "stop.steps=1")
