@@ -92,12 +92,23 @@ def _content(source: Path, name: str) -> bytes:
     return read_archive(source, (name,))[name]
 
 
+def _class_names(source: Path) -> list[str]:
+    names = _column(source, "meta", "fine_label_names")
+    if not isinstance(names, list) or not all(isinstance(name, bytes) and name.isascii() for name in names):
+        raise ValueError(f"{source} is damaged or not CIFAR-100: the fine_label_names of meta are not names")
+    return [name.decode() for name in names]
+
+
 def _listing(source: Path, name: str, classes: int) -> list[ImageItem]:
     pixels, labels = _column(source, name, "data"), _column(source, name, "fine_labels")
     fits = (
-        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * _SIDE * _SIDE)
+        isinstance(labels, list)
+        and all(type(label) is int and 0 <= label < classes for label in labels)
+        and isinstance(pixels, np.ndarray)
+        and pixels.dtype == np.uint8
+        and pixels.shape == (len(labels), 3 * _SIDE * _SIDE)
     )
-    if not fits or not set(labels) <= set(range(classes)):
+    if not fits:
         raise ValueError(f"{source} is damaged or not CIFAR-100: {name} does not contain an image for each label")
     return [ImageItem(f"{row:05d}", label, 3 * _SIDE * _SIDE) for row, label in enumerate(labels)]
 
@@ -127,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     source = options.source.resolve()
-    classes = [name.decode() for name in _column(source, "meta", "fine_label_names")]
+    classes = _class_names(source)
     listings = {split: _listing(source, name, len(classes)) for split, name in FILES.items()}
     if options.train_per_class:
         listings["train"] = _first_of_each_class(listings["train"], options.train_per_class)

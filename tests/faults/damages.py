@@ -80,6 +80,9 @@ def exchanged(folder: Path, random: Random) -> str:
     earlier = [folder.parent / "step-2" / path.name] if folder.name == "step-3" else []
     other = random.choice([*others, *earlier, *earlier] or [path])
     content = path.read_bytes()
+    if other == path:
+        path.write_bytes(content[::-1])
+        return f"{path.name} is written backwards"
     path.write_bytes(other.read_bytes())
     if other.parent == folder:
         other.write_bytes(content)

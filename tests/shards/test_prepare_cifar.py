@@ -98,10 +98,24 @@ def test_code_in_a_pickle_is_refused_and_never_run(source, tmp_path, run, monkey
         {**rows(7, 0), b"fine_labels": [0] * 6},
         {**rows(7, 0), b"fine_labels": [0] * 6 + [3]},
         {**rows(7, 0), b"data": np.zeros((7, 3072))},
+        {**rows(7, 0), b"fine_labels": [[0]] * 7},
+        {**rows(7, 0), b"fine_labels": [0.5] * 7},
+        {**rows(7, 0), b"fine_labels": 7},
+        {**rows(7, 0), b"data": 7},
         {b"data": rows(7, 0)[b"data"]},
         "a text",
     ],
-    ids=["a label less", "an unknown label", "real numbers", "no labels", "a text"],
+    ids=[
+        "a label less",
+        "an unknown label",
+        "real numbers",
+        "lists for labels",
+        "halves for labels",
+        "one number for labels",
+        "one number for images",
+        "no labels",
+        "a text",
+    ],
 )
 def test_what_is_not_cifar_is_refused_in_one_line(source, tmp_path, run, content):
     write_pickles(source, train=content)
@@ -109,6 +123,14 @@ def test_what_is_not_cifar_is_refused_in_one_line(source, tmp_path, run, content
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "damaged or not CIFAR-100" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [3, b"apple", [3], ["apple"], [b"\xff"], {b"apple": 1}, None])
+def test_names_of_classes_that_are_none_are_refused_in_one_line(source, tmp_path, run, names):
+    write_pickles(source, meta={b"fine_label_names": names})
+    done = run("prepare_cifar.py", source, tmp_path / "out")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "damaged or not CIFAR-100" in done.stderr
 
 
 def test_a_missing_or_cut_file_is_one_line(source, tmp_path, run):
