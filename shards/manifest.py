@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from shards.documents import DamagedFile, parse_document
 
@@ -33,6 +33,14 @@ _Side = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
 """A plain file name, which cannot point to another folder."""
 _STRICT = ConfigDict(extra="forbid")
+
+
+def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    for key, least in {"seed": 0, "samples_per_shard": 1}.items():
+        value = plan.get(key, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key}: expected a whole number of at least {least}, got {value!r}")
+    return plan
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Manifest:
     """Class names in the order of their labels."""
     transform: dict[str, Any] = field(default_factory=dict)
     """The conversion of the images: options and their values."""
-    plan: dict[str, Any] = field(default_factory=dict)
+    plan: Annotated[dict[str, Any], AfterValidator(_check_plan)] = field(default_factory=dict)
     """Everything else that the bytes depend on: seed, shard size, digest of the source's listing."""
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION

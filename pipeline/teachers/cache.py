@@ -273,4 +273,6 @@ def _open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDA
         raise ValueError(f"{path} cannot be read ({reason}); {MEND_HINT}") from None
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, {HEADER} says {dtype} {shape}; {MEND_HINT}")
+    if array.offset + array.nbytes != path.stat().st_size:
+        raise ValueError(f"{path} has bytes after its array; {MEND_HINT}")
     return array

@@ -46,6 +46,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a bit of a digest": ("view-00.logits.sha256.npy", lambda file: flip(file, -1)),
     "a cut file of digests": ("view-01.logits.sha256.npy", lambda file: file.write_bytes(file.read_bytes()[:-5])),
     "a lost file of digests": ("view-01.logits.sha256.npy", lambda file: file.unlink()),
+    "bytes after a file": ("view-01.logits.npy", lambda file: file.write_bytes(file.read_bytes() + b"x")),
+    "bytes after a file of digests": (
+        "view-00.logits.sha256.npy",
+        lambda file: file.write_bytes(file.read_bytes() + bytes(512)),
+    ),
     "another view's file": (
         "view-00.logits.npy",
         lambda file: file.write_bytes(file.with_name("view-01.logits.npy").read_bytes()),
