@@ -185,8 +185,9 @@ def _mismatch_message(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor],
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     head = list(wanted)[-1].rpartition(".")[0]
-    # Only the head differs: then it is the number of classes, which the shards set.
-    if reshaped and not (missing or unexpected) and all(key.startswith(f"{head}.") for key in reshaped):
+    other_rows = all(key.startswith(f"{head}.") and _differ_in_rows(state[key], wanted[key]) for key in reshaped)
+    if reshaped and other_rows and not (missing or unexpected):
+        # Only the head has other rows: it has another number of classes, and the shards set that of the network.
         found, expected = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
         return f"{source}: the weights have {found} classes, the network and the shards have {expected}"
     problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
@@ -195,6 +196,11 @@ def _mismatch_message(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor],
         found, expected = tuple(state[reshaped[0]].shape), tuple(wanted[reshaped[0]].shape)
         problems += [f"{len(reshaped)} of another shape (first {reshaped[0]}: {found}, expected {expected})"]
     return f"{source}: weights of another architecture than {name}: {'; '.join(problems)}"
+
+
+def _differ_in_rows(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same shape except for their first dimension."""
+    return one.ndim == other.ndim > 0 and one.shape[1:] == other.shape[1:]
 
 
 def check_finite(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:

@@ -110,6 +110,13 @@ def test_a_head_of_another_number_of_classes_is_told_as_such(fresh: nn.Module, t
     assert message.endswith("imagenet.pt: the weights have 1000 classes, the network and the shards have 10")
 
 
+@pytest.mark.parametrize("shape", [(), (10, 1), (10, 64, 1)])
+def test_a_head_of_another_shape_is_not_taken_for_one_of_other_classes(fresh: nn.Module, tmp_path: Path, shape: tuple):
+    state = create_model(NAME, 10).state_dict()
+    torch.save(state | {list(state)[-1]: torch.zeros(shape)}, tmp_path / "w.pt")
+    assert f"1 of another shape (first {list(state)[-1]}: {shape}, expected (10,))" in refusal(fresh, tmp_path / "w.pt")
+
+
 def test_an_unknown_weights_name_is_refused_with_those_there_are():
     model = create_model("resnet18", 10)
     assert "torchvision has IMAGENET1K_V1, DEFAULT; or give a file" in refusal(model, "IMAGENET1K_V9", "resnet18")
