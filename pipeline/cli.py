@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 import torch
 
-from pipeline.errors import AlreadyReported, Interrupted, one_line
+from pipeline.errors import EXIT_USER_ERROR, AlreadyReported, Interrupted, one_line
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> None:
@@ -29,14 +29,14 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
         except Interrupted as interrupted:
             print(interrupted)
         except AlreadyReported:
-            sys.exit(2)
+            sys.exit(EXIT_USER_ERROR)
         except (ValueError, OSError, RuntimeError) as error:
             # Of a RuntimeError only a few are a user's; the others keep their traceback.
             line = _user_message(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):
                 raise
             print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(EXIT_USER_ERROR)
 
 
 @contextmanager

@@ -9,6 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+EXIT_USER_ERROR = 2
+"""Exit code of a command that has reported, in one line, an error that the user can correct."""
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one line."""
 

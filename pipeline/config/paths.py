@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.compose import compose, find_recipe
-from pipeline.errors import ROOT, RecipeError, one_line
+from pipeline.errors import EXIT_USER_ERROR, ROOT, RecipeError, one_line
 
 
 def main(args: Sequence[str]) -> None:
@@ -67,4 +67,4 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)

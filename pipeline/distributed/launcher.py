@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from pipeline.errors import RecipeError
+from pipeline.errors import ROOT, RecipeError
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _MPI_VARIABLES = (
@@ -32,6 +33,12 @@ class Launch:
     use_deepspeed: bool = False
     deepspeed_file: str | None = None
     """JSON file with DeepSpeed's settings."""
+
+    @property
+    def deepspeed_path(self) -> Path | None:
+        """Return the path of ``deepspeed_file``, from the current folder or the project's; None if there is none."""
+        name = self.deepspeed_file or ""
+        return next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
 
     @property
     def is_main(self) -> bool:

@@ -16,13 +16,10 @@ from pipeline.config.recipe import LoadedRecipe, Recipe, inherited_overrides, lo
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import check_launcher
-from pipeline.errors import ROOT, AlreadyReported, Interrupted, RecipeError, display_path
+from pipeline.errors import EXIT_USER_ERROR, ROOT, AlreadyReported, Interrupted, RecipeError, display_path
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, check_no_cycle, resolve
 from shards.manifest import MANIFEST
-
-_USER_ERROR = 2
-"""Exit code of a command of this project that has reported a user's error in one line."""
 
 
 def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
@@ -98,7 +95,7 @@ def _execute(command: list[str], message: str, launch: Launch) -> None:
     status = _status(command)
     if signals.stop_requested():
         raise Interrupted(f"{message} was stopped before its end; the same command continues")
-    if status == _USER_ERROR:
+    if status == EXIT_USER_ERROR:
         raise AlreadyReported(message)
     if status != 0:
         raise RecipeError(f"this run depends on a command that failed with exit code {status}: {message}")

@@ -17,6 +17,7 @@ RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
 VERSIONS_FILE = "versions.json"
 JOURNAL_FILE = "journal.jsonl"
+CHECKPOINTS = "checkpoints"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
@@ -90,8 +91,14 @@ def read_identity(folder: Path) -> Identity | None:
 
 def identity_copy(folder: Path) -> Path | None:
     """Return the copy of a run's identity in its newest checkpoint, or None if there is none."""
-    steps = {path: path.parent.name.removeprefix("step-") for path in folder.glob(f"checkpoints/step-*/{IDENTITY}")}
-    return max((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), default=None)
+    copies = [path / IDENTITY for path in checkpoint_folders(folder / CHECKPOINTS) if (path / IDENTITY).is_file()]
+    return copies[-1] if copies else None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first; a folder that was renamed to another name is ignored."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_result(folder: Path) -> Result | None:

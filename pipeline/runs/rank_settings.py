@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import Recipe, dump_recipe
@@ -37,9 +36,8 @@ def _deepspeed(launch: Launch) -> dict[str, Any]:
     """Return whether DeepSpeed is used, and its settings by key; a file that is not a mapping is a single value."""
     if not launch.use_deepspeed:
         return {"ACCELERATE_USE_DEEPSPEED": False}
-    name = launch.deepspeed_file or ""
-    path = next((found for found in (Path(name), ROOT / name) if found.is_file()), None)
-    text = path.read_text(errors="replace") if path else f"no file {name}"
+    path = launch.deepspeed_path
+    text = path.read_text(errors="replace") if path else f"no file {launch.deepspeed_file or ''}"
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):  # DeepSpeed reports a file that is no JSON; here it only must be the same

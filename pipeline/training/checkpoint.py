@@ -36,7 +36,7 @@ from pipeline.losses._base import Loss
 from pipeline.models.states import file_bytes, load_state, read_state, state_metadata
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
-from pipeline.runs.files import IDENTITY
+from pipeline.runs.files import CHECKPOINTS, IDENTITY, checkpoint_folders
 from pipeline.teachers.average import EMATeacher
 from pipeline.training import zero
 from pipeline.training.files import (
@@ -84,7 +84,7 @@ class Checkpoints:
         averages: dict[str, EMA | EMATeacher],
     ) -> None:
         self.config = config
-        self.folder = folder / "checkpoints"
+        self.folder = folder / CHECKPOINTS
         self.accelerator = accelerator
         self.distiller = distiller
         self.optimizer = optimizer
@@ -267,12 +267,6 @@ class Checkpoints:
         for name, buffer in rank_buffers(self.distiller).items():
             stack = torch.stack([file[name] for file in files])
             buffer.copy_(stack.mean(0) if stack.is_floating_point() else stack[0])
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first; a folder that was renamed to another name is ignored."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def rank_buffers(distiller: Distiller) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from torch import nn
 from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import ROOT, RecipeError, display_path
+from pipeline.errors import RecipeError, display_path
 from shards.documents import read_document
 
 _SETTINGS_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -55,7 +55,7 @@ def settings(recipe: Recipe, launch: Launch) -> dict[str, Any]:
 
     Raises RecipeError if the two disagree, or if ZeRO does not support a setting of the recipe.
     """
-    path, from_file = _read(launch.deepspeed_file)
+    path, from_file = _read(launch)
     zero = from_file.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise RecipeError(
@@ -149,16 +149,17 @@ def _engine(accelerator: Accelerator) -> Any:
     return accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
 
 
-def _read(name: str | None) -> tuple[str, dict[str, Any]]:
+def _read(launch: Launch) -> tuple[str, dict[str, Any]]:
     """Return the display path and the content of the launcher's settings file."""
-    if not name:
+    if not launch.deepspeed_file:
         raise RecipeError(
             f"{_SETTINGS_VARIABLE}: DeepSpeed is enabled without settings; give launchers/deepspeed/zero2.json"
         )
-    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
+    path = launch.deepspeed_path
     if path is None:
         raise RecipeError(
-            f"{_SETTINGS_VARIABLE}: there is no file {name}; give launchers/deepspeed/zero2.json, or your own"
+            f"{_SETTINGS_VARIABLE}: there is no file {launch.deepspeed_file}; "
+            "give launchers/deepspeed/zero2.json, or your own"
         )
     advice = "it is a mapping of DeepSpeed's settings, as in launchers/deepspeed/zero2.json"
     return display_path(path), read_document(path, dict[str, Any], advice)
