@@ -24,14 +24,14 @@ import torch
 from pipeline.builders.student import student_spec
 from pipeline.builders.summary import Report, summarize
 from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.tables import table_cells
 from pipeline.errors import ROOT
 from pipeline.losses._registry import LossSpec
 from pipeline.losses._rows import BatchLoss
 
 README = ROOT / "launchers" / "README.md"
 BEGIN, END = "<!-- written by cost_model.py -->\n", "<!-- end -->\n"
-_PATHS = sorted((ROOT / "configs/imagenet/r50_mbv1").glob("*.yaml"))
-RECIPES = [path for path in _PATHS if path.stem != "pair" and not path.stem.endswith("_cached")]
+PAIR = ROOT / "configs" / "imagenet" / "r50_mbv1.yaml"
 NODES = (1, 2, 4, 8, 16, 32, 64)
 GPUS = 8
 """GPUs per node."""
@@ -153,16 +153,11 @@ class StepCost(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A recipe, with the sizes of its networks."""
+    """A method's recipe, with the sizes of its networks."""
 
-    path: Path
+    name: str
     recipe: Recipe
     report: Report
-
-    @property
-    def name(self) -> str:
-        """Return the name of the recipe."""
-        return self.path.stem
 
     @property
     def gradients(self) -> int:
@@ -178,7 +173,7 @@ class Method(NamedTuple):
         """Return the losses' forward MACs on a rank, over its own rows or over the rows of all ranks."""
         if not any(issubclass(spec.loss, BatchLoss) for spec in self.recipe.losses.values()):
             return rows * self.report.auxiliary_macs
-        return rows * ranks * _auxiliary_macs(self.path, rows * ranks)
+        return rows * ranks * _auxiliary_macs(self.name, rows * ranks)
 
     def step(self, nodes: int, rows: int, network: Interconnect, rate: float) -> StepCost:
         """Return the time of a step with ``rows`` images per GPU, on GPUs of ``rate`` FLOP/s."""
@@ -223,15 +218,16 @@ def _latency(kind: str, nodes: int, network: Interconnect) -> float:
 
 
 @cache
-def _auxiliary_macs(path: Path, batch: int) -> float:
+def _auxiliary_macs(method: str, batch: int) -> float:
     """Return the losses' MACs per image in a batch of that size."""
-    return summarize(load_recipe(path, [f"batch={batch}"])).auxiliary_macs
+    return summarize(load_recipe(PAIR, [f"method={method}", f"batch={batch}"])).auxiliary_macs
 
 
 def methods() -> list[Method]:
-    """Return all recipes of the pair."""
-    loaded = [load_recipe(path) for path in RECIPES]
-    return [Method(run.path, run.recipe, summarize(run)) for run in loaded]
+    """Return all methods of the pair's table."""
+    names = sorted(str(cell.method) for cell in table_cells([PAIR], ()))
+    loaded = {name: load_recipe(PAIR, [f"method={name}"]) for name in names}
+    return [Method(name, run.recipe, summarize(run)) for name, run in loaded.items()]
 
 
 def published_rate(found: list[Method]) -> float:

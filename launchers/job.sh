@@ -2,7 +2,7 @@
 # Run a complete Slurm job. A batch script in slurm/ is a header and one call of this script.
 #
 #   launchers/job.sh train RECIPE [key=value …]          train, one task per GPU; requeued after a preemption
-#   launchers/job.sh table [RECIPE …] [key=value …]      train one recipe of an array (default: all recipes of ImageNet)
+#   launchers/job.sh table [PAIR …] [methods=a,b] [key=value …]      train one cell of an array (default: all of ImageNet's tables)
 #   launchers/job.sh run SCRIPT [argument …]             run a resumable Python script in one task; requeued after a signal
 #   launchers/job.sh cache RECIPE [key=value …]          cache a recipe's teacher, one task per GPU; requeued after a signal
 #
@@ -166,21 +166,15 @@ train() {
 }
 
 table() {
-    local recipes=() overrides=() arg recipe index=${SLURM_ARRAY_TASK_ID:-0}
-    for arg; do
-        if [[ $arg == *=* ]]; then overrides+=("$arg"); else recipes+=("$arg"); fi
-    done
-    if [ ${#recipes[@]} = 0 ]; then
-        for recipe in configs/imagenet/*/*.yaml; do
-            # A *_cached recipe is the same row of the table again, with a cached teacher.
-            [[ $recipe == */pair.yaml || $recipe == *_cached.yaml ]] || recipes+=("$recipe")
-        done
-    fi
-    if [ "$index" -ge ${#recipes[@]} ]; then
-        log "error: there are ${#recipes[@]} recipes; submit with --array=0-$((${#recipes[@]} - 1))"
+    local lines cells cell index=${SLURM_ARRAY_TASK_ID:-0}
+    lines=$("$PYTHON" pipeline/config/tables.py "$@")
+    mapfile -t cells <<< "$lines"
+    if [ "$index" -ge ${#cells[@]} ]; then
+        log "error: there are ${#cells[@]} cells; submit with --array=0-$((${#cells[@]} - 1))"
         exit 2
     fi
-    train "${recipes[index]}" "${overrides[@]}"
+    IFS=$'\t' read -r -a cell <<< "${cells[index]}"
+    train "${cell[@]}"
 }
 
 run() {

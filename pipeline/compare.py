@@ -1,6 +1,7 @@
-"""Train several recipes with several seeds, and print the mean and standard deviation of their results.
+"""Train several methods with several seeds, and print the mean and standard deviation of their results.
 
-    python pipeline/compare.py RECIPE [RECIPE …] [seeds=0,1,2] [jobs=1] [key=value …]
+    python pipeline/compare.py PAIR [PAIR …] methods=kd,dkd,ddkd [seeds=0,1,2] [jobs=1] [key=value …]
+    python pipeline/compare.py RECIPE [RECIPE …] …         complete recipes, or pairs with method=NAME
 
 Each run is an ordinary run in its own folder. The same command continues after an interruption, and never repeats a
 finished run. ``jobs`` runs are trained in parallel, each on its share of the cores. Overrides apply to all runs.
@@ -29,15 +30,16 @@ from queue import SimpleQueue
 from pipeline.cli import entry
 from pipeline.config.arguments import split_command_args
 from pipeline.config.recipe import load_recipe
+from pipeline.config.source import split_names
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import read_launch
-from pipeline.errors import ROOT, Interrupted, RecipeError, display_path
+from pipeline.errors import ROOT, Interrupted, RecipeError
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.training.result import percent
 
-OPTIONS = ("seeds", "jobs")
+OPTIONS = ("methods", "seeds", "jobs")
 MAX_SEEDS, MAX_JOBS = 1000, 256
 
 
@@ -52,8 +54,10 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError("command line: name the recipes to compare")
     seeds, (jobs, *_) = parse_numbers(options, "seeds", "0"), parse_numbers(options, "jobs", "1")
     # Seed by seed, so that an interrupted comparison has about equally many runs of every recipe.
-    requested = [(recipe, [*overrides, f"seed={seed}"]) for seed in seeds for recipe in recipes]
-    loaded = [load_recipe(recipe, changes) for recipe, changes in requested]
+    methods = [[f"method={name}"] for name in split_names(options.get("methods", ""))] or [[]]
+    changes = [[*method, *overrides] for method in methods]
+    requested = [(path, [*each, f"seed={seed}"]) for seed in seeds for path in recipes for each in changes]
+    loaded = [load_recipe(path, each) for path, each in requested]
     folder, times = Counter(map(run_folder, loaded)).most_common(1)[0]
     if times > 1:
         raise RecipeError(f"folder: two of these runs would share {folder}; leave folder out of the recipe")
@@ -61,8 +65,7 @@ def main(args: Sequence[str]) -> None:
         check_run_folder(run_folder(recipe))
     launch = read_launch()
     runs = [ensure_dependencies(recipe, launch) for recipe in loaded]
-    unfinished = [(run, changes) for run, (_, changes) in zip(runs, requested, strict=True) if run.result is None]
-    failures = train_all(unfinished, jobs)
+    failures = train_all([run for run in runs if run.result is None], jobs)
     finished = [run for run in runs if run.result is not None]
     if finished:
         print(results_table(finished))
@@ -83,7 +86,7 @@ def parse_numbers(options: dict[str, str], key: str, default: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
-def train_all(runs: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]:
+def train_all(runs: Sequence[Run], jobs: int) -> list[str]:
     """Train the runs, ``jobs`` at a time, print the result of each, and return the errors of those that failed.
 
     A signal to stop ends the current runs, which can be resumed, and begins no other.
@@ -94,20 +97,20 @@ def train_all(runs: Sequence[tuple[Run, Sequence[str]]], jobs: int) -> list[str]
         shares.put(cores[job::jobs] or cores)
     signals.install()
 
-    def train_one(run: Run, overrides: Sequence[str]) -> str | None:
+    def train_one(run: Run) -> str | None:
         share = shares.get()
         try:
-            return None if signals.stop_requested() else train_run(run, overrides, share, quiet=jobs > 1)
+            return None if signals.stop_requested() else train_run(run, share, quiet=jobs > 1)
         finally:
             shares.put(share)
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [failure for failure in pool.map(lambda pair: train_one(*pair), runs) if failure]
+        return [failure for failure in pool.map(train_one, runs) if failure]
 
 
-def train_run(run: Run, overrides: Sequence[str], cores: list[int], *, quiet: bool) -> str | None:
+def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
     """Train one run in a process of its own on ``cores``, and return its error, None if there is none."""
-    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), *overrides]
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides]
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
@@ -119,7 +122,7 @@ def train_run(run: Run, overrides: Sequence[str], cores: list[int], *, quiet: bo
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
-        return f"{run.command} {' '.join(overrides)}: {reason}"
+        return f"{run.command} {' '.join(run.overrides)}: {reason}"
     if run.result is not None:
         last, best = percent(run.result.top1), percent(run.result.best_top1)
         print(f"{run.folder}: top-1 {last}, best {best}", flush=True)
@@ -129,12 +132,11 @@ def train_run(run: Run, overrides: Sequence[str], cores: list[int], *, quiet: bo
 def results_table(runs: Sequence[Run]) -> str:
     """Return a Markdown table of top-1 in percent by recipe: mean ± sample deviation, and the value of each run."""
     lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
-    for path in dict.fromkeys(run.path for run in runs):
-        results = [run.result for run in runs if run.path == path]
+    for source in dict.fromkeys(run.source for run in runs):
+        results = [run.result for run in runs if run.source == source]
         last, best = ([getattr(result, key) for result in results if result] for key in ("top1", "best_top1"))
         values = ", ".join(map(percent, last))
-        name = display_path(path).removeprefix("configs/").removesuffix(".yaml")
-        lines.append(f"| `{name}` | {mean_and_deviation(last)} | {mean_and_deviation(best)} | {values} |")
+        lines.append(f"| `{source.run_name}` | {mean_and_deviation(last)} | {mean_and_deviation(best)} | {values} |")
     return "\n".join(lines)
 
 

@@ -1,9 +1,10 @@
 """Train a student by a recipe: the main job.
 
     accelerate launch pipeline/train.py                                     the demo (configs/demo.yaml)
-    accelerate launch pipeline/train.py configs/imagenet/r50_mbv1/ddkd.yaml data.path=/data/imagenet
-    torchrun --nproc_per_node 2 pipeline/train.py RECIPE [key=value …]      two ranks, on CPUs too
-    python pipeline/train.py --check RECIPE [key=value …]                   its parts and sizes, without training
+    accelerate launch pipeline/train.py configs/imagenet/r50_mbv1.yaml method=ddkd data.path=/data/imagenet
+    torchrun --nproc_per_node 2 pipeline/train.py PAIR method=NAME [key=value …]    two ranks, on CPUs too
+    python pipeline/train.py --check PAIR method=NAME [key=value …]         its parts and sizes, without training
+    python pipeline/train.py --list                                         methods, pairs and networks
 
 The same command continues an interrupted run. Data flows one way: shards → Batch → teacher(batch) →
 distiller(batch, outputs) → losses["total"] → backward → step.
@@ -28,6 +29,7 @@ from pipeline.builders.session import Session, State, open_session
 from pipeline.builders.summary import summarize
 from pipeline.cli import entry
 from pipeline.config.arguments import parse_recipe_args
+from pipeline.config.listing import listing
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
@@ -51,6 +53,9 @@ from pipeline.training.stopping import SIGNAL
 
 def main(args: Sequence[str]) -> None:
     """Train the run that the command line names, unless it is finished, and print its table; or ``--check`` it."""
+    if "--list" in args:
+        print(listing())
+        return
     if "--check" in args:
         print(summarize(load_recipe(*parse_recipe_args([arg for arg in args if arg != "--check"]))))
         return

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Cache the outputs of a recipe's teacher, for all runs that use them, on one node with eight GPUs.
-#   sbatch slurm/cache_teacher.sh configs/imagenet/r50_mbv1/kd_cached.yaml views=10 [key=value …]
+#   sbatch slurm/cache_teacher.sh configs/imagenet/r50_mbv1.yaml method=kd with=cached [key=value …]
 #SBATCH --job-name=cache_teacher
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -11,4 +11,4 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh train configs/imagenet/r34_r18/perception.yaml "$@"
+cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh train configs/imagenet/r34_r18.yaml method=perception "$@"

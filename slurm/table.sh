@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train the results of a table as a job array with one recipe per task, two tasks at a time. By default these are all of ImageNet's.
+# Train the cells of a table, pair by method, as a job array with one cell per task, two at a time. By default these are all of ImageNet's.
 #   sbatch slurm/table.sh [key=value …]
-#   sbatch --array=0-2 slurm/table.sh configs/imagenet/r34_r18/{kd,dkd,perception}.yaml [key=value …]
+#   sbatch --array=0-2 slurm/table.sh configs/imagenet/r34_r18.yaml methods=kd,dkd,perception [key=value …]
 #SBATCH --job-name=table
 #SBATCH --array=0-33%2
 #SBATCH --nodes=1

@@ -15,7 +15,7 @@ from pipeline.benchmarks.measure import Measurement
 from pipeline.benchmarks.step import WHOLE
 from pipeline.config.recipe import LoadedRecipe, dump_recipe
 from pipeline.data.loader_settings import processor
-from pipeline.errors import RecipeError, display_path
+from pipeline.errors import RecipeError
 from pipeline.frozen_model import FrozenModel
 from pipeline.runs.files import write_json
 from pipeline.runs.versions import versions
@@ -50,7 +50,7 @@ def new_record(
     """Return the record of a measurement that has just been made on this machine."""
     return BenchmarkRecord(
         what=what,
-        recipe=display_path(loaded.path),
+        recipe=str(loaded.source),
         resolved=dump_recipe(loaded.recipe),
         words=tuple(words),
         date=datetime.now(UTC).isoformat(),

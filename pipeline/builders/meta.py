@@ -69,7 +69,7 @@ def probe_models(
 ) -> ProbedModels:
     """Return the recipe's networks, each built by ``measure``, and the facts that the losses are built from.
 
-    ``sources`` are the recipes of ``teacher.recipes``; ``manifest`` is that of the shards, if it was read already.
+    ``sources`` are the recipes of ``teacher.runs``; ``manifest`` is that of the shards, if it was read already.
     """
     num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
     student = measure(student_spec(recipe.student, recipe.taps.student), num_classes, recipe.data.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -10,8 +9,9 @@ import torch
 from pipeline.batch import Batch, Progress
 from pipeline.builders.meta import FakeModel, NetworkSummary, count_parameters, probe, probe_models
 from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.config.source import RecipeSource
 from pipeline.distiller import Distiller
-from pipeline.errors import display_path, error_context
+from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
 from pipeline.training.flops import FlopCounter
@@ -23,7 +23,7 @@ _SAMPLE_ROWS = 32
 class Report(NamedTuple):
     """The report on the networks, losses and cost of a recipe."""
 
-    path: Path
+    source: RecipeSource
     student: NetworkSummary
     teachers: list[NetworkSummary]
     """The teacher's networks: none, one, or each member. The losses read taps of the first."""
@@ -50,7 +50,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         """Return the report as text for the user."""
-        lines = [display_path(self.path), *_describe_network("student", self.student)]
+        lines = [str(self.source), *_describe_network("student", self.student)]
         lines += [line for teacher in self.teachers for line in _describe_network("teacher", teacher)]
         lines += [f"          answers from {self.cache}"] if self.cache else []
         auxiliary = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
@@ -76,7 +76,9 @@ def summarize(loaded: LoadedRecipe) -> Report:
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
     losses = _try_losses(recipe, built.facts)
     cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None
-    return Report(loaded.path, built.student[0], [network for network, _ in built.teachers], cache, *losses, built.note)
+    return Report(
+        loaded.source, built.student[0], [network for network, _ in built.teachers], cache, *losses, built.note
+    )
 
 
 def _try_losses(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:

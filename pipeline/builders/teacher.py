@@ -79,7 +79,7 @@ def teacher_networks(config: Config | None) -> dict[str, TeacherNetwork]:
 def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
     """Return the specifications of the teacher's networks; a moving average is the student's network.
 
-    The first has the taps that the losses read. ``sources`` are the recipes of ``teacher.recipes``, in that order.
+    The first has the taps that the losses read. ``sources`` are the recipes of ``teacher.runs``, in that order.
     """
     remaining, found = iter(sources), []
     for key, network in teacher_networks(recipe.teacher).items():

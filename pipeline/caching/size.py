@@ -39,7 +39,7 @@ def choices(
 ) -> tuple[list[Choice], list[str]]:
     """Return the kinds of output that can be stored, in order of size, and the names of the network's stages.
 
-    ``sources`` are the recipes of ``teacher.recipes``. The command writes the logits, the taps of the recipe's losses,
+    ``sources`` are the recipes of ``teacher.runs``. The command writes the logits, the taps of the recipe's losses,
     ``kinds`` and the stages of ``encode``. Raises RecipeError for an unknown stage and for an impossible encoding.
     """
     num_classes = training_labels(recipe.data)[0]

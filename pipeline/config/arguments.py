@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import read_value
 from pipeline.config.recipe import Recipe
+from pipeline.config.source import SELECTION
 from pipeline.errors import ROOT, RecipeError
 
 ArgsT = TypeVar("ArgsT", bound=BaseModel)
@@ -20,7 +21,12 @@ DEFAULT = ROOT / "configs" / "demo.yaml"
 def split_command_args(args: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return the command's options ``key=value`` by key, and the other arguments, which belong to the recipe."""
     options = {key: value for key, _, value in (arg.partition("=") for arg in args) if key in keys}
-    others = {arg.partition("=")[0] for arg in args if "=" in arg} - options.keys() - Recipe.model_fields.keys()
+    others = (
+        {arg.partition("=")[0] for arg in args if "=" in arg}
+        - options.keys()
+        - Recipe.model_fields.keys()
+        - {*SELECTION}
+    )
     # A mistyped option would count as an unknown key of the recipe, whose message knows no options.
     for key in sorted(key for key in others if "." not in key):
         if near := difflib.get_close_matches(key, keys, n=1):

@@ -1,13 +1,13 @@
-"""Composition of a recipe from a YAML file, its ``base:`` files, the command line and ``constants:``.
+"""Composition of a recipe from its method, its own file, overlays, the command line and ``constants:``.
 
-Later sources win, and ``null`` deletes a key. ``${name}`` is replaced by the value at that dotted name under
+Later sources win, and ``null`` deletes a key. A file lies over its ``base:`` files. What a method must change of the
+recipe above it stands under its ``overrides:``. ``${name}`` is replaced by the value at that dotted name under
 ``constants:``, so that a number that several keys share is written once. An error is one line that names the file and
 the dotted key.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shlex
@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from pipeline.config.reading import MAX_DEPTH, MAX_VALUES, is_plain, load_yaml, read_yaml
-from pipeline.errors import ROOT, RecipeError, display_path
+from pipeline.config.source import RecipeSource, find_recipe, known_methods, method_file, overlay_file, split_source
+from pipeline.errors import RecipeError, display_path
 
 COMMAND_LINE = "command line"
 MAX_FILES = 100
@@ -34,31 +35,69 @@ _UNDER = "${}"
 """Key of a ``${name}`` in a mapping whose other keys override that constant's."""
 
 
-def compose(path: Path, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:
-    """Return the tree of a recipe file, complete or not, with its ``base:`` files, overrides and constants.
+def read_source(path: Path, overrides: Sequence[str] = ()) -> tuple[RecipeSource, list[str]]:
+    """Return the files that a command line names by its recipe, ``method=`` and ``with=``, and its other overrides.
+
+    Raises RecipeError if one of them does not exist.
+    """
+    path = find_recipe(path)
+    method, overlays, others = split_source(overrides)
+    # Naming the default changes nothing, so it must be the same run.
+    is_default = method is not None and own_tree(path).get("method") == method
+    return RecipeSource(path, None if is_default else method, overlays), others
+
+
+def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:
+    """Return the tree of a recipe, complete or not: its files, overrides and constants.
 
     ``origins`` is filled with the source of every value. Raises RecipeError for files that cannot be read or composed.
     """
     origins = {} if origins is None else origins
-    tree = _compose(path, origins, (), [])
+    tree = compose_files(source, origins)
     for override in overrides:
         _merge(tree, _parse_override(override), COMMAND_LINE, origins)
-    constants = _Constants(tree.pop("constants", None) or {}, origins, display_path(path))
+    unpack_compare(tree)
+    if "losses" not in tree and "student" in tree:
+        raise RecipeError(f"{source}: it needs a method: method=NAME; methods are {', '.join(known_methods())}")
+    constants = _Constants(tree.pop("constants", None) or {}, origins, display_path(source.path))
     # Nulls come last, because they may delete keys of a base or of a constant.
     filled = _without_nulls(constants.fill(tree, ()))
     constants.check_command_line()
     return filled
 
 
-def find_recipe(path: Path) -> Path:
-    """Return the absolute path of a recipe, searched from the current folder, then the project.
+def own_tree(path: Path) -> dict[str, Any]:
+    """Return the tree of a recipe file with its ``base:`` files, without method and overlays."""
+    return _compose(path, {}, (), [])
 
-    Raises RecipeError if there is no such file.
-    """
-    for candidate in (path, ROOT / path):
-        if candidate.is_file():
-            return candidate.resolve()
-    raise RecipeError(f"{path}: no such recipe; recipes are under {display_path(ROOT / 'configs')}")
+
+def compose_files(source: RecipeSource, origins: Origins) -> dict[str, Any]:
+    """Return the tree of the method, the recipe file over it and the overlays over both."""
+    own_origins: Origins = {}
+    own = _compose(source.path, own_origins, (), [])
+    default, _ = own.pop("method", None), own_origins.pop(("method",), None)
+    if not isinstance(default, str | None):
+        raise RecipeError(f"{display_path(source.path)}: method: expected the name of a method, got {default!r}")
+    if source.method and default is None and "losses" in own:
+        raise RecipeError(f"{source}: this recipe has losses of its own; method= is for a recipe without losses")
+    method = source.method or default
+    tree = _compose(method_file(method), origins, (), []) if method else {}
+    _merge(tree, own, None, {})
+    origins |= own_origins
+    _merge_overrides(tree, origins, display_path(source.path))
+    for name in source.overlays:
+        _merge(tree, _compose(overlay_file(name, source, method), origins, (), []), None, {})
+    return tree
+
+
+def _merge_overrides(tree: dict[str, Any], origins: Origins, file: str) -> None:
+    """Merge the section ``overrides`` into the tree that contains it, and remove the section."""
+    overrides = tree.pop("overrides", None) or {}
+    if not isinstance(overrides, dict):
+        raise RecipeError(f"{origins.get(('overrides',), file)}: overrides: expected a mapping, got {overrides!r}")
+    moved = {key[1:]: origins.pop(key) for key in list(origins) if key[0] == "overrides"}
+    _merge(tree, overrides, None, {})
+    origins |= {key: origin for key, origin in moved.items() if key}
 
 
 def _compose(path: Path, origins: Origins, above: tuple[Path, ...], files: list[Path]) -> dict[str, Any]:
@@ -80,7 +119,9 @@ def _compose(path: Path, origins: Origins, above: tuple[Path, ...], files: list[
         if not base_path.is_file():
             raise RecipeError(f"{display_path(path)}: base: there is no file {base!r} beside it")
         _merge(tree, _compose(base_path, origins, (*above, path), files), None, origins)
-    _resolve_paths(content, path)
+    for section in (content, content.get("overrides")):
+        if isinstance(section, dict):
+            _resolve_paths(section, path)
     _merge(tree, content, display_path(path), origins)
     return tree
 
@@ -126,7 +167,8 @@ class _Constants:
         self.constants = constants
         self.origins = origins
         self.file = file
-        self.used: set[tuple[str, ...]] = set()
+        self.used: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+        """Name of each constant that was used, and the key where it was."""
         self.filled = 0
         """Number of values seen so far, those of a constant counted as often as it is named."""
         self.open: list[tuple[str, ...]] = []
@@ -164,7 +206,7 @@ class _Constants:
             found = found[part]
         if name in self.open:
             raise RecipeError(f"{self.location(at)}: the constant {reference[1]!r} refers to itself")
-        self.used.add(name)
+        self.used.append((name, at))
         for key, origin in list(self.origins.items()):  # a list, because the loop adds keys
             if key[: len(name) + 1] == ("constants", *name):
                 below = (*at, *key[len(name) + 1 :])
@@ -179,17 +221,23 @@ class _Constants:
         return f"{self.origins.get(at, self.file)}: {'.'.join(at)}"
 
     def check_command_line(self) -> None:
-        """Raise RecipeError for a constant that the command line sets and the recipe does not use."""
-        for key, origin in self.origins.items():
+        """Raise RecipeError for a constant that the command line sets; the message names the recipe's own keys."""
+        for key in (key for key, origin in self.origins.items() if origin == COMMAND_LINE and key[0] == "constants"):
             name = key[1:]
-            if key[:1] != ("constants",) or origin != COMMAND_LINE or not name:
+            if isinstance(_value_at(self.constants, name), dict):  # its values come later in the loop
                 continue
-            # Used, if it is part of a constant that is used, or a constant that is used is part of it.
-            if not any(name[: len(used)] == used[: len(name)] for used in self.used):
-                known = sorted(".".join(used) for used in self.used)
-                near = difflib.get_close_matches(".".join(name), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"used are {', '.join(known) or 'none'}"
-                raise RecipeError(f"{COMMAND_LINE}: constants.{'.'.join(name)}: nothing uses this constant; {hint}")
+            keys = dict.fromkeys(
+                ".".join((*at, *name[len(used) :])) for used, at in self.used if name[: len(used)] == used
+            )
+            hint = f"set {' and '.join(keys)} instead" if keys else "nothing here uses this constant"
+            raise RecipeError(f"{COMMAND_LINE}: {'.'.join(key)}: constants are for files; {hint}")
+
+
+def _value_at(tree: Any, key: tuple[str, ...]) -> Any:
+    """Return the value at a key, None if there is none."""
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def read_value(key: str, text: str) -> Any:
@@ -236,19 +284,25 @@ def network_sections(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield section
 
 
-def references(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any] | list[Any], Any]]:
-    """Yield the container and the key of every value that names another recipe."""
-    for network in network_sections(tree):
-        for section in (network, network.get("start")):
-            if isinstance(section, dict) and isinstance(section.get("recipe"), str):
-                yield section, "recipe"
+def references(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the sections that name another recipe, by ``recipe``, or by a ``method`` of the same recipe file."""
+    compared = tree.get("compare")
+    starts = [network.get("start") for network in network_sections(tree)]
+    for section in (*network_sections(tree), *starts, *(compared if isinstance(compared, list) else ())):
+        if isinstance(section, dict) and any(isinstance(section.get(key), str) for key in ("recipe", "method")):
+            yield section
+
+
+def unpack_compare(tree: dict[str, Any]) -> None:
+    """Write each ``FILE`` in the list ``compare`` as ``{recipe: FILE}``."""
     if isinstance(tree.get("compare"), list):
-        yield from ((tree["compare"], index) for index in range(len(tree["compare"])))
+        tree["compare"] = [{"recipe": item} if isinstance(item, str) else item for item in tree["compare"]]
 
 
 def _resolve_paths(tree: dict[str, Any], path: Path) -> None:
     """Replace the names of other recipes that are relative to a file, so that it can be a base anywhere."""
-    for container, key in references(tree):
-        beside = path.parent / str(container[key])
+    unpack_compare(tree)
+    for section in references(tree):
+        beside = path.parent / str(section.get("recipe"))
         if beside.is_file():
-            container[key] = display_path(beside.resolve())
+            section["recipe"] = display_path(beside.resolve())

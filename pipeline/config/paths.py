@@ -16,8 +16,9 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config.compose import compose, find_recipe
-from pipeline.errors import EXIT_USER_ERROR, ROOT, RecipeError, one_line
+from pipeline.config.compose import compose, read_source
+from pipeline.config.source import RecipeSource
+from pipeline.errors import EXIT_USER_ERROR, RecipeError, one_line
 
 
 def main(args: Sequence[str]) -> None:
@@ -25,13 +26,13 @@ def main(args: Sequence[str]) -> None:
     recipes = [arg for arg in args if "=" not in arg]
     if len(recipes) != 1:
         raise RecipeError("command line: name one recipe; overrides are written key=value")
-    path = find_recipe(Path(recipes[0]))
-    tree = compose(path, [arg for arg in args if "=" in arg])
+    source, overrides = read_source(Path(recipes[0]), [arg for arg in args if "=" in arg])
+    tree = compose(source, overrides)
     shards = _text(tree, recipes[0], "data", "path")
     if not shards:
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")
     print(shards)
-    folder = default_folder(path, _seed(tree, recipes[0]))
+    folder = default_folder(source, _seed(tree, recipes[0]))
     folder = _text(tree, recipes[0], "folder") or folder
     print(folder)
     print(_text(tree, recipes[0], "teacher", "cache") or folder)
@@ -55,11 +56,9 @@ def _seed(tree: Any, file: str) -> int:
     return seed
 
 
-def default_folder(path: Path, seed: int) -> Path:
-    """Return the run folder of the recipe at ``path`` if the recipe names none, relative to the current folder."""
-    configs = ROOT / "configs"
-    name = path.relative_to(configs) if path.is_relative_to(configs) else Path(path.name)
-    return Path("runs") / name.with_suffix("") / f"seed-{seed}"
+def default_folder(source: RecipeSource, seed: int) -> Path:
+    """Return the run folder of a recipe that names none, relative to the current folder."""
+    return Path("runs") / source.run_name / f"seed-{seed}"
 
 
 if __name__ == "__main__":

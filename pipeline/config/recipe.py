@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from pipeline.config.compose import Origins, compose, find_recipe, network_sections, references
+from pipeline.config.compose import Origins, compose, network_sections, read_source, references
 from pipeline.config.messages import check_nulls, validation_message
+from pipeline.config.source import RecipeSource, find_recipe
 from pipeline.config.values import check_numbers, check_switches
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
@@ -26,16 +27,16 @@ from pipeline.losses._registry import Losses
 from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
 from pipeline.optim.schedule import Schedule
+from pipeline.run_reference import RunReference
 from pipeline.teachers.config import Config as TeacherConfig
 
 
-class StartConfig(FrozenModel):
-    """The student's initial weights: a weights file, or the student of another recipe's run."""
+class StartConfig(RunReference):
+    """The student's initial weights: a weights file, or the student of another run."""
 
     weights: str | None = None
     weights_key: str | None = None
     """Key of the weights in a file that has several, such as ``model_ema``; default: the raw weights."""
-    recipe: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> StartConfig:
@@ -106,13 +107,13 @@ class Recipe(FrozenModel):
     ema: Averaging | None = None
     graph: Literal["auto"] | bool = "auto"
     """True to replay each step as a CUDA graph, with equal numbers. ``auto``: on one GPU, without accumulation."""
-    compare: tuple[str, ...] = ()
-    """Recipes whose results are in the final table; missing runs are trained first."""
+    compare: tuple[RunReference, ...] = ()
+    """Runs whose results are in the final table; missing ones are trained first."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
     stop: StopConfig = StopConfig()
     folder: str | None = None
-    """Run folder; default ``runs/<path of the recipe under configs/>/seed-<seed>``."""
+    """Run folder; default ``runs/<path of the recipe under configs/>/<method>/seed-<seed>``."""
 
     @model_validator(mode="after")
     def _losses_have_their_teacher(self) -> Recipe:
@@ -140,65 +141,78 @@ class Recipe(FrozenModel):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, its file, and the recipes that it names, which are loaded at their first use.
+    """A recipe, its source, and the recipes that it names, which are loaded at their first use.
 
     Every recipe is read once. All use the shards of this recipe, including an override of ``data.path``. The recipe of
     ``student.start`` also gets this recipe's seed; teachers and compared runs keep theirs.
     """
 
     recipe: Recipe
-    path: Path
+    source: RecipeSource
+    overrides: tuple[str, ...] = ()
+    """The overrides with which it was loaded; of a recipe that another names, ``data.path`` comes first."""
     loaded: RecipeTree = field(default_factory=dict, repr=False, compare=False)
     """Recipes that this command has loaded so far, shared with those that this one names."""
 
     @property
+    def path(self) -> Path:
+        """Return the recipe file."""
+        return self.source.path
+
+    @property
     def teachers(self) -> tuple[LoadedRecipe, ...]:
-        """Return the recipes of ``recipe.teacher.recipes``, in that order."""
-        return tuple(map(self._load_named, self.recipe.teacher.recipes if self.recipe.teacher else ()))
+        """Return the recipes of ``recipe.teacher.runs``, in that order."""
+        return tuple(map(self._load_named, self.recipe.teacher.runs if self.recipe.teacher else ()))
 
     @property
     def start(self) -> LoadedRecipe | None:
-        """Return the recipe of ``student.start.recipe``, None if there is none."""
+        """Return the recipe of ``student.start``, None if it names none."""
         start = self.recipe.student.start
-        return self._load_named(start.recipe) if start and start.recipe else None
+        return self._load_named(start) if start and start.recipe else None
 
     @property
     def compare(self) -> tuple[LoadedRecipe, ...]:
-        """Return the recipes of ``recipe.compare``, in that order."""
-        return tuple(map(self._load_named, self.recipe.compare))
+        """Return the recipes of ``recipe.compare``, in that order, without this one."""
+        named = map(self._load_named, self.recipe.compare)
+        return tuple(other for other in named if other.source != self.source)
 
-    def _load_named(self, name: str) -> LoadedRecipe:
-        key = (find_recipe(Path(name)), tuple(inherited_overrides(self.recipe, name)))
+    def _load_named(self, reference: RunReference) -> LoadedRecipe:
+        source, _ = read_source(Path(str(reference.recipe)), reference.selection)
+        key = (source, tuple(_inherited_overrides(self.recipe, reference)))
         if key not in self.loaded:
-            self.loaded[key] = LoadedRecipe(_load_one(*key), key[0], self.loaded)
+            self.loaded[key] = LoadedRecipe(_load_one(*key), *key, self.loaded)
         return self.loaded[key]
 
 
-RecipeTree = dict[tuple[Path, tuple[str, ...]], LoadedRecipe]
-"""Recipes by file and overrides."""
+RecipeTree = dict[tuple[RecipeSource, tuple[str, ...]], LoadedRecipe]
+"""Recipes by source and overrides."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Return the recipe at ``path``, merged over its ``base:`` files and overridden by ``overrides`` (``key=value``).
+    """Return the recipe at ``path`` with its ``method=``, ``with=`` and other overrides ``key=value``.
 
     Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
-    path = find_recipe(Path(path))
-    return LoadedRecipe(_load_one(path, overrides), path)
+    source, others = read_source(Path(path), overrides)
+    return LoadedRecipe(_load_one(source, others), source, tuple(others))
 
 
-def inherited_overrides(recipe: Recipe, path: str) -> list[str]:
-    """Return the overrides for the recipe at ``path`` that ``recipe`` depends on; that of ``data.path`` comes first."""
-    others = (*(recipe.teacher.recipes if recipe.teacher else ()), *recipe.compare)
-    start = recipe.student.start
+def _inherited_overrides(recipe: Recipe, reference: RunReference) -> list[str]:
+    """Return the overrides for a run that ``recipe`` depends on; that of ``data.path`` comes first."""
+    others = [*(recipe.teacher.runs if recipe.teacher else ()), *recipe.compare]
     # A recipe that is also a teacher or a compared run keeps its seed, so that it has one run and not two.
-    is_start = start is not None and start.recipe == path and path not in others
+    is_start = reference is recipe.student.start and not any(_same_run(reference, other) for other in others)
     return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if is_start else [])]
 
 
-def _load_one(path: Path, overrides: Sequence[str]) -> Recipe:
+def _same_run(a: RunReference, b: RunReference) -> bool:
+    return (a.recipe, a.selection) == (b.recipe, b.selection)
+
+
+def _load_one(source: RecipeSource, overrides: Sequence[str]) -> Recipe:
     origins: Origins = {}
-    tree = compose(path, overrides, origins)
+    path = source.path
+    tree = compose(source, overrides, origins)
     _unpack_models(tree)
     _resolve_references(tree, path)
     check_numbers(tree, origins, display_path(path))
@@ -226,8 +240,9 @@ def _unpack_models(tree: dict[str, Any]) -> None:
 
 
 def _resolve_references(tree: dict[str, Any], path: Path) -> None:
-    for container, key in references(tree):
+    """Find the recipe files that the tree names; a method alone is one of the same file."""
+    for section in references(tree):
         try:
-            container[key] = display_path(find_recipe(Path(str(container[key]))))
+            section["recipe"] = display_path(find_recipe(Path(str(section.get("recipe", path)))))
         except RecipeError as error:
             raise RecipeError(f"{display_path(path)}: it names a recipe that does not exist: {error}") from None

@@ -159,7 +159,7 @@ def check_teacher_source(loaded: LoadedRecipe, launch: Launch) -> Finding:
         # A run's folder is found by its identity, which contains the manifest's digest.
         if not (Path(recipe.data.path) / MANIFEST).is_file():
             return skip("no shards, which are needed to find the other runs")
-        findings += [_find_finished(run) for run in resolve(loaded, launch).needed.values()]
+        findings += [_find_finished(run) for run in resolve(loaded, launch).needed]
     if not findings:
         return skip("the recipe names no weights and no other run")
     worst_first = (finding for status in ("FAIL", "skip") for finding in findings if finding.status == status)
@@ -169,7 +169,7 @@ def check_teacher_source(loaded: LoadedRecipe, launch: Launch) -> Finding:
 def _needs_runs(recipe: Recipe) -> bool:
     """Return whether other runs must be finished before this one; the run of a cached teacher is not needed."""
     teacher, start = recipe.teacher, recipe.student.start
-    return bool((teacher and teacher.uses_live_model and teacher.recipes) or (start and start.recipe) or recipe.compare)
+    return bool((teacher and teacher.uses_live_model and teacher.runs) or (start and start.recipe) or recipe.compare)
 
 
 def _join(findings: list[Finding]) -> Finding:

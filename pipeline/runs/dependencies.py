@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.config.recipe import LoadedRecipe, Recipe, inherited_overrides, load_recipe
+from pipeline.config.recipe import LoadedRecipe, load_recipe
+from pipeline.config.source import RecipeSource
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import check_launcher
@@ -35,30 +36,31 @@ def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
     return run
 
 
-def check_no_cycles(loaded: LoadedRecipe, above: tuple[Path, ...] = ()) -> None:
+def check_no_cycles(loaded: LoadedRecipe, above: tuple[RecipeSource, ...] = ()) -> None:
     """Raise RecipeError if a recipe depends on itself, directly or through others."""
     check_no_cycle(loaded, above)
     for named in (*loaded.teachers, *([loaded.start] if loaded.start else []), *loaded.compare):
-        check_no_cycles(named, (*above, loaded.path))
+        check_no_cycles(named, (*above, loaded.source))
 
 
 def _ensure(run: Run, launch: Launch) -> None:
     if run.result is not None:
         return
-    for path, dependency in run.needed.items():
+    for dependency in run.needed:
         _ensure(dependency, launch)
         if dependency.result is None:
-            _train(dependency, run.recipe, path, launch)
+            _train(dependency, launch)
 
 
-def _train(run: Run, dependent: Recipe, path: str, launch: Launch) -> None:
-    """Train the ``run`` that ``dependent`` names by ``path``; its own dependencies are there already."""
+def _train(run: Run, launch: Launch) -> None:
+    """Train a run that another names; its own dependencies are there already."""
     check_folder(run, f"move {run.folder} away")
-    data_path, *others = inherited_overrides(dependent, path)
+    path, *selection = run.source.args
+    data_path, *others = run.overrides
     # The message is for the user: it leaves out an override that changes nothing.
-    is_moved = load_recipe(path, others).recipe.data.path != dependent.data.path
+    is_moved = load_recipe(path, [*selection, *others]).recipe.data.path != run.recipe.data.path
     message = " ".join([run.command, *([shlex.quote(data_path)] if is_moved else []), *others])
-    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), str(run.path), data_path, *others], message, launch)
+    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides], message, launch)
     if run.result is None:
         raise Interrupted(f"{message} was stopped before its end; the same command continues")
 

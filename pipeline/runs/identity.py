@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 from pipeline.batch import rows_per_rank
 from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
+from pipeline.config.source import RecipeSource
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.files import IDENTITY, Result, read_identity, read_result
@@ -25,6 +25,8 @@ from shards.manifest import Manifest, read_manifest
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints", "graph")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
+# How a recipe names another run, whose fingerprint stands for it.
+_NOT_IDENTITY_REFERENCE = ("method", "with")
 # Keys that are part of the identity only if they are set.
 _OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint", "weights_key")
 
@@ -34,22 +36,29 @@ class Run:
     """A recipe with its shards, folder and identity, and with the runs that it names; all are read only once."""
 
     recipe: Recipe
-    path: Path
-    """The recipe file."""
+    source: RecipeSource
+    """The recipe's files."""
     folder: Path
     manifest: Manifest
     """Manifest of its shards."""
     identity: dict[str, Any]
     teachers: tuple[Run, ...] = ()
-    """Runs of ``recipe.teacher.recipes``, in that order."""
+    """Runs of ``recipe.teacher.runs``, in that order."""
     start: Run | None = None
-    """Run of ``student.start.recipe``."""
+    """Run of ``student.start``."""
+    overrides: tuple[str, ...] = ()
+    """The overrides with which the recipe was loaded."""
     resolve_compare: Callable[[], tuple[Run, ...]] = field(default=tuple, repr=False, compare=False)
 
     @cached_property
     def compare(self) -> tuple[Run, ...]:
         """Return the runs of ``recipe.compare``. They are resolved at their first use: no identity depends on them."""
         return self.resolve_compare()
+
+    @property
+    def path(self) -> Path:
+        """Return the recipe file."""
+        return self.source.path
 
     @property
     def result(self) -> Result | None:
@@ -65,23 +74,21 @@ class Run:
     @property
     def command(self) -> str:
         """Return the command that trains this run."""
-        return f"python pipeline/train.py {shlex.quote(display_path(self.path))}"
+        return f"python pipeline/train.py {self.source}"
 
     @property
-    def needed(self) -> dict[str, Run]:
-        """Return the runs that must be finished first, by their paths in the recipe: all but a cached teacher's."""
-        teacher, start = self.recipe.teacher, self.recipe.student.start
-        live = teacher is not None and teacher.uses_live_model
-        named = dict(zip(teacher.recipes, self.teachers, strict=True)) if teacher and live else {}
-        named |= {start.recipe: self.start} if start and start.recipe and self.start else {}
-        return named | dict(zip(self.recipe.compare, self.compare, strict=True))
+    def needed(self) -> tuple[Run, ...]:
+        """Return the runs that must be finished first: all but a cached teacher's."""
+        teacher = self.recipe.teacher
+        teachers = self.teachers if teacher and teacher.uses_live_model else ()
+        return (*teachers, *([self.start] if self.start else []), *self.compare)
 
 
 def run_folder(loaded: LoadedRecipe) -> Path:
-    """Return the recipe's ``folder``, or ``runs/<path under configs/>/seed-<n>`` below the current folder."""
+    """Return the recipe's ``folder``, or its default below the current folder."""
     if loaded.recipe.folder is not None:
         return Path(loaded.recipe.folder)
-    return default_folder(loaded.path, loaded.recipe.seed)
+    return default_folder(loaded.source, loaded.recipe.seed)
 
 
 def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
@@ -92,11 +99,11 @@ def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:
 
 
 def _resolve(
-    loaded: LoadedRecipe, manifest: Manifest, launch: Launch, known: dict[int, Run], above: tuple[Path, ...]
+    loaded: LoadedRecipe, manifest: Manifest, launch: Launch, known: dict[int, Run], above: tuple[RecipeSource, ...]
 ) -> Run:
     """Return the run. ``known`` has the runs resolved so far, by the id of their LoadedRecipe, on the same shards.
 
-    ``above`` are the files that led to this one. Raises RecipeError if a run depends on itself, because its
+    ``above`` are the recipes that led to this one. Raises RecipeError if a run depends on itself, because its
     identity would contain itself.
     """
     check_no_cycle(loaded, above)
@@ -104,7 +111,7 @@ def _resolve(
         return known[id(loaded)]
 
     def resolve_named(other: LoadedRecipe) -> Run:
-        return _resolve(other, manifest, launch, known, (*above, loaded.path))
+        return _resolve(other, manifest, launch, known, (*above, loaded.source))
 
     folder = run_folder(loaded)
     teachers, start = tuple(map(resolve_named, loaded.teachers)), loaded.start and resolve_named(loaded.start)
@@ -114,18 +121,15 @@ def _resolve(
         ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
     # The key is the id, because a recipe contains dicts and cannot be hashed. Compared runs are resolved only when they
     # are needed: for a finished run, their caches and recipes may be gone.
-    run = known[id(loaded)] = Run(
-        recipe, loaded.path, folder, manifest, ours, teachers, start, lambda: tuple(map(resolve_named, loaded.compare))
-    )
+    named = (teachers, start, loaded.overrides, lambda: tuple(map(resolve_named, loaded.compare)))
+    run = known[id(loaded)] = Run(recipe, loaded.source, folder, manifest, ours, *named)
     return run
 
 
-def check_no_cycle(loaded: LoadedRecipe, above: tuple[Path, ...]) -> None:
+def check_no_cycle(loaded: LoadedRecipe, above: tuple[RecipeSource, ...]) -> None:
     """Raise RecipeError if the recipe is one of those that led to it."""
-    if loaded.path in above:
-        raise RecipeError(
-            f"{display_path(loaded.path)}: the recipe depends on itself, through {display_path(above[-1])}"
-        )
+    if loaded.source in above:
+        raise RecipeError(f"{loaded.source}: the recipe depends on itself, through {above[-1]}")
 
 
 def _fill_defaults(recipe: Recipe, folder: Path, launch: Launch) -> Recipe:
@@ -179,6 +183,7 @@ def identity(
     networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
     for section, teacher_run in zip(networks, teachers, strict=True):
         section["recipe"] = teacher_run.fingerprint
+    tree["compare"] = []  # a table at the end changes no number
     name_by_content(tree, recipe, [teacher_run.recipe for teacher_run in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
@@ -186,6 +191,9 @@ def identity(
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
     for key in _NOT_IDENTITY_TEACHER:
         teacher.pop(key, None)
+    for section in (*(teacher.get("members") or ()), teacher, tree["student"]["start"] or {}):
+        for key in _NOT_IDENTITY_REFERENCE:
+            section.pop(key, None)
     return _without_unused(tree)
 
 

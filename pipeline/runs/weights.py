@@ -22,7 +22,7 @@ CONTENT = "sha256:"
 def with_normalization(recipe: Recipe, sources: Sequence[Recipe]) -> Recipe:
     """Return the recipe with the ``mean`` and ``std`` that a teacher's published weights expect.
 
-    ``sources`` are the recipes of ``teacher.recipes``, in that order. Values that the recipe sets are kept, and nothing
+    ``sources`` are the recipes of ``teacher.runs``, in that order. Values that the recipe sets are kept, and nothing
     is set if the weights expect the normalisation of the data.
     """
     config = recipe.teacher

@@ -7,15 +7,19 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline.frozen_model import FrozenModel
 from pipeline.optim.ema import Config as Averaging
+from pipeline.run_reference import RunReference
 
 RGBTriple = tuple[float, float, float]
 """One value each for red, green and blue."""
 
 
-class TeacherNetwork(FrozenModel):
-    """The configuration of one frozen network: architecture, weights and precision."""
+class TeacherNetwork(RunReference):
+    """The configuration of one frozen network: architecture, weights and precision.
+
+    Instead of ``model``, ``recipe`` may name the run that provides the network, its last weights, mean and std.
+    ``weights`` then replaces the last weights, for example with the file of the run's best weights.
+    """
 
     model: str | None = None
     """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
@@ -23,11 +27,6 @@ class TeacherNetwork(FrozenModel):
     """A weights file, or the name of published weights: torchvision's, such as IMAGENET1K_V1, or a tag of timm."""
     weights_key: str | None = None
     """The key of the weights in a file with several, such as ``model_ema``; default: the raw weights."""
-    recipe: str | None = None
-    """Instead of ``model``: the recipe whose finished run provides the network, its last weights, mean and std.
-
-    ``weights`` then replaces the last weights, for example with the file of the run's best weights.
-    """
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -114,9 +113,9 @@ class Config(TeacherNetwork):
         return self.cache is None or bool(self.model or self.recipe or self.members)
 
     @property
-    def recipes(self) -> list[str]:
-        """Return the recipes whose runs provide the networks."""
-        return [network.recipe for network in self.members or (self,) if network.recipe is not None]
+    def runs(self) -> list[RunReference]:
+        """Return the runs that provide the networks, in the order of ``members``."""
+        return [network for network in self.members or (self,) if network.recipe is not None]
 
 
 _CACHE = ("cache", "fallback", "accept", "encode")

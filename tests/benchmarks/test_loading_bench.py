@@ -23,7 +23,7 @@ from pipeline.errors import RecipeError
 from pipeline.runs.identity import Run
 from shards.manifest import read_manifest
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1.yaml"
 PAD = ("data.crop=pad", "data.resize=null")
 
 
@@ -33,11 +33,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *words: str) -> Run:
-    return run_of(RECIPE, [f"data.path={folder}", "data.size=16", "batch=4", *words])
+    return run_of(RECIPE, ["method=ce", f"data.path={folder}", "data.size=16", "batch=4", *words])
 
 
 def loaded(folder: Path, *words: str) -> LoadedRecipe:
-    return load_recipe(RECIPE, [f"data.path={folder}", "data.size=16", "batch=4", *words])
+    return load_recipe(RECIPE, ["method=ce", f"data.path={folder}", "data.size=16", "batch=4", *words])
 
 
 @pytest.mark.parametrize(

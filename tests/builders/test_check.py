@@ -16,55 +16,28 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.builders.distiller import build_distiller
 from pipeline.builders.summary import summarize
-from pipeline.config.compose import compose
+from pipeline.config.listing import known_pairs
 from pipeline.config.recipe import load_recipe
+from pipeline.config.source import RecipeSource, known_methods
+from pipeline.config.tables import load_tables, table_cells
 from pipeline.data.loader import Loader
 from pipeline.errors import ROOT, RecipeError
 from pipeline.losses._base import Loss
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RECIPES = [path for path in CONFIGS if f"pipeline/train.py {path.relative_to(ROOT)}" in path.read_text()]
-PARTS = {"tables.yaml", "cifar100/perception_paper_literal.yaml"}
-"""What cannot be composed alone: no recipe, and one that takes its constants from the pairs."""
-TABLES = yaml.safe_load((ROOT / "configs" / "tables.yaml").read_text())
-PAIRS = [(dataset, pair) for dataset, facts in TABLES["datasets"].items() for pair in facts["pairs"]]
+CONFIGS = ROOT / "configs"
+IN_TABLES = [path for path in known_pairs() if load_tables().table_of(RecipeSource(path))]
+RECIPES = [
+    *(RecipeSource(CONFIGS / "cifar100" / "resnet56_resnet20.yaml", name) for name in known_methods()),
+    *table_cells(IN_TABLES, ()),
+    *(RecipeSource(path, "ddkd") for path in known_pairs() if path not in IN_TABLES),
+    *map(RecipeSource, sorted(CONFIGS.glob("*/teachers/*.yaml"))),
+]
+"""Every method, every cell of the tables, the other pairs by DDKD, and the teachers."""
 
 
-def test_every_file_beside_a_pair_says_its_command():
-    beside = {path for path in CONFIGS if (path.parent / "pair.yaml").is_file() and path.name != "pair.yaml"}
-    assert len(beside) > 300
-    assert beside <= set(RECIPES)
-
-
-def test_every_file_that_is_a_whole_recipe_says_its_command():
-    others = [path for path in CONFIGS if str(path.relative_to(ROOT / "configs")) not in PARTS]
-    whole = {path for path in others if {"student", "losses", "data"} <= compose(path).keys()}
-    assert len(whole) > 300
-    assert whole <= set(RECIPES)
-
-
-@pytest.mark.parametrize(("dataset", "pair"), PAIRS)
-def test_the_tables_say_what_a_network_costs(dataset: str, pair: str):
-    report = summarize(load_recipe(ROOT / "configs" / dataset / pair / "kd.yaml"))
-    cells = TABLES["datasets"][dataset]["pairs"][pair]
-    for role, network in {"student": report.student, "teacher": report.teachers[0]}.items():
-        assert TABLES["networks"][cells[role]]["gmac"] == pytest.approx(network.macs / 1e9, rel=0.01)
-
-
-MAPS = [place for cache in TABLES["caches"] if "last" in cache["kinds"] for place in cache["pairs"]]
-
-
-@pytest.mark.parametrize("place", MAPS)
-def test_the_tables_say_how_large_the_last_map_of_a_cached_teacher_is(place: str):
-    report = summarize(load_recipe(ROOT / "configs" / place / "ddkd.yaml"))
-    dataset, pair = place.split("/")
-    teacher = TABLES["datasets"][dataset]["pairs"][pair]["teacher"]
-    assert TABLES["networks"][teacher]["last"] == list(report.teachers[0].shapes["last"])
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_recipe_of_the_tree_is_built(path: Path):
-    loaded = load_recipe(path)
+@pytest.mark.parametrize("source", dict.fromkeys(RECIPES), ids=str)
+def test_every_recipe_of_the_tree_is_built(source: RecipeSource):
+    loaded = load_recipe(source.path, source.selection)
     report = summarize(loaded)
     # Each loss gives its parts, and what has parameters of its own says so.
     for name in loaded.recipe.losses:
@@ -76,7 +49,7 @@ def test_every_recipe_of_the_tree_is_built(path: Path):
 
 
 def test_the_cost_of_ddkd_is_what_its_formulas_give():
-    report = summarize(load_recipe(ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"))
+    report = summarize(load_recipe(CONFIGS / "imagenet" / "r50_mbv1.yaml", ["method=ddkd"]))
     assert report.student.parameters == 4_231_976
     assert report.auxiliary["ddkd"] == 34_638_972
     assert report.auxiliary_macs == pytest.approx(1.394e9, rel=1e-3)

@@ -13,10 +13,10 @@ import torch
 import training_on_ranks
 import yaml
 from caching_on_ranks import BATCH, BLOCK, IMAGES, cache
+from methods import losses_of
 from one_core import one_core
 from safetensors.torch import save_file
 
-from pipeline.config.compose import compose
 from pipeline.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ VIEWS = 2
 
 
 def method(name: str) -> dict:
-    return compose(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"]
+    return losses_of(name)
 
 
 @pytest.fixture(scope="session")

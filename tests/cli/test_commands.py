@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 from commands import BIN, ROOT, TRAIN, run, run_on_two_ranks, start
+from methods import config_of
 
-from pipeline.config.compose import compose
 from pipeline.training.journal import trace
 
 
@@ -74,8 +74,7 @@ def test_two_ranks_train_together_and_one_process_goes_on(place: Path, main_job:
 def test_losses_of_every_scope_train_on_two_ranks_of_accelerate_in_micro_batches_though_the_head_learns_nothing(
     place: Path, main_job: subprocess.CompletedProcess[str]
 ):
-    methods = ROOT / "configs" / "methods"
-    losses = {name: compose(methods / f"{name}.yaml")["losses"][name] for name in ("ab", "sp", "review", "crd")}
+    losses = {name: config_of(name) for name in ("ab", "sp", "review", "crd")}
     recipe = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "losses": {"ce": None, **losses}}
     (place / "scopes.yaml").write_text(yaml.safe_dump({**recipe, "accumulation": 2, "folder": "runs/scopes"}))
     accelerate = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]

@@ -15,7 +15,7 @@ from commands import TRAIN, run_on_two_ranks
 def test_the_demo_ends_with_three_networks_that_have_learned(tmp_path: Path):
     done = run_on_two_ranks(sys.executable, TRAIN, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ("demo_teacher", "demo_ce", "demo")
+    names = ("demo_teacher", "demo/ce", "demo")
     results = [json.loads((tmp_path / "runs" / name / "seed-0" / "result.json").read_text()) for name in names]
     for row, result in zip(done.stdout.splitlines()[-3:], results, strict=True):
         assert f"{result['top1']:.2f}" in row

@@ -39,7 +39,8 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WORDS = (
     *(
-        "configs/imagenet/r50_mbv1/ddkd.yaml",
+        "configs/imagenet/r50_mbv1.yaml",
+        "method=ddkd",
         "data.path=shards",
         "teacher.weights=resnet50.pt",
         "teacher.expect_top1=null",

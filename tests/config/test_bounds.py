@@ -13,6 +13,7 @@ from pipeline.config.arguments import parse_command_args
 from pipeline.config.compose import MAX_FILES, compose
 from pipeline.config.reading import MAX_DEPTH, MAX_LENGTH, MAX_VALUES, read_yaml
 from pipeline.config.recipe import load_recipe
+from pipeline.config.source import RecipeSource
 from pipeline.errors import RecipeError
 from shards import prepare_demo
 
@@ -30,6 +31,10 @@ schedule: {rate: 0.1}
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path / "recipe.yaml"
+
+
+def compose_path(path: Path) -> object:
+    return compose(RecipeSource(path))
 
 
 def refused(load: Callable[..., object], *given: object) -> str:
@@ -75,17 +80,17 @@ def test_aliases_that_stand_for_little_are_what_yaml_says(tmp_path: Path):
 def test_constants_that_stand_for_constants_are_counted(tmp_path: Path):
     constants = {f"c{n}": {f"k{i}": f"${{c{n - 1}}}" for i in range(9)} if n else 1 for n in range(9)}
     (tmp_path / "wide.yaml").write_text(yaml.safe_dump({"constants": constants, "value": "${c8}"}))
-    message = refused(compose, tmp_path / "wide.yaml")
+    message = refused(compose_path, tmp_path / "wide.yaml")
     assert f": the constants expand to more than {MAX_VALUES:,} values" in message
     chain = {f"c{n}": f"${{c{n - 1}}}" if n else 1 for n in range(2000)}
     (tmp_path / "deep.yaml").write_text(yaml.safe_dump({"constants": chain, "value": "${c1999}"}))
-    assert f"more than {MAX_DEPTH} levels" in refused(compose, tmp_path / "deep.yaml")
+    assert f"more than {MAX_DEPTH} levels" in refused(compose_path, tmp_path / "deep.yaml")
 
 
 def test_bases_that_stand_on_bases_are_counted(tmp_path: Path):
     for n in range(9):
         (tmp_path / f"b{n}.yaml").write_text(yaml.safe_dump({"base": [f"b{n - 1}.yaml"] * 9} if n else {"a": 1}))
-    assert f"it has more than {MAX_FILES} files below it" in refused(compose, tmp_path / "b8.yaml")
+    assert f"it has more than {MAX_FILES} files below it" in refused(compose_path, tmp_path / "b8.yaml")
 
 
 def test_the_command_lines_keys_and_values_have_the_same_bounds(recipe: Path):

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
     "words",
     [
         ["configs/demo.yaml"],
-        ["configs/imagenet/r50_mbv1/ddkd.yaml", "seed=3", "data.path=/data/imagenet"],
+        ["configs/imagenet/r50_mbv1.yaml", "method=ddkd", "seed=3", "data.path=/data/imagenet"],
         ["configs/demo.yaml", "folder=runs/own"],
-        ["configs/imagenet/r50_mbv1/kd_cached.yaml"],
+        ["configs/imagenet/r50_mbv1.yaml", "method=kd", "with=cached"],
     ],
 )
 def test_they_are_those_that_training_uses(words: list[str], capsys: pytest.CaptureFixture[str]):

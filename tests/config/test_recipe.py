@@ -8,8 +8,11 @@ import yaml
 from pipeline.config.arguments import parse_recipe_args
 from pipeline.config.compose import compose
 from pipeline.config.recipe import dump_recipe, load_recipe
+from pipeline.config.source import RecipeSource
 from pipeline.errors import ROOT, RecipeError
 
+IMAGENET, DDKD = ROOT / "configs" / "imagenet" / "r50_mbv1.yaml", "method=ddkd"
+CIFAR100 = ROOT / "configs" / "cifar100" / "resnet56_resnet20.yaml"
 MINIMAL = """
 student: {model: resnet18}
 teacher: {model: resnet34, weights: teacher.pt}
@@ -78,9 +81,8 @@ def test_the_keys_of_a_nested_loss_are_checked_like_all_others(recipe: Path):
     nested = "losses={perception: {eps: 1e-5, inner: {dkd: {alpha: 1, beta: 8, temperature: 4, gamma: 1}}}}"
     assert "losses.perception.inner.dkd.gamma: unknown key; known here are" in refused(recipe, "losses.kd=null", nested)
     assert "there is no loss 'dkdd'; did you mean 'dkd'?" in refused(recipe, "losses.dkdd={}")
-    ddkd = ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"
-    assert "did you mean 'temperature'?" in refused(ddkd, "losses.ddkd.logit_distance.dkd.temprature=3")
-    assert "did you mean 'latent'?" in refused(ddkd, "losses.ddkd.feature.latnt=3")
+    assert "did you mean 'temperature'?" in refused(IMAGENET, DDKD, "losses.ddkd.logit_distance.dkd.temprature=3")
+    assert "did you mean 'latent'?" in refused(IMAGENET, DDKD, "losses.ddkd.feature.latnt=3")
 
 
 def test_a_wrong_type_says_what_was_given(recipe: Path):
@@ -93,8 +95,7 @@ def test_a_wrong_type_says_what_was_given(recipe: Path):
 
 @pytest.mark.parametrize("given", ["wide", "{wide: 3}", "[3]"])
 def test_where_several_things_may_stand_the_key_is_named_once_and_all_of_them_are_said(given: str):
-    ddkd = ROOT / "configs" / "imagenet" / "r50_mbv1" / "ddkd.yaml"
-    message = refused(ddkd, f"losses.ddkd.feature.latent={given}")
+    message = refused(IMAGENET, DDKD, f"losses.ddkd.feature.latent={given}")
     assert "command line: losses.ddkd.feature.latent: should be a valid integer" in message
     assert ", or should be 'auto', got " in message
     assert not message.endswith("more)")
@@ -149,7 +150,7 @@ def test_a_recipe_names_others_relative_to_its_own_file(recipe: Path, tmp_path: 
     (folder / "child.yaml").write_text("base: ../pair.yaml\ncompare: [../recipe.yaml]\n")
     loaded = load_recipe(folder / "child.yaml").recipe
     assert loaded.teacher is not None
-    assert (loaded.teacher.recipe, loaded.compare) == (str(recipe), (str(recipe),))
+    assert (loaded.teacher.recipe, [other.recipe for other in loaded.compare]) == (str(recipe), [str(recipe)])
     assert "it names a recipe that does not exist" in refused(folder / "child.yaml", "teacher.recipe=gone.yaml")
 
 
@@ -159,8 +160,10 @@ def test_a_constant_stands_once_and_is_used_where_it_is_named(recipe: Path, tmp_
         'losses: {ce: {weight: "${ce}"}, kd: "${kd}", perception: {inner: {kd: {temperature: "${kd.temperature}"}}}}\n'
     )
     child = tmp_path / "child.yaml"
-    child.write_text("base: [recipe.yaml, method.yaml]\nlosses: {kd: null}\nconstants: {kd: {temperature: 2.0}}\n")
-    losses = dump_recipe(load_recipe(child, ["constants.ce=0.3"]).recipe)["losses"]
+    child.write_text(
+        "base: [recipe.yaml, method.yaml]\nlosses: {kd: null}\nconstants: {kd: {temperature: 2.0}, ce: 0.3}\n"
+    )
+    losses = dump_recipe(load_recipe(child).recipe)["losses"]
     assert "kd" not in losses
     assert losses["ce"]["weight"] == 0.3
     assert losses["perception"]["inner"]["kd"]["temperature"] == 2.0
@@ -220,37 +223,47 @@ def test_a_null_deletes_what_a_constant_says_too(recipe: Path, tmp_path: Path):
     child.write_text("base: [recipe.yaml, method.yaml]\nlosses: {kd: null}\n")
     assert list(load_recipe(child).recipe.losses) == ["ce"]
     child.write_text("base: method.yaml\nconstants: {kd: {weight: 0.5}}\n")
-    tree = compose(child, ["losses.kd.ramp=null"])
+    tree = compose(RecipeSource(child), ["losses.kd.ramp=null"])
     assert tree == {"losses": {"kd": {"temperature": 4.0, "weight": 0.5}}}
-    ddkd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "ddkd.yaml"
-    assert "latent" not in compose(ddkd, ["losses.ddkd.feature.latent=null"])["losses"]["ddkd"]["feature"]
+    assert (
+        "latent"
+        not in compose(RecipeSource(CIFAR100, "ddkd"), ["losses.ddkd.feature.latent=null"])["losses"]["ddkd"]["feature"]
+    )
 
 
-def test_constants_may_stand_in_lists_and_in_other_constants(recipe: Path):
-    words = ["constants={a: 0.5, b: '${a}', c: {x: '${b}'}}", "losses.ce.weight='${c.x}'", "data.mean=['${a}', 0, 1]"]
-    loaded = load_recipe(recipe, words).recipe
+def test_constants_may_stand_in_lists_and_in_other_constants(recipe: Path, tmp_path: Path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\nconstants: {a: 0.5, b: '${a}', c: {x: '${b}'}}\n")
+    loaded = load_recipe(child, ["losses.ce.weight='${c.x}'", "data.mean=['${a}', 0, 1]"]).recipe
     assert loaded.losses["ce"].config.weight == 0.5
     assert loaded.data.mean == (0.5, 0.0, 1.0)
-    assert "the constant 'a' refers to itself" in refused(recipe, "constants={a: '${b}', b: '${a}'}", "batch='${a}'")
+    child.write_text("base: recipe.yaml\nconstants: {a: '${b}', b: '${a}'}\n")
+    assert "the constant 'a' refers to itself" in refused(child, "batch='${a}'")
 
 
-def test_a_constant_of_the_command_line_that_nothing_uses_is_refused():
-    kd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "kd.yaml"
-    assert load_recipe(kd, ["constants.kd.temperature=2"]).recipe.losses["kd"].config.model_dump()["temperature"] == 2
-    assert refused(kd, "constants.kd.temprature=2").endswith(
-        "constants.kd.temprature: nothing uses this constant; did you mean 'kd.temperature'?"
-    )
-    assert "nothing uses this constant" in refused(kd, "constants.dkd.beta=2")
+def test_the_command_line_sets_the_key_that_uses_a_constant_and_not_the_constant():
+    kd = load_recipe(CIFAR100, ["method=kd", "losses.kd.temperature=2"]).recipe.losses["kd"].config.model_dump()
+    assert (kd["temperature"], kd["weight"]) == (2.0, 0.9)
+    for words, hint in {
+        ("method=kd", "constants.kd.temperature=2"): "constants are for files; set losses.kd.temperature instead",
+        (DDKD, "constants.dkd.beta=2"): "set losses.ddkd.logit_distance.dkd.beta instead",
+        (DDKD, "constants={dkd: {beta: 2}}"): "set losses.ddkd.logit_distance.dkd.beta instead",
+        ("method=kd", "constants.kd.temprature=2"): "nothing here uses this constant",
+        ("method=kd", "constants.dkd.beta=2"): "nothing here uses this constant",
+    }.items():
+        message = refused(CIFAR100, *words)
+        assert message.startswith("command line: constants.")
+        assert message.endswith(hint)
 
 
-def test_a_bad_constant_is_said_of_whoever_gave_it(recipe: Path, tmp_path: Path):
-    dkd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "dkd.yaml"
-    assert refused(dkd, "constants.dkd.alpha=many").startswith("command line: losses.dkd.alpha: ")
-    kd = ROOT / "configs" / "cifar100" / "resnet56_resnet20" / "kd.yaml"
-    assert refused(kd, "constants.kd.temperature=-1").startswith("command line: losses.kd.temperature: ")
-    assert "command line: constants: expected a mapping, got 3" in refused(recipe, "constants=3")
+def test_a_bad_constant_names_the_file_that_sets_it_and_the_key_that_uses_it(recipe: Path, tmp_path: Path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\nconstants: {t: many}\nlosses: {kd: {temperature: '${t}'}}\n")
+    assert refused(child).startswith(f"{child}: losses.kd.temperature: ")
+    assert "constants: expected a mapping, got 3" in refused(recipe, "constants=3")
     assert "expected losses by name" in refused(recipe, "losses={3: {}}", "losses.ce=null", "losses.kd=null")
-    assert "'runs/${a}': a constant must be the complete value" in refused(recipe, "constants.a=1", "folder=runs/${a}")
+    child.write_text("base: recipe.yaml\nconstants: {a: 1}\nfolder: runs/${a}\n")
+    assert "'runs/${a}': a constant must be the complete value" in refused(child)
 
 
 def test_a_constant_that_is_not_there_is_named(recipe: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.runs.identity import resolve
 from shards.manifest import read_manifest
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet" / "r50_mbv1.yaml"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_rows_of_a_teachers_cache_come_along(without_tars: Path):
 
 def test_it_is_another_run_and_another_teachers_cache(photo_shards: Path):
     def loaded(loader: str) -> LoadedRecipe:
-        return load_recipe(RECIPE, [f"data.path={photo_shards}", "data.size=16", f"data.loader={loader}"])
+        return load_recipe(RECIPE, ["method=ce", f"data.path={photo_shards}", "data.size=16", f"data.loader={loader}"])
 
     assert resolve(loaded("synthetic"), Launch()).fingerprint != resolve(loaded("dali"), Launch()).fingerprint
     manifest = read_manifest(photo_shards)

@@ -40,7 +40,7 @@ def test_the_tables_are_what_the_generator_writes(methods: dict[str, Any]):
 
 
 def losses_of(method: str) -> dict[str, Any]:
-    return load_recipe(ROOT / "configs" / "imagenet" / "r50_mbv1" / f"{method}.yaml").recipe.losses
+    return load_recipe(ROOT / "configs" / "imagenet" / "r50_mbv1.yaml", [f"method={method}"]).recipe.losses
 
 
 def sent(rank: int, world: int, method: str) -> list[tuple[str, int]]:

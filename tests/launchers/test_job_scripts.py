@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.recipe import load_recipe
+from pipeline.config.tables import load_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = "configs/imagenet/r50_mbv1/ddkd.yaml"
+RECIPE = ("configs/imagenet/r50_mbv1.yaml", "method=ddkd")
 
 # Each writes down how it was called; srun does what the test says instead of its command.
 STAND_INS = {
@@ -81,7 +82,7 @@ def test_the_tasks_are_python_told_the_recipe_and_the_words_of_sbatch(job: Job, 
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     flags, _, task = call.partition(" launchers/node.sh ")
     assert flags == "srun --kill-on-bad-exit=1 --wait=60 --label"
-    assert task.startswith(f"pipeline/train.py {RECIPE} data.path=/data/imagenet batch=512 folder=")
+    assert task.startswith(f"pipeline/train.py {' '.join(RECIPE)} data.path=/data/imagenet batch=512 folder=")
     assert "2 nodes, 2 ranks, rendezvous at 127.0.0.1:24321" in done.stderr
 
 
@@ -138,7 +139,7 @@ def test_word_of_an_earlier_preemption_does_not_count(job: Job, environment: dic
 
 def test_a_task_of_an_array_is_requeued_and_not_the_array(job: Job, environment: dict[str, str], folder: Path):
     array = {"SLURM_ARRAY_JOB_ID": "4321", "SLURM_ARRAY_TASK_ID": "1"}
-    job("slurm/table.sh", "configs/demo.yaml", "configs/demo_ce.yaml", STEP=f"touch {folder}/preempted", **array)
+    job("slurm/table.sh", "configs/demo.yaml", "configs/demo_teacher.yaml", STEP=f"touch {folder}/preempted", **array)
     assert calls(environment)[-1] == "scontrol requeue 4321_1"
 
 
@@ -191,11 +192,12 @@ def test_a_preparation_that_was_stopped_is_requeued_and_one_that_failed_is_not(j
 
 
 def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environment: dict[str, str]):
-    done = job("slurm/cache_teacher.sh", RECIPE, "views=10", SLURM_CPUS_PER_TASK="12")
+    done = job("slurm/cache_teacher.sh", *RECIPE, "views=10", SLURM_CPUS_PER_TASK="12")
     assert done.returncode == 0, done.stderr
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     assert call == (
-        f"srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/cache_teacher.py {RECIPE} views=10"
+        "srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/cache_teacher.py "
+        f"{' '.join(RECIPE)} views=10"
     )
     start = "start 1 of runs/imagenet/r50_mbv1/ddkd/seed-0 on 2 nodes, 2 ranks, rendezvous at 127.0.0.1:24321"
     assert done.stderr == f"job 4321: {start}\n"
@@ -205,14 +207,14 @@ def test_a_cache_whose_writing_was_stopped_is_requeued_and_one_that_failed_is_no
     job: Job, environment: dict[str, str], folder: Path
 ):
     for status in (1, 2, 137):
-        assert job("slurm/cache_teacher.sh", RECIPE, "views=10", STEP=f"exit {status}").returncode == status
+        assert job("slurm/cache_teacher.sh", *RECIPE, "views=10", STEP=f"exit {status}").returncode == status
     assert not [call for call in calls(environment) if "requeue" in call]
-    done = job("slurm/cache_teacher.sh", RECIPE, f"teacher.cache={folder}", STEP=f"touch {folder}/preempted")
+    done = job("slurm/cache_teacher.sh", *RECIPE, f"teacher.cache={folder}", STEP=f"touch {folder}/preempted")
     assert "stopped by a signal; requeued" in done.stderr
     assert calls(environment)[-1] == "scontrol requeue 4321"
 
 
-@pytest.mark.parametrize(("script", "words"), [("ddkd_r50_mbv1", []), ("cache_teacher", [RECIPE, "views=10"])])
+@pytest.mark.parametrize(("script", "words"), [("ddkd_r50_mbv1", []), ("cache_teacher", [*RECIPE, "views=10"])])
 def test_shards_are_staged_once_a_node_before_the_tasks_start(
     job: Job, environment: dict[str, str], tmp_path: Path, script: str, words: list[str]
 ):
@@ -235,17 +237,22 @@ def test_a_taken_port_is_passed_over_and_a_given_one_kept(job: Job):
     assert "rendezvous at head:29500" in job("slurm/ddkd_r50_mbv1.sh", **given).stderr
 
 
-def test_an_array_has_a_recipe_for_each_index_and_says_where_it_ends(job: Job, environment: dict[str, str]):
-    found = sorted((ROOT / "configs" / "imagenet").glob("*/*.yaml"))
-    recipes = [path for path in found if path.stem != "pair" and not path.stem.endswith("_cached")]
+def test_an_array_has_a_cell_for_each_index_and_says_where_it_ends(job: Job, environment: dict[str, str]):
+    pairs = load_tables().datasets["imagenet"].pairs
+    cells = [
+        f"configs/imagenet/{pair}.yaml method={method}" for pair, table in pairs.items() for method in table.methods
+    ]
     header = (ROOT / "slurm" / "table.sh").read_text()
-    assert re.search(r"#SBATCH --array=0-(\d+)", header)[1] == str(len(recipes) - 1)  # type: ignore[index]
+    assert re.search(r"#SBATCH --array=0-(\d+)", header)[1] == str(len(cells) - 1)  # type: ignore[index]
     assert job("slurm/table.sh", "seed=1", SLURM_ARRAY_TASK_ID="33").returncode == 0
-    assert f" {recipes[33].relative_to(ROOT)} seed=1 folder=" in calls(environment)[-1]
+    assert f" {cells[33]} seed=1 folder=" in calls(environment)[-1]
+    two = ("configs/imagenet/r34_r18.yaml", "methods=kd,dkd")
+    assert job("slurm/table.sh", *two, SLURM_ARRAY_TASK_ID="1").returncode == 0
+    assert " configs/imagenet/r34_r18.yaml method=dkd folder=" in calls(environment)[-1]
     assert job("slurm/table.sh", "configs/demo.yaml", SLURM_ARRAY_TASK_ID="0").returncode == 0
     assert " configs/demo.yaml folder=" in calls(environment)[-1]
     done = job("slurm/table.sh", "configs/demo.yaml", SLURM_ARRAY_TASK_ID="1")
-    assert (done.returncode, done.stderr) == (2, "job 4321: error: there are 1 recipes; submit with --array=0-0\n")
+    assert (done.returncode, done.stderr) == (2, "job 4321: error: there are 1 cells; submit with --array=0-0\n")
 
 
 def test_a_cache_without_a_recipe_is_one_line(job: Job, environment: dict[str, str]):
@@ -257,7 +264,7 @@ def test_a_cache_without_a_recipe_is_one_line(job: Job, environment: dict[str, s
 
 @pytest.mark.parametrize("script", ["ddkd_r50_mbv1", "perception_r34_r18", "table", *NO_RUN])
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(job: Job, environment: dict[str, str], script: str):
-    done = job(f"slurm/{script}.sh", "a=b", *([RECIPE] if script == "cache_teacher" else []), DRY_RUN="1")
+    done = job(f"slurm/{script}.sh", "a=b", *(RECIPE if script == "cache_teacher" else []), DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("$ 'srun' '--kill-on-bad-exit=1' '--wait=60' '--label' 'launchers/node.sh' '")
     assert "WORLD_SIZE=" in done.stdout

@@ -213,9 +213,9 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: PrivateSlurm, submi
 def test_the_writing_of_a_cache_is_requeued_and_ends_with_the_same_bytes(
     slurm: PrivateSlurm, checkout: Path, place: Path
 ):
-    recipe = "configs/imagenet/r50_mbv1/kd_cached.yaml"
+    recipe = ("configs/imagenet/r50_mbv1.yaml", "method=kd", "with=cached")
     words = [
-        recipe,
+        *recipe,
         f"data.path={place / 'shards'}",
         f"teacher.weights={place / 'teacher.pt'}",
         *TINY,

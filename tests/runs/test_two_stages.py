@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from methods import losses_of
 from safetensors.torch import load_file
-
-from pipeline.config.compose import compose
-from pipeline.errors import ROOT
 
 
 def test_the_second_stage_begins_with_the_first_ones_weights(run_train: Callable[..., None], recipes: Path):
-    losses = compose(ROOT / "configs" / "methods" / "ab.yaml")["losses"]
+    losses = losses_of("ab_init")
     stages = {
         "first": {"teacher": {"recipe": "teacher.yaml"}, "losses": {"ce": None, **losses}},
         "second": {"student": {"start": {"recipe": "first.yaml"}}},

@@ -2,7 +2,7 @@
 
     python tests/speed/torchvision_loader.py data.path=/data/imagenet [seconds=4] [blocks=5] [key=value …]
 
-Both make the same training batches of configs/imagenet/r50_mbv1/ce.yaml, of 60 images unless batch= says otherwise: the
+Both make the same training batches of configs/imagenet/r50_mbv1.yaml, of 60 images unless batch= says otherwise: the
 same images, boxes and flips, resized with antialiasing and normalised in float32. Ours decodes on two threads, theirs
 in two workers that never end, by Pillow and by ``decode_jpeg``; their geometry is ours, which spares them the drawing.
 They take turns, block by block; what was ready before a block began is left out of it.
@@ -39,7 +39,7 @@ from pipeline.data.requests import BatchSampler
 from pipeline.errors import ROOT
 from shards.read import SplitReader
 
-RECIPE = ROOT / "configs" / "imagenet" / "r50_mbv1" / "ce.yaml"
+RECIPE = ROOT / "configs" / "imagenet" / "r50_mbv1.yaml"
 EPOCHS = 2**31
 READY = 5
 """Batches that may be ready before a block begins."""
@@ -124,7 +124,7 @@ def told(values: list[float], digits: int) -> str:
 
 def main() -> None:
     own, words = split_command_args(sys.argv[1:], ("seconds", "blocks"))
-    recipe = load_recipe(RECIPE, ["batch=60", "data.threads=2", "data.prefetch=2", *words]).recipe
+    recipe = load_recipe(RECIPE, ["method=ce", "batch=60", "data.threads=2", "data.prefetch=2", *words]).recipe
     loader = build_loader(recipe, torch.device("cpu"), ("train",))
     ours = "our loader, 2 threads"
     streams: dict[str, Iterator[Tensor]] = {

@@ -6,23 +6,21 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from methods import config_of
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.config.compose import compose
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
 
 NAMES = known_losses()
-METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 # Past every warm-up.
 PROGRESS = Progress(steps_per_epoch=10, step=215)
 CLASSES = 5
@@ -71,13 +69,6 @@ class Example(NamedTuple):
 
         batch = Batch(*(x[rows] for x in self.batch[:3]), {})
         return Example(self.loss, of(self.student), of(self.teacher), batch)
-
-
-def config_of(name: str) -> dict[str, Any]:
-    """Return the loss's entry in its method's recipe."""
-    path = METHODS / f"{name}.yaml"
-    assert path.is_file(), f"the loss {name} has no recipe configs/methods/{name}.yaml"
-    return compose(path)["losses"][name]
 
 
 def with_global_statistics(spec: LossSpec) -> LossSpec:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import BIN, ROOT, TRAIN, run
-
-from pipeline.config.compose import compose
+from commands import BIN, TRAIN, run
+from methods import losses_of
 
 CE = """
 student: {model: cifar_resnet8}
@@ -31,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "teacher.yaml").write_text(
         "base: ce.yaml\nstudent: {model: cifar_resnet20}\nepochs: 1\nfolder: runs/teacher\n"
     )
-    ddkd = compose(ROOT / "configs" / "methods" / "ddkd.yaml")["losses"]
+    ddkd = losses_of("ddkd")
     own = {"base": "ce.yaml", "teacher": {"recipe": "teacher.yaml"}, "compare": ["ce.yaml"], "losses": ddkd}
     (folder / "ddkd.yaml").write_text(yaml.safe_dump({**own, "folder": "runs/ddkd"}))
     return folder

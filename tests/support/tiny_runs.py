@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from methods import losses_of
 from one_core import one_core
 
 from pipeline import train
 from pipeline.builders.meta import image_flops
-from pipeline.config.compose import compose
 from pipeline.config.recipe import Recipe, dump_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ STRATEGY = {
     "schedule": {"kind": "cosine", "rate": 0.05, "warmup_epochs": 0.5},
     "journal": {"every_steps": 1, "trackers": []},
 }
-DDKD = compose(ROOT / "configs" / "methods" / "ddkd.yaml")["losses"]
+DDKD = losses_of("ddkd")
 
 
 @pytest.fixture(scope="session")

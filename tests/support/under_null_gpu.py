@@ -27,7 +27,7 @@ from pipeline.builders.session import Session
 from pipeline.optim.guard import FiniteGuard
 from pipeline.training.graph import EAGER_STEPS
 
-PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20"
+PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20.yaml"
 STEPS = 9
 """Of a run; the journal writes after the first and the last."""
 COUNTED = ("launches", "products", "copies", "fills", "waits", "pageable", "allocations", "replays", "captures")
@@ -40,7 +40,7 @@ def main(words: list[str], cases: list[str]) -> None:
     register()
     for case in cases:
         method, precision = case.split(":")
-        own = [str(PAIR / f"{method}.yaml"), *words, f"precision={precision}", f"stop.steps={STEPS}"]
+        own = [str(PAIR), f"method={method}", *words, f"precision={precision}", f"stop.steps={STEPS}"]
         if method == "ce":
             own = [word for word in own if not word.startswith("teacher")]
         found: dict[str, Any] = {}

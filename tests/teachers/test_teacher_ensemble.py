@@ -133,7 +133,7 @@ TWO = [{"model": "resnet18", "weights": "a.pt"}, {"recipe": "r.yaml"}]
 
 def test_members_are_a_teacher():
     config = Config.model_validate({"members": TWO, "combine": "entropy", "temperature": 4, "expect_top1": 60})
-    assert config.recipes == ["r.yaml"]
+    assert [run.recipe for run in config.runs] == ["r.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from one_core import one_core
 from step_counts import EARLY, LATE, Counts, count
 
 from pipeline.config.compose import compose
+from pipeline.config.source import RecipeSource
 from pipeline.errors import ROOT
 from pipeline.models import create_model
 
@@ -51,7 +52,7 @@ def write(folder: Path, shards: Path) -> None:
         torch.manual_seed(0)
         torch.save(create_model(teacher, 20).state_dict(), folder / f"{teacher}.pt")
         for method in methods:
-            tree = compose(ROOT / "configs" / dataset / pair / f"{method}.yaml")
+            tree = compose(RecipeSource(ROOT / "configs" / dataset / f"{pair}.yaml", method))
             own = {"model": teacher, "weights": f"{teacher}.pt"} if method != "ce" else None
             losses = {key: tree[key] for key in ("student", "losses", "optimizer")}
             data = {"path": str(shards), "size": size, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}

@@ -16,11 +16,11 @@ import torch
 import yaml
 from checkpoints import without_digests
 from gloo_ranks import Ranks
+from methods import losses_of
 from safetensors.torch import load_file
 from torch import Tensor
 from training_rank import Training, trained
 
-from pipeline.config.compose import compose
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
@@ -66,7 +66,7 @@ class Place:
 
 
 def method(name: str) -> dict[str, Any]:
-    return compose(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"]
+    return losses_of(name)
 
 
 DATA = {

@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from methods import METHODS, WITHOUT_TEACHER, losses_of
 from safetensors.torch import load_file
 
-from pipeline.config.compose import compose
-from pipeline.errors import ROOT
 from pipeline.models import create_model
 from pipeline.training.journal import trace
-
-METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -24,8 +21,8 @@ def test_a_method_trains_and_goes_on_bit_for_bit_where_it_was_stopped(
 ):
     torch.manual_seed(0)
     torch.save(create_model("cifar_resnet20", 20).state_dict(), recipes / "teacher.pt")
-    teacher = None if method in ("ce", "ab_ce") else {"model": "cifar_resnet20", "weights": "teacher.pt"}
-    losses = compose(ROOT / "configs" / "methods" / f"{method}.yaml")["losses"]
+    teacher = None if method in WITHOUT_TEACHER else {"model": "cifar_resnet20", "weights": "teacher.pt"}
+    losses = losses_of(method)
     whole = {"base": "ce.yaml", "teacher": teacher, "losses": {"ce": None, **losses}, "epochs": 1}
     (recipes / "method.yaml").write_text(yaml.safe_dump(whole))
     # Losses whose weights are for long runs of larger networks would throw a few steps of a tiny one off.

@@ -17,20 +17,19 @@ import pytest
 import recorded_graph
 import torch
 import yaml
+from methods import METHODS, WITHOUT_TEACHER, losses_of
 from recorded_graph import Dispatching, RecordedGraph
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.benchmarks.step import split
-from pipeline.config.compose import compose
-from pipeline.errors import ROOT, RecipeError
+from pipeline.errors import RecipeError
 from pipeline.losses import Loss
 from pipeline.models import create_model
 from pipeline.training import graph
 from pipeline.training.journal import trace
 
 Train = Callable[..., None]
-METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 HERE = Path(__file__).stem
 
 
@@ -57,8 +56,8 @@ def recipe(recipes: Path) -> Callable[..., str]:
     def write(method: str, **changes: Any) -> str:
         torch.manual_seed(0)
         torch.save(create_model("cifar_resnet20", 20).state_dict(), recipes / "teacher.pt")
-        losses = compose(ROOT / "configs" / "methods" / f"{method}.yaml")["losses"]
-        teacher = None if method in ("ce", "ab_ce") else {"model": "cifar_resnet20", "weights": "teacher.pt"}
+        losses = losses_of(method)
+        teacher = None if method in WITHOUT_TEACHER else {"model": "cifar_resnet20", "weights": "teacher.pt"}
         tree = {"base": "ce.yaml", "teacher": teacher, "losses": {"ce": None, **losses}, **changes}
         (recipes / "method.yaml").write_text(yaml.safe_dump(tree))
         return "method.yaml"

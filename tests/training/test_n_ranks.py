@@ -15,10 +15,10 @@ import training_on_ranks
 import witness
 import yaml
 from gloo_ranks import Ranks
+from methods import losses_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config.compose import compose
 from pipeline.training.journal import trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ ROUNDING = 1e-11
 
 
 def method(name: str) -> dict[str, Any]:
-    return compose(ROOT / "configs" / "methods" / f"{name}.yaml")["losses"][name]
+    return losses_of(name)[name]
 
 
 @pytest.fixture(scope="module")

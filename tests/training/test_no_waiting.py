@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from methods import losses_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import train
-from pipeline.config.compose import compose
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = ("ddkd", "dkd", "perception", "dist", "crd", "rkd", "irg", "pkt", "sp", "review", "ofd", "vid", "nst", "at")
@@ -56,7 +56,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def every_method(run_train: Callable[..., None], recipes: Path) -> Callable[[], None]:
     """Trains for ten steps, of which the first and the last are written down."""
-    losses = {name: compose(CONFIGS / "methods" / f"{name}.yaml")["losses"][name] for name in METHODS}
+    losses = {name: losses_of(name)[name] for name in METHODS}
     own = {"base": "ddkd.yaml", "losses": {"ce": {}, **losses}, "compare": None, "epochs": 1, "batch": 6}
     clipped = {"clip": 1.0, "ema": {"decay": 0.9}, "accumulation": 2, "folder": "runs/all"}
     (recipes / "all.yaml").write_text(yaml.safe_dump({**own, **clipped}))

@@ -1,0 +1,25 @@
+"""The methods of ``configs/methods`` and their losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.compose import compose
+from pipeline.config.source import RecipeSource, known_methods, method_file
+
+METHODS = [name for name in known_methods() if not name.endswith("_paper_literal")]
+"""All methods but those that have another's losses with another training strategy."""
+WITHOUT_TEACHER = ("ce", "ab")
+
+
+def losses_of(method: str) -> dict[str, Any]:
+    """Return the losses of a method's file, with its own constants."""
+    return compose(RecipeSource(method_file(method)))["losses"]
+
+
+def config_of(loss: str) -> dict[str, Any]:
+    """Return the config of a loss: that of the method of its name, or else of another method that uses it."""
+    names = sorted(METHODS, key=lambda name: (name != loss, name))
+    found = next((losses[loss] for losses in map(losses_of, names) if loss in losses), None)
+    assert found is not None, f"no method under configs/methods/ uses the loss {loss}"
+    return found
