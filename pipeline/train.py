@@ -126,7 +126,7 @@ def validate(session: Session, state: State) -> None:
     if last.top1 > state.best.top1:
         state.best = Best(last.top1, state.progress.epoch)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.log_evaluation(state.progress, {"top1": last.top1, "top5": last.top5})
+    session.journal.log_evaluation(state.progress, {"top1": last.top1, "top5": last.top5}, state.best.top1)
 
 
 def finish(session: Session, state: State) -> None:

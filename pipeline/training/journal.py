@@ -1,4 +1,4 @@
-"""The journal of a run: JSON lines, trackers and a progress bar.
+"""The journal of a run: JSON lines and trackers.
 
 A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``. The
 loss trace of a run is all lines without ``timing``. It is the same however often the run was interrupted.
@@ -25,7 +25,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
 from pipeline.runs.files import JOURNAL_FILE
 from pipeline.training.flops import peak_flops
+from pipeline.training.progress_bar import ProgressDisplay, open_display
 from pipeline.training.step import StepOutput
+from pipeline.training.stopping import last_step
 from pipeline.training.timer import StepTimer
 from shards.documents import DamagedFile, parse_document
 
@@ -62,7 +64,8 @@ class TrainingJournal:
         """Peak FLOP/s of all ranks together, if known. All ranks are assumed to have the same GPU."""
         self.micro_batches: list[Tensor] = []
         """The loss parts [P] of each micro-batch of the current step, on the device."""
-        self.bar: tqdm[Any] | None = None
+        self.epochs, self.stop = recipe.epochs, recipe.stop
+        self.display: ProgressDisplay | None = None
         self.timer = timer
         self.images = self.seconds = 0.0
         """Images trained on by this process, and the seconds that took, without evaluations."""
@@ -78,8 +81,8 @@ class TrainingJournal:
         if not self.main:
             yield
             return
-        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
-        with self.path.open("a") as self.file, bar as self.bar:
+        end = last_step(self.stop, progress.steps_per_epoch, self.total_steps)
+        with self.path.open("a") as self.file, open_display(progress, self.epochs, end) as self.display:
             if lost:
                 print(f"note: {self.path} has lost lines since the checkpoint; the journal continues without them")
             self.file.truncate(length)
@@ -124,8 +127,12 @@ class TrainingJournal:
     def record(self, progress: Progress, rate: float, gradient_norm: Tensor) -> None:
         """Close a step, and write it if it is due; every rank calls it."""
         micro_batches, self.micro_batches = self.micro_batches, []
-        if not self.due(progress):
-            return
+        if self.due(progress):
+            self._record(progress, rate, micro_batches, gradient_norm)
+        if self.display is not None:
+            self.display.tick(progress, rate)
+
+    def _record(self, progress: Progress, rate: float, micro_batches: list[Tensor], gradient_norm: Tensor) -> None:
         means_P = torch.cat([torch.stack(micro_batches).mean(0), gradient_norm.reshape(1)])
         values = dict(zip(self.names, collectives.all_reduce_mean(means_P).tolist(), strict=True))
         timing = self._count(progress.step)
@@ -134,23 +141,27 @@ class TrainingJournal:
         timing["data_wait"] = collectives.all_reduce_max(waits).item()
         position = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
         self._write({**position, "rate": rate, **values, "timing": timing}, progress.step)
-        if self.bar is not None:
-            speed, wait = timing["images_per_second"], timing["data_wait"]
-            text = f"loss {values['total']:.3f} top1 {values['top1']:.1f} {speed:.0f} img/s wait {wait:.0%}"
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(progress.step - self.bar.n)
+        if self.display is not None:
+            known = self.display.values
+            known.loss, known.top1 = values["total"], values["top1"]
+            known.images_per_second, known.data_wait = timing["images_per_second"], timing["data_wait"]
 
     @contextmanager
     def pause(self, progress: Progress) -> Iterator[None]:
-        """Exclude the time inside the context from the training rates."""
+        """Exclude an evaluation, inside the context, from the training rates."""
         self._count(progress.step)
+        if self.display is not None:
+            self.display.show_phase("validating")
         yield
+        if self.display is not None:
+            self.display.show_phase("")
         self._restart_clock(progress.step)
 
-    def log_evaluation(self, progress: Progress, values: dict[str, float]) -> None:
-        """Write the values of an evaluation."""
+    def log_evaluation(self, progress: Progress, values: dict[str, float], best: float) -> None:
+        """Write the values of an evaluation. The display also shows ``best``, the best top-1 so far."""
         self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
-        if self.main:
+        if self.display is not None:
+            self.display.show_evaluation(values["top1"], best)
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
     def _write(self, line: dict[str, Any], step: int) -> None:

@@ -1,4 +1,4 @@
-"""The condition on which a command ends before its run is complete."""
+"""The conditions on which a command ends before its run is complete."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ class StopCondition:
         if minutes is not None and collectives.any_rank(time.monotonic() - self.started >= 60 * minutes):
             return f"stop.minutes={minutes}"
         return None
+
+
+def last_step(stop: StopConfig, steps_per_epoch: int, total_steps: int) -> int:
+    """Return the step after which a command ends at the latest: its ``stop`` or the end of the run, the earlier one."""
+    ends = [total_steps]
+    ends += [stop.steps] if stop.steps is not None else []
+    ends += [stop.epoch * steps_per_epoch] if stop.epoch is not None else []
+    return min(ends)
