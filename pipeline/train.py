@@ -12,7 +12,9 @@ distiller(batch, outputs) → losses["total"] → backward → step.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -20,8 +22,12 @@ if __name__ == "__main__":
     from pipeline.distributed import signals
 
     signals.install()  # before the imports below: they take seconds, and a scheduler may send a signal meanwhile
+    if os.environ.get("RANK", "") in ("", "0") and not {"-h", "--help", "--check", "--list", "--keys"} & {*sys.argv}:
+        with suppress(OSError):  # the terminal or log may be lost; cli.py deals with that
+            print("loading PyTorch and the other libraries, which takes some seconds", flush=True)
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -47,6 +53,7 @@ from pipeline.training.accelerator import use_all_cores
 from pipeline.training.checkpoint import Best, CheckpointState
 from pipeline.training.export import export, export_average
 from pipeline.training.result import print_table, write_result
+from pipeline.training.start_report import print_start
 from pipeline.training.step import seed_draws
 from pipeline.training.stopping import SIGNAL
 
@@ -59,10 +66,11 @@ def main(args: Sequence[str]) -> None:
     if "--check" in args:
         print(summarize(load_recipe(*parse_recipe_args([arg for arg in args if arg != "--check"]))))
         return
-    launch, loaded = read_launch(), load_recipe(*parse_recipe_args(args))
+    path, overrides = parse_recipe_args(args)
+    launch, loaded = read_launch(), load_recipe(path, overrides)
     check_run_folder(run_folder(loaded))  # now, before its dependencies train for hours
     try:
-        run = ensure_dependencies(loaded, launch)
+        run = ensure_dependencies(loaded, launch, partial(print_start, launch=launch, overrides=overrides))
         join_ranks(launch, "train", run.recipe, run)
     except Interrupted:
         if signals.stop_requested():  # for the scheduler, which requeues this run and not the one it depends on

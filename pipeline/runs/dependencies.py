@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config.recipe import LoadedRecipe, load_recipe
@@ -18,20 +19,25 @@ from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import check_launcher
 from pipeline.errors import EXIT_USER_ERROR, ROOT, AlreadyReported, Interrupted, RecipeError, display_path
+from pipeline.runs.describe import explain_training
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, check_no_cycle, resolve
 from shards.manifest import MANIFEST
 
 
-def ensure_dependencies(loaded: LoadedRecipe, launch: Launch) -> Run:
+def ensure_dependencies(
+    loaded: LoadedRecipe, launch: Launch, announce: Callable[[Run], None] = lambda run: None
+) -> Run:
     """Make the missing shards and runs that ``loaded`` depends on, and return its run.
 
-    The dependencies of a finished run are not needed again. With several ranks, none may be missing: RecipeError names
-    the command that makes it.
+    ``announce`` is called with the run once its shards are there, before another run is trained. The dependencies of a
+    finished run are not needed again. With several ranks, none may be missing: RecipeError names the command that
+    makes it.
     """
     check_no_cycles(loaded)
     prepare_shards(loaded, launch)
     run = resolve(loaded, launch)
+    announce(run)
     _ensure(run, launch)
     return run
 
@@ -49,18 +55,19 @@ def _ensure(run: Run, launch: Launch) -> None:
     for dependency in run.needed:
         _ensure(dependency, launch)
         if dependency.result is None:
-            _train(dependency, launch)
+            _train(dependency, run, launch)
 
 
-def _train(run: Run, launch: Launch) -> None:
-    """Train a run that another names; its own dependencies are there already."""
+def _train(run: Run, dependent: Run, launch: Launch) -> None:
+    """Train the run that ``dependent`` names; its own dependencies are there already."""
     check_folder(run, f"move {run.folder} away")
     path, *selection = run.source.args
     data_path, *others = run.overrides
     # The message is for the user: it leaves out an override that changes nothing.
     is_moved = load_recipe(path, [*selection, *others]).recipe.data.path != run.recipe.data.path
     message = " ".join([run.command, *([shlex.quote(data_path)] if is_moved else []), *others])
-    _execute([sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides], message, launch)
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides]
+    _execute(command, message, launch, explain_training(dependent, run))
     if run.result is None:
         raise Interrupted(f"{message} was stopped before its end; the same command continues")
 
@@ -80,20 +87,21 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True
     if any("\0" in word for word in data.prepare) or not (ROOT / script).is_file():
         raise RecipeError(f"{key}: there is no script {script!r}; name one such as shards/prepare_demo.py")
     message = shlex.join(["python", script, *arguments])
-    _execute([sys.executable, str(ROOT / script), *arguments], message, launch)
+    reason = f"{display_path(loaded.path)}: there are no shards in {data.path!r} yet; preparing them first"
+    _execute([sys.executable, str(ROOT / script), *arguments], message, launch, reason)
     if not (Path(data.path) / MANIFEST).is_file():
         raise RecipeError(f"{key}: {message} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
 
 
-def _execute(command: list[str], message: str, launch: Launch) -> None:
-    """Run a command to its end. A signal to stop ends it early, and raises Interrupted.
+def _execute(command: list[str], message: str, launch: Launch, reason: str) -> None:
+    """Print the reason for a command, and run it to its end. A signal to stop ends it early, and raises Interrupted.
 
     Raises AlreadyReported if the command has reported its error itself, and RecipeError if it failed in another way.
     """
     if launch.world_size > 1:
         raise RecipeError(f"this run depends on something that is missing; one process must make it first: {message}")
     check_launcher()  # processes that cannot see one another would each run the command
-    print(f"$ {message}", flush=True)
+    print(f"{reason}\n$ {message}", flush=True)
     status = _status(command)
     if signals.stop_requested():
         raise Interrupted(f"{message} was stopped before its end; the same command continues")
