@@ -27,6 +27,10 @@ FORMULAS = {
 CLASSES = {
     "pipeline.losses": ["Loss", "BatchLoss", "LogitTransform", "Facts", "Taps"],
     "pipeline.models": ["create_model", "known_models"],
+    "pipeline.losses.ddkd": ["DDKD"],
+    "pipeline.losses.diffkd": ["DiffKD"],
+    "pipeline.models.stages": ["stages"],
+    "pipeline.features.taps": ["FeatureTaps", "tap_shapes"],
     "pipeline.batch": ["Batch", "Outputs", "Progress"],
 }
 PUBLIC = {**CLASSES, **{f"pipeline.losses.{name}": names for name, names in FORMULAS.items()}}
