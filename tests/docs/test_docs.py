@@ -29,6 +29,7 @@ from pydantic import BaseModel
 from pipeline.config.messages import _known_keys
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.losses._registry import LossSpec, find_loss, known_losses
+from pipeline.models import known_models
 
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
 MADE = {"runs", "datasets", "caches"}
@@ -245,3 +246,9 @@ def test_python_of_a_page_compiles(page: Path):
     for block in blocks(page.read_text()):
         if block.language == "python":
             compile(block.code, f"{page.name}: {block.file}", "exec")
+
+
+@page_by_page
+def test_networks_that_a_page_names_exist(page: Path):
+    names = re.findall(r"\b(?:cifar_[a-z0-9_]*[a-z0-9]|mobilenet_v1)\b", page.read_text())
+    assert set(names) <= set(known_models())

@@ -19,8 +19,9 @@ from pipeline import train
 FOLDERS = ("pipeline", "shards", "configs", "launchers")
 ENDURANCE = {"your_own_data.md"}
 """Pages that train several networks."""
+MARKS = [pytest.mark.endurance, pytest.mark.timeout(900)]
 RUNNABLE = [
-    pytest.param(page, id=page.name, marks=[pytest.mark.endurance] if page.name in ENDURANCE else [])
+    pytest.param(page, id=page.name, marks=MARKS if page.name in ENDURANCE else [])
     for page in PAGES
     if any(block.runs for block in blocks(page.read_text()))
 ]
