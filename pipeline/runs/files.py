@@ -48,6 +48,19 @@ class Result:
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     sha256: dict[str, str] = field(default_factory=dict)
     """Digest of each file of the student's weights; empty in runs from before digests were written."""
+    # The facts below are None in runs from before they were written.
+    recipe: str | None = None
+    """The recipe's files as a command line names them: ``configs/cifar100/proxy.yaml method=kd``."""
+    shards: str | None = None
+    """Script that prepared the shards, by its name."""
+    images: NonNegativeInt | None = None
+    """Number of training images."""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Seconds of training by the journal, all commands of a resumed run together; see ``training_seconds``."""
+    device: str | None = None
+    """Name of the GPU or processor that the last command trained on."""
+    ranks: PositiveInt | None = None
+    """Number of ranks of the last command."""
 
 
 class _IdentitySection(BaseModel):

@@ -164,6 +164,19 @@ def _cache_digest(recipe: Recipe, cache: str, folder: Path) -> str:
     return _read_cache(cache).digest(recipe.taps.teacher)
 
 
+def fixed_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain data, without keys that a command may change and still continue the same run."""
+    tree = dump_recipe(recipe)
+    for key in _NOT_IDENTITY:
+        del tree[key]
+    for key in _NOT_IDENTITY_DATA:
+        del tree["data"][key]
+    for key in _NOT_IDENTITY_TEACHER:
+        (tree["teacher"] or {}).pop(key, None)
+    tree["compare"] = []  # a table at the end changes no number
+    return tree
+
+
 def identity(
     recipe: Recipe, run: Path, manifest: Manifest, teachers: Sequence[Run], start: str | None
 ) -> dict[str, Any]:
@@ -172,25 +185,18 @@ def identity(
     Shards, and a teacher's run or cache, have a digest; files of weights have that of their tensors. ``teachers`` are
     the runs that the recipe names. ``start`` is the fingerprint of the run whose student this one begins with.
     """
-    tree = dump_recipe(recipe)
-    for key in _NOT_IDENTITY:
-        del tree[key]
-    for key in _NOT_IDENTITY_DATA:
-        del tree["data"][key]
+    tree = fixed_settings(recipe)
     tree["data"]["manifest"] = manifest.sha256
     tree["data"]["classes"] = hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
     teacher = tree["teacher"] or {}
     networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
     for section, teacher_run in zip(networks, teachers, strict=True):
         section["recipe"] = teacher_run.fingerprint
-    tree["compare"] = []  # a table at the end changes no number
     name_by_content(tree, recipe, [teacher_run.recipe for teacher_run in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
     if teacher.get("cache"):
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
-    for key in _NOT_IDENTITY_TEACHER:
-        teacher.pop(key, None)
     for section in (*(teacher.get("members") or ()), teacher, tree["student"]["start"] or {}):
         for key in _NOT_IDENTITY_REFERENCE:
             section.pop(key, None)

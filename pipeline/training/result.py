@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
-from pipeline.runs.files import RESULT_FILE, Result, student_sha256, write_json
+import torch
+
+from pipeline.data.loader_settings import processor
+from pipeline.distributed import collectives
+from pipeline.runs.files import JOURNAL_FILE, RESULT_FILE, Result, student_sha256, write_json
 from pipeline.runs.identity import Run
 from pipeline.training.checkpoint import Best
 from pipeline.training.evaluation import Accuracy
+from pipeline.training.journal import read_journal
 
 
 def write_result(
@@ -18,7 +25,9 @@ def write_result(
     averaged: Accuracy | None,
     images_per_second: float,
 ) -> None:
-    """Write what the finished run measured: accuracies in percent, parameters, training images per second."""
+    """Write what the finished run measured: accuracies in percent, parameters, speed, and what it trained on."""
+    seconds = training_seconds(read_journal(run.folder / JOURNAL_FILE), run.recipe.batch)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     result = Result(
         identity=run.fingerprint,
         model=run.recipe.student.model,
@@ -31,8 +40,28 @@ def write_result(
         epochs=run.recipe.epochs,
         images_per_second=round(images_per_second, 1),
         sha256=student_sha256(run.folder),
+        recipe=str(run.source),
+        shards=run.manifest.tool,
+        images=run.manifest.splits["train"].samples,
+        seconds=round(seconds, 1),
+        device=device,
+        ranks=collectives.world_size(),
     )
     write_json(run.folder / RESULT_FILE, asdict(result))
+
+
+def training_seconds(lines: Iterable[dict[str, Any]], batch: int) -> float:
+    """Return about how many seconds a run trained, by the lines of its journal, all its commands together.
+
+    The steps between two lines count at the rate of the later line. Evaluations, the start of a command, and steps that
+    an interrupted command lost are not counted.
+    """
+    seconds, last = 0.0, 0
+    for line in lines:
+        if speed := line.get("timing", {}).get("images_per_second"):
+            seconds += (line["step"] - last) * batch / speed
+            last = line["step"]
+    return seconds
 
 
 def print_table(run: Run) -> None:
