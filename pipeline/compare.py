@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import os
 import signal
-import statistics
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from queue import SimpleQueue
 
 from pipeline.cli import entry
 from pipeline.config.arguments import split_command_args
+from pipeline.config.measured import mean_and_deviation
 from pipeline.config.recipe import load_recipe
 from pipeline.config.source import split_names
 from pipeline.distributed import signals
@@ -138,15 +138,6 @@ def results_table(runs: Sequence[Run]) -> str:
         values = ", ".join(map(percent, last))
         lines.append(f"| `{source.run_name}` | {mean_and_deviation(last)} | {mean_and_deviation(best)} | {values} |")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values: Sequence[float | None]) -> str:
-    """Return mean ± sample standard deviation; a single value alone, or a dash if nothing was measured."""
-    measured = [value for value in values if value is not None]
-    if not measured:
-        return percent(None)
-    deviation = f" ± {statistics.stdev(measured):.2f}" if len(measured) > 1 else ""
-    return f"{statistics.mean(measured):.2f}{deviation}"
 
 
 if __name__ == "__main__":
