@@ -7,13 +7,16 @@ from typing import NamedTuple, cast
 import torch
 
 from pipeline.batch import Batch, Progress
-from pipeline.builders.meta import FakeModel, NetworkSummary, count_parameters, probe, probe_models
+from pipeline.builders.meta import FakeModel, NetworkSummary, ProbedModels, count_parameters, probe, probe_models
+from pipeline.config.measured import count_seeds, mean_and_deviation, measured
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.config.source import RecipeSource
+from pipeline.config.tables import load_tables
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
+from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
 
 _SAMPLE_ROWS = 32
@@ -37,6 +40,14 @@ class Report(NamedTuple):
     """Multiply-accumulates per image of the losses' forward, for a full batch, or ``_SAMPLE_ROWS`` rows on the CPU."""
     note: str = ""
     """One line on assumed facts, empty if there are none."""
+    paper: str | None = None
+    """Numbers that the papers print, None for a pair that is in none of the tables."""
+    measured: str = ""
+    """Our result by the recipe without overrides, empty for a pair in none of the tables that was not measured."""
+    images: int | None = None
+    """Images of all epochs together, None if neither the recipe nor shards say how many an epoch has."""
+    cache_size: str = ""
+    """Size of a cache with the answers of this recipe, empty if there is no cache or its size is not known."""
 
     @property
     def training_macs(self) -> float:
@@ -50,15 +61,25 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         """Return the report as text for the user."""
-        lines = [str(self.source), *_describe_network("student", self.student)]
+        lines = [str(self.source)]
+        lines += [f"paper     {self.paper}"] if self.paper else []
+        lines += [f"measured  {self.measured}"] if self.measured else []
+        lines += _describe_network("student", self.student)
         lines += [line for teacher in self.teachers for line in _describe_network("teacher", teacher)]
         lines += [f"          answers from {self.cache}"] if self.cache else []
         auxiliary = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
         lines += [f"losses    {', '.join(self.parts)}"]
         lines += [f"          {auxiliary} parameters of their own, {self.auxiliary_macs / 1e9:.3f} GMAC"]
-        lines += [f"training  about {self.training_macs / 1e9:.3f} GMAC an image"]
+        total = f", {_format_count(self.images)} images" if self.images else ""
+        lines += [f"training  about {self.training_macs / 1e9:.3f} GMAC an image{total}"]
+        lines += [f"cache     {self.cache_size}"] if self.cache_size else []
         lines += [self.note] if self.note else []
         return "\n".join(lines)
+
+
+def _format_count(count: int) -> str:
+    """Return a number of images as text, such as ``120,000`` and ``128 million``."""
+    return f"{count / 1e6:.3g} million" if count >= 10**6 else f"{count:,}"
 
 
 def _describe_network(role: str, network: NetworkSummary) -> list[str]:
@@ -75,10 +96,36 @@ def summarize(loaded: LoadedRecipe) -> Report:
     recipe = loaded.recipe
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
     losses = _try_losses(recipe, built.facts)
-    cache = recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None
+    # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
+    samples = recipe.data.samples or (None if built.note else built.facts.id_count)
+    runs = measured(loaded.source)
+    paper = load_tables().published_text(loaded.source) if load_tables().table_of(loaded.source) else None
+    ours = f"{mean_and_deviation([run.last for run in runs])} ({count_seeds(runs)})" if runs else ""
     return Report(
-        loaded.source, built.student[0], [network for network, _ in built.teachers], cache, *losses, built.note
+        loaded.source,
+        built.student[0],
+        [network for network, _ in built.teachers],
+        recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None,
+        *losses,
+        built.note,
+        paper,
+        ours or ("not measured yet" if paper else ""),
+        samples and recipe.epochs * samples,
+        _cache_size(recipe, built, samples),
     )
+
+
+def _cache_size(recipe: Recipe, built: ProbedModels, samples: int | None) -> str:
+    """Return the number of views in the teacher's cache and the size of one, by the taps that the losses read."""
+    if not (recipe.teacher and recipe.teacher.cache and built.teachers and samples):
+        return ""
+    network, taps = built.teachers[0]
+    shapes = {kind: network.shapes[tap] for tap, kind in kinds_by_tap(taps.stages, network.shapes).items()}
+    encoded = recipe.teacher.encode.items()
+    ranks = {kind: rank for tap, rank in encoded for kind in kinds_by_tap(taps.stages, [tap]).values()}
+    stored = [(ranks.get(kind, shape[0]), *shape[1:]) for kind, shape in shapes.items()]
+    view = format_bytes(samples * sum(CacheEntry(shape=shape).row_bytes for shape in stored))
+    return f"{recipe.data.views} views of {view}" if recipe.data.views else f"{view} a view"
 
 
 def _try_losses(recipe: Recipe, facts: Facts) -> tuple[list[str], dict[str, int], float]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.cache import DIGEST, DTYPE, Cache, block_hasher
+from pipeline.teachers.cache import DIGEST, DTYPE, Cache, block_hasher, format_bytes
 
 _RESERVE = 2**30
 """Bytes of free disk space that are left to others."""
@@ -159,10 +159,3 @@ def _write_at(file: int, content: bytes, offset: int) -> None:
         except OSError as error:
             raise OSError(f"a block was not written ({error}); free disk space and run the command again") from error
         rest, offset = rest[written:], offset + written
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes as text in decimal units, such as ``1.5 GB`` for 1.5e9."""
-    units = ("bytes", "kB", "MB", "GB", "TB", "PB")
-    power = min(int(np.log10(max(count, 1))) // 3, len(units) - 1)
-    return f"{count / 1000**power:,.1f} {units[power]}" if power else f"{count:,.0f} bytes"

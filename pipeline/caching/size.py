@@ -10,10 +10,9 @@ import numpy as np
 
 from pipeline.builders.meta import probe, training_labels
 from pipeline.builders.teacher import teacher_specs
-from pipeline.caching.blocks import format_bytes
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
-from pipeline.teachers.cache import LOGITS, NAME, CacheEntry, Encoding, kinds_by_tap
+from pipeline.teachers.cache import LOGITS, NAME, CacheEntry, Encoding, format_bytes, kinds_by_tap
 
 CHANNEL_DIVISOR = 8
 """Channels of a map per principal component in the encoding that the table proposes, if the user gives no number."""

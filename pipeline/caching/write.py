@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.batch import Outputs
 from pipeline.builders.teacher import check_provenance
-from pipeline.caching.blocks import Block, check_room, create_files, format_bytes, missing_blocks, write_block
+from pipeline.caching.blocks import Block, check_room, create_files, missing_blocks, write_block
 from pipeline.caching.damage import lost_encoders, mark_blocks
 from pipeline.caching.source import AnswerSource, Part, stored
 from pipeline.data.config import MAX_VIEWS
@@ -36,6 +36,7 @@ from pipeline.teachers.cache import (
     Provenance,
     StoredNorm,
     encoder_path,
+    format_bytes,
     open_cache,
     write_header,
 )

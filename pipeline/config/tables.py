@@ -67,6 +67,14 @@ class Tables(FrozenModel):
         printed = pair.published.items() if pair and source.method else ()
         return {table: numbers[source.method] for table, numbers in printed if source.method in numbers}
 
+    def published_text(self, source: RecipeSource) -> str:
+        """Return what the papers print of a recipe's pair and method, each number with the tables it stands in."""
+        tables: dict[str, list[str]] = {}
+        for table, number in self.published(source).items():
+            kind = "top-5" if table.endswith("top-5") else "top-1"
+            tables.setdefault(f"{kind} {number:.2f}", []).append(table.removesuffix(", top-5"))
+        return ", ".join(f"{number} ({'; '.join(names)})" for number, names in tables.items()) or "not reported"
+
 
 @cache
 def load_tables() -> Tables:

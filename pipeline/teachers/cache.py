@@ -276,3 +276,10 @@ def _open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDA
     if array.offset + array.nbytes != path.stat().st_size:
         raise ValueError(f"{path} has bytes after its array; {MEND_HINT}")
     return array
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text in decimal units, such as ``1.5 GB`` for 1.5e9."""
+    units = ("bytes", "kB", "MB", "GB", "TB", "PB")
+    power = min(int(np.log10(max(count, 1))) // 3, len(units) - 1)
+    return f"{count / 1000**power:,.1f} {units[power]}" if power else f"{count:,.0f} bytes"
