@@ -12,7 +12,6 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from pipeline.config.paths import recipe_name
 from pipeline.config.source import CONFIGS, RecipeSource
 from pipeline.frozen_model import FrozenModel
 from shards.documents import read_document
@@ -53,7 +52,7 @@ class MeasuredRun(FrozenModel):
 
 def results_file(source: RecipeSource, folder: Path = RESULTS) -> Path:
     """Return the file with the results of a recipe, whether it exists or not."""
-    name = recipe_name(source)
+    name = source.run_name
     return folder / name.with_name(f"{name.name}.json")
 
 
