@@ -20,7 +20,8 @@ the next one. Its result is on disk before the next stage begins. After an inter
 skips stages that have passed.
 
 ``out/summary.md`` lists the result of every stage, and ``out/benchmarks.md`` contains the tables for BENCHMARKS.md.
-``out/cells.yaml`` contains the lines for ``configs/tables.yaml``. The exit code is 1 if a stage failed or had no time.
+With ``cifar=`` and ``weights=``, ``out/results/`` contains the finished runs of command 3: copy it to
+``configs/results/`` and run ``python configs/results.py``. The exit code is 1 if a stage failed or had no time.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def run_part(command: int, stages: Sequence[HalfHourStage], options: Options) ->
                 result = write_stage_result(folder, StageResult.out_of_time(stage))
         print(result, flush=True)
         results.append(result)
-        write_reports(options.out, options.cifar is not None)
+        write_reports(options.out, options.is_real)
     return results
 
 

@@ -48,6 +48,11 @@ class Options(FrozenModel):
         return 5 if self.rehearse else 1
 
     @property
+    def is_real(self) -> bool:
+        """Return whether finished runs are results of CIFAR-100: neither its images nor the teacher are generated."""
+        return self.cifar is not None and self.weights is not None and not self.rehearse
+
+    @property
     def inputs(self) -> Path:
         """Return the folder of the generated inputs."""
         return self.out / "inputs"

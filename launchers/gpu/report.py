@@ -1,8 +1,8 @@
-"""Reports of the half hour: a summary of the stages, tables for BENCHMARKS.md, and results for the tables."""
+"""Reports of the half hour: a summary of the stages, tables for BENCHMARKS.md, and results of finished runs."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,31 @@ from typing import Any
 from supervise import StageResult, read_stage_result
 
 from pipeline.benchmarks.record import BenchmarkRecord
+from pipeline.errors import RecipeError, one_line
+from pipeline.runs.recording import record_run
+from shards.documents import DamagedFile
 from shards.manifest import write_atomically
 
 
-def write_reports(out: Path, is_cifar: bool) -> None:
-    """Write ``summary.md``, ``benchmarks.md`` and ``cells.yaml`` from the results in ``out``."""
+def write_reports(out: Path, is_real: bool) -> None:
+    """Write ``summary.md`` and ``benchmarks.md`` in ``out``; and ``results/``, if data and weights are real."""
     folders = sorted(path for path in out.glob("[123][0-9][0-9]-*") if path.is_dir())
     results = [result for result in map(read_stage_result, folders) if result is not None]
-    _write(out / "summary.md", summary(results))
+    refused = write_results(out) if is_real else []
+    _write(out / "summary.md", summary(results, refused))
     _write(out / "benchmarks.md", benchmarks(out / "records", results))
-    _write(out / "cells.yaml", cells(out, is_cifar))
 
 
 def _write(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def summary(results: Iterable[StageResult]) -> str:
-    """Return a table with a row per stage: its name, status, seconds, and the reason of a failure."""
+def summary(results: Iterable[StageResult], refused: Iterable[str] = ()) -> str:
+    """Return a table with a row per stage (name, status, seconds, reason of a failure), and the refused runs."""
     # A vertical bar would end the table cell.
     rows = [[r.name, r.status, f"{r.seconds:.0f}", r.reason.replace("|", "/")] for r in results]
-    return "# Half an hour on this machine\n\n" + markdown_table(["stage", "", "seconds", "why"], rows)
+    table = markdown_table(["stage", "", "seconds", "why"], rows)
+    return "".join(["# Half an hour on this machine\n\n", table, *(f"\nNot recorded: {each}\n" for each in refused)])
 
 
 def benchmarks(records: Path, results: Iterable[StageResult]) -> str:
@@ -101,18 +105,16 @@ def record_table(record: BenchmarkRecord) -> str:
     return markdown_table(["", "ms", "images/s", *counted], rows)
 
 
-def cells(out: Path, is_cifar: bool) -> str:
-    """Return the lines for ``measured:`` in configs/tables.yaml of finished runs; comments for generated data."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def write_results(out: Path) -> list[str]:
+    """Write the finished runs of CIFAR-100's pair to ``out/results``, and return why others are no results."""
+    shutil.rmtree(out / "results", ignore_errors=True)
+    refused = []
     for path in sorted(out.glob("runs/cifar100/*/*/seed-*/result.json")):
-        result = json.loads(path.read_text())
-        found.setdefault("/".join(("cifar100", *path.parts[-4:-2])), []).append((result["top1"], result["best_top1"]))
-    lines = ["# Last epoch (best epoch), means over seeds."]
-    lines += [] if is_cifar else ["# Of generated images: these are not results of CIFAR-100."]
-    for name, tops in found.items():
-        last, best = (sum(column) / len(tops) for column in zip(*tops, strict=True))
-        lines.append(f"{'' if is_cifar else '# '}{name}: {last:.2f} ({best:.2f}), {len(tops)} seeds")
-    return "\n".join(lines) + "\n"
+        try:
+            record_run(path.parent, out / "results")
+        except (RecipeError, DamagedFile) as error:
+            refused.append(one_line(error))
+    return refused
 
 
 def markdown_table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from options import Options
 
+from pipeline.config.source import known_methods
+
 CHECKOUT = Path(__file__).resolve().parents[2]
-CIFAR_PAIR, IMAGENET_PAIR = "configs/cifar100/resnet56_resnet20", "configs/imagenet/r50_mbv1"
+CIFAR_PAIR, IMAGENET_PAIR = "configs/cifar100/resnet56_resnet20.yaml", "configs/imagenet/r50_mbv1.yaml"
 METHODS = ("ce", "kd", "dkd", "perception", "ddkd")
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
@@ -90,27 +92,27 @@ def cifar_overrides(options: Options, method: str) -> list[str]:
 
 
 def all_methods() -> list[str]:
-    """Return the methods of the CIFAR pair that need neither a cache nor an earlier run."""
-    names = [path.stem for path in sorted((CHECKOUT / CIFAR_PAIR).glob("*.yaml"))]
-    return [name for name in names if name not in ("pair", "ab") and not name.endswith("_cached")]
+    """Return the methods that need no earlier run."""
+    return [name for name in known_methods() if name != "ab"]
 
 
 def short_run(options: Options, method: str) -> list[str]:
     """Return a method's recipe of the CIFAR pair and its overrides, with a small batch in a rehearsal."""
     return [
-        f"{CIFAR_PAIR}/{method}.yaml",
+        CIFAR_PAIR,
+        f"method={method}",
         *cifar_overrides(options, method),
         *(["batch=16"] if options.rehearse else []),
     ]
 
 
-def imagenet_overrides(options: Options, method: str) -> list[str]:
-    """Return the overrides for a method of the ImageNet pair, which runs on noise."""
-    overrides = [f"data.path={options.inputs / 'imagenet'}", "data.loader=synthetic"]
+def imagenet_run(options: Options, method: str) -> list[str]:
+    """Return a method's recipe of the ImageNet pair and its overrides, which run on noise."""
+    overrides = [f"method={method}", f"data.path={options.inputs / 'imagenet'}", "data.loader=synthetic"]
     overrides += [f"data.size={options.imagenet_size}", f"batch={options.imagenet_batch}"]
     if method != "ce":
         overrides += [f"teacher.weights={options.inputs / 'resnet50.pt'}", "teacher.expect_top1=null"]
-    return overrides
+    return [IMAGENET_PAIR, *overrides]
 
 
 def _speed_stages(options: Options) -> list[HalfHourStage]:
@@ -119,39 +121,31 @@ def _speed_stages(options: Options) -> list[HalfHourStage]:
     repeats = ["repeats=2", "steps=2", "warmup=1"] if options.rehearse else ["repeats=7", "steps=20", "warmup=5"]
     methods = ("ce", "kd") if options.rehearse else METHODS
 
-    def bench(name: str, seconds: float, part: str, recipe: str, *overrides: str) -> HalfHourStage:
-        return _pipeline(name, seconds, "bench.py", part, f"{recipe}.yaml", *overrides, records, *repeats)
+    def bench(name: str, seconds: float, part: str, *recipe: str) -> HalfHourStage:
+        return _pipeline(name, seconds, "bench.py", part, *recipe, records, *repeats)
 
-    def step_stages(name: str, seconds: float, recipe: str, *overrides: str) -> list[HalfHourStage]:
+    def step_stages(name: str, seconds: float, *recipe: str) -> list[HalfHourStage]:
         """Return two stages for a step: eager, which also measures the step's parts, and as a CUDA graph."""
         graph = "graph=auto" if options.rehearse else "graph=true"
-        eager = bench(name, seconds, "step", recipe, *overrides, "graph=false")
-        return [eager, bench(f"{name}-graph", seconds, "step", recipe, *overrides, graph)]
+        eager = bench(name, seconds, "step", *recipe, "graph=false")
+        return [eager, bench(f"{name}-graph", seconds, "step", *recipe, graph)]
 
-    stages = [
-        s for m in methods for s in step_stages(f"cifar-{m}", 40, f"{CIFAR_PAIR}/{m}", *short_run(options, m)[1:])
-    ]
-    stages += [
-        s
-        for m in methods
-        for s in step_stages(f"imagenet-{m}", 60, f"{IMAGENET_PAIR}/{m}", *imagenet_overrides(options, m))
-    ]
+    stages = [s for m in methods for s in step_stages(f"cifar-{m}", 40, *short_run(options, m))]
+    stages += [s for m in methods for s in step_stages(f"imagenet-{m}", 60, *imagenet_run(options, m))]
     for key in ("student.compile", "teacher.compile", "losses.ddkd.diffusion.compile"):
         name = f"ddkd-{key.split('.')[-2]}-compiled"
-        overrides = [*imagenet_overrides(options, "ddkd"), f"{key}=true"]
-        stages += [] if options.rehearse else [bench(name, 120, "step", f"{IMAGENET_PAIR}/ddkd", *overrides)]
+        recipe = [*imagenet_run(options, "ddkd"), f"{key}=true"]
+        stages += [] if options.rehearse else [bench(name, 120, "step", *recipe)]
     method = "kd" if options.rehearse else "ddkd"
-    stages += [
-        bench(f"losses-{method}", 60, "losses", f"{IMAGENET_PAIR}/{method}", *imagenet_overrides(options, method))
-    ]
+    stages += [bench(f"losses-{method}", 60, "losses", *imagenet_run(options, method))]
     loader = [f"data.path={options.jpeg_shards}", f"batch={8 if options.rehearse else 128}", "data.resize=null"]
-    return [*stages, bench("loader", 60, "loader", f"{IMAGENET_PAIR}/ce", *loader)]
+    return [*stages, bench("loader", 60, "loader", IMAGENET_PAIR, "method=ce", *loader)]
 
 
 def _table_stages(options: Options) -> list[HalfHourStage]:
     """Return the stage that trains results for CIFAR-100's tables: three methods with two seeds each."""
     methods = ("kd",) if options.rehearse else ("kd", "dkd", "perception")
-    recipes = [str(CHECKOUT / CIFAR_PAIR / f"{method}.yaml") for method in methods]
+    recipe = [str(CHECKOUT / CIFAR_PAIR), f"methods={','.join(methods)}"]
     overrides = [
         *cifar_overrides(options, "kd"),
         "checkpoints.every_epochs=60",
@@ -164,7 +158,7 @@ def _table_stages(options: Options) -> list[HalfHourStage]:
     )
     seeds, jobs = ("0", "1") if options.rehearse else ("0,1", "6")  # one job per run, so that all stop at the same time
     stage = _pipeline(
-        "cells", 60 * options.minutes, "compare.py", *recipes, f"seeds={seeds}", f"jobs={jobs}", *overrides
+        "cells", 60 * options.minutes, "compare.py", *recipe, f"seeds={seeds}", f"jobs={jobs}", *overrides
     )
     # It passes when its minutes are over, with unfinished runs, which the next call continues.
     return [replace(stage, folder=options.out, rerun_if_passed=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from types import ModuleType
 import pytest
 import yaml
 
+from pipeline.config.measured import read_results
+from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
+CIFAR_PAIR = "configs/cifar100/resnet56_resnet20.yaml"
 GPU = ROOT / "launchers" / "gpu"
 SCRIPT = GPU / "half_hour.py"
 MODULES = ("half_hour", "options", "report", "stages", "supervise", "checks")
@@ -145,15 +149,76 @@ def test_what_a_stage_started_ends_with_it_even_if_it_ignores_the_signal(half_ho
     assert "88888" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
-def test_finished_cells_are_lines_of_the_tables(half_hour: ModuleType):
-    from report import cells
+FACTS = {"identity": "", "model": "m", "parameters": 1, "epochs": 240, "images_per_second": 1.0, "images": 50_000}
+TEACHER = "teacher={recipe: null, model: cifar_resnet56, weights: teacher.pt}"
 
-    for seed, (last, best) in enumerate([(70.0, 70.5), (71.0, 71.25)]):
-        folder = Path(f"out/runs/cifar100/resnet56_resnet20/kd/seed-{seed}")
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"top1": last, "best_top1": best}))
-    assert yaml.safe_load(cells(Path("out"), True)) == {"cifar100/resnet56_resnet20/kd": "70.50 (70.88), 2 seeds"}
-    assert yaml.safe_load(cells(Path("out"), False)) is None  # drawn images are no CIFAR-100
+
+def finish(out: Path, seed: int, top1: float, **override: str) -> None:
+    """Write the files of a finished run of KD, as the third command leaves it."""
+    folder = out / "runs" / "cifar100" / "resnet56_resnet20" / "kd" / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    words = ["method=kd", f"seed={seed}", TEACHER, "data.validation_batch=2000", "checkpoints.every_epochs=60"]
+    loaded = load_recipe(ROOT / CIFAR_PAIR, [*words, *(f"{key}={value}" for key, value in override.items())])
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(loaded.recipe)))
+    digests = {"data": {"manifest": "a", "classes": "b"}, "teacher": {"weights": "sha256:c"}}
+    identity = {"student": {}, "losses": {}, **digests}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    (folder / "identity.json").write_text(json.dumps(identity))
+    measured = {"identity": digest, "top1": top1, "best_top1": top1 + 0.5, "sha256": {"student.safetensors": str(top1)}}
+    result = {**FACTS, **measured, "recipe": f"{CIFAR_PAIR} method=kd", "shards": "prepare_cifar"}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_finished_runs_are_results_that_can_be_copied(half_hour: ModuleType):
+    from report import write_reports
+
+    out = Path("out")
+    for seed, top1 in enumerate((70.0, 71.0)):
+        finish(out, seed, top1)
+    finish(out, 2, 20.0, epochs="1")
+    for _ in range(2):  # it is called after every stage
+        write_reports(out, is_real=True)
+    runs = read_results(out / "results" / "cifar100" / "resnet56_resnet20" / "kd.json")
+    assert [(run.seed, run.last, run.best, run.teacher) for run in runs] == [
+        (0, 70.0, 70.5, "sha256:c"),
+        (1, 71.0, 71.5, "sha256:c"),
+    ]
+    assert "Not recorded: out/runs/cifar100/resnet56_resnet20/kd/seed-2: trained with other values of epochs" in (
+        (out / "summary.md").read_text()
+    )
+
+
+def test_runs_on_generated_inputs_are_no_results(half_hour: ModuleType):
+    from options import read_options
+    from report import write_reports
+
+    finish(Path("out"), 0, 70.0)
+    write_reports(Path("out"), is_real=False)
+    assert not Path("out/results").exists()
+    real = ("3", "cifar=shards", "weights=teacher.pt")
+    assert read_options([*real, "out=a"]).is_real
+    for number, words in enumerate((real[:2], (real[0], real[2]), (*real, "--rehearse"))):
+        assert not read_options([*words, f"out=b{number}"]).is_real
+
+
+def test_every_stage_names_a_recipe_and_overrides_that_load(half_hour: ModuleType):
+    from options import read_options
+    from stages import all_methods, short_run, stages_of
+
+    options = read_options(["1", "2", "3", "out=full"])
+    for method in all_methods():
+        path, *words = short_run(options, method)
+        load_recipe(path, words)
+    assert len(all_methods()) > 20
+    benched = [stage.args for stage in stages_of(2, options)]
+    assert all(args[1].endswith("bench.py") for args in benched)
+    for _, _, _, path, *words in benched:
+        load_recipe(
+            path, [word for word in words if word.partition("=")[0] not in ("out", "repeats", "steps", "warmup")]
+        )
+    (stage,) = stages_of(3, options)
+    assert [word for word in stage.args if word.startswith("methods=")] == ["methods=kd,dkd,perception"]
+    assert Path(stage.args[2]) == ROOT / CIFAR_PAIR
 
 
 @pytest.mark.endurance
@@ -168,4 +233,5 @@ def test_all_of_it_is_rehearsed_on_this_machine(tmp_path: Path):
     tables = (tmp_path / "out" / "benchmarks.md").read_text()
     for title in ("## Machine", "## Milliseconds per step of every method", "## Losses against float64", "## A step"):
         assert title in tables
-    assert "# cifar100/resnet56_resnet20/kd: " in (tmp_path / "out" / "cells.yaml").read_text()
+    assert (tmp_path / "out" / "runs" / "cifar100" / "resnet56_resnet20" / "kd" / "seed-0" / "result.json").is_file()
+    assert not (tmp_path / "out" / "results").exists()  # a rehearsal is no result

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from options import Options
-from stages import IMAGENET_PAIR, imagenet_overrides
+from stages import imagenet_run
 
 from checks import CheckAnswer, answer, cuda_device, train_short
 
@@ -20,7 +20,7 @@ def check(options: Options, folder: Path) -> CheckAnswer:
         shutil.rmtree(folder / "run", ignore_errors=True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        args = [f"{IMAGENET_PAIR}/{method}.yaml", *imagenet_overrides(options, method), *_precision()]
+        args = [*imagenet_run(options, method), *_precision()]
         try:
             train_short(folder / "run", *args, "stop.steps=3", "checkpoints={every_steps: 0, every_epochs: 0}")
         except Exception as error:
