@@ -37,7 +37,7 @@ def project_at(folder: Path) -> Iterator[pytest.MonkeyPatch]:
     """Be in a folder whose ``configs/`` are those of the project."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module in ("config.paths", "config.measured", "runs.recording"):
+        for module in ("config.source", "config.measured", "runs.recording"):
             patch.setattr(f"pipeline.{module}.CONFIGS", folder / "configs")
         yield patch
 
