@@ -11,4 +11,4 @@ class FrozenModel(BaseModel):
     Fields may have types that pydantic does not know, such as a loss's class.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)

@@ -28,15 +28,14 @@ class Config(FrozenModel):
     samples: PositiveInt | None = None
     """Number of training images that ``--check`` and a cache's ``--dry-run`` assume if the shards are missing."""
     loader: Literal["dali", "memory", "synthetic"] = "dali"
-    """``dali`` decodes during training. ``memory`` keeps a small data set decoded on the device. ``synthetic`` reads no
-    image and returns noise, to measure a step that never waits for input."""
+    """Source of the images: ``dali`` decodes during training. ``memory`` keeps a small data set decoded on the device.
+    ``synthetic`` reads no image and returns noise, to measure a step that never waits for input."""
     size: Side
     """Side of the square images of a batch, in pixels, in training and in validation."""
     resize: Side | None = None
     """Short side in pixels before the centre crop of validation; null is ``size``."""
     crop: Literal["random_resized", "pad"] = "random_resized"
-    """Crop of training: ``random_resized`` draws area and aspect ratio. ``pad`` cuts the original size out of the
-    zero-padded image."""
+    """Crop of training images: a random area and aspect ratio, or the original size out of the zero-padded image."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     """``random_resized``: smallest and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)

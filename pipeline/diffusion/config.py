@@ -18,8 +18,11 @@ class Diffusion(FrozenModel):
     """The noise schedule, the sampler's time steps, and how the student's tensor is mixed with noise."""
 
     time_steps: PositiveInt
+    """Number of time steps of the noise schedule."""
     beta_start: PositiveFloat
+    """Noise variance β of the first time step; β grows linearly."""
     beta_end: PositiveFloat
+    """Noise variance β of the last time step."""
     sampler_steps: PositiveInt
     """Number of denoising steps; each one evaluates the noise predictor once."""
     sampler_stride: PositiveInt

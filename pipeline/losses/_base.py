@@ -68,7 +68,9 @@ class Loss(nn.Module):
         """
 
         weight: float = 1.0
+        """Factor of the loss in the total."""
         ramp: Ramp | None = None
+        """Growth of the weight over the epochs; null is a constant weight."""
 
         def taps(self) -> Taps:
             """Return the taps that this loss and its inner losses read."""

@@ -63,6 +63,7 @@ class BatchLoss(Loss):
         """
 
         stat_scope: StatScope = "global"
+        """Rows that are compared: ``global`` (all ranks'), ``rank`` (this rank's) or ``ghost:N`` (each N of a rank)."""
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of ``forward`` × weight × ramp, on the gathered rows or as the mean over the groups."""

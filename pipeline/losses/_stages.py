@@ -23,7 +23,9 @@ class StagePair(FrozenModel):
     """A stage of the student and the stage of the teacher it is compared with."""
 
     student: str
+    """Stage of the student."""
     teacher: str
+    """Stage of the teacher."""
 
 
 StageChoice = str | StagePair
@@ -71,6 +73,7 @@ class FeatureMapLoss(Loss):
         """The config of a loss on maps, such as ``{stages: all}``."""
 
         stages: StageChoices = "all"
+        """Stages of both networks whose maps are compared."""
 
         def taps(self) -> Taps:
             """Return the stages' taps."""

@@ -20,6 +20,7 @@ class LogitTransform(Loss):
         """The config of a logit transform, such as ``{inner: {dkd: {…}}}``."""
 
         inner: InnerLoss
+        """Loss that is computed on the transformed logits."""
 
         def taps(self) -> Taps:
             """Return the inner loss's taps."""

@@ -34,6 +34,7 @@ class AB(PreactLoss):
         """The config of AB, such as ``{stages: all, margin: 1.0}``."""
 
         margin: PositiveFloat
+        """Margin by which a pre-activation must be on the side of the teacher's sign."""
 
     def connector(self, student: str, teacher: str) -> nn.Module:
         """Return the network that brings the student's tap to the teacher's shape."""

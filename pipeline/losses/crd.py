@@ -159,6 +159,7 @@ class CRD(Loss):
         """The config of CRD; ``configs/methods/crd.yaml`` has the published values."""
 
         stage: StageChoice = "embedding"
+        """Stage of both networks whose features are embedded."""
         dim: PositiveInt
         """Dimension D of the embeddings."""
         negatives: PositiveInt

@@ -71,8 +71,11 @@ class DiffKD(Loss):
         """
 
         diffusion: Diffusion
+        """Noise schedule and sampler of the denoising, shared by both branches."""
         feature: FeatureBranch | None = None
+        """Branch that denoises a feature map; null is off."""
         logits: LogitBranch | None = None
+        """Branch that denoises the logits; null is off."""
         logit_distance: InnerLoss | None = None
         """Loss between the student's denoised logits and the teacher's; its weight and ramp are multiplied by λ3."""
         diffusion_weight: NonNegativeFloat

@@ -93,8 +93,9 @@ class DIST(Loss):
         gamma: NonNegativeFloat
         """Weight of the intra-class term."""
         temperature: PositiveFloat
+        """Temperature T by which both networks' logits are divided."""
         stat_scope: StatScope = "global"
-        """Rows that the intra-class term covers; published code takes those of a rank."""
+        """Rows of the intra-class term: ``global`` (all ranks'), ``rank`` (as published) or ``ghost:N``."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``inter`` and ``intra``."""

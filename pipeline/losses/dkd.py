@@ -49,6 +49,7 @@ class DKD(Loss):
         beta: NonNegativeFloat
         """Weight of NCKD."""
         temperature: PositiveFloat
+        """Temperature T by which both networks' logits are divided."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         if facts.num_classes < 3:

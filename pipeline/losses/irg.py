@@ -58,6 +58,7 @@ class IRG(BatchLoss):
         transformation_weight: NonNegativeFloat
         """Weight of the mean squared error of ``transformation``, averaged over the pairs of neighbouring levels."""
         stages: StageChoices = "all"
+        """Stages of both networks whose maps are the levels of the graph."""
 
         def taps(self) -> Taps:
             """Return the stages' taps."""

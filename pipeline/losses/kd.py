@@ -25,6 +25,7 @@ class KD(Loss):
         """The config of KD, such as ``{temperature: 4.0}``."""
 
         temperature: PositiveFloat
+        """Temperature T by which both networks' logits are divided."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``kd``."""

@@ -38,6 +38,7 @@ class Perception(LogitTransform):
         eps: PositiveFloat = 1e-5
         """Term added to the variance. The paper has none, and would divide by zero."""
         stat_scope: StatScope = "global"
+        """Rows of the statistics: ``global`` (all ranks'), ``rank`` (this rank's) or ``ghost:N`` (each N of a rank)."""
 
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return both perception matrices.

@@ -45,6 +45,7 @@ class PKT(BatchLoss):
         eps: PositiveFloat
         """Term added to lengths and to probabilities."""
         stage: StageChoice = "embedding"
+        """Stage of both networks whose features are compared."""
 
         def taps(self) -> Taps:
             """Return the stage's taps."""

@@ -58,8 +58,11 @@ class RKD(BatchLoss):
         """The config of RKD, such as ``{distance_weight: 25.0, angle_weight: 50.0}``."""
 
         distance_weight: NonNegativeFloat
+        """Weight of the distances between two rows."""
         angle_weight: NonNegativeFloat
+        """Weight of the angles among three rows."""
         stage: StageChoice = "embedding"
+        """Stage of both networks whose features are compared."""
 
         def taps(self) -> Taps:
             """Return the stage's taps."""

@@ -33,6 +33,7 @@ class SP(BatchLoss):
         """The config of SP, such as ``{weight: 3000.0}``."""
 
         stage: StageChoice = "last"
+        """Stage of both networks whose features are compared."""
 
         def taps(self) -> Taps:
             """Return the stage's taps."""

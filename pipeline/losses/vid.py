@@ -35,6 +35,7 @@ class VID(Loss):
         stages: StageChoices
         """Stages of both networks. Maps of different size are average-pooled to the smaller one."""
         initial_variance: PositiveFloat
+        """Variance of every channel at the start."""
         eps: PositiveFloat
         """Lower bound of every variance."""
 

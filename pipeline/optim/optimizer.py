@@ -16,9 +16,13 @@ class Config(FrozenModel):
     """The recipe's ``optimizer`` section. The learning rate is in ``schedule``."""
 
     kind: Literal["sgd"] = "sgd"
+    """The optimizer; SGD is the only one."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
     nesterov: bool = False
+    """Whether the momentum is that of Nesterov."""
     weight_decay: NonNegativeFloat = 0.0
+    """Factor of the L2 penalty on the parameters."""
     decay_norms_and_biases: bool = True
     """Whether weight decay also applies to biases and to the parameters of normalisation layers."""
 

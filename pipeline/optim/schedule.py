@@ -18,15 +18,17 @@ class Schedule(FrozenModel):
     """The recipe's ``schedule``: a linear warm-up, followed by steps, a cosine or a constant rate."""
 
     kind: Literal["step", "cosine", "constant"] = "constant"
+    """Course of the learning rate after the warm-up."""
     rate: PositiveFloat
     """Learning rate after warm-up, for the recipe's global batch."""
     milestones: tuple[NonNegativeFloat, ...] = ()
     """``step``: epochs at which the rate is multiplied by ``factor``."""
     factor: PositiveFloat = 0.1
+    """``step``: factor of the rate at each milestone."""
     final_rate: NonNegativeFloat = 0.0
     """``cosine``: the rate at the end of the run."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """Length of the warm-up in epochs."""
+    """Length of the linear warm-up in epochs."""
     warmup_rate: NonNegativeFloat = 0.0
     """Rate at the first step of the warm-up."""
 

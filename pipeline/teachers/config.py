@@ -30,7 +30,10 @@ class TeacherNetwork(RunReference):
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """``auto`` is fp16 on a GPU and fp32 on a CPU; for a moving average see ``EMATeacher``."""
+    """Precision of the network; ``auto`` is fp16 on a GPU and fp32 on a CPU.
+
+    Of ``average``, the forward runs under autocast, and ``auto`` is bf16 if the recipe's ``precision`` is not fp32.
+    """
     fold: bool = True
     """Whether each BatchNorm is folded into the convolution before it."""
     compile: bool = False
@@ -65,7 +68,7 @@ class Config(TeacherNetwork):
     members: tuple[TeacherNetwork, ...] | None = Field(default=None, min_length=1)
     """Networks whose softened outputs are mixed. Features come from the first."""
     combine: Literal["mean", "entropy", "confidence"] | None = None
-    """Weighting of the members; see ``member_weights``."""
+    """Weights of the members: equal, larger for a surer prediction (``entropy``), or for the label (``confidence``)."""
     temperature: float | None = Field(default=None, gt=0)
     """Temperature T of the mixture. A logit loss at this T has exactly the mixture as its target."""
     average: Averaging | None = None
