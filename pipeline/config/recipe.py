@@ -35,6 +35,7 @@ class StartConfig(RunReference):
     """The student's initial weights: a weights file, or the student of another run."""
 
     weights: str | None = None
+    """Weights file that the student starts from."""
     weights_key: str | None = None
     """Key of the weights in a file that has several, such as ``model_ema``; default: the raw weights."""
 
@@ -53,6 +54,7 @@ class StudentConfig(FrozenModel):
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     start: StartConfig | None = None
+    """Initial weights; null is a random initialisation by ``seed``."""
     compile: bool = False
     """True to use torch.compile: a minute or more at the start, faster steps, and different last bits."""
 
@@ -61,16 +63,22 @@ class StopConfig(FrozenModel):
     """The point where this command ends early, to be resumed later; not part of the run's identity."""
 
     epoch: PositiveInt | None = None
+    """Epoch of the run after which the command ends."""
     steps: PositiveInt | None = None
+    """Step of the run after which the command ends."""
     minutes: float | None = Field(default=None, gt=0)
+    """Minutes of training after which the command ends."""
 
 
 class CheckpointConfig(FrozenModel):
     """The intervals at which the run is saved (0: never), and the number of checkpoints to keep."""
 
     every_steps: NonNegativeInt = 0
+    """Steps between two checkpoints; 0 is never."""
     every_epochs: NonNegativeInt = 1
+    """Epochs between two checkpoints; 0 is never."""
     keep: PositiveInt = 2
+    """Number of the latest checkpoints that are kept."""
     poll_steps: PositiveInt = 50
     """Steps between two checks of whether any rank has received a signal to stop."""
 
@@ -79,6 +87,7 @@ class JournalConfig(FrozenModel):
     """The settings of the training journal."""
 
     every_steps: PositiveInt = 50
+    """Steps between two lines of the journal."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers of Accelerate, by name."""
 
@@ -87,10 +96,15 @@ class Recipe(FrozenModel):
     """The complete settings of a run."""
 
     student: StudentConfig
+    """The network that is trained."""
     teacher: TeacherConfig | None = None
+    """The teacher: one network, several ``members``, or the ``average`` of the student's weights."""
     losses: Losses
+    """The losses by name, whose weighted sum is the total."""
     data: Data
+    """The shards, and the transforms of their images."""
     epochs: int = Field(gt=0, le=10**6)
+    """Length of the run in epochs."""
     batch: int = Field(gt=0, le=2**24)
     """Size of the global batch, over all ranks and micro-batches."""
     accumulation: int = Field(default=1, gt=0, le=2**24)
@@ -98,20 +112,27 @@ class Recipe(FrozenModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initialisation, sample order and random draws; ``data.seed`` is that of crops and flips."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the forward and backward passes, by autocast; the weights are float32."""
     optimizer: Optimizer = Optimizer()
+    """The optimizer, without its learning rate."""
     schedule: Schedule
+    """The learning rate over the epochs."""
     clip: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient, over all parameters; null is no clipping."""
     compress: Literal["auxiliary", "all"] | None = None
     """Gradients that are sent in bfloat16: those of the losses' own modules, or the student's, too."""
     ema: Averaging | None = None
+    """Moving average of the student's weights, which is exported, too; null is off."""
     graph: Literal["auto"] | bool = "auto"
     """True to replay each step as a CUDA graph, with equal numbers. ``auto``: on one GPU, without accumulation."""
     compare: tuple[RunReference, ...] = ()
     """Runs whose results are in the final table; missing ones are trained first."""
     checkpoints: CheckpointConfig = CheckpointConfig()
+    """When the run is saved, and the number of checkpoints that are kept."""
     journal: JournalConfig = JournalConfig()
+    """The training journal, and the experiment trackers."""
     stop: StopConfig = StopConfig()
+    """Where this command ends early; the same command continues the run."""
     folder: str | None = None
     """Run folder; default ``runs/<path of the recipe under configs/>/<method>/seed-<seed>``."""
 
