@@ -20,12 +20,12 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
     with suppress(OSError, ValueError, RuntimeError):  # if standard error is closed, or not a file
         faulthandler.enable()  # a traceback for crashes in C code, and for a mapped file that was truncated
     args = sys.argv[1:]
-    if {"-h", "--help"} & set(args):
-        print(sys.modules["__main__"].__doc__)
-        return
     with survive_lost_output():
         try:
-            main(args)
+            if {"-h", "--help"} & set(args):
+                print_answer(str(sys.modules["__main__"].__doc__))
+            else:
+                main(args)
         except Interrupted as interrupted:
             print(interrupted)
         except AlreadyReported:
@@ -56,6 +56,13 @@ def survive_lost_output() -> Iterator[None]:
             out.end()
             err.end()
             sys.stdout, sys.stderr = before
+
+
+def print_answer(text: object) -> None:
+    """Print the text that a command was called for; a reader that leaves before its end, such as head, is no loss."""
+    if isinstance(sys.stdout, LossyStream):
+        sys.stdout.is_lost = True  # as if the warning had been given
+    print(text)
 
 
 class LossyStream:

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 2 pipeline/train.py PAIR method=NAME [key=value …]    two ranks, on CPUs too
     python pipeline/train.py --check PAIR method=NAME [key=value …]         its parts and sizes, without training
     python pipeline/train.py --list                                         methods, pairs and networks
+    python pipeline/train.py --keys [SECTION]                               the keys of a recipe, with their meaning
 
 The same command continues an interrupted run. Data flows one way: shards → Batch → teacher(batch) →
 distiller(batch, outputs) → losses["total"] → backward → step.
@@ -33,8 +34,9 @@ from torch import Tensor
 
 from pipeline.builders.session import Session, State, open_session
 from pipeline.builders.summary import summarize
-from pipeline.cli import entry
+from pipeline.cli import entry, print_answer
 from pipeline.config.arguments import parse_recipe_args
+from pipeline.config.keys import keys_text
 from pipeline.config.listing import listing
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import collectives, signals
@@ -61,10 +63,13 @@ from pipeline.training.stopping import SIGNAL
 def main(args: Sequence[str]) -> None:
     """Train the run that the command line names, unless it is finished, and print its table; or ``--check`` it."""
     if "--list" in args:
-        print(listing())
+        print_answer(listing())
+        return
+    if "--keys" in args:
+        print_answer(keys_text([arg for arg in args if arg != "--keys"]))
         return
     if "--check" in args:
-        print(summarize(load_recipe(*parse_recipe_args([arg for arg in args if arg != "--check"]))))
+        print_answer(summarize(load_recipe(*parse_recipe_args([arg for arg in args if arg != "--check"]))))
         return
     path, overrides = parse_recipe_args(args)
     launch, loaded = read_launch(), load_recipe(path, overrides)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import date
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import Origins
+from pipeline.config.schema import find_node, known_keys, model_schema
 from pipeline.config.values import location_of
 from pipeline.errors import RecipeError
-from pipeline.losses._registry import LossSpec, find_loss, known_losses
 
 
 def validation_message(
@@ -36,7 +36,7 @@ def check_nulls(model: type[BaseModel], tree: dict[str, Any], origins: Origins, 
             continue
         if ":" in key[-1]:  # A null deletes a user's own loss, whose name is not a field of any model.
             continue
-        known = _known_keys(model, key[:-1])
+        known = known_keys(find_node(model_schema(model), key[:-1]))
         if known and key[-1] not in known:
             raise RecipeError(f"{location_of(key, origins, file)}: {_unknown(key[-1], known)}")
 
@@ -65,7 +65,7 @@ def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[B
     """Return what is wrong at a key; several errors come from a union, one from each of its types."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return _unknown(location[-1], _known_keys(model, location[:-1]))
+        return _unknown(location[-1], known_keys(find_node(model_schema(model), location[:-1])))
     if first["type"] == "missing":
         return "this key is required"
     if first["type"] == "value_error":
@@ -79,29 +79,3 @@ def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[B
 def _unknown(key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here are {', '.join(known)}"
-
-
-def _known_keys(model: type[BaseModel], location: Iterable[str]) -> list[str]:
-    """Return the keys of the section at ``location`` of a ``model``, sorted; none if it accepts any name."""
-    section: Any = model
-    for part in location:
-        if part.isdecimal():  # an index of a list, whose sections all have the same keys
-            continue
-        if section is LossSpec:  # this part of the key is the name of a loss
-            section = find_loss(part).Config
-            continue
-        field = next((field for name, field in section.model_fields.items() if part in (name, field.alias)), None)
-        annotation = field and field.annotation
-        candidates = [item for item in (annotation, *_unpacked(annotation)) if isinstance(item, type)]
-        section = next((item for item in candidates if item is LossSpec or issubclass(item, BaseModel)), None)
-        if section is None:
-            return []
-    if section is LossSpec:
-        return known_losses()
-    return sorted(field.alias or name for name, field in section.model_fields.items())
-
-
-def _unpacked(annotation: Any) -> Iterator[Any]:
-    for argument in get_args(annotation):
-        yield argument
-        yield from _unpacked(argument)

@@ -50,7 +50,7 @@ class StudentConfig(FrozenModel):
     """The network that is trained."""
 
     model: str
-    """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
+    """Name of a network (``timm/<name>`` for timm's), or of your own factory: ``package.module:factory``."""
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     start: StartConfig | None = None

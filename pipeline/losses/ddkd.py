@@ -14,7 +14,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from pipeline.losses.diffkd import DiffKD
+from pipeline.losses._registry import InnerLoss
+from pipeline.losses.diffkd import DiffKD, LogitBranch
 
 
 class DDKD(DiffKD):
@@ -26,6 +27,11 @@ class DDKD(DiffKD):
         ``logits`` and ``logit_distance`` are required. The distance is DKD, or a loss that wraps it. The branch of the
         feature map may be off.
         """
+
+        logits: LogitBranch | None = None
+        """Branch that denoises the logits; required."""
+        logit_distance: InnerLoss | None = None
+        """Loss between the student's denoised logits and the teacher's: DKD, or a loss that wraps it; required."""
 
         @model_validator(mode="after")
         def _branches_fit(self) -> Self:

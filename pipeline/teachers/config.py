@@ -22,7 +22,7 @@ class TeacherNetwork(RunReference):
     """
 
     model: str | None = None
-    """A name that ``create_model`` knows, or a user's own factory as ``package.module:factory``."""
+    """Name of a network (``timm/<name>`` for timm's), or of your own factory: ``package.module:factory``."""
     weights: str | None = None
     """A weights file, or the name of published weights: torchvision's, such as IMAGENET1K_V1, or a tag of timm."""
     weights_key: str | None = None
@@ -66,7 +66,7 @@ class Config(TeacherNetwork):
     """The recipe's ``teacher``: one network, several ``members``, or the ``average`` of the student's weights."""
 
     members: tuple[TeacherNetwork, ...] | None = Field(default=None, min_length=1)
-    """Networks whose softened outputs are mixed. Features come from the first."""
+    """Networks whose softened outputs are mixed, each with the keys above. Features come from the first."""
     combine: Literal["mean", "entropy", "confidence"] | None = None
     """Weights of the members: equal, larger for a surer prediction (``entropy``), or for the label (``confidence``)."""
     temperature: float | None = Field(default=None, gt=0)
