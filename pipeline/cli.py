@@ -61,7 +61,7 @@ def survive_lost_output() -> Iterator[None]:
 def print_answer(text: object) -> None:
     """Print the text that a command was called for; a reader that leaves before its end, such as head, is no loss."""
     if isinstance(sys.stdout, LossyStream):
-        sys.stdout.is_lost = True  # as if the warning had been given
+        sys.stdout.reader_may_leave = True
     print(text)
 
 
@@ -72,6 +72,8 @@ class LossyStream:
         self.name = name
         self.stream = stream
         self.is_lost = False
+        self.reader_may_leave = False
+        """Whether a broken pipe is no loss, and needs no warning."""
         self.other: LossyStream | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -100,6 +102,7 @@ class LossyStream:
         except (OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError):  # a pipe stays broken; a full disk may have room later
                 self._drop()
+                self.is_lost |= self.reader_may_leave
             if not self.is_lost and self.other:
                 self.is_lost = True
                 self.other.write(f"warning: {self.name} is lost ({error}); the command goes on without it\n")

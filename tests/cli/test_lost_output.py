@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 from tqdm import tqdm
 
-from pipeline.cli import entry
+from pipeline.cli import entry, print_answer
 
 
 def broken_pipe() -> TextIO:
@@ -85,6 +85,27 @@ def test_without_either_it_goes_on_too(monkeypatch: pytest.MonkeyPatch):
     assert done
     for stream in streams:
         stream.close()
+
+
+def test_a_reader_that_leaves_before_the_end_of_an_answer_is_no_loss(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for args in (["--help"], ["--keys"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *args])
+        with monkeypatch.context() as patched, broken_pipe() as stream:
+            patched.setattr(sys, "stdout", stream)
+            entry(lambda _: print_answer("word " * 10_000))
+        assert capsys.readouterr().err == ""
+
+
+def test_an_answer_that_a_full_disk_loses_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--keys"])
+    with monkeypatch.context() as patched, full_disk() as stream:
+        patched.setattr(sys, "stdout", stream)
+        entry(lambda _: print_answer("word " * 10_000))
+    assert capsys.readouterr().err.count("warning: standard output is lost") == 1
 
 
 def test_a_log_that_has_room_again_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
