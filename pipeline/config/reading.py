@@ -65,12 +65,14 @@ class _Yaml(_Fast):
     """A safe YAML loader that reads 1e-4 as a number (as YAML 1.2 does) and rejects repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if repr(key) in seen:  # by repr, because a key may be a list, which cannot be hashed
-                raise _error(f"the key {key!r} is repeated", key_node.start_mark)
-            seen.add(repr(key))
+            name = repr(key)  # a key may be a list, which cannot be hashed
+            if name in lines:
+                problem = f"the key {key!r} is repeated; the first one is in line {lines[name]}"
+                raise _error(problem, key_node.start_mark)
+            lines[name] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 

@@ -112,8 +112,8 @@ def test_a_loss_without_its_teacher_is_refused(recipe: Path):
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
     path = tmp_path / "twice.yaml"
-    path.write_text("epochs: 3\nepochs: 4\n")
-    assert "the key 'epochs' is repeated" in refused(path)
+    path.write_text("epochs: 3\ndata:\n  size: 32\n  # in pixels\n  'size': 64\n")
+    assert refused(path).endswith("twice.yaml: line 5: the key 'size' is repeated; the first one is in line 3")
 
 
 def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path):
