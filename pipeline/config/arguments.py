@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,10 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.compose import read_value
+from pipeline.config.habits import answer_for, key_for
+from pipeline.config.messages import key_elsewhere
 from pipeline.config.recipe import Recipe
+from pipeline.config.schema import dotted_keys, model_schema
 from pipeline.config.source import SELECTION
 from pipeline.errors import ROOT, RecipeError
 
@@ -20,13 +24,10 @@ DEFAULT = ROOT / "configs" / "demo.yaml"
 
 def split_command_args(args: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return the command's options ``key=value`` by key, and the other arguments, which belong to the recipe."""
+    _check_options(args)
     options = {key: value for key, _, value in (arg.partition("=") for arg in args) if key in keys}
-    others = (
-        {arg.partition("=")[0] for arg in args if "=" in arg}
-        - options.keys()
-        - Recipe.model_fields.keys()
-        - {*SELECTION}
-    )
+    known = {*options, *Recipe.model_fields, *SELECTION}
+    others = {arg.partition("=")[0] for arg in args if "=" in arg} - known
     # A mistyped option would count as an unknown key of the recipe, whose message knows no options.
     for key in sorted(key for key in others if "." not in key):
         if near := difflib.get_close_matches(key, keys, n=1):
@@ -46,9 +47,37 @@ def parse_command_args(options: dict[str, str], model: type[ArgsT]) -> ArgsT:
 
 def parse_recipe_args(args: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
     """Return the recipe and the overrides of a command line ``[RECIPE] [key=value …]``."""
+    _check_options(args)
     paths = [arg for arg in args if "=" not in arg]
     if len(paths) > 1:
         raise RecipeError(
             f"command line: expected one recipe, got {' and '.join(paths)}; overrides are written key=value"
         )
     return (Path(paths[0]) if paths else default), [arg for arg in args if "=" in arg]
+
+
+def _check_options(args: Sequence[str]) -> None:
+    """Raise RecipeError for an option, such as ``--name value``; the message has the override that it may mean."""
+    for index, arg in enumerate(args):
+        if arg.startswith("-"):
+            option, equals, value = arg.partition("=")
+            after = args[index + 1] if index + 1 < len(args) else "-"
+            if not equals and not after.startswith("-") and "=" not in after and not after.endswith(".yaml"):
+                value = after
+            raise RecipeError(f"command line: {option}: unknown option; {_override_for(option, value)}")
+
+
+def _override_for(option: str, value: str) -> str:
+    """Return what to write instead of an option."""
+    name, root = option.strip("-").replace("-", "_"), model_schema(Recipe)
+    keys = list(dotted_keys(root))
+    key = name if name in keys else key_for(name)
+    if key is None and (answer := answer_for(name)):
+        return answer
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.85)
+    key = key or next(iter(near), None) or key_elsewhere(name, root)
+    if key is None:
+        return "overrides are written key=value; --help lists the options"
+    if " " in key:
+        return f"use {key}; overrides are written key=value"
+    return f"overrides are written key=value: {key}={shlex.quote(value) if value else '…'}"

@@ -55,6 +55,7 @@ def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origin
     origins = {} if origins is None else origins
     tree = compose_files(source, origins)
     for override in overrides:
+        _check_loss(tree, override.partition("=")[0])
         _merge(tree, _parse_override(override), COMMAND_LINE, origins)
     unpack_compare(tree)
     if "losses" not in tree and "student" in tree:
@@ -273,6 +274,27 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _check_loss(tree: dict[str, Any], key: str) -> None:
+    """Raise RecipeError for a ``key`` that would add a loss of which the recipe has one within another loss."""
+    losses, (section, name, *rest) = tree.get("losses"), (*key.split("."), "")
+    if section != "losses" or not any(rest) or not isinstance(losses, dict) or losses.get(name) is not None:
+        return
+    if found := list(nested_keys(name, losses, section)):
+        keys = " or ".join(".".join([*above.split("."), *rest[:-1]]) for above in found)
+        raise RecipeError(
+            f"{COMMAND_LINE}: {key}: the recipe has no loss {name!r} of its own; use {keys}, "
+            f"or add the loss by losses.{name}={{…}}"
+        )
+
+
+def nested_keys(name: str, section: Any, above: str) -> Iterator[str]:
+    """Yield the dotted key of each entry ``name`` below a section that is at the key ``above``."""
+    for key, value in section.items() if isinstance(section, dict) else ():
+        if key == name and value is not None:
+            yield f"{above}.{key}"
+        yield from nested_keys(name, value, f"{above}.{key}")
 
 
 def network_sections(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from pipeline.config.habits import key_for
+from pipeline.config.messages import key_elsewhere
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import (
     FILE_KEYS,
@@ -166,11 +168,10 @@ def _find(recipe: Node, location: Sequence[str]) -> Node:
 def _unknown(recipe: Node, above: Sequence[str], name: str) -> str:
     """Return the message for a key that the section ``above`` does not have."""
     known = known_keys(find_node(recipe, above))
-    elsewhere = [row.key for row in key_rows(recipe) if row.key.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(name, known, n=1)
-    found = elsewhere or [".".join([*above, key]) for key in near]
+    near = [".".join([*above, key]) for key in difflib.get_close_matches(name, known, n=1)]
+    found = key_for(name) or key_elsewhere(name, recipe) or next(iter(near), None)
     where = f"in {'.'.join(above)}" if above else "at the top level"
-    hint = f"did you mean {' or '.join(found)}?" if found else f"known are {', '.join(known) or 'none'}"
+    hint = f"did you mean {found}?" if found else f"known are {', '.join(known) or 'none'}"
     return f"there is no key {name!r} {where}; {hint}"
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.compose import Origins
-from pipeline.config.schema import find_node, known_keys, model_schema
+from pipeline.config.compose import Origins, nested_keys
+from pipeline.config.habits import answer_for, key_for, key_in_section, loss_key
+from pipeline.config.schema import Node, dotted_keys, find_node, known_keys, model_schema
 from pipeline.config.values import location_of
 from pipeline.errors import RecipeError
 
@@ -25,7 +27,7 @@ def validation_message(
     location, errors = next(iter(found.items()))
     where = location_of(location, origins, file) if location else file
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{where}: {_describe_errors(errors, location, model)}{more}"
+    return f"{where}: {_describe_errors(errors, location, model, tree)}{more}"
 
 
 def check_nulls(model: type[BaseModel], tree: dict[str, Any], origins: Origins, file: str) -> None:
@@ -34,11 +36,12 @@ def check_nulls(model: type[BaseModel], tree: dict[str, Any], origins: Origins, 
         section = _section(tree, key[:-1])
         if key[0] == "constants" or section is None or key[-1] in section:
             continue
-        if ":" in key[-1]:  # A null deletes a user's own loss, whose name is not a field of any model.
+        # A null deletes a user's own loss, whose name ``package.module:Class`` is not a field of any model.
+        if key[0] == "losses" and re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", key[-1]):
             continue
         known = known_keys(find_node(model_schema(model), key[:-1]))
         if known and key[-1] not in known:
-            raise RecipeError(f"{location_of(key, origins, file)}: {_unknown(key[-1], known)}")
+            raise RecipeError(f"{location_of(key, origins, file)}: {_unknown(key, model, tree)}")
 
 
 def _section(tree: Any, location: Iterable[str]) -> dict[str, Any] | None:
@@ -61,11 +64,11 @@ def _key(error: Any, tree: Any) -> tuple[str, ...]:
     return location
 
 
-def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[BaseModel]) -> str:
+def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[BaseModel], tree: Any) -> str:
     """Return what is wrong at a key; several errors come from a union, one from each of its types."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return _unknown(location[-1], known_keys(find_node(model_schema(model), location[:-1])))
+        return _unknown(location, model, tree)
     if first["type"] == "missing":
         return "this key is required"
     if first["type"] == "value_error":
@@ -76,6 +79,49 @@ def _describe_errors(errors: list[Any], location: tuple[str, ...], model: type[B
     return f"{message}, got {first['input']!r}"
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; known here are {', '.join(known)}"
+def _unknown(location: tuple[str, ...], model: type[BaseModel], tree: dict[str, Any]) -> str:
+    """Return the message for an unknown key: what it is called here, or the key it may be a misspelling of."""
+    root, (*above, name) = model_schema(model), location
+    known = known_keys(find_node(root, above))
+    typo, similar = (difflib.get_close_matches(name, known, n=1, cutoff=cutoff) for cutoff in (0.85, 0.6))
+    if above[:1] == ["losses"]:
+        key = _keys_of_losses(above, name, tree) or key_in_section(above, name, known)
+    else:
+        key = key_in_section(above, name, known) or _key_of_recipe(above, name, root, tree, is_typo=bool(typo))
+    if key:
+        return f"unknown key; use {key}"
+    if above[:1] != ["losses"] and (answer := answer_for(name)):
+        return f"unknown key; {answer}"
+    if ":" in name:
+        return f"unknown key; YAML needs a space after the colon: {{{name.replace(':', ': ', 1)}}}"
+    if similar:
+        return f"unknown key; did you mean {similar[0]!r}?"
+    return f"unknown key; known here are {', '.join(known)}"
+
+
+def _key_of_recipe(above: Sequence[str], name: str, root: Node, tree: dict[str, Any], *, is_typo: bool) -> str | None:
+    """Return the key, of any section, that a ``name`` in a section other than losses means, None if there is none.
+
+    ``is_typo``: it is nearly a key of its own section.
+    """
+    if above and is_typo:
+        return None
+    key = key_for(name) or (None if is_typo else key_elsewhere(name, root))
+    if not above and (key is None or key.startswith("losses.")):
+        return _keys_of_losses(["losses"], name, tree) or key
+    return key
+
+
+def _keys_of_losses(above: Sequence[str], name: str, tree: dict[str, Any]) -> str | None:
+    """Return the keys in the tree, in the losses below ``above``, that ``name`` means; None if there are none."""
+    section = ".".join(above)
+    found = nested_keys(loss_key(name), _section(tree, above), section)
+    return " or ".join(key for key in found if key != f"{section}.{name}") or None
+
+
+def key_elsewhere(name: str, root: Node) -> str | None:
+    """Return the key at the top level, or else the only dotted key, that ends in ``name``; None if there is none."""
+    if name in root["properties"]:
+        return name
+    found = [key for key in dotted_keys(root) if key.rpartition(".")[2] == name]
+    return found[0] if len(found) == 1 else None

@@ -7,7 +7,7 @@ because null at any key means its default.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -94,6 +94,13 @@ def known_keys(node: Node | None) -> list[str]:
     if node is None:
         return []
     return known_losses() if is_losses(node) else sorted(subkeys(node))
+
+
+def dotted_keys(node: Node, above: str = "") -> Iterator[str]:
+    """Yield the dotted name of every key below a node, without those in lists."""
+    for name, below in node.get("properties", {}).items():
+        yield f"{above}{name}"
+        yield from dotted_keys(below, f"{above}{name}.")
 
 
 def is_losses(node: Node) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from pipeline.config.reading import load_yaml
 from pipeline.errors import ROOT
-
-jsonschema = pytest.importorskip("jsonschema")
 
 CONFIGS = ROOT / "configs"
 SCHEMA = json.loads((CONFIGS / "recipe.schema.json").read_text())

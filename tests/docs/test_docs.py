@@ -26,12 +26,13 @@ from pages import (
 )
 from pydantic import BaseModel
 
-from pipeline.config.messages import _known_keys
 from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.schema import find_node, known_keys, model_schema
 from pipeline.losses._registry import LossSpec, find_loss, known_losses
 from pipeline.models import known_models
 
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+RECIPE = model_schema(Recipe)
 MADE = {"runs", "datasets", "caches"}
 """Folders that commands make."""
 SCRIPT = re.compile(r"(pipeline|shards|launchers|slurm)/[\w/]+\.(py|sh)")
@@ -192,7 +193,7 @@ def is_key(name: str) -> bool:
 
 
 def is_known(section: list[str], key: str) -> bool:
-    known = _known_keys(Recipe, section)
+    known = known_keys(find_node(RECIPE, section))
     return not known or key in known
 
 
