@@ -70,7 +70,7 @@ def _check_options(args: Sequence[str]) -> None:
 def _override_for(option: str, value: str) -> str:
     """Return what to write instead of an option."""
     name, root = option.strip("-").replace("-", "_"), model_schema(Recipe)
-    keys = list(dotted_keys(root))
+    keys = [*dotted_keys(root), "method", "with"]
     key = name if name in keys else key_for(name)
     if key is None and (answer := answer_for(name)):
         return answer

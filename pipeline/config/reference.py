@@ -77,9 +77,12 @@ def generated_files() -> dict[Path, str]:
 def _json_text(value: Any, margin: str = "") -> str:
     """Return a value as JSON; what fits in a line is one line."""
     line = json.dumps(value, ensure_ascii=False)
-    if len(margin + line) <= 120 or not isinstance(value, dict):
+    if len(margin + line) <= 120 or not isinstance(value, dict | list):
         return line
     deeper = f"{margin} "
+    if isinstance(value, list):
+        lines = [f"{deeper}{_json_text(item, deeper)}" for item in value]
+        return "[\n" + ",\n".join(lines) + f"\n{margin}]"
     lines = [f"{deeper}{json.dumps(key)}: {_json_text(below, deeper)}" for key, below in value.items()]
     return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
 

@@ -50,7 +50,7 @@ class Result:
     """Digest of each file of the student's weights; empty in runs from before digests were written."""
     # The facts below are None in runs from before they were written.
     recipe: str | None = None
-    """The recipe's files as a command line names them: ``configs/cifar100/proxy.yaml method=kd``."""
+    """The recipe as a command line names it, ``configs/cifar100/proxy.yaml method=kd``; None for one elsewhere."""
     shards: str | None = None
     """Script that prepared the shards, by its name."""
     images: NonNegativeInt | None = None

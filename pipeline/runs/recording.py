@@ -119,8 +119,8 @@ def _finished(folder: Path) -> tuple[Result, Identity]:
         raise RecipeError(f"{folder}: {RESULT_FILE} is of another run than {IDENTITY}; delete it, and train to the end")
     if result.recipe is None or STUDENT not in result.sha256:
         raise RecipeError(
-            f"{folder}: {RESULT_FILE} is of earlier code, and does not name the recipe; delete it and repeat the run's "
-            "command, which evaluates the last weights again"
+            f"{folder}: {RESULT_FILE} names no recipe of {display_path(CONFIGS)}, and only those have results. If "
+            "earlier code wrote it, delete it and repeat the run's command, which evaluates the last weights again"
         )
     return result, identity
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline.config.source import CONFIGS
 from pipeline.data.loader_settings import processor
 from pipeline.distributed import collectives
 from pipeline.runs.files import JOURNAL_FILE, RESULT_FILE, Result, student_sha256, write_json
@@ -40,7 +41,7 @@ def write_result(
         epochs=run.recipe.epochs,
         images_per_second=round(images_per_second, 1),
         sha256=student_sha256(run.folder),
-        recipe=str(run.source),
+        recipe=str(run.source) if run.path.is_relative_to(CONFIGS) else None,
         shards=run.manifest.tool,
         images=run.manifest.splits["train"].samples,
         seconds=round(seconds, 1),

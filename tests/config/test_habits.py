@@ -166,6 +166,7 @@ def test_a_loss_that_is_only_within_another_one_is_not_added_by_one_of_its_keys(
         (["--data.path", "my shards"], "overrides are written key=value: data.path='my shards'"),
         (["--lr", "a.yaml"], "--lr: unknown option; overrides are written key=value: schedule.rate=…"),
         (["--epoch", "3", "batch=2"], "--epoch: unknown option; overrides are written key=value: epochs=3"),
+        (["--method", "dkd"], "--method: unknown option; overrides are written key=value: method=dkd"),
         (["--resume"], "--resume: unknown option; the same command continues an interrupted run"),
         (["--pretrained"], "--pretrained: unknown option; use teacher.weights or student.start.weights"),
         (["--foo"], "--foo: unknown option; overrides are written key=value; --help lists the options"),

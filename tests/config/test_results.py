@@ -37,7 +37,7 @@ def project_at(folder: Path) -> Iterator[pytest.MonkeyPatch]:
     """Be in a folder whose ``configs/`` are those of the project."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module in ("config.source", "config.measured", "runs.recording"):
+        for module in ("config.source", "config.measured", "runs.recording", "training.result"):
             patch.setattr(f"pipeline.{module}.CONFIGS", folder / "configs")
         yield patch
 
@@ -186,7 +186,7 @@ def test_a_result_of_earlier_code_is_read_and_what_it_lacks_is_told(project: Pat
     old = read_result(RUN / "seed-0")
     assert old
     assert old.seconds is None
-    assert "does not name the recipe" in refusal()
+    assert "names no recipe of" in refusal()
     path.unlink()  # as the message advises
     train_here(PAIR, "method=kd", "seed=0")
     record_run(RUN / "seed-0", Path("results"))
@@ -194,9 +194,13 @@ def test_a_result_of_earlier_code_is_read_and_what_it_lacks_is_told(project: Pat
 
 
 def test_a_recipe_outside_the_project_has_no_results(project: Path):
-    shutil.copy(PAIR, "elsewhere.yaml")
-    change(RUN / "seed-0" / RESULT_FILE, recipe=f"{project}/elsewhere.yaml method=kd")
-    assert "is no recipe of" in refusal()
+    text = Path(PAIR).read_text()
+    Path("elsewhere.yaml").write_text(text.replace("teachers/", "configs/tiny/teachers/"))
+    train_here("elsewhere.yaml", "method=kd")
+    assert "names no recipe of" in refusal(Path("runs/elsewhere/kd/seed-0"))
+    method = shutil.copy(ROOT / "configs" / "methods" / "kd.yaml", "own.yaml")
+    train_here(PAIR, f"method={method}", "folder=own_method")
+    assert "is no recipe of" in refusal(Path("own_method"))
 
 
 def test_a_result_of_another_run_is_refused(project: Path):

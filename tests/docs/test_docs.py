@@ -182,7 +182,7 @@ def keys_of(page: Path) -> Iterator[str]:
 def is_key(name: str) -> bool:
     """Return whether a recipe or a command has a key: a dotted one from its root, one with ``: `` anywhere."""
     key, mapping, _ = re.split(r"(=|: |$)", name, maxsplit=1)
-    parts = key.split(".")
+    parts = key.replace("NAME", "kd").split(".")  # a page on all losses writes NAME
     if ":" in key or parts[0] == "constants":
         return True  # a loss of the user's own, and constants, which any file may define
     if mapping == ": ":
