@@ -54,17 +54,25 @@ def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origin
     """
     origins = {} if origins is None else origins
     tree = compose_files(source, origins)
+    # Whole losses on the command line make a pair complete, too; a key of one does not.
+    has_losses = "losses" in tree or any(
+        override.partition("=")[0].count(".") < 2 for override in _of_losses(overrides)
+    )
+    if not has_losses and "student" in tree:
+        raise RecipeError(f"{source}: it needs a method: method=NAME; methods are {', '.join(known_methods())}")
     for override in overrides:
         _check_loss(tree, override.partition("=")[0])
         _merge(tree, _parse_override(override), COMMAND_LINE, origins)
     unpack_compare(tree)
-    if "losses" not in tree and "student" in tree:
-        raise RecipeError(f"{source}: it needs a method: method=NAME; methods are {', '.join(known_methods())}")
     constants = _Constants(tree.pop("constants", None) or {}, origins, display_path(source.path))
     # Nulls come last, because they may delete keys of a base or of a constant.
     filled = _without_nulls(constants.fill(tree, ()))
     constants.check_command_line()
     return filled
+
+
+def _of_losses(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if override.startswith(("losses=", "losses."))]
 
 
 def own_tree(path: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def test_a_pair_without_a_method_is_one_line_with_the_methods():
     message = refused(PAIR)
     assert message.startswith(f"{PAIR}: it needs a method: method=NAME; methods are ab, ")
     assert all(f" {name}" in message for name in known_methods())
+    assert refused(PAIR, "losses.dkd.beta=4") == message
+    assert list(load_recipe(PAIR, ["losses.ce={}", "teacher=null"]).recipe.losses) == ["ce"]
 
 
 @pytest.mark.parametrize(
