@@ -198,7 +198,8 @@ def test_micro_batches_make_the_banks_of_their_whole():
     for loss in (whole, parts):
         loss.commit()
     for bank in ("student_bank", "teacher_bank"):
-        assert torch.equal(whole.state_dict()[bank], parts.state_dict()[bank])
+        # Not to the bit: a processor may add up a product of four rows in another order than one of two.
+        torch.testing.assert_close(whole.state_dict()[bank], parts.state_dict()[bank])
 
 
 def test_the_normalisers_are_those_of_the_first_batch_ever_after():
