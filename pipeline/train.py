@@ -71,11 +71,10 @@ def main(args: Sequence[str]) -> None:
     if "--check" in args:
         print_answer(summarize(load_recipe(*parse_recipe_args([arg for arg in args if arg != "--check"]))))
         return
-    path, overrides = parse_recipe_args(args)
-    launch, loaded = read_launch(), load_recipe(path, overrides)
+    launch, loaded = read_launch(), load_recipe(*parse_recipe_args(args))
     check_run_folder(run_folder(loaded))  # now, before its dependencies train for hours
     try:
-        run = ensure_dependencies(loaded, launch, partial(print_start, launch=launch, overrides=overrides))
+        run = ensure_dependencies(loaded, launch, partial(print_start, launch=launch))
         join_ranks(launch, "train", run.recipe, run)
     except Interrupted:
         if signals.stop_requested():  # for the scheduler, which requeues this run and not the one it depends on

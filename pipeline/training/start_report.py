@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe
@@ -15,7 +15,7 @@ _SHARED = ("data.path", "folder")
 """Keys that the note on overrides leaves out: every dependency gets ``data.path``, and each run has its own folder."""
 
 
-def print_start(run: Run, launch: Launch, overrides: Sequence[str]) -> None:
+def print_start(run: Run, launch: Launch) -> None:
     """Print on the main process what this command is going to do with ``run``; every rank calls it."""
     recipe = run.recipe
     lines = {
@@ -31,7 +31,7 @@ def print_start(run: Run, launch: Launch, overrides: Sequence[str]) -> None:
             "training": _describe_steps(run),
         }
     # On every rank, because a damaged file is an error, and a rank that did not see it would wait for the main one.
-    text = "\n".join([*(f"{title:<10} {text}" for title, text in lines.items()), *_dependency_lines(run, overrides)])
+    text = "\n".join([*(f"{title:<10} {text}" for title, text in lines.items()), *_dependency_lines(run)])
     if launch.is_main:
         print(text, flush=True)
 
@@ -79,7 +79,7 @@ def _describe_steps(run: Run) -> str:
     return text + (f"; this command ends at {' or '.join(stops)}" if stops else "")
 
 
-def _dependency_lines(run: Run, overrides: Sequence[str]) -> Iterator[str]:
+def _dependency_lines(run: Run) -> Iterator[str]:
     """Yield a line for each run that this one depends on, and a note if overrides do not reach one of them."""
     missing = False
     for dependent, dependency in training_order(run):
@@ -90,7 +90,7 @@ def _dependency_lines(run: Run, overrides: Sequence[str]) -> Iterator[str]:
         yield f"{'needs':<10} {dependency.source}, {describe_role(dependent, dependency)}: {state}"
     # The first stage of a student gets the seed of this run.
     shared = (*_SHARED, "seed") if run.start else _SHARED
-    own = [override for override in overrides if override.partition("=")[0] not in shared]
+    own = [override for override in run.overrides if override.partition("=")[0] not in shared]
     if missing and own:
         verb = "applies" if len(own) == 1 else "apply"
         yield f"note: {' '.join(own)} {verb} to this run only; the others are trained by their own recipes"

@@ -104,7 +104,8 @@ def test_a_seed_reaches_the_first_stage_of_a_student_and_no_teacher(place: Path,
     kd = {"ce": None, "kd": {"temperature": 4.0}}
     student = write(place, "kd.yaml", teacher={"recipe": "teacher.yaml"}, losses=kd)
     for name, notes in ((second, 0), (student, 1)):
-        print_start(run_of(name, ["seed=3"]), Launch(), ["seed=3", "folder=runs/x", "data.path=shards"])
+        run = replace(run_of(name, ["seed=3"]), overrides=("seed=3", "folder=runs/x", "data.path=shards"))
+        print_start(run, Launch())
         assert len(lines(capsys, "note: seed=3 applies")) == notes
 
 
@@ -133,7 +134,7 @@ def test_a_teacher_is_named_with_the_source_of_its_outputs(
     config = run.recipe.teacher
     assert config is not None
     run = replace(run, recipe=run.recipe.model_copy(update={"teacher": config.model_copy(update=changes)}))
-    print_start(run, Launch(), [])
+    print_start(run, Launch())
     (line,) = lines(capsys, "teacher")
     assert line.startswith(f"teacher    {expected}")
 
@@ -141,7 +142,7 @@ def test_a_teacher_is_named_with_the_source_of_its_outputs(
 def test_a_folder_of_another_run_is_not_said_to_continue(run_train: Train, place: Path, capsys: Captured):
     run_train("ce.yaml", "stop.steps=3")
     capsys.readouterr()
-    print_start(run_of("ce.yaml", ["epochs=7"]), Launch(), [])
+    print_start(run_of("ce.yaml", ["epochs=7"]), Launch())
     assert lines(capsys, "folder") == ["folder     runs/ce: holds the run of another recipe"]
 
 
