@@ -102,7 +102,10 @@ def find_recipe(path: Path) -> Path:
             return candidate.resolve()
     if renamed := _renamed(path):
         raise RecipeError(f"{path}: no such recipe; it is now {renamed}")
-    raise RecipeError(f"{path}: no such recipe; recipes are under {display_path(CONFIGS)}")
+    by_stem = {file.stem: display_path(file) for file in CONFIGS.rglob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, by_stem, n=1, cutoff=0.8)
+    hint = f"did you mean {by_stem[near[0]]}?" if near else f"recipes are under {display_path(CONFIGS)}"
+    raise RecipeError(f"{path}: no such recipe; {hint}")
 
 
 def _renamed(path: Path) -> str | None:

@@ -78,6 +78,12 @@ def test_the_path_of_a_former_version_is_one_line_with_the_new_name(old: str, ne
         assert load_recipe(path, selection).recipe.epochs
 
 
+def test_a_mistyped_recipe_names_the_nearest():
+    assert refused("r50_mbv1") == "r50_mbv1: no such recipe; did you mean configs/imagenet/r50_mbv1.yaml?"
+    assert refused("configs/cifar100/resnet56_resnet2.yaml").endswith(f"did you mean {PAIR}?")
+    assert refused("xyz.yaml") == "xyz.yaml: no such recipe; recipes are under configs"
+
+
 def test_a_mistyped_method_or_overlay_names_the_nearest():
     assert refused(PAIR, "method=dkdd") == "method: there is no 'dkdd' under configs/methods; did you mean 'dkd'?"
     assert refused(PAIR, "method=kd", "with=cachd").endswith("under configs/cifar100/overlays; did you mean 'cached'?")
