@@ -117,6 +117,10 @@ def test_every_method_is_on_the_page_of_methods():
     assert [path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml") if f"`{path.stem}`" not in text] == []
 
 
+def test_readme_stays_a_guide_of_120_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_every_page_is_in_the_contents():
     contents = links((ROOT / "docs" / "README.md").read_text())
     assert {page.name for page in PAGES if page.name != "README.md"} <= set(contents)
