@@ -8,13 +8,14 @@ the dotted key.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -59,7 +60,7 @@ def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origin
         override.partition("=")[0].count(".") < 2 for override in _of_losses(overrides)
     )
     if not has_losses and "student" in tree:
-        raise RecipeError(f"{source}: it needs a method: method=NAME; methods are {', '.join(known_methods())}")
+        _need_method(source, overrides)
     for override in overrides:
         _check_loss(tree, override.partition("=")[0])
         _merge(tree, _parse_override(override), COMMAND_LINE, origins)
@@ -69,6 +70,15 @@ def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origin
     filled = _without_nulls(constants.fill(tree, ()))
     constants.check_command_line()
     return filled
+
+
+def _need_method(source: RecipeSource, overrides: Sequence[str]) -> NoReturn:
+    """Raise RecipeError for a pair without a method, which may be a misspelt key."""
+    keys = [override.partition("=")[0] for override in overrides]
+    if near := difflib.get_close_matches("method", keys, n=1, cutoff=0.8):
+        raise RecipeError(f"{COMMAND_LINE}: {near[0]}: unknown key; did you mean 'method'?")
+    methods = ", ".join(known_methods())
+    raise RecipeError(f"{source}: it needs a method: method=NAME (compare.py: methods=A,B); methods are {methods}")
 
 
 def _of_losses(overrides: Sequence[str]) -> list[str]:

@@ -80,7 +80,7 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True
     if not (data.prepare and trusted):
         raise RecipeError(
             f"{display_path(loaded.path)}: data.path: there are no shards in {data.path!r} (no {MANIFEST}); "
-            "run the script named at the top of the data set's recipe, or give data.path=FOLDER"
+            f"run the script named at the top of {_data_set_file(loaded.path)}, or give data.path=FOLDER"
         )
     script, *arguments = *data.prepare, data.path
     key = f"{display_path(loaded.path)}: data.prepare"
@@ -91,6 +91,12 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True
     _execute([sys.executable, str(ROOT / script), *arguments], message, launch, reason)
     if not (Path(data.path) / MANIFEST).is_file():
         raise RecipeError(f"{key}: {message} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
+
+
+def _data_set_file(path: Path) -> str:
+    """Return the file of the data set, ``configs/imagenet/imagenet.yaml``, of a recipe beside it; else its kind."""
+    file = path.with_name(f"{path.parent.name}.yaml")
+    return display_path(file) if file.is_file() else "the data set's recipe"
 
 
 def _execute(command: list[str], message: str, launch: Launch, reason: str) -> None:

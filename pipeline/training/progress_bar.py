@@ -41,7 +41,7 @@ class Values:
         """Return the known values and the learning rate as text, the most important first."""
         texts = {
             "loss {:.3f}": self.loss,
-            "top1 {:.1f}": self.top1,
+            "train {:.1f}": self.top1,
             "val {:.2f}": self.validation,
             "best {:.2f}": self.best,
             "lr {:.3g}": rate,

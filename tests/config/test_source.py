@@ -50,9 +50,10 @@ def test_every_run_of_former_versions_is_found_in_its_folder(resolve_without_dat
 
 def test_a_pair_without_a_method_is_one_line_with_the_methods():
     message = refused(PAIR)
-    assert message.startswith(f"{PAIR}: it needs a method: method=NAME; methods are ab, ")
+    assert message.startswith(f"{PAIR}: it needs a method: method=NAME (compare.py: methods=A,B); methods are ab, ")
     assert all(f" {name}" in message for name in known_methods())
     assert refused(PAIR, "losses.dkd.beta=4") == message
+    assert refused(PAIR, "methd=kd") == "command line: methd: unknown key; did you mean 'method'?"
     assert list(load_recipe(PAIR, ["losses.ce={}", "teacher=null"]).recipe.losses) == ["ce"]
 
 

@@ -68,7 +68,7 @@ def test_the_bar_of_a_terminal_moves_at_every_step_and_shows_what_is_known(
     assert steps_of(drawn) == [(step, 10) for step in range(11)]
     first_epoch = [text for text in drawn if text.startswith("epoch 1/2 4/10 ")]
     lines = trace(recipes / "runs" / "ce" / "journal.jsonl")
-    assert f"loss {lines[0]['total']:.3f} top1 {lines[0]['top1']:.1f} lr 0.0" in first_epoch[0]
+    assert f"loss {lines[0]['total']:.3f} train {lines[0]['top1']:.1f} lr 0.0" in first_epoch[0]
     assert re.search(r"\| \d\d:\d\d<\d\d:\d\d, loss", first_epoch[0])
     assert "img/s" in first_epoch[0]
     assert "val" not in first_epoch[0]
@@ -138,7 +138,7 @@ def test_a_log_has_a_line_each_minute_with_the_time_that_is_left(capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("/")[0] for line in lines] == ["step 9", "step 18", "step 27", "step 36"]
     assert 9 * 7 >= SECONDS_PER_LINE > 8 * 7
-    assert lines[0] == "step 9/2000, epoch 1/2: loss 2.500 top1 12.0 lr 0.1 640 img/s ETA 3:52:17"
+    assert lines[0] == "step 9/2000, epoch 1/2: loss 2.500 train 12.0 lr 0.1 640 img/s ETA 3:52:17"
 
 
 @pytest.mark.parametrize(
