@@ -201,6 +201,6 @@ def test_two_processes_of_which_one_was_given_another_seed_end_in_that_line_and_
         for rank, words in enumerate([[], ["seed=5"]])
     ]
     line = f"error: rank 1 of 2 on {os.uname().nodename}: seed is 5 here and 0 on rank 0{ADVICE}\n"
-    assert [process.communicate() for process in both] == [("", line)] * 2
+    assert [process.communicate()[1] for process in both] == [line] * 2
     assert [process.returncode for process in both] == [2, 2]
     assert not (recipes / "runs").exists()
