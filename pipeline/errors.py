@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,15 @@ class Interrupted(Exception):
 def one_line(error: BaseException, longest: int | None = None) -> str:
     """Return an error's message in one line, cut after ``longest`` characters."""
     return " ".join(str(error).split())[:longest]
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a script that has no slow imports; a user's error ends in one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @contextmanager

@@ -22,9 +22,3 @@ class RunReference(FrozenModel):
     """The method of that run, for a recipe file without losses."""
     overlays: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(default=(), alias="with")
     """The overlays of that run."""
-
-    @property
-    def selection(self) -> list[str]:
-        """Return the method and the overlays as arguments of a command line."""
-        method = [f"method={self.method}"] if self.method else []
-        return [*method, *([f"with={','.join(self.overlays)}"] if self.overlays else [])]

@@ -41,11 +41,16 @@ def read_source(path: Path, overrides: Sequence[str] = ()) -> tuple[RecipeSource
 
     Raises RecipeError if one of them does not exist.
     """
-    path = find_recipe(path)
     method, overlays, others = split_source(overrides)
+    return find_source(path, method, overlays), others
+
+
+def find_source(path: Path, method: str | None, overlays: Sequence[str]) -> RecipeSource:
+    """Return the files of a recipe by a method. Raises RecipeError if there is no recipe file at ``path``."""
+    path = find_recipe(path)
     # Naming the default changes nothing, so it must be the same run.
     is_default = method is not None and own_tree(path).get("method") == method
-    return RecipeSource(path, None if is_default else method, overlays), others
+    return RecipeSource(path, None if is_default else method, tuple(overlays))
 
 
 def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origins | None = None) -> dict[str, Any]:

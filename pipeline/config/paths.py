@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.config.compose import compose, read_source
 from pipeline.config.source import RecipeSource
-from pipeline.errors import EXIT_USER_ERROR, RecipeError, one_line
+from pipeline.errors import RecipeError, run_script
 
 
 def main(args: Sequence[str]) -> None:
@@ -62,8 +62,4 @@ def default_folder(source: RecipeSource, seed: int) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    run_script(main)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from pipeline.config.compose import Origins, compose, network_sections, read_source, references
+from pipeline.config.compose import Origins, compose, find_source, network_sections, read_source, references
 from pipeline.config.messages import check_nulls, validation_message
 from pipeline.config.source import RecipeSource, find_recipe
 from pipeline.config.values import check_numbers, check_switches
@@ -198,7 +198,7 @@ class LoadedRecipe:
         return tuple(other for other in named if other.source != self.source)
 
     def _load_named(self, reference: RunReference) -> LoadedRecipe:
-        source, _ = read_source(Path(str(reference.recipe)), reference.selection)
+        source = find_source(Path(str(reference.recipe)), reference.method, reference.overlays)
         key = (source, tuple(_inherited_overrides(self.recipe, reference)))
         if key not in self.loaded:
             self.loaded[key] = LoadedRecipe(_load_one(*key), *key, self.loaded)
@@ -227,7 +227,7 @@ def _inherited_overrides(recipe: Recipe, reference: RunReference) -> list[str]:
 
 
 def _same_run(a: RunReference, b: RunReference) -> bool:
-    return (a.recipe, a.selection) == (b.recipe, b.selection)
+    return (a.recipe, a.method, a.overlays) == (b.recipe, b.method, b.overlays)
 
 
 def _load_one(source: RecipeSource, overrides: Sequence[str]) -> Recipe:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pipeline.config.reading import read_yaml
 from pipeline.config.source import CONFIGS, RecipeSource, find_recipe, split_names
-from pipeline.errors import EXIT_USER_ERROR, RecipeError, display_path, one_line
+from pipeline.errors import RecipeError, display_path, run_script
 from pipeline.frozen_model import FrozenModel
 
 FILE = CONFIGS / "tables.yaml"
@@ -115,8 +115,4 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    run_script(main)
