@@ -32,7 +32,7 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
             sys.exit(EXIT_USER_ERROR)
         except (ValueError, OSError, RuntimeError) as error:
             # Of a RuntimeError only a few are a user's; the others keep their traceback.
-            line = _user_message(error)
+            line = user_message(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):
                 raise
             print(f"error: {line}", file=sys.stderr)
@@ -115,7 +115,7 @@ class LossyStream:
             os.close(nowhere)
 
 
-def _user_message(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """Return what is wrong and how to fix it; None for an error that is not the user's."""
     message = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -123,4 +123,4 @@ def _user_message(error: Exception) -> str | None:
     # Compared by name, because the import of the compiler's errors takes a second.
     if any(kind.__module__ in ("torch._dynamo.exc", "torch._inductor.exc") for kind in type(error).__mro__):
         return f"torch cannot compile: {message[:300]}; fix that, or remove compile from the recipe"
-    return None if isinstance(error, RuntimeError) else message
+    return message if isinstance(error, ValueError | OSError) else None

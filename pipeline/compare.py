@@ -1,10 +1,11 @@
 """Train several methods with several seeds, and print the mean and standard deviation of their results.
 
-    python pipeline/compare.py PAIR [PAIR …] methods=kd,dkd,ddkd [seeds=0,1,2] [jobs=1] [key=value …]
+    python pipeline/compare.py PAIR [PAIR …] methods=kd,dkd,ddkd [seeds=0,1,2] [jobs=1 | side=1] [key=value …]
     python pipeline/compare.py RECIPE [RECIPE …] …         complete recipes, or pairs with method=NAME
 
 Each run is an ordinary run in its own folder. The same command continues after an interruption, and never repeats a
-finished run. ``jobs`` runs are trained in parallel, each on its share of the cores. Overrides apply to all runs.
+finished run. ``jobs`` runs are trained in parallel, each on its share of the cores. ``side`` runs are trained side by
+side in one process, on one GPU or CPU, where they share images and teacher. Overrides apply to all runs.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from pipeline.config.source import split_names
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import ROOT, Interrupted, RecipeError
+from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.training.result import percent
 
-OPTIONS = ("methods", "seeds", "jobs")
-MAX_SEEDS, MAX_JOBS = 1000, 256
+OPTIONS = ("methods", "seeds", "jobs", "side")
+MAX_SEEDS, MAX_RUNS = 1000, 256
 
 
 def main(args: Sequence[str]) -> None:
@@ -52,7 +54,10 @@ def main(args: Sequence[str]) -> None:
     recipes = [Path(arg) for arg in args if "=" not in arg]
     if not recipes:
         raise RecipeError("command line: name the recipes to compare")
-    seeds, (jobs, *_) = parse_numbers(options, "seeds", "0"), parse_numbers(options, "jobs", "1")
+    seeds = parse_numbers(options, "seeds", "0")
+    jobs, side = parse_number(options, "jobs"), parse_number(options, "side")
+    if {"jobs", "side"} <= options.keys():
+        raise RecipeError("command line: jobs trains in several processes and side in one; give one of them")
     # Seed by seed, so that an interrupted comparison has about equally many runs of every recipe.
     methods = [[f"method={name}"] for name in split_names(options.get("methods", ""))] or [[]]
     changes = [[*method, *overrides] for method in methods]
@@ -65,7 +70,8 @@ def main(args: Sequence[str]) -> None:
         check_run_folder(run_folder(recipe))
     launch = read_launch()
     runs = [ensure_dependencies(recipe, launch) for recipe in loaded]
-    failures = train_all([run for run in runs if run.result is None], jobs)
+    missing = [run for run in runs if run.result is None]
+    failures = train_side_by_side(missing, side, launch) if "side" in options else train_all(missing, jobs)
     finished = [run for run in runs if run.result is not None]
     if finished:
         print(results_table(finished))
@@ -79,11 +85,19 @@ def main(args: Sequence[str]) -> None:
 def parse_numbers(options: dict[str, str], key: str, default: str) -> list[int]:
     """Return the whole numbers of an option of this command. Raises RecipeError for other values."""
     numbers = options.get(key, default).split(",")
-    if not all(number.isdecimal() for number in numbers) or (key == "jobs" and numbers in (["0"],)):
+    if not all(number.isdecimal() for number in numbers):
         raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {options[key]!r}")
-    if len(numbers) > MAX_SEEDS or (key == "jobs" and int(numbers[0]) > MAX_JOBS):
-        raise RecipeError(f"command line: {key}: expected at most {MAX_SEEDS} seeds and {MAX_JOBS} jobs")
+    if len(numbers) > MAX_SEEDS:
+        raise RecipeError(f"command line: {key}: expected at most {MAX_SEEDS} numbers")
     return [int(number) for number in numbers]
+
+
+def parse_number(options: dict[str, str], key: str) -> int:
+    """Return the number of runs that an option of this command gives, 1 by default. Raises RecipeError for others."""
+    number = options.get(key, "1")
+    if not (number.isdecimal() and 1 <= int(number) <= MAX_RUNS):
+        raise RecipeError(f"command line: {key}: expected a number of runs, 1 to {MAX_RUNS}, got {number!r}")
+    return int(number)
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> list[str]:

@@ -30,9 +30,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor
-
-from pipeline.builders.session import Session, State, open_session
+from pipeline.builders.session import open_session
 from pipeline.builders.summary import summarize
 from pipeline.cli import entry, print_answer
 from pipeline.config.arguments import parse_recipe_args
@@ -42,22 +40,16 @@ from pipeline.config.recipe import load_recipe
 from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import Interrupted
-from pipeline.optim.ema import EMA
-from pipeline.optim.optimizer import set_learning_rate
-from pipeline.optim.schedule import learning_rate
 from pipeline.runs.dependencies import ensure_dependencies
-from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import check_folder, mark_preempted
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.runs.rank_settings import join_ranks
 from pipeline.training.accelerator import use_all_cores
-from pipeline.training.checkpoint import Best, CheckpointState
-from pipeline.training.export import export, export_average
-from pipeline.training.result import print_table, write_result
+from pipeline.training.result import print_table
+from pipeline.training.session import finish, train_step
 from pipeline.training.start_report import print_start
 from pipeline.training.step import seed_draws
-from pipeline.training.stopping import SIGNAL
 
 
 def main(args: Sequence[str]) -> None:
@@ -100,66 +92,10 @@ def train(run: Run, launch: Launch) -> None:
     state.reason = session.stopping.reason(state.progress, beginning=True)
     with journal.open(state.progress, state.journal_bytes):
         for batch in session.micro_batches(state):
-            rate = learning_rate(run.recipe.schedule, state.progress, run.recipe.epochs)
-            set_learning_rate(session.optimizer, rate)
-            output = session.step(batch, state.progress)
-            journal.accumulate(output)
-            if output.gradient_norm is not None:  # set by the last micro-batch of a global batch, after its update
-                close_step(session, state, rate, output.gradient_norm)
+            train_step(session, state, batch)
             if state.reason:
                 break
     finish(session, state)
-
-
-def close_step(session: Session, state: State, rate: float, norm: Tensor) -> None:
-    """Write the journal, evaluate and save, where that is due after a step."""
-    journal, checkpoints = session.journal, session.checkpoints
-    progress = state.progress = state.progress.after(session.recipe.batch)
-    seed_draws(session.recipe.seed, progress.step)  # for the next step: a resumed run draws the same
-    state.reason = session.stopping.reason(progress) if progress.step < journal.total_steps else None
-    saving = bool(state.reason) or checkpoints.due(progress)
-    # The order matters. The guard comes first, so that no NaN or infinity is written or saved. A step's line in the
-    # journal comes before its epoch's evaluation. A checkpoint stores the journal's length with both lines.
-    if saving or progress.epoch_ended or journal.due(progress):
-        session.guard.check()
-    journal.record(progress, rate, norm)
-    if progress.epoch_ended and session.loader.has_validation:
-        validate(session, state)
-    if saving:
-        checkpoints.save(CheckpointState(progress, journal.length))
-
-
-def validate(session: Session, state: State) -> None:
-    """Evaluate the student, and export its weights if they are the best so far."""
-    with session.journal.pause(state.progress):
-        last = state.last = session.evaluate()
-    if last is None:
-        return
-    if last.top1 > state.best.top1:
-        state.best = Best(last.top1, state.progress.epoch)
-        export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.log_evaluation(state.progress, {"top1": last.top1, "top5": last.top5}, state.best.top1)
-
-
-def finish(session: Session, state: State) -> None:
-    """Print why the command stops early, or export the student and write the results of the finished run."""
-    accelerator, progress, run = session.accelerator, state.progress, session.run
-    if state.reason and accelerator.is_main_process:
-        print(f"stopped after step {progress.step} ({state.reason}); the same command continues")
-        if state.reason == SIGNAL:
-            mark_preempted(run.folder)
-    if progress.step == session.journal.total_steps:
-        last = state.last or session.evaluate()  # None if an earlier command ended between the last step and the result
-        # On every rank: BatchNorm statistics are averaged, and ZeRO gathers the weights.
-        export(session.student, run.folder / STUDENT, accelerator)
-        averaged, ema = None, session.averages.get("ema")
-        if isinstance(ema, EMA):
-            averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, session.evaluate)
-        if accelerator.is_main_process:
-            speed = session.journal.images_per_second
-            write_result(run, session.parameters, last, state.best, averaged, speed)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def build_loader(
         recipe.data,
         batch=recipe.batch,
         accumulation=recipe.accumulation,
-        seed=recipe.seed,
+        seed=recipe.order_seed,
         rank=collectives.rank(),
         world=collectives.world_size(),
         device=device,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
 from accelerate import Accelerator
-from torch import nn
 
-from pipeline.batch import Batch, Progress
+from pipeline.batch import Progress
 from pipeline.builders.distiller import build_distiller
-from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.meta import image_flops
+from pipeline.builders.shared import SharedParts
 from pipeline.builders.student import weights_layout
-from pipeline.builders.teacher import build_teacher
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
@@ -31,86 +25,30 @@ from pipeline.runs.identity import Run
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.accelerator import create_accelerator
-from pipeline.training.checkpoint import Best, Checkpoints, exported_best
-from pipeline.training.evaluation import Accuracy, check_teacher_accuracy, evaluate
-from pipeline.training.graph import GraphedStep, maybe_graph
+from pipeline.training.checkpoint import Checkpoints, exported_best
+from pipeline.training.graph import maybe_graph
 from pipeline.training.journal import TrainingJournal
+from pipeline.training.session import Session, State
 from pipeline.training.step import Step
 from pipeline.training.stopping import StopCondition
 from pipeline.training.timer import StepTimer
 from pipeline.training.trackers import begin_trackers
 
 
-@dataclass(frozen=True)
-class Session:
-    """The objects that a command trains with."""
+def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> tuple[Session, State]:
+    """Build the run's modules, open its folder and restore its newest checkpoint. Every rank must call it.
 
-    run: Run
-    accelerator: Accelerator
-    loader: Loader
-    distiller: nn.Module
-    """The Distiller in its wrapper for training, DDP or DeepSpeed."""
-    student: FeatureTaps
-    """The student without a wrapper."""
-    parameters: int
-    """Number of parameters of the student."""
-    optimizer: Any
-    averages: dict[str, EMA | EMATeacher]
-    """Moving averages of the student's weights, by name in a checkpoint."""
-    checkpoints: Checkpoints
-    journal: TrainingJournal
-    guard: FiniteGuard
-    step: Step | GraphedStep
-    stopping: StopCondition
-
-    @property
-    def recipe(self) -> Recipe:
-        """Return the run's recipe."""
-        return self.run.recipe
-
-    @property
-    def timer(self) -> StepTimer:
-        """Return the timer of a step's parts."""
-        return self.journal.timer
-
-    def evaluate(self) -> Accuracy | None:
-        """Return the student's accuracy on the validation images, or None if there are none."""
-        if not self.loader.has_validation:
-            return None
-        return evaluate(self.student, self.loader.validation(), self.accelerator)
-
-    def micro_batches(self, state: State) -> Iterator[Batch]:
-        """Yield this rank's micro-batches from the current progress. The wait for them is timed as ``data``."""
-        batches = iter(()) if state.reason else self.loader.stream(state.progress, self.recipe.epochs)
-        return self.journal.timed(batches)
-
-
-@dataclass
-class State:
-    """The mutable state of a run in this command."""
-
-    progress: Progress
-    journal_bytes: int
-    """Length of the journal at the checkpoint that was restored."""
-    best: Best
-    last: Accuracy | None = None
-    """The last evaluation of this command."""
-    reason: str | None = None
-    """Reason why this command ends before the run does; None if it does not."""
-
-
-def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
-    """Build the run's modules, open its folder and restore its newest checkpoint. Every rank must call it."""
+    ``parts`` builds the teacher and the loader, if other runs of this process may use the same.
+    """
     recipe = run.recipe
     accelerator = create_accelerator(recipe, launch, run.folder)
-    loader, teacher, unwrapped = _build(run, launch, accelerator)
+    loader, teacher, unwrapped = _build(run, launch, accelerator, parts or SharedParts([run]))
     # Counted before ``prepare``: under ZeRO-3, the parameters are empty afterwards.
     parameters = sum(parameter.numel() for parameter in unwrapped.student.parameters())
     averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)
     accelerator.wait_for_everyone()  # no rank may read or write the folder before it is checked and locked
-
     distiller, optimizer = accelerator.prepare(unwrapped, create_optimizer(recipe.optimizer, unwrapped))
     if recipe.compress:
         compressed = unwrapped.losses if recipe.compress == "auxiliary" else unwrapped
@@ -124,6 +62,7 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
         run,
         accelerator,
         loader,
+        teacher,
         distiller,
         unwrapped.student,
         parameters,
@@ -138,14 +77,16 @@ def open_session(run: Run, launch: Launch) -> tuple[Session, State]:
     return session, State(saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST))
 
 
-def _build(run: Run, launch: Launch, accelerator: Accelerator) -> tuple[Loader, AnyTeacher | None, Distiller]:
+def _build(
+    run: Run, launch: Launch, accelerator: Accelerator, parts: SharedParts
+) -> tuple[Loader, AnyTeacher | None, Distiller]:
     """Return loader, teacher and Distiller. Raises RecipeError if they do not fit together."""
     recipe, device = run.recipe, accelerator.device
     with error_context(display_path(run.path)):
-        teacher = build_teacher(run, device)
-        loader = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
+        teacher = parts.teacher(run, device)
+        loader = parts.loader(run, device, teacher)
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
-        check_teacher_accuracy(recipe.teacher, teacher, loader)
+        parts.check_teacher_accuracy(recipe.teacher, teacher, loader)
     if not loader.has_validation:
         accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not evaluated")
     return loader, teacher, distiller

@@ -31,10 +31,11 @@ from pipeline.teachers.frozen import Normalization, Teacher
 from shards.manifest import Manifest
 
 
-def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
+def build_teacher(run: Run, device: torch.device, taps: frozenset[str] = frozenset()) -> AnyTeacher | None:
     """Return the teacher, or None for a recipe without one.
 
-    Raises RecipeError if weights do not fit the network or the classes of the shards, or if a cache does not fit them.
+    A live teacher has the taps that the run's losses read, and ``taps`` besides. Raises RecipeError if weights do not
+    fit the network or the classes of the shards, or if a cache does not fit them.
     """
     recipe, config = run.recipe, run.recipe.teacher
     if config is None:
@@ -50,9 +51,9 @@ def build_teacher(run: Run, device: torch.device) -> AnyTeacher | None:
         spec = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher")
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
-        taps = spec.build(run.manifest.num_classes)
-        return EMATeacher(taps, config.average, batch=config.batch or 1, device=device, autocast=autocast)
-    return build_live_teacher(run, config, recipe.taps.teacher, device)
+        network = spec.build(run.manifest.num_classes)
+        return EMATeacher(network, config.average, batch=config.batch or 1, device=device, autocast=autocast)
+    return build_live_teacher(run, config, recipe.taps.teacher | taps, device)
 
 
 def build_live_teacher(

@@ -152,6 +152,11 @@ class Recipe(FrozenModel):
         return self
 
     @property
+    def order_seed(self) -> int:
+        """Return the seed of the order of the samples."""
+        return self.seed if self.data.order_seed is None else self.data.order_seed
+
+    @property
     def taps(self) -> Taps:
         """Return all taps that the recipe's losses read."""
         taps = Taps()

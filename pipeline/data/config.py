@@ -49,7 +49,10 @@ class Config(FrozenModel):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Per-channel standard deviation, for pixel values in 0 … 1."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of crops and flips. The recipe's ``seed`` determines the order of the samples."""
+    """Seed of crops and flips."""
+    order_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the order of the samples; null is the recipe's ``seed``. Runs with the same value see the same batches,
+    whatever their ``seed``."""
     shuffle_shards: NonNegativeInt = 0
     """Number of shuffled shards in a group; samples are shuffled within a group. 0 shuffles the whole split."""
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)

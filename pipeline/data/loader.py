@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -44,6 +45,10 @@ class Loader:
         self.settings = settings
         self.device = device
 
+    def in_order_of(self, seed: int) -> Loader:
+        """Return a loader of the same images, with the same decoders, in the order of another seed."""
+        return Loader(replace(self.plan, seed=seed), self.decoders, self.settings, self.device)
+
     @property
     def samples_per_epoch(self) -> int:
         """Return the number of samples in the complete global batches of an epoch, over all ranks."""
@@ -74,7 +79,7 @@ class Loader:
         """Return the label of every training id, int64 [id_count]; −1 for an id without a sample."""
         return self.plan.readers["train"].labels_by_id()
 
-    def stream(self, progress: Progress, epochs: int) -> Iterator[Batch]:
+    def stream(self, progress: Progress, epochs: int) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
         return self._batches(self.plan.training(progress, epochs), self.decoders["train"])
 
@@ -94,7 +99,9 @@ class Loader:
         """Yield a batch for each (rows, view): training images of those rows of the sample table, in that view."""
         return self._batches(self.plan.views(parts), self.decoders["train"])
 
-    def _batches(self, requests: Generator[SampleRequest, None, None], decoder: Decoder) -> Iterator[Batch]:
+    def _batches(
+        self, requests: Generator[SampleRequest, None, None], decoder: Decoder
+    ) -> Generator[Batch, None, None]:
         # Control runs backwards here: the decoder pulls requests from ``ahead``, whose thread pulls from ``requests``.
         # Both are closed even if the caller stops early, the decoder first, so that no thread outlives the loop.
         ahead = read_ahead(requests, self.settings.prefetch, self.device)

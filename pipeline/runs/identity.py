@@ -28,7 +28,7 @@ _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load
 # How a recipe names another run, whose fingerprint stands for it.
 _NOT_IDENTITY_REFERENCE = ("method", "with")
 # Keys that are part of the identity only if they are set.
-_OPTIONS = ("cache", "fallback", "compile", "compress", "checkpoint", "weights_key")
+_OPTIONS = ("order_seed", "cache", "fallback", "compile", "compress", "checkpoint", "weights_key")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def identity(
 def _without_unused(tree: Any) -> Any:
     """Return the tree without options that are off, so that a new option does not change the identity of old runs."""
     if isinstance(tree, dict):
-        return {key: _without_unused(value) for key, value in tree.items() if value or key not in _OPTIONS}
+        unused = {key for key in _OPTIONS if tree.get(key) is None or tree[key] is False}
+        return {key: _without_unused(value) for key, value in tree.items() if key not in unused}
     return [_without_unused(value) for value in tree] if isinstance(tree, list) else tree
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -86,6 +87,12 @@ def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = Non
             "start them with torchrun --nproc_per_node N pipeline/train.py, or set a different LOCAL_RANK for each"
         )
     return accelerator
+
+
+def forget_accelerators() -> None:
+    """Forget precision and accumulation, which Accelerate keeps for the whole process, so that others can follow."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
 def _check_environment(launch: Launch) -> None:

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from pipeline.batch import Batch, Progress
+from pipeline.batch import Batch, Outputs, Progress
 from pipeline.distiller import Distiller
 from pipeline.errors import RecipeError, display_path, one_line
 from pipeline.optim.optimizer import move_learning_rate_to
@@ -84,26 +85,26 @@ class GraphedStep:
         # Only now, after a checkpoint was loaded: loading replaces the parameter groups and so their learning rate.
         move_learning_rate_to(device, step.optimizer)
 
-    def __call__(self, batch: Batch, progress: Progress) -> StepOutput:
-        """Train on the batch of the step that begins at ``progress``.
+    def __call__(self, batch: Batch, progress: Progress, answers: Outputs | None = None) -> StepOutput:
+        """Train on the batch of the step that begins at ``progress``, with the teacher's ``answers`` if they are known.
 
         Raises RecipeError if the step cannot be captured.
         """
         self.calls += 1
         if self.calls <= EAGER_STEPS:
             # On the graph's own stream, as torch requires of the steps that warm up a capture.
-            return self.graph.run(lambda: self.step(batch, progress))
+            return self.graph.run(lambda: self.step(batch, progress, answers))
         changed = self.constants.changed(progress) if self.captured_at else ["all"]
         if changed:
-            self._capture(batch, progress, changed)
-        torch._foreach_copy_(self.inputs, _batch_tensors(batch))  # pyright: ignore[reportPrivateImportUsage]
+            self._capture(batch, progress, answers, changed)
+        torch._foreach_copy_(self.inputs, input_tensors(batch, answers))  # pyright: ignore[reportPrivateImportUsage]
         self.step_number.fill_(progress.step + 1)
         # Also right after a capture, which computes nothing.
         self.graph.replay()
         self.step.timer.lap("graph")
         return self.output
 
-    def _capture(self, batch: Batch, progress: Progress, changed: list[str]) -> None:
+    def _capture(self, batch: Batch, progress: Progress, answers: Outputs | None, changed: list[str]) -> None:
         self.captures_in_a_row = self.captures_in_a_row + 1 if self.captured_at == self.calls - 1 else 1
         # Two in a row are normal: an epoch may end, and a ramp rise, right after the command's first capture.
         if self.captures_in_a_row > 2:
@@ -111,19 +112,21 @@ class GraphedStep:
         self.captured_at = self.calls
         # Records what the losses read of the progress, because a graph keeps these values.
         self.constants = WatchedProgress(progress)
-        extra = {name: x.clone() for name, x in batch.extra.items()}
         # The graph reads these copies: every replay finds its batch at the same addresses.
-        static_batch = Batch(batch.images_BCHW.clone(), batch.labels_B.clone(), batch.ids_B.clone(), extra)
-        self.inputs = _batch_tensors(static_batch)
+        static_batch, static_answers = tree_map_only(Tensor, torch.clone, (batch, answers))
+        self.inputs = input_tensors(static_batch, static_answers)
         # The timer is paused, because its events would be recorded into the graph.
         with _capture_errors(self.step.unwrapped), _no_host_draws(), self.step.timer.paused():
             watched = cast(Progress, self.constants)
-            self.output = self.graph.capture(lambda: self.step(static_batch, watched, self.step_number))
+            self.output = self.graph.capture(lambda: self.step(static_batch, watched, static_answers, self.step_number))
 
 
-def _batch_tensors(batch: Batch) -> list[Tensor]:
-    """Return the tensors of a batch, always in the same order."""
-    return [batch.images_BCHW, batch.labels_B, batch.ids_B, *(batch.extra[name] for name in sorted(batch.extra))]
+def input_tensors(batch: Batch, answers: Outputs | None = None) -> list[Tensor]:
+    """Return the tensors of a batch and of the teacher's answers, always in the same order."""
+    found = [batch.images_BCHW, batch.labels_B, batch.ids_B, *(batch.extra[name] for name in sorted(batch.extra))]
+    if answers is not None:
+        found += [answers.logits_BK, *(answers.features[name] for name in sorted(answers.features))]
+    return found
 
 
 class Graph:

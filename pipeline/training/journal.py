@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,10 +71,11 @@ class TrainingJournal:
         """Images trained on by this process, and the seconds that took, without evaluations."""
 
     @contextmanager
-    def open(self, progress: Progress, length: int) -> Iterator[None]:
+    def open(self, progress: Progress, length: int, *, display: bool = True) -> Iterator[None]:
         """Open the journal, cut to its ``length`` in bytes at the resumed checkpoint, and start the clock.
 
-        Raises DamagedFile, on every rank, if a line up to there is not valid.
+        ``display`` means that the user sees the steps. Raises DamagedFile, on every rank, if a line up to there is not
+        valid.
         """
         length, lost = _valid_length(self.path, length)
         self._restart_clock(progress.step)
@@ -82,7 +83,8 @@ class TrainingJournal:
             yield
             return
         end = last_step(self.stop, progress.steps_per_epoch, self.total_steps)
-        with self.path.open("a") as self.file, open_display(progress, self.epochs, end) as self.display:
+        shows = open_display(progress, self.epochs, end) if display else nullcontext()
+        with self.path.open("a") as self.file, shows as self.display:
             if lost:
                 print(f"note: {self.path} has lost lines since the checkpoint; the journal continues without them")
             self.file.truncate(length)

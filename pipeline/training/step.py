@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Progress
+from pipeline.batch import Batch, Outputs, Progress
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.optim.ema import EMA
@@ -62,15 +62,18 @@ class Step:
         self.guard = guard
         self.timer = timer
 
-    def __call__(self, batch: Batch, progress: Progress, number: Tensor | None = None) -> StepOutput:
+    def __call__(
+        self, batch: Batch, progress: Progress, answers: Outputs | None = None, number: Tensor | None = None
+    ) -> StepOutput:
         """Train on a micro-batch of the step that begins at ``progress``.
 
-        ``number`` is the step's number, counted from 1, as a tensor: a captured step needs it on the device.
+        ``answers`` are the teacher's outputs for the batch; None computes them here. ``number`` is the step's number,
+        counted from 1, as a tensor: a captured step needs it on the device.
         """
         current = progress.step + 1 if number is None else number
         # Within a global batch this context turns off DDP's all-reduce.
         with self.accelerator.accumulate(self.distiller):
-            losses = self._forward_backward(batch, progress)
+            losses = self._forward_backward(batch, progress, answers)
             self.guard.watch(losses, current)
             parts_P = torch.stack([value.detach() for value in losses.values()])
             norm = self._update(current)
@@ -81,11 +84,12 @@ class Step:
                 average.update()
         return StepOutput(tuple(losses), parts_P, norm)
 
-    def _forward_backward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+    def _forward_backward(self, batch: Batch, progress: Progress, answers: Outputs | None) -> dict[str, Tensor]:
         """Accumulate the gradients of a micro-batch, and return the parts of its loss, with ``total``."""
         self.guard.half_answers = {}  # frees the previous ones, so that the teacher can reuse their memory
         with self.timer("teacher"):
-            answers = self.teacher(batch) if self.teacher else None
+            if self.teacher and answers is None:
+                answers = self.teacher(batch)
         if self.teacher and answers:
             self.guard.half_answers = half_answers(self.teacher, answers)
         losses = self.distiller(batch, answers, progress, self.timer)

@@ -49,7 +49,7 @@ def test_a_signal_during_the_imports_and_every_one_that_follows_lets_the_command
             time.sleep(0.05)
         assert process.stdout is not None
         told = process.stdout.read().splitlines()
-        assert told[-1] == "stopped after step 0 (a signal to stop); the same command continues"
+        assert told[-1] == "runs/ce: stopped after step 0 (a signal to stop); the same command continues"
     assert process.returncode == 0
     assert (recipes / "runs" / "ce" / "preempted").exists()
 

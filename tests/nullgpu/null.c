@@ -67,21 +67,34 @@ EXPORT void null_kernels(const char *path) {
 // -- capture ---------------------------------------------------------------------------------------------------------
 
 static cudaStream_t capturing;
+static pthread_t capturing_thread;
+static enum cudaStreamCaptureMode capturing_mode;
+// How strict a thread is with itself: relaxed inside a guard of torch.
+static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 static unsigned long long capture_number = 10;
 static long captured;
 static int invalid;
 static cudaGraph_t const GRAPH = (cudaGraph_t)0x77;
 
+static int is_capturing_thread(void) { return capturing && pthread_equal(pthread_self(), capturing_thread); }
+
 // What a stream that is being captured takes as a node.
 static void work(long *counter) {
     __sync_fetch_and_add(counter, 1);
-    if (capturing) captured++;
+    if (is_capturing_thread()) captured++;
+}
+
+// Whether a capture forbids this thread to wait, by the modes of both.
+static int is_forbidden(void) {
+    if (!capturing || thread_mode == cudaStreamCaptureModeRelaxed) return 0;
+    if (is_capturing_thread()) return capturing_mode != cudaStreamCaptureModeRelaxed;
+    return capturing_mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
 }
 
 // What has the host wait for the device: counted, and refused during a capture.
 static cudaError_t wait_for_device(const char *what) {
     waits++;
-    if (!capturing) return cudaSuccess;
+    if (!is_forbidden()) return cudaSuccess;
     invalid = 1;
     fprintf(stderr, "null GPU: %s while a stream is captured\n", what);
     return cudaErrorStreamCaptureUnsupported;
@@ -89,6 +102,8 @@ static cudaError_t wait_for_device(const char *what) {
 
 CALL cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     capturing = stream;
+    capturing_thread = pthread_self();
+    capturing_mode = mode;
     captures++;
     capture_number++;
     captured = invalid = 0;
@@ -390,7 +405,12 @@ CALL cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned f
     work(&events);
     return cudaSuccess;
 }
-CALL cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) { return cudaSuccess; }
+CALL cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
+    enum cudaStreamCaptureMode before = thread_mode;
+    thread_mode = *mode;
+    *mode = before;
+    return cudaSuccess;
+}
 
 // -- kernels ---------------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,21 @@ def test_a_step_is_captured_anew_on_the_way(environment: dict[str, str], place: 
     assert found["replayed"]["captures"] == 2
 
 
+@pytest.mark.parametrize(
+    ("runs", "number"),
+    [("kd+ddkd:0", 2), ("kd:0,1", 2), ("ce+kd+dkd+crd:0", 4)],
+)
+def test_runs_side_by_side_each_replay_their_own_graph_and_never_wait(
+    environment: dict[str, str], place: Path, runs: str, number: int
+):
+    words = ("teacher.batch=8",)
+    (found,) = watched(environment, place, runs, words=words).values()
+    assert found["error"] is None
+    assert found["steps"] == 9
+    assert (found["captures"], found["replays"]) == (number, number)
+    assert (found["waits"], found["pageable"]) == (0, 0)
+
+
 def test_nothing_is_copied_from_memory_that_is_not_pinned(seen: dict[str, Any]):
     assert {method: seen[method]["pageable"] for method in METHODS} == dict.fromkeys(METHODS, 0)
 

@@ -25,8 +25,8 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "train", "evaluate", "compare"},
-    {"benchmarks", "cache_teacher", "doctor"},
+    {"caching", "diagnostics", "multirun", "train", "evaluate"},
+    {"benchmarks", "cache_teacher", "compare", "doctor"},
     {"bench"},
 ]
 """What lies at the root of ``pipeline/``, the lowest first: each imports earlier sets, or itself."""

@@ -1,6 +1,7 @@
 """The main job on the GPU that computes nothing, watched: to be run by ``null_gpu.python``.
 
     under_null_gpu.py WORDS METHOD:PRECISION …       WORDS is a JSON list of overrides for every recipe
+    under_null_gpu.py WORDS METHOD+METHOD:SEED,SEED …    the same of runs side by side
 
 Prints a line of JSON for each: what a step launches and copies, and how often the host waited for the device between
 two lines of the journal; and the same of a step that is a replay of a CUDA graph. Numbers mean nothing there, so what
@@ -22,9 +23,11 @@ from unittest import mock
 from blank_convolutions import convolutions, register
 from training_on_ranks import launched
 
-from pipeline import train
-from pipeline.builders.session import Session
+from pipeline import compare, train
+from pipeline.errors import Interrupted
+from pipeline.multirun.inputs import SharedInputs
 from pipeline.optim.guard import FiniteGuard
+from pipeline.training import session
 from pipeline.training.graph import EAGER_STEPS
 
 PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20.yaml"
@@ -39,6 +42,9 @@ def main(words: list[str], cases: list[str]) -> None:
     null.null_count.restype = ctypes.c_long
     register()
     for case in cases:
+        if "+" in case or "," in case:
+            print(json.dumps({"case": case, **watched_side_by_side(null, words, *case.split(":"))}), flush=True)
+            continue
         method, precision = case.split(":")
         own = [str(PAIR), f"method={method}", *words, f"precision={precision}", f"stop.steps={STEPS}"]
         if method == "ce":
@@ -60,7 +66,7 @@ def watched(null: Any, words: list[str], first: int) -> dict[str, Any]:
     """
     steps: list[dict[str, int]] = []
     calls: list[int] = []
-    learning_rate = train.learning_rate
+    learning_rate = session.learning_rate
 
     def counts() -> dict[str, int]:
         return {name: null.null_count(name.encode()) for name in COUNTED} | dict(convolutions)
@@ -76,8 +82,8 @@ def watched(null: Any, words: list[str], first: int) -> dict[str, Any]:
         calls[-1] += event in ("call", "c_call")
 
     silent = mock.patch.object(FiniteGuard, "check", return_value=None)
-    blind = mock.patch.object(Session, "evaluate", return_value=None)
-    counted = mock.patch.object(train, "learning_rate", at_a_step)
+    blind = mock.patch.object(session.Session, "evaluate", return_value=None)
+    counted = mock.patch.object(session, "learning_rate", at_a_step)
     with launched(0, 1), silent, blind, counted:
         train.main(words)
     sys.setprofile(None)
@@ -90,6 +96,36 @@ def watched(null: Any, words: list[str], first: int) -> dict[str, Any]:
         "calls": min(calls[first - 1 : -1]),
         "alike": all(s == settled[0] for s in settled),
     }
+
+
+def watched_side_by_side(null: Any, words: list[str], methods: str, seeds: str) -> dict[str, Any]:
+    """Train runs of one group so, and return the counts of a step of all of them, and the waits of those that follow.
+
+    ``captures`` are those of the whole command.
+    """
+    steps: list[dict[str, int]] = []
+    train_step = SharedInputs.train_step
+
+    def at_a_step(inputs: SharedInputs, lanes: Any) -> None:
+        steps.append({name: null.null_count(name.encode()) for name in COUNTED})
+        train_step(inputs, lanes)
+
+    runs = [str(PAIR), f"methods={methods.replace('+', ',')}", f"seeds={seeds}", "side=4"]
+    silent = mock.patch.object(FiniteGuard, "check", return_value=None)
+    blind = mock.patch.object(session.Session, "evaluate", return_value=None)
+    before, error = null.null_count(b"captures"), None
+    with launched(0, 1), silent, blind, mock.patch.object(SharedInputs, "train_step", at_a_step):
+        try:
+            compare.main([*runs, *words, "graph=true", f"stop.steps={STEPS}"])
+        except Interrupted:
+            pass
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {' '.join(str(raised).split())[:600]}"
+    taken = [{key: b[key] - a[key] for key in b} for a, b in pairwise(steps)][EAGER_STEPS + 1 :]
+    captures = null.null_count(b"captures") - before
+    last = taken[0] if taken else {}
+    waits = sum(step["waits"] for step in taken)
+    return {**last, "steps": len(steps), "waits": waits, "captures": captures, "error": error}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""Check runs that train side by side: the losses and weights of a run alone, and the speed of all together."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+from options import Options
+from stages import short_run
+
+from checks import CheckAnswer, answer, deterministic, reset_accelerator
+from pipeline import compare, train
+from pipeline.errors import Interrupted
+from pipeline.runs.files import JOURNAL_FILE
+from pipeline.training.journal import read_journal, trace
+
+SEEDS = {"kd": (1, 2, 4, 8), "ddkd": (1, 2, 4)}
+"""Numbers of runs that are timed, by method. Each run has a seed of its own."""
+
+
+def check(options: Options, folder: Path) -> CheckAnswer:
+    """Compare two seeds side by side with each alone; then time more of them."""
+    rows, problems = [], []
+    for method, numbers in SEEDS.items():
+        with deterministic():
+            if not _is_equal(options, folder / f"{method}-equal", method):
+                problems.append(f"{method}: losses or weights differ from those of a run alone")
+        first = None
+        for number in numbers[:2] if options.rehearse else numbers:
+            rate = _images_per_second(options, folder / f"{method}-{number}", method, number)
+            first = first or rate
+            rows.append([method, number, f"{rate:,.0f}", f"{rate / first:.2f}"])
+    columns = ["method", "runs", "images/s of all", "÷ one"]
+    return answer("Seeds side by side in one process, ResNet-56 → ResNet-20", columns, rows, problems)
+
+
+def _is_equal(options: Options, folder: Path, method: str) -> bool:
+    """Return whether two seeds have the journals and weights of the same runs alone."""
+    steps = 6 if options.rehearse else 24
+    args = ["journal={every_steps: 1, trackers: []}", f"stop.steps={steps}"]
+    together = _train_together(options, folder / "side", method, 2, args)
+    found = []
+    for seed in (0, 1):
+        reset_accelerator()
+        alone = folder / f"alone-{seed}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main([*short_run(options, method), *args, f"seed={seed}", f"folder={alone}", "compare=null"])
+        found.append(alone)
+    weights = f"checkpoints/step-{steps}/distiller.safetensors"
+    return all(
+        trace(one / JOURNAL_FILE) == trace(other / JOURNAL_FILE)
+        and (one / weights).read_bytes() == (other / weights).read_bytes()
+        for one, other in zip(together, found, strict=True)
+    )
+
+
+def _images_per_second(options: Options, folder: Path, method: str, number: int) -> float:
+    """Return the images per second of all runs, between two lines of their journals."""
+    every = 3 if options.rehearse else 100
+    args = [f"journal={{every_steps: {every}, trackers: []}}", f"stop.steps={2 * every}"]
+    runs = _train_together(options, folder, method, number, args)
+    # The second line begins after the graphs were captured.
+    return sum(read_journal(run / JOURNAL_FILE)[-1]["timing"]["images_per_second"] for run in runs)
+
+
+def _train_together(options: Options, folder: Path, method: str, number: int, args: list[str]) -> list[Path]:
+    """Train that many seeds of a method side by side, and return their folders."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    reset_accelerator()
+    seeds = ",".join(map(str, range(number)))
+    pair, *overrides = short_run(options, method)
+    command = [str(Path(pair).resolve()), *overrides, *args, "compare=null", f"seeds={seeds}", f"side={number}"]
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Interrupted):
+        compare.main(command)
+    return sorted(path.parent for path in folder.rglob(JOURNAL_FILE))

@@ -1,0 +1,1 @@
+"""Training of several runs in one process, for ``compare.py side=N``."""

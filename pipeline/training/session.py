@@ -1,0 +1,156 @@
+"""What a command trains a run with, and what it does after a step and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.batch import Batch, Outputs, Progress
+from pipeline.config.recipe import Recipe
+from pipeline.data.loader import Loader
+from pipeline.features.taps import FeatureTaps
+from pipeline.optim.ema import EMA
+from pipeline.optim.guard import FiniteGuard
+from pipeline.optim.optimizer import set_learning_rate
+from pipeline.optim.schedule import learning_rate
+from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.folder import mark_preempted
+from pipeline.runs.identity import Run
+from pipeline.teachers.average import EMATeacher
+from pipeline.teachers.cached import AnyTeacher
+from pipeline.training.checkpoint import Best, Checkpoints, CheckpointState
+from pipeline.training.evaluation import Accuracy, evaluate
+from pipeline.training.export import export, export_average
+from pipeline.training.graph import GraphedStep
+from pipeline.training.journal import TrainingJournal
+from pipeline.training.result import write_result
+from pipeline.training.step import Step, seed_draws
+from pipeline.training.stopping import SIGNAL, StopCondition
+from pipeline.training.timer import StepTimer
+
+
+@dataclass(frozen=True)
+class Session:
+    """The objects that a command trains with."""
+
+    run: Run
+    accelerator: Accelerator
+    loader: Loader
+    teacher: AnyTeacher | None
+    distiller: nn.Module
+    """The Distiller in its wrapper for training, DDP or DeepSpeed."""
+    student: FeatureTaps
+    """The student without a wrapper."""
+    parameters: int
+    """Number of parameters of the student."""
+    optimizer: Any
+    averages: dict[str, EMA | EMATeacher]
+    """Moving averages of the student's weights, by name in a checkpoint."""
+    checkpoints: Checkpoints
+    journal: TrainingJournal
+    guard: FiniteGuard
+    step: Step | GraphedStep
+    stopping: StopCondition
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the run's recipe."""
+        return self.run.recipe
+
+    @property
+    def timer(self) -> StepTimer:
+        """Return the timer of a step's parts."""
+        return self.journal.timer
+
+    def evaluate(self) -> Accuracy | None:
+        """Return the student's accuracy on the validation images, or None if there are none."""
+        if not self.loader.has_validation:
+            return None
+        return evaluate(self.student, self.loader.validation(), self.accelerator)
+
+    def micro_batches(self, state: State) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from the current progress. The wait for them is timed as ``data``."""
+        batches = iter(()) if state.reason else self.loader.stream(state.progress, self.recipe.epochs)
+        return self.journal.timed(batches)
+
+
+@dataclass
+class State:
+    """The mutable state of a run in this command."""
+
+    progress: Progress
+    journal_bytes: int
+    """Length of the journal at the checkpoint that was restored."""
+    best: Best
+    last: Accuracy | None = None
+    """The last evaluation of this command."""
+    reason: str | None = None
+    """Reason why this command ends before the run does; None if it does not."""
+
+
+def train_step(session: Session, state: State, batch: Batch, answers: Outputs | None = None) -> None:
+    """Train on one micro-batch; the last one of a global batch updates the student and ends the step.
+
+    ``answers`` are the teacher's outputs for the batch, if they are known already.
+    """
+    rate = learning_rate(session.recipe.schedule, state.progress, session.recipe.epochs)
+    set_learning_rate(session.optimizer, rate)
+    output = session.step(batch, state.progress, answers)
+    session.journal.accumulate(output)
+    if output.gradient_norm is not None:  # set by the last micro-batch of a global batch, after its update
+        close_step(session, state, rate, output.gradient_norm)
+
+
+def close_step(session: Session, state: State, rate: float, norm: Tensor) -> None:
+    """Write the journal, evaluate and save, where that is due after a step."""
+    journal, checkpoints = session.journal, session.checkpoints
+    progress = state.progress = state.progress.after(session.recipe.batch)
+    seed_draws(session.recipe.seed, progress.step)  # for the next step: a resumed run draws the same
+    state.reason = session.stopping.reason(progress) if progress.step < journal.total_steps else None
+    saving = bool(state.reason) or checkpoints.due(progress)
+    # The order matters. The guard comes first, so that no NaN or infinity is written or saved. A step's line in the
+    # journal comes before its epoch's evaluation. A checkpoint stores the journal's length with both lines.
+    if saving or progress.epoch_ended or journal.due(progress):
+        session.guard.check()
+    journal.record(progress, rate, norm)
+    if progress.epoch_ended and session.loader.has_validation:
+        validate(session, state)
+    if saving:
+        checkpoints.save(CheckpointState(progress, journal.length))
+
+
+def validate(session: Session, state: State) -> None:
+    """Evaluate the student, and export its weights if they are the best so far."""
+    with session.journal.pause(state.progress):
+        last = state.last = session.evaluate()
+    if last is None:
+        return
+    if last.top1 > state.best.top1:
+        state.best = Best(last.top1, state.progress.epoch)
+        export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
+    session.journal.log_evaluation(state.progress, {"top1": last.top1, "top5": last.top5}, state.best.top1)
+
+
+def finish(session: Session, state: State) -> None:
+    """Print why the command stops early, or export the student and write the results of the finished run."""
+    accelerator, progress, run = session.accelerator, state.progress, session.run
+    if state.reason and accelerator.is_main_process:
+        print(f"{run.folder}: stopped after step {progress.step} ({state.reason}); the same command continues")
+        if state.reason == SIGNAL:
+            mark_preempted(run.folder)
+    if progress.step == session.journal.total_steps:
+        last = state.last or session.evaluate()  # None if an earlier command ended between the last step and the result
+        # On every rank: BatchNorm statistics are averaged, and ZeRO gathers the weights.
+        export(session.student, run.folder / STUDENT, accelerator)
+        averaged, ema = None, session.averages.get("ema")
+        if isinstance(ema, EMA):
+            averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, session.evaluate)
+        if accelerator.is_main_process:
+            speed = session.journal.images_per_second
+            write_result(run, session.parameters, last, state.best, averaged, speed)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
