@@ -19,9 +19,11 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline import nvjpeg
     from pipeline.distributed import signals
 
     signals.exit_quietly_on_interrupt()
+    nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
 import dataclasses
 import difflib

@@ -15,9 +15,11 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline import nvjpeg
     from pipeline.distributed import signals
 
     signals.install()
+    nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
 import os
 import signal

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline import nvjpeg
 from pipeline.errors import ROOT
 
 
@@ -19,10 +20,13 @@ def versions() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of the packages that can change a run's numbers."""
+    """Return the versions of the packages that can change a run's numbers, and on a GPU that of nvJPEG."""
     names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
     # From the metadata: to import a package for its version may take seconds.
-    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
+    found = {name: importlib.metadata.version(name) for name in names if _installed(name)}
+    # Several packages bring nvJPEG; only the library in this process says which one decodes.
+    decoder = nvjpeg.version() if torch.cuda.is_available() else None
+    return {**found, "nvjpeg": str(decoder)} if decoder else found
 
 
 def _installed(name: str) -> bool:

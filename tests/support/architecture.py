@@ -17,7 +17,7 @@ ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "docto
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
-    {"batch", "errors", "frozen_model", "models"},
+    {"batch", "errors", "frozen_model", "models", "nvjpeg"},
     {"distributed", "features", "precision", "run_reference"},
     {"data", "optim", "diffusion"},
     {"losses", "teachers", "plots"},
@@ -166,7 +166,16 @@ def stems_of_the_standard_library(house: House) -> Iterator[str]:
 def unlisted_files_at_the_root(house: House) -> Iterator[str]:
     """At the root of ``pipeline/`` lie the entry points and what ``ORDER`` lists beside the packages."""
     packages = {part(module) for module in house if module.startswith("pipeline.") and module.count(".") > 1}
-    listed = ENTRY_POINTS | {"cli", "distiller", "batch", "errors", "frozen_model", "precision", "run_reference"}
+    listed = ENTRY_POINTS | {
+        "cli",
+        "distiller",
+        "batch",
+        "errors",
+        "frozen_model",
+        "nvjpeg",
+        "precision",
+        "run_reference",
+    }
     files = {part(module) for module in house if module.startswith("pipeline.")} - packages
     yield from (f"pipeline/{name}.py is not listed" for name in sorted(files - listed))
 
