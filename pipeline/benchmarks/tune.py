@@ -1,7 +1,7 @@
-"""Search for the fastest loader settings on this machine: decoding threads, prefetch, share of the GPU's JPEG engine.
+"""Search for the fastest loader settings on this machine: decoding threads, prefetch, use of the GPU's JPEG engine.
 
-Settings that cannot change a pixel are saved for later runs (``pipeline/data/loader_settings.py``). The others are only
-printed.
+Settings that cannot change a pixel are saved for later runs (``pipeline/data/loader_settings.py``). The engine changes
+them, so it is only printed what a recipe would have to say.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipeline.benchmarks.loader import items_ahead, measure_in_turn, open_traini
 from pipeline.benchmarks.measure import Measurement
 from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config
+from pipeline.data.jpeg_engine import has_engine
 from pipeline.data.loader_settings import LoaderSettings, cores, remember, tuned_path, workload_key
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError
@@ -27,7 +28,7 @@ _SECONDS = 1.0
 """Approximate length of a repeat in seconds."""
 REPEATS = 3
 PREFETCHES = (1, 2, 4)
-HW_DECODER_LOADS = (0.0, 0.4, 0.65, 0.9)
+HW_DECODER_LOADS = (0, 1)
 GOOD_ENOUGH = 0.98
 """Share of the best rate that is good enough: more threads, buffers or GPU decoding must gain more than the noise."""
 
@@ -58,7 +59,8 @@ def tune(run: Run, device: torch.device) -> list[Measurement]:
 def _sweeps(recipe: Recipe, device: torch.device) -> dict[str, Iterable[Any]]:
     """Return the values to try for each setting."""
     sweeps: dict[str, Iterable[Any]] = {"threads": _thread_counts(), "prefetch": PREFETCHES}
-    if device.type == "cuda" and not (recipe.teacher and recipe.teacher.cache):  # a cache was written with one share
+    # A cache was written with one value.
+    if has_engine(device) and not (recipe.teacher and recipe.teacher.cache):
         sweeps["hw_decoder_load"] = HW_DECODER_LOADS
     return sweeps
 
@@ -95,7 +97,7 @@ def _smallest_good_value(tried: dict[Any, Measurement]) -> Any:
 
 
 def _save_best(given: Config, best: Config, manifest: Manifest, device: torch.device) -> None:
-    """Save and print the best threads and prefetch; the best share of the JPEG engine is only printed."""
+    """Save and print the best threads and prefetch; the best ``hw_decoder_load`` is only printed."""
     settings = LoaderSettings(threads=best.threads or 1, prefetch=best.prefetch or 1)
     overrides = f"data.threads={settings.threads} data.prefetch={settings.prefetch}"
     try:
@@ -105,5 +107,8 @@ def _save_best(given: Config, best: Config, manifest: Manifest, device: torch.de
         )
     except OSError as error:
         print(f"note: {tuned_path()} cannot be written ({error.strerror}); give {overrides}")
-    if best.hw_decoder_load != given.hw_decoder_load:
-        print(f"data.hw_decoder_load={best.hw_decoder_load} is best; give it yourself, because it may change pixels")
+    if (load := best.hw_decoder_load) != given.hw_decoder_load:
+        print(
+            f"data.hw_decoder_load={load} is best; it changes pixels, so it is not saved. A new run's recipe may say:"
+        )
+        print(f"data: {{hw_decoder_load: {load}}}")

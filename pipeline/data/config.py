@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.frozen_model import FrozenModel
 
@@ -14,6 +14,15 @@ MAX_VIEWS = 100_000
 """Largest number of augmented views."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
+
+
+def _none_or_all(value: Any) -> int:
+    if value not in (0, 1):
+        raise ValueError(f"expected 0 or 1, got {value!r}: between them a sample's pixels would depend on its batch")
+    return int(value)
+
+
+EngineLoad = Annotated[Literal[0, 1], BeforeValidator(_none_or_all)]
 
 
 class Config(FrozenModel):
@@ -64,11 +73,10 @@ class Config(FrozenModel):
     Without a result it is the rank's share of the cores."""
     prefetch: int | None = Field(default=None, gt=0, le=1024)
     """Batches that are read ahead, and batches that are decoded ahead. null is the result of ``--tune``, or 2."""
-    hw_decoder_load: Probability = 0.0
-    """Share of a batch, its largest images, that the JPEG engine of the GPU decodes, if there is one. The GPU's cores
-    decode the rest. ``--tune`` never sets it, because the engine rounds differently. With a value above 0, a sample's
-    pixels depend on the other images of its batch and on the first batch of its process. They then change with the
-    number of ranks, and differ between training and the writing of a teacher's cache."""
+    hw_decoder_load: EngineLoad = 0
+    """1 decodes JPEGs by the JPEG engine of the GPU (A100, H100), except for those that the engine does not support,
+    such as progressive ones. 0 decodes all by the GPU's cores. The engine rounds differently, so 1 is part of a run's
+    identity. ``--tune`` measures both and never sets it. A CPU ignores it."""
     channels_last: bool = True
     """Memory format of the images: true is channels last (NHWC), false is contiguous (NCHW)."""
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
+from pipeline import nvjpeg
 from pipeline.data.config import Config
+from pipeline.data.jpeg_engine import uses_engine
 from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.read_ahead import cuda_index
 from pipeline.data.requests import SampleRequest, describe_sample
@@ -34,8 +36,22 @@ fn, types, feed_ndarray = _dali.fn, _dali.types, _dali.plugin.pytorch.feed_ndarr
 
 def dali_fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
     """Return the facts that determine a sample's pixels, besides its geometry. A cache records them."""
-    decoder = {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
-    return decoder | ({"hw_decoder_load": config.hw_decoder_load} if device.type == "cuda" else {})
+    facts = {"backend": "dali", "version": nvidia.dali.__version__, "device": device.type, "resize": RESIZE}
+    if device.type == "cuda":
+        version = nvjpeg.version()
+        facts |= {"hw_decoder_load": config.hw_decoder_load, "nvjpeg": version and str(version)}
+    if uses_engine(config, device):
+        facts |= {"gpu": torch.cuda.get_device_name(device)}  # engines of different GPUs may round differently
+    return facts
+
+
+def decodes_boxes(device: torch.device) -> bool:
+    """Return whether the box of an image is decoded alone; otherwise it is cut out of the whole image.
+
+    Before version 13.2, nvJPEG's pixels at the edges of a box are wrong if chroma is interpolated. So nvImageCodec
+    would decode the box on the CPU.
+    """
+    return device.type != "cuda" or (nvjpeg.version() or (0, 0, 0)) >= (13, 2, 0)
 
 
 class Inputs(NamedTuple):
@@ -74,6 +90,9 @@ class DaliDecoder:
         self._reader = reader
         self._config = config
         self._device = device
+        self._batch = batch
+        # The engine gets as many images of every batch as the first batch had (nvImageCodec, ``assigned_batch_size_``).
+        self._fills_next = uses_engine(config, device)
         # DALI pulls its inputs from a callback that is fixed when the graph is built. A new stream therefore replaces
         # this iterator, and the callback reads from whichever iterator is stored here.
         self._requests: Iterator[SampleRequest] = iter(())
@@ -91,7 +110,8 @@ class DaliDecoder:
         self._requests = requests
         while (images := self._run()) is not None:
             # DALI returns batches in the order in which it pulled them, so these images belong to the oldest request.
-            yield self._in_flight.popleft().request, images
+            request = self._in_flight.popleft().request
+            yield request, images[: len(request.rows_B)]
             if self._requests is not requests:
                 raise RuntimeError("another stream of this loader has begun; use one stream at a time")
 
@@ -104,8 +124,11 @@ class DaliDecoder:
         # So the requests advance ahead of the images, and ``_in_flight`` holds those in between.
         # DALI takes StopIteration for the end of the data: it still returns the batches in its queue.
         request = next(self._requests)
-        self._in_flight.append(InFlight(request, _inputs(request)))
-        return self._in_flight[-1].inputs
+        inputs = _inputs(request)
+        if self._fills_next:
+            inputs, self._fills_next = _filled(inputs, self._batch), False
+        self._in_flight.append(InFlight(request, inputs))
+        return inputs
 
     def _run(self) -> Tensor | None:
         """Return the images of the oldest request in flight, or None after the last."""
@@ -168,12 +191,10 @@ def create_pipeline(
         where = {"start": corners, "shape": shapes, "axes": (0, 1)}
         # No rotation by EXIF: the boxes refer to the image as it is stored.
         how = {"adjust_orientation": False, **decoding(config, device)}
-        if device.type == "cuda":
-            # Decode the whole image, then slice. Before version 13.2 (torchvision installs 13.1), nvJPEG decodes a part
-            # of an image on the CPU if chroma is interpolated.
-            boxes = fn.slice(fn.decoders.image(encoded, **how), **where)
-        else:
+        if decodes_boxes(device):
             boxes = fn.decoders.image_slice(encoded, **where, **how)
+        else:
+            boxes = fn.slice(fn.decoders.image(encoded, **how), **where)
         images = fn.resize(boxes, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.slice(
             images, start=crops, shape=(config.size, config.size), axes=(0, 1), out_of_bounds_policy="pad"
@@ -233,6 +254,12 @@ def _inputs(request: SampleRequest) -> Inputs:
         crops.astype(np.int32),
         flips.astype(np.int32),
     )
+
+
+def _filled(inputs: Inputs, batch: int) -> Inputs:
+    """Return the inputs with their rows repeated, so that there are ``batch`` of them."""
+    rows = np.resize(np.arange(len(inputs.encoded)), batch)
+    return Inputs._make([[inputs.encoded[row] for row in rows], *(values[rows] for values in inputs[1:])])
 
 
 def _split_rows(flight: InFlight) -> Iterator[InFlight]:

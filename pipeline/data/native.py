@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.config import Config
-from pipeline.data.dali import decoding, fn, new_pipeline, normalized, run, types
+from pipeline.data.dali import decodes_boxes, decoding, fn, new_pipeline, normalized, run, types
 from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.requests import BatchSampler
 from shards.read import SplitReader
@@ -52,7 +52,7 @@ def _read(reader: SplitReader, plan: BatchSampler):
 def _random_resized(encoded, config: Config, device: torch.device):
     drawn = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
     resized = {"size": [config.size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
-    if device.type == "cuda":  # decode whole images, for the same reason as in ``dali.py``
+    if not decodes_boxes(device):
         return fn.random_resized_crop(fn.decoders.image(encoded, **decoding(config, device)), **drawn, **resized)
     return fn.resize(fn.decoders.image_random_crop(encoded, **drawn, **decoding(config, device)), **resized)
 

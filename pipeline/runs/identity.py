@@ -24,11 +24,20 @@ from shards.manifest import Manifest, read_manifest
 # Keys that a command may change and still continue the same run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints", "graph")
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
-_NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
+_NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch")
 # How a recipe names another run, whose fingerprint stands for it.
 _NOT_IDENTITY_REFERENCE = ("method", "with")
-# Keys that are part of the identity only if they are set.
-_OPTIONS = ("order_seed", "cache", "fallback", "compile", "compress", "checkpoint", "weights_key")
+# Keys that are part of the identity only if they are set, with the value that is not.
+_OPTIONS = {
+    "order_seed": None,
+    "hw_decoder_load": 0,
+    "cache": None,
+    "fallback": None,
+    "compile": False,
+    "compress": None,
+    "checkpoint": False,
+    "weights_key": None,
+}
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ def identity(
 def _without_unused(tree: Any) -> Any:
     """Return the tree without options that are off, so that a new option does not change the identity of old runs."""
     if isinstance(tree, dict):
-        unused = {key for key in _OPTIONS if tree.get(key) is None or tree[key] is False}
+        unused = {key for key, off in _OPTIONS.items() if tree.get(key) in (None, off)}
         return {key: _without_unused(value) for key, value in tree.items() if key not in unused}
     return [_without_unused(value) for value in tree] if isinstance(tree, list) else tree
 

@@ -16,7 +16,7 @@ from pipeline.errors import ROOT
 from pipeline.runs.identity import Run
 from pipeline.runs.versions import packages
 
-_HOST_KEYS = ("path", "samples", "threads", "prefetch", "hw_decoder_load")
+_HOST_KEYS = ("path", "samples", "threads", "prefetch")
 """Keys of ``data`` that may differ between hosts: the folder of the staged shards, and the settings of decoding."""
 
 

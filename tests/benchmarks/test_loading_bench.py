@@ -94,24 +94,30 @@ def test_what_cannot_be_remembered_is_told(
     photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    best = loaded(photo_shards).recipe.data.model_copy(update={"threads": 3, "prefetch": 4, "hw_decoder_load": 0.9})
+    best = loaded(photo_shards).recipe.data.model_copy(update={"threads": 3, "prefetch": 4, "hw_decoder_load": 1})
     tune._save_best(loaded(photo_shards).recipe.data, best, read_manifest(photo_shards), CPU)
-    note, by_hand = (line for line in capsys.readouterr().out.splitlines() if "is ignored" not in line)
+    note, *by_hand = (line for line in capsys.readouterr().out.splitlines() if "is ignored" not in line)
     assert note.startswith("note: /dev/null/distillation-pipeline/loader.json cannot be written")
     assert note.endswith("give data.threads=3 data.prefetch=4")
-    assert by_hand.startswith("data.hw_decoder_load=0.9 is best; give it yourself")
+    assert by_hand[0].startswith("data.hw_decoder_load=1 is best; it changes pixels, so it is not saved.")
+    assert by_hand[1:] == ["data: {hw_decoder_load: 1}"]
 
 
-def test_the_share_of_the_jpeg_engine_is_never_remembered():
+def test_the_jpeg_engine_is_never_remembered():
     assert set(LoaderSettings.model_fields) == {"threads", "prefetch"}
 
 
-def test_the_share_is_tried_on_a_gpu_alone_and_never_under_a_cache_which_is_of_one_share(photo_shards: Path):
+def test_the_jpeg_engine_is_tried_where_there_is_one_and_never_under_a_cache(
+    photo_shards: Path, monkeypatch: pytest.MonkeyPatch
+):
     recipe, gpu = loaded(photo_shards).recipe, torch.device("cuda", 0)
     assert "hw_decoder_load" not in tune._sweeps(recipe, CPU)
-    assert 0.0 in tune._sweeps(recipe, gpu)["hw_decoder_load"]
+    monkeypatch.setattr(tune, "has_engine", lambda device: device == gpu)
+    assert tune._sweeps(recipe, gpu)["hw_decoder_load"] == (0, 1)
     cached = loaded(photo_shards, "teacher={model: cifar_resnet20, weights: w.pt, cache: answers}").recipe
     assert tune._sweeps(cached, gpu).keys() == tune._sweeps(recipe, CPU).keys()
+    monkeypatch.setattr(tune, "has_engine", lambda device: False)
+    assert tune._sweeps(recipe, gpu).keys() == tune._sweeps(recipe, CPU).keys()
 
 
 def test_the_least_of_the_best_is_taken():

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
-from shard_factory import MEAN, STD, Sample, config_of, encode, open_loader, photograph, write_shards
+from shard_factory import CPU, MEAN, STD, Sample, config_of, encode, open_loader, photograph, write_shards
 from torch import Tensor
 from torchvision.transforms import functional as reference
 
+from pipeline import nvjpeg
 from pipeline.batch import Batch, Progress
-from pipeline.data import augment, dali
+from pipeline.data import augment, dali, jpeg_engine
 from pipeline.data.config import Config
 from pipeline.data.loader_settings import LoaderSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+GPU = torch.device("cuda", 0)
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "cc-by-images"
 
 
@@ -115,24 +118,84 @@ def test_pad_crops_are_the_padded_images_own_pixels(small_shards: Path) -> None:
             torch.testing.assert_close(ours, reference.pil_to_tensor(theirs).float(), atol=1e-3, rtol=0)
 
 
-def test_an_image_decoded_whole_as_a_gpu_is_asked_to_has_the_pixels_of_the_box_alone(
+def decode_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU do what a GPU is asked for."""
+    decoding, new_pipeline, run = dali.decoding, dali.new_pipeline, dali.run
+    monkeypatch.setattr(dali, "decoding", lambda config, device: decoding(config, CPU))
+    monkeypatch.setattr(dali, "new_pipeline", lambda batch, settings, device: new_pipeline(batch, settings, CPU))
+    monkeypatch.setattr(dali, "run", lambda pipeline, device: run(pipeline, CPU))
+
+
+def test_a_box_decoded_alone_has_the_pixels_of_one_cut_out_of_the_whole_image(
     drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decode_on_cpu(monkeypatch)
     config = config_of(drawn, size=96)
-    of_cpu, pipeline_of_cpu, cpu = dali.decoding, dali.new_pipeline, torch.device("cpu")
-    monkeypatch.setattr(dali, "decoding", lambda config, device: of_cpu(config, cpu))
-    monkeypatch.setattr(dali, "new_pipeline", lambda batch, pace, device: pipeline_of_cpu(batch, pace, cpu))
     inputs = [dali._inputs(request) for request in open_loader(config, batch=6).plan.training(Progress(1), 3)]
 
-    def decoded(device: torch.device) -> list[Tensor]:
+    def decoded(version: nvjpeg.Version | None) -> list[Tensor]:
+        monkeypatch.setattr(nvjpeg, "version", lambda: version)
         remaining = iter(inputs)
-        pipeline = dali.create_pipeline(
-            lambda: next(remaining), config, 6, LoaderSettings(threads=1, prefetch=1), device
-        )
-        return [dali.run(pipeline, cpu).clone() for _ in inputs]
+        pipeline = dali.create_pipeline(lambda: next(remaining), config, 6, LoaderSettings(threads=1, prefetch=1), GPU)
+        images = [dali.run(pipeline, GPU).clone() for _ in inputs]
+        assert (b"decoders__ImageSlice" in pipeline.serialize()) == (version == nvjpeg.Version(13, 2, 0))
+        return images
 
-    for part, whole in zip(decoded(cpu), decoded(torch.device("cuda", 0)), strict=True):
-        assert torch.equal(part, whole)
+    for version in (nvjpeg.Version(13, 1, 9), None):
+        for part, whole in zip(decoded(nvjpeg.Version(13, 2, 0)), decoded(version), strict=True):
+            assert torch.equal(part, whole)
+
+
+def test_the_engines_first_batch_is_a_full_one_and_has_its_own_images_alone(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_on_cpu(monkeypatch)
+    monkeypatch.setattr(dali, "uses_engine", lambda config, device: bool(config.hw_decoder_load))
+    run, decoded = dali.run, []
+
+    def recording(pipeline: Pipeline, device: torch.device) -> Tensor:
+        images = run(pipeline, device)
+        decoded.append(len(images))
+        return images
+
+    monkeypatch.setattr(dali, "run", recording)
+    parts = [(np.array(rows), 0) for rows in ([3, 1], [0, 2, 4, 5], [5])]
+
+    def batches(load: int) -> list[Tensor]:
+        decoded.clear()
+        plan = open_loader(config_of(drawn), batch=6).plan
+        config = config_of(drawn, hw_decoder_load=load)
+        decoder = dali.DaliDecoder(plan.readers["train"], config, 6, LoaderSettings(threads=1, prefetch=2), GPU)
+        return [images.clone() for _ in range(2) for _, images in decoder(plan.views(parts))]
+
+    expected = batches(0)
+    assert decoded == [2, 4, 1, 2, 4, 1]
+    assert all(torch.equal(*pair) for pair in zip(batches(1), expected, strict=True))
+    assert decoded == [6, 4, 1, 2, 4, 1]
+
+
+def test_a_cache_keeps_what_a_gpus_pixels_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(path="", size=16, mean=MEAN, std=STD)
+    monkeypatch.setattr(nvjpeg, "version", lambda: nvjpeg.Version(13, 3, 2))
+    monkeypatch.setattr(jpeg_engine, "has_engine", lambda device: device.type == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    on_cpu = dali.dali_fingerprint(config, CPU)
+    assert on_cpu.keys() == {"backend", "version", "device", "resize"}
+    assert dali.dali_fingerprint(config.model_copy(update={"hw_decoder_load": 1}), CPU) == on_cpu
+    on_gpu = {**on_cpu, "device": "cuda", "nvjpeg": "13.3.2"}
+    assert dali.dali_fingerprint(config, GPU) == {**on_gpu, "hw_decoder_load": 0}
+    by_engine = dali.dali_fingerprint(config.model_copy(update={"hw_decoder_load": 1}), GPU)
+    assert by_engine == {**on_gpu, "hw_decoder_load": 1, "gpu": "NVIDIA H200"}
+
+
+def test_a_gpu_without_an_engine_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg_engine, "has_engine", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
+    config = Config(path="", size=16, mean=MEAN, std=STD, hw_decoder_load=1)
+    with pytest.raises(ValueError, match=r"data\.hw_decoder_load: NVIDIA L40S has no JPEG engine"):
+        jpeg_engine.uses_engine(config, GPU)
+    assert not jpeg_engine.uses_engine(config, CPU)
+    assert not jpeg_engine.uses_engine(config.model_copy(update={"hw_decoder_load": 0}), GPU)
 
 
 def test_an_exif_rotation_is_left_alone_and_grey_becomes_colour(tmp_path: Path) -> None:
@@ -191,3 +254,43 @@ def test_a_gpu_decodes_what_the_cpu_decodes(drawn: Path, channels_last: bool) ->
         expected = pixels(theirs)
         for number, image in pixels(Batch(*(tensor.cpu() for tensor in ours[:3]), {})).items():
             assert (image - expected[number]).abs().mean() < 1
+
+
+def view_0(folder: Path, load: int, batch: int, rows: np.ndarray) -> Tensor:
+    """Return the training images of view 0 that a GPU decodes in batches of those rows, by row."""
+    config = config_of(folder, size=96, hw_decoder_load=load)
+    loader = open_loader(config, batch=batch, device=torch.device("cuda"))
+    images = torch.empty(len(rows), 3, 96, 96)
+    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    for part, decoded in zip(parts, loader.views((part, 0) for part in parts), strict=True):
+        images[part] = decoded.images_BCHW.cpu()
+    return images
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("load", [0, 1])
+def test_no_pixel_of_a_gpu_depends_on_the_batch(drawn: Path, load: int) -> None:
+    if load and not jpeg_engine.has_engine(torch.device("cuda")):
+        pytest.skip("needs a GPU with a JPEG engine")
+    rows = np.arange(6)
+    expected = view_0(drawn, load, 6, rows)
+    for batch, order in ((6, rows[::-1].copy()), (4, rows), (4, np.array([5, 0, 3, 1, 4, 2])), (1, rows)):
+        assert torch.equal(view_0(drawn, load, batch, order), expected)
+    short_first = open_loader(config_of(drawn, size=96, hw_decoder_load=load), batch=6, device=torch.device("cuda"))
+    first, second = short_first.views([(rows[:1], 0), (rows, 0)])
+    assert torch.equal(first.images_BCHW.cpu(), expected[:1])
+    assert torch.equal(second.images_BCHW.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("load", [0, 1])
+def test_a_box_that_a_gpu_decodes_alone_is_one_cut_out_of_the_whole_image(
+    drawn: Path, load: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not dali.decodes_boxes(torch.device("cuda")):
+        pytest.skip(f"nvJPEG {nvjpeg.version()} decodes no boxes")
+    if load and not jpeg_engine.has_engine(torch.device("cuda")):
+        pytest.skip("needs a GPU with a JPEG engine")
+    boxes = view_0(drawn, load, 6, np.arange(6))
+    monkeypatch.setattr(dali, "decodes_boxes", lambda device: False)
+    assert torch.equal(boxes, view_0(drawn, load, 6, np.arange(6)))
