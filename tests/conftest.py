@@ -9,8 +9,10 @@ import pytest
 import torch
 from gloo_ranks import Ranks
 
+from pipeline import nvjpeg
 from pipeline.distributed import signals
 
+nvjpeg.load_first()  # as the commands do, before a test imports torchvision
 # Two OpenMP threads wait for one another actively, and a test's tensors are small.
 torch.set_num_threads(1)
 

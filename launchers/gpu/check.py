@@ -21,6 +21,10 @@ sys.path[:1] = [
     str(HERE.parents[1] / "tests" / "support"),
 ]
 
+from pipeline import nvjpeg
+
+nvjpeg.load_first()  # as the commands do
+
 from options import load_options
 from supervise import ANSWER
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from options import Options
 
-from checks import CheckAnswer, answer
+from checks import CheckAnswer, answer, cuda_device
+from pipeline.data.jpeg_engine import has_engine
 from pipeline.runs.versions import versions
 
 QUERY = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,ecc.mode.current,power.limit"
@@ -24,6 +25,7 @@ def check(options: Options, folder: Path) -> CheckAnswer:
     if torch.cuda.is_available():
         rows += [["CUDA", str(torch.version.cuda)], ["cuDNN", str(torch.backends.cudnn.version())]]
         rows += [["to the GPU, pinned", f"{_bandwidth(2 if options.rehearse else 20):.1f} GB/s"], *_gpu_facts()]
+    rows += [["JPEG engine", str(has_engine(cuda_device()))]]
     rows += [["nvJPEG", path] for path in _loaded_libraries("nvjpeg")]
     return answer("Machine", ["", ""], rows)
 
