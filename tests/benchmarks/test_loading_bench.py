@@ -90,6 +90,19 @@ def test_the_best_is_remembered_and_the_next_loader_takes_it(
     )
 
 
+def test_both_ways_of_the_jpeg_engine_are_measured_and_neither_is_remembered(
+    photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(tune, "_SECONDS", 0.001)
+    monkeypatch.setattr(tune, "REPEATS", 1)
+    monkeypatch.setattr(tune, "has_engine", lambda device: True)
+    measured = tune.tune(run(photo_shards), CPU)
+    assert [each.name for each in measured[-2:]] == ["hw_decoder_load 0", "hw_decoder_load 1"]
+    printed = capsys.readouterr().out
+    assert all(f"{each.name} " in printed for each in measured)
+    assert "hw_decoder_load" not in tuned_path().read_text()
+
+
 def test_what_cannot_be_remembered_is_told(
     photo_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

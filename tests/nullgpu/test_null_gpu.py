@@ -30,12 +30,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which Python has that GPU."""
-    return null_gpu.build(tmp_path_factory.mktemp("null"))
-
-
-@pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with shards of 32 pixels and a teacher's weights."""
     folder = tmp_path_factory.mktemp("place")
