@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -38,16 +37,17 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
     ``read`` makes requests: order, geometry, encoded images in memory, rows of a teacher's cache. ``decode`` makes
     pixels from requests that were read before. ``loader`` is both together. ``native reader`` is DALI's own, if the
     recipe decodes with DALI. The page cache is not emptied, so a data set that fits into memory is measured as in its
-    later epochs.
+    later epochs. With ``loader: memory`` a request is for many batches, so only ``loader`` is measured.
     """
-    # A decoder has one stream at a time, so a second loader decodes the requests that were read before.
-    loader, other = (open_training(run, run.recipe, device) for _ in range(2))
+    loader = open_training(run, run.recipe, device)
     reading = ReadBenchmark(loader.plan)
-    parts: dict[str, Items] = {
-        "read": reading.requests(),
-        "decode": other.decoders["train"](cycle(_first_requests(loader.plan, steps))),
-        "loader": stream(loader),
-    }
+    parts: dict[str, Items] = {}
+    if run.recipe.data.loader != "memory":
+        # A decoder has one stream at a time, so a second loader decodes the requests that were read before.
+        other = open_training(run, run.recipe, device)
+        requests = _first_requests(loader.plan, steps)
+        parts = {"read": reading.requests(), "decode": other.decoders["train"](cycle(requests))}
+    parts["loader"] = stream(loader)
     if run.recipe.data.loader == "dali":
         from pipeline.data.native import native_decoder  # loads DALI
 
@@ -57,7 +57,7 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
     measured = measure_in_turn(
         parts, device, repeats=repeats, warmup=max(warmup, ahead), steps=steps, images=images, ahead=ahead
     )
-    if collectives.is_main():
+    if collectives.is_main() and "read" in parts:
         print(reading)
     return measured
 
@@ -106,10 +106,11 @@ class ReadBenchmark:
 
     def requests(self) -> Generator[SampleRequest, None, None]:
         """Yield a run's requests without an end."""
-        with closing(self._plan.training(_start_progress(self._plan), EPOCHS)) as requests:
+        start = _start_progress(self._plan)
+        with closing(self._plan.training(start, EPOCHS)) as requests, closing(self._plan.extra(start, EPOCHS)) as extra:
             while True:
                 before = _page_faults()
-                request = next(requests)
+                request, _ = next(requests), next(extra)
                 self._faults += _page_faults() - before
                 yield request
 
@@ -147,8 +148,8 @@ def _start_progress(plan: BatchSampler) -> Progress:
 
 
 def _first_requests(plan: BatchSampler, count: int) -> list[SampleRequest]:
-    """Return a run's first ``count`` requests, one epoch's at most, without a cache's rows, which need no decoding."""
-    with closing(replace(plan, columns=None).training(_start_progress(plan), 1)) as requests:
+    """Return a run's first ``count`` requests, one epoch's at most."""
+    with closing(plan.training(_start_progress(plan), 1)) as requests:
         return list(islice(requests, count))
 
 

@@ -72,13 +72,16 @@ def _sort_keys(count: int, draw: int, seed: int, epoch: int) -> NDArray[np.uint6
     return high << np.uint64(32) | low
 
 
-def global_batch(order_N: NDArray[np.int64], step: int, batch: int) -> NDArray[np.int64]:
-    """Return the rows of global batch ``step`` of an epoch. The last ``N % batch`` rows of the order are left out."""
-    return order_N[step * batch : (step + 1) * batch]
+def global_batches(order_N: NDArray[np.int64], first: int, end: int, batch: int) -> NDArray[np.int64]:
+    """Return the rows of the global batches from step ``first`` of an epoch to before step ``end``."""
+    return order_N[first * batch : end * batch]
 
 
 def rank_rows(rows: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """Return the rows of a global batch that ``rank`` takes: ``rank``, ``rank + world``, …"""
+    """Return the rows of global batches that ``rank`` takes of each: ``rank``, ``rank + world``, …
+
+    The size of a global batch is a multiple of ``world``.
+    """
     return rows[rank::world]
 
 

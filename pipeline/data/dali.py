@@ -19,6 +19,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipeline import nvjpeg
+from pipeline.batch import Batch
 from pipeline.data.config import Config
 from pipeline.data.jpeg_engine import uses_engine
 from pipeline.data.loader_settings import LoaderSettings
@@ -99,8 +100,8 @@ class DaliDecoder:
         self._in_flight: deque[InFlight] = deque()
         self._pipeline = create_pipeline(self._next_inputs, config, batch, settings, device)
 
-    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
-        """Yield each request with its images [B, C, H, W] in float32.
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
+        """Yield the batch of each request, with images [B, C, H, W] in float32.
 
         Raises ValueError, one line, for an image that cannot be decoded.
         """
@@ -111,7 +112,7 @@ class DaliDecoder:
         while (images := self._run()) is not None:
             # DALI returns batches in the order in which it pulled them, so these images belong to the oldest request.
             request = self._in_flight.popleft().request
-            yield request, images[: len(request.rows_B)]
+            yield request.to_batch(images[: len(request.rows_B)])
             if self._requests is not requests:
                 raise RuntimeError("another stream of this loader has begun; use one stream at a time")
 

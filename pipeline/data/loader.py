@@ -27,10 +27,10 @@ __all__ = ["Config", "Decoder", "Loader", "create_loader", "transform_fingerprin
 
 
 class Decoder(Protocol):
-    """The interface of a decoder, which turns requests into normalised images on the device, in order."""
+    """The interface of a decoder, which turns requests into batches of normalised images on the device, in order."""
 
-    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
-        """Yield each request with its images [B, C, H, W]. One call at a time."""
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
+        """Yield the batches of the requests, without ``extra``. One call at a time."""
         ...
 
 
@@ -81,7 +81,8 @@ class Loader:
 
     def stream(self, progress: Progress, epochs: int) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
-        return self._batches(self.plan.training(progress, epochs), self.decoders["train"])
+        batches = self._batches(self.plan.training(progress, epochs), self.decoders["train"])
+        return self._with_extra(batches, self.plan.extra(progress, epochs)) if self.plan.columns else batches
 
     @property
     def has_validation(self) -> bool:
@@ -96,7 +97,10 @@ class Loader:
         return self._batches(self.plan.validation(), self.decoders["val"])
 
     def views(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
-        """Yield a batch for each (rows, view): training images of those rows of the sample table, in that view."""
+        """Yield a batch for each (rows, view): training images of those rows of the sample table, in that view.
+
+        Its ``extra`` is empty.
+        """
         return self._batches(self.plan.views(parts), self.decoders["train"])
 
     def _batches(
@@ -104,14 +108,20 @@ class Loader:
     ) -> Generator[Batch, None, None]:
         # Control runs backwards here: the decoder pulls requests from ``ahead``, whose thread pulls from ``requests``.
         # Both are closed even if the caller stops early, the decoder first, so that no thread outlives the loop.
-        ahead = read_ahead(requests, self.settings.prefetch, self.device)
-        with closing(ahead), closing(decoder(ahead)) as decoded:
-            for request, images_BCHW in decoded:
-                extra = {name: self._send(column) for name, column in request.extra.items()}
-                yield Batch(images_BCHW, self._send(request.labels_B), self._send(request.ids_B), extra)
+        # A request of ``memory`` is an epoch's, so one ahead is enough.
+        depth = 1 if self.plan.config.loader == "memory" else self.settings.prefetch
+        ahead = read_ahead(requests, depth, self.device)
+        with closing(ahead), closing(decoder(ahead)) as batches:
+            yield from batches
 
-    def _send(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def _with_extra(
+        self, batches: Generator[Batch, None, None], extra: Generator[dict[str, Tensor], None, None]
+    ) -> Iterator[Batch]:
+        ahead = read_ahead(extra, self.settings.prefetch, self.device)
+        with closing(ahead), closing(batches):
+            for batch, columns in zip(batches, ahead, strict=True):
+                sent = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
+                yield batch._replace(extra=sent)
 
 
 def create_loader(
@@ -129,9 +139,9 @@ def create_loader(
 ) -> Loader:
     """Open the shards and return the loader of ``rank``; ``batch`` is the global batch.
 
-    ``manifest`` is that of the shards, if it was read already. ``columns(view)`` is called on the reading thread; rows
-    of its arrays become ``Batch.extra`` on the device. Raises FileNotFoundError or ValueError, one line, if the shards
-    are incomplete or do not fit the recipe.
+    ``manifest`` is that of the shards, if it was read already. ``columns(view)`` is called on a reading thread; rows
+    of its arrays become ``Batch.extra`` of ``stream``, on the device. Raises FileNotFoundError or ValueError, one line,
+    if the shards are incomplete or do not fit the recipe.
     """
     if "train" in splits and batch % (world * accumulation):
         raise ValueError(

@@ -2,13 +2,13 @@
 
 This module decides *what* a batch contains; a decoder only turns requests into pixels.
 
-Shape suffixes: B rows of a micro-batch. Boxes are (top, left, height, width) in pixels.
+Shape suffixes: B rows of a request. Boxes are (top, left, height, width) in pixels.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.batch import Progress, rows_per_rank
+from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
 from pipeline.data.config import Config
 from shards.read import SplitReader
@@ -30,6 +30,8 @@ Columns = Callable[[int], Mapping[str, NDArray]]
 # A remote file system answers several reads in the time of one.
 _READS_AT_ONCE = 8
 _PAGE = mmap.PAGESIZE
+_TABLE_ROWS = 2**16
+"""Largest number of rows in a request of several batches. CIFAR has fewer in an epoch."""
 _MAX_ASPECT = 16
 """Largest part of an image's long side that validation decodes, in multiples of the short side."""
 
@@ -48,7 +50,10 @@ class Geometry(NamedTuple):
 
 
 class SampleRequest(NamedTuple):
-    """A micro-batch of one rank before decoding. Its tensors are on the host, pinned if they go to a GPU."""
+    """A micro-batch of one rank before decoding, or for ``loader: memory`` several that follow one another.
+
+    Its tensors are on the host, pinned if they go to a GPU.
+    """
 
     rows_B: NDArray[np.int64]
     """Row numbers in the split's sample table."""
@@ -57,8 +62,13 @@ class SampleRequest(NamedTuple):
     """The encoded images, in memory; empty for a loader that does not decode."""
     ids_B: Tensor
     labels_B: Tensor
-    extra: dict[str, Tensor]
-    """Rows of ``columns`` by name, such as the outputs of a cached teacher."""
+    batch: int
+    """Number of rows of each batch; the last may have fewer."""
+
+    def to_batch(self, images_BCHW: Tensor) -> Batch:
+        """Return the batch of a request for a single one, on the device of its images."""
+        labels_B, ids_B = (x.to(images_BCHW.device, non_blocking=True) for x in (self.labels_B, self.ids_B))
+        return Batch(images_BCHW, labels_B, ids_B, {})
 
 
 def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry:
@@ -137,21 +147,22 @@ class BatchSampler:
 
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
         """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
-        shards = self.readers["train"].samples["shard"]
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for epoch in range(progress.epoch, epochs):
-                order = augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)
-                first = progress.step_in_epoch if epoch == progress.epoch else 0
-                for step in range(first, self.steps_per_epoch):
-                    rows = augment.rank_rows(augment.global_batch(order, step, self.batch), self.rank, self.world)
-                    for part in np.split(rows, self.accumulation):
-                        yield self._training_request(part, self.config.view(epoch), pool)
+            for rows, view in self._parts(progress, epochs, self._request_rows(self.micro_batch)):
+                yield self._training_request(rows, view, self.micro_batch, pool)
+
+    def extra(self, progress: Progress, epochs: int) -> Generator[dict[str, Tensor], None, None]:
+        """Yield the rows of ``columns`` by name for each micro-batch of ``training``, on the host."""
+        ids_N = self.readers["train"].samples["id"]
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for rows, view in self._parts(progress, epochs, self.micro_batch):
+                yield self._extra(ids_N[rows], view, pool)
 
     def views(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Generator[SampleRequest, None, None]:
         """Yield a request for each (rows of the training split, view)."""
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
             for rows, view in parts:
-                yield self._training_request(rows, view, pool)
+                yield self._training_request(rows, view, len(rows), pool)
 
     def validation(self) -> Generator[SampleRequest, None, None]:
         """Yield this rank's share of the validation split in storage order, equally many requests on every rank.
@@ -161,11 +172,30 @@ class BatchSampler:
         count = len(self.readers["val"].samples)
         share = -(-count // self.world)  # rounded up
         rows = np.arange(share) * self.world + self.rank
+        at_once = self._request_rows(self.validation_batch)
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for first in range(0, share, self.validation_batch):
-                yield self._validation_request(rows[first : first + self.validation_batch], count, pool)
+            for first in range(0, share, at_once):
+                yield self._validation_request(rows[first : first + at_once], count, pool)
 
-    def _training_request(self, rows: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> SampleRequest:
+    def _request_rows(self, batch: int) -> int:
+        """Return the number of rows of a request for batches of ``batch`` rows."""
+        # Draws for 64 rows at a time take thirty times as long as for all of an epoch.
+        return max(_TABLE_ROWS // batch, 1) * batch if self.config.loader == "memory" else batch
+
+    def _parts(self, progress: Progress, epochs: int, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Yield this rank's rows in the order of training, up to ``size`` of an epoch at a time, and their view."""
+        shards = self.readers["train"].samples["shard"]
+        for epoch in range(progress.epoch, epochs):
+            order = augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)
+            first = progress.step_in_epoch if epoch == progress.epoch else 0
+            rest = augment.global_batches(order, first, self.steps_per_epoch, self.batch)
+            rows = augment.rank_rows(rest, self.rank, self.world)
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], self.config.view(epoch)
+
+    def _training_request(
+        self, rows: NDArray[np.int64], view: int, batch: int, pool: ThreadPoolExecutor
+    ) -> SampleRequest:
         samples = self.readers["train"].samples[rows]
         return SampleRequest(
             rows,
@@ -173,7 +203,7 @@ class BatchSampler:
             self._encoded("train", rows, pool),
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
-            self._extra(samples["id"], view, pool),
+            batch,
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
@@ -187,7 +217,7 @@ class BatchSampler:
             self._encoded("val", rows, pool),
             self._host(np.where(real, samples["id"], -1)),
             self._host(np.where(real, samples["label"], -1).astype(np.int64)),
-            {},
+            self.validation_batch,
         )
 
     def _encoded(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
@@ -199,9 +229,7 @@ class BatchSampler:
         return views
 
     def _extra(self, ids: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
-        if self.columns is None:
-            return {}
-        columns = self.columns(view)
+        columns = self.columns(view) if self.columns else {}
         if short := [name for name, column in columns.items() if len(column) <= ids.max()]:
             raise ValueError(f"{short[0]} has {len(columns[short[0]])} rows, but id {ids.max()} is requested")
         extra = {name: self._empty(len(ids), column) for name, column in columns.items()}

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import torch
-from torch import Tensor
 
+from pipeline.batch import Batch
 from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest
 
@@ -30,7 +30,7 @@ class SyntheticDecoder:
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         self._images_BCHW = images_BCHW if config.channels_last else images_BCHW.contiguous()
 
-    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[tuple[SampleRequest, Tensor], None, None]:
-        """Yield each request with one image per row, [B, C, H, W] in float32."""
+    def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
+        """Yield the batch of each request, with one image per row, [B, C, H, W] in float32."""
         for request in requests:
-            yield request, self._images_BCHW[: len(request.rows_B)]
+            yield request.to_batch(self._images_BCHW[: len(request.rows_B)])

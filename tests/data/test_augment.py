@@ -183,6 +183,6 @@ def test_the_tail_of_an_epoch_differs_from_epoch_to_epoch() -> None:
 
 def test_ranks_share_a_global_batch_out_in_turn() -> None:
     order = np.arange(20)[::-1]
-    batch = augment.global_batch(order, 1, 6)
+    batch = augment.global_batches(order, 1, 2, 6)
     assert batch.tolist() == [13, 12, 11, 10, 9, 8]
     assert [augment.rank_rows(batch, rank, 3).tolist() for rank in range(3)] == [[13, 10], [12, 9], [11, 8]]

@@ -171,16 +171,18 @@ def test_columns_rows_are_taken_by_id_at_the_view_on_other_threads(readers: dict
 
     plan = plan_of(readers, batch, columns=columns, views=2)
     steps = plan.steps_per_epoch
-    requests = list(read_ahead(plan.training(Progress(steps, step=3 * steps), 4), 2))
-    assert len(requests) == steps
+    progress = Progress(steps, step=3 * steps)
+    requests = list(plan.training(progress, 4))
+    extra = list(read_ahead(plan.extra(progress, 4), 2))
+    assert len(extra) == len(requests) == steps
     # Several threads ask, each for a part of a batch: a distant file system answers them at once.
     ids = [each for taken, _ in watched.taken for each in taken]
     assert sorted(ids) == sorted(each for request in requests for each in request.ids_B.tolist())
     assert all(len(taken) < batch for taken, _ in watched.taken)
     assert threading.get_ident() not in {thread for _, thread in watched.taken}
-    for request in requests:
-        np.testing.assert_array_equal(request.extra["logits"].numpy(), table[1][request.ids_B])
-        assert request.extra["row"].tolist() == request.ids_B.tolist()
+    for request, columns_B in zip(requests, extra, strict=True):
+        np.testing.assert_array_equal(columns_B["logits"].numpy(), table[1][request.ids_B])
+        assert columns_B["row"].tolist() == request.ids_B.tolist()
 
 
 def test_every_page_of_an_image_is_read_while_other_threads_run() -> None:
