@@ -67,7 +67,9 @@ class Config(FrozenModel):
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     """Number of augmented views of every image, used in turn; null draws a new view every epoch."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
-    """Images per validation batch of a rank; null is the size of its micro-batch."""
+    """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
+    run may continue with another. A library may choose other kernels for another size, whose logits differ in their
+    last bits. An image with two nearly equal largest logits can then count otherwise."""
     threads: int | None = Field(default=None, gt=0, le=1024)
     """Decoding threads of a rank. null is the result of ``bench.py loader --tune`` for similar images on this machine.
     Without a result it is the rank's share of the cores."""

@@ -77,6 +77,7 @@ class _DataIdentity(_IdentitySection):
     classes: str
     manifest: str
     views: PositiveInt | None = None
+    validation_batch: PositiveInt | None = None
 
 
 class Identity(_IdentitySection):

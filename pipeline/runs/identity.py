@@ -183,6 +183,7 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     for key in _NOT_IDENTITY_TEACHER:
         (tree["teacher"] or {}).pop(key, None)
     tree["compare"] = []  # a table at the end changes no number
+    tree["data"]["validation_batch"] = None  # null in the identities of old runs, and training does not depend on it
     return tree
 
 
@@ -197,6 +198,8 @@ def identity(
     tree = fixed_settings(recipe)
     tree["data"]["manifest"] = manifest.sha256
     tree["data"]["classes"] = hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
+    if begun := read_identity(run):  # earlier code wrote the recipe's value, and a run keeps its identity
+        tree["data"]["validation_batch"] = begun.data.validation_batch
     teacher = tree["teacher"] or {}
     networks = [section for section in (teacher.get("members") or (teacher,)) if section.get("recipe")]
     for section, teacher_run in zip(networks, teachers, strict=True):

@@ -153,7 +153,6 @@ def _comparable(loaded: LoadedRecipe) -> dict[str, Any]:
     """Return the settings that determine the result of a recipe, without the paths of the teacher's files."""
     recipe = with_normalization(loaded.recipe, [teacher.recipe for teacher in loaded.teachers])
     tree = fixed_settings(recipe)
-    del tree["data"]["validation_batch"]
     teacher = tree["teacher"] or {}
     for network in teacher.get("members") or ([teacher] if teacher else []):
         if network["weights"] and is_file(network["weights"]):
