@@ -116,7 +116,7 @@ class Loader:
 
     def _with_extra(
         self, batches: Generator[Batch, None, None], extra: Generator[dict[str, Tensor], None, None]
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         ahead = read_ahead(extra, self.settings.prefetch, self.device)
         with closing(ahead), closing(batches):
             for batch, columns in zip(batches, ahead, strict=True):

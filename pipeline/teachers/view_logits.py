@@ -6,7 +6,8 @@ Runs with different seeds see the same images of a view in different orders. N i
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.data.loader import Loader
@@ -28,13 +29,12 @@ class ViewLogits(nn.Module):
         self.loader = loader
         self.rows = max(_IMAGES_AT_ONCE // chunk, 1) * chunk
         self.view: int | None = None
-        self.logits_NK: Tensor | None = None
+        self.logits_NK = torch.empty(0)
 
     def forward(self, batch: Batch, view: int) -> Outputs:
         """Return the logits of a batch of that view; the first call for a view computes those of all its images."""
         if view != self.view:
             self._compute(view)
-        assert self.logits_NK is not None
         return Outputs(self.logits_NK.index_select(0, batch.ids_B), {})
 
     def _compute(self, view: int) -> None:
@@ -42,7 +42,7 @@ class ViewLogits(nn.Module):
         parts = ((np.arange(start, min(start + self.rows, count)), view) for start in range(0, count, self.rows))
         for batch in self.loader.views(parts):
             logits_BK = self.teacher(batch).logits_BK
-            if self.logits_NK is None:  # the same tensor for all views, so that nothing is allocated again
+            if not len(self.logits_NK):
                 self.logits_NK = logits_BK.new_zeros((self.loader.id_count, logits_BK.shape[1]))
             self.logits_NK[batch.ids_B] = logits_BK
         self.view = view
