@@ -121,6 +121,8 @@ def test_the_command_lines_keys_and_values_have_the_same_bounds(recipe: Path):
         (["stop.minutes=.inf"], "stop.minutes"),
         (["optimizer.momentum=5"], "optimizer.momentum"),
         (["batch=true"], "batch"),
+        (["data.hw_decoder_load=true"], "data.hw_decoder_load"),
+        (["data.hw_decoder_load=0.5"], "data.hw_decoder_load"),
         (["optimizer.weight_decay=yes"], "optimizer.weight_decay"),
         (["data.std=[true, 1, 1]"], "data.std.0"),
         (["losses.ce.weight=true"], "losses.ce.weight"),

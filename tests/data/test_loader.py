@@ -253,6 +253,7 @@ class TestErrors:
             ({"scale": (0.5, 1.2)}, "scale must be"),
             ({"ratio": (1.5, 1.2)}, "ratio must be"),
             ({"flip": 1.5}, "less than or equal to 1"),
+            ({"hw_decoder_load": 0.65}, "expected 0 or 1, got 0.65: between them a sample's pixels would depend on"),
             ({"std": (0.0, 1.0, 1.0)}, "greater than 0"),
             ({"colour": 1}, "Extra inputs"),
         ],

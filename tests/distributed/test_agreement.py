@@ -118,6 +118,7 @@ def test_a_signal_ends_the_waiting_for_other_ranks(join: mock.Mock, monkeypatch:
         ("journal.every_steps=7", "journal.every_steps"),
         ("losses.ce.weight=2", "losses.ce.weight"),
         ("data.views=3", "data.views"),
+        ("data.hw_decoder_load=1", "data.hw_decoder_load"),
     ],
 )
 def test_a_word_that_one_rank_alone_was_given_is_the_difference(recipes: Path, word: str, key: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resolved import run_of
 
 from pipeline.config import recipe
 from pipeline.distributed.launcher import Launch
@@ -66,3 +67,11 @@ def test_what_a_finished_teacher_was_compared_with_is_not_asked_for_again(run_tr
     (folder / "result.json").write_text(json.dumps({**result, "identity": known.fingerprint}))
     run_train("ddkd.yaml", "epochs=1", "compare=null")
     assert (recipes / "runs" / "ddkd" / "result.json").is_file()
+
+
+def test_images_that_the_jpeg_engine_decodes_are_those_of_another_run(recipes: Path):
+    words = ([], ["data.hw_decoder_load=0.0"], ["data.hw_decoder_load=1"])
+    default, none, engine = (run_of(recipes / "ce.yaml", each).identity for each in words)
+    assert default == none
+    assert "hw_decoder_load" not in default["data"]
+    assert identity.differing_keys(default, engine) == ["data.hw_decoder_load"]
