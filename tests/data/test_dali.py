@@ -166,7 +166,7 @@ def test_the_engines_first_batch_is_a_full_one_and_has_its_own_images_alone(
         plan = open_loader(config_of(drawn), batch=6).plan
         config = config_of(drawn, hw_decoder_load=load)
         decoder = dali.DaliDecoder(plan.readers["train"], config, 6, LoaderSettings(threads=1, prefetch=2), GPU)
-        return [images.clone() for _ in range(2) for _, images in decoder(plan.views(parts))]
+        return [batch.images_BCHW.clone() for _ in range(2) for batch in decoder(plan.views(parts))]
 
     expected = batches(0)
     assert decoded == [2, 4, 1, 2, 4, 1]
