@@ -3,8 +3,8 @@
 The augmentation and the order of samples are those of the other decoders. A request is a table of many batches, which
 is sent to the device once. A batch is then a slice of it and the gather of its pixels.
 
-Shape suffixes: R rows of a request, B rows of a batch, N samples of a split, H W C as stored, P pixels of all padded
-images.
+Shape suffixes: R rows of a request, B of a batch, N of a split, P pixels of all padded images. H, W and C are as
+stored.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ MADE = {"runs", "datasets", "caches"}
 """Folders that commands make."""
 SCRIPT = re.compile(r"(pipeline|shards|launchers|slurm)/[\w/]+\.(py|sh)")
 FILE_ENDINGS = ("md", "yaml", "json", "jsonl", "safetensors", "py", "sh", "npy", "pt", "pth", "png", "out")
-SELECTION = {"method", "methods", "with", "seeds", "jobs", "base", "constants", "overrides"}
+SELECTION = {"method", "methods", "with", "seeds", "jobs", "side", "base", "constants", "overrides"}
 """Names before ``=`` or ``:`` that choose files, or belong to recipe files and not to recipes."""
 COMMAND_OPTIONS = {
     "cache_teacher": ("pipeline.caching.write", "CacheArguments"),
@@ -233,7 +233,9 @@ def recipes_of(line: str) -> Iterator[tuple[str, list[str]]]:
         return
     words = [word for word in words_of(line[script.end() :]) if not word.startswith("-")]
     own = options() if script[1] in COMMAND_OPTIONS else set()
-    overrides = [word for word in words if "=" in word and word.partition("=")[0] not in own | {"seeds", "jobs"}]
+    overrides = [
+        word for word in words if "=" in word and word.partition("=")[0] not in own | {"seeds", "jobs", "side"}
+    ]
     methods = [word.partition("=")[2].split(",") for word in overrides if word.startswith("methods=")]
     others = [word for word in overrides if not word.startswith("methods=")]
     for recipe in (word for word in words if word.startswith("configs/")):
