@@ -143,7 +143,10 @@ def _speed_stages(options: Options) -> list[HalfHourStage]:
     method = "kd" if options.rehearse else "ddkd"
     stages += [bench(f"losses-{method}", 60, "losses", *imagenet_run(options, method))]
     loader = [f"data.path={options.jpeg_shards}", f"batch={8 if options.rehearse else 128}", "data.resize=null"]
-    return [*stages, bench("loader", 60, "loader", IMAGENET_PAIR, "method=ce", *loader)]
+    stages.append(bench("loader", 60, "loader", IMAGENET_PAIR, "method=ce", *loader))
+    tune = _pipeline("loader-tune", 90, "bench.py", "loader", IMAGENET_PAIR, "method=ce", *loader, records, "--tune")
+    # What it finds is stored in the folder of results, and not for this user's later runs.
+    return [*stages, replace(tune, environment={"XDG_CACHE_HOME": f"{options.out}/cache"})]
 
 
 def _table_stages(options: Options) -> list[HalfHourStage]:

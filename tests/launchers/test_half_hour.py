@@ -212,10 +212,9 @@ def test_every_stage_names_a_recipe_and_overrides_that_load(half_hour: ModuleTyp
     assert len(all_methods()) > 20
     benched = [stage.args for stage in stages_of(2, options)]
     assert all(args[1].endswith("bench.py") for args in benched)
+    own = ("out", "repeats", "steps", "warmup", "--tune")
     for _, _, _, path, *words in benched:
-        load_recipe(
-            path, [word for word in words if word.partition("=")[0] not in ("out", "repeats", "steps", "warmup")]
-        )
+        load_recipe(path, [word for word in words if word.partition("=")[0] not in own])
     (stage,) = stages_of(3, options)
     assert [word for word in stage.args if word.startswith("methods=")] == ["methods=kd,dkd,perception"]
     assert Path(stage.args[2]) == ROOT / CIFAR_PAIR

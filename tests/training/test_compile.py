@@ -6,10 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from gloo_ranks import Ranks
 from training_on_ranks import train
 
+from pipeline.batch import Batch, Outputs
+from pipeline.features.taps import FeatureTaps
+from pipeline.models import create_model
+from pipeline.models.stages import stages
+from pipeline.teachers.frozen import TOLERANCE, Teacher
 from pipeline.training.journal import trace
 
 COMPILED = ("folder=runs/compiled", "student.compile=true", "teacher.compile=true")
@@ -37,3 +43,30 @@ def test_compiled_networks_train_as_plain_ones_do(
     for mine, other in zip(compiled, plain, strict=True):
         assert mine == pytest.approx(other, rel=1e-3), mine["step"]
     assert compiled != plain  # other last bits: it was compiled
+
+
+@pytest.mark.endurance
+def test_a_compiled_teacher_gives_the_logits_and_maps_of_a_plain_one_within_the_tolerance_of_folding():
+    """The compiler joins what folding leaves beside a convolution: its bias, the sum with the shortcut, the ReLU."""
+    batch = Batch(torch.randn(12, 3, 32, 32), torch.zeros(12).long(), torch.arange(12), {})
+
+    def answers(*, compiled: bool) -> Outputs:
+        torch.manual_seed(0)
+        model = create_model("cifar_resnet20", 10)
+        teacher = Teacher(
+            FeatureTaps(model, stages(model), {"all"}),
+            batch=8,
+            image_size=32,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        if compiled:
+            teacher.taps.compile(dynamic=False)
+        return teacher(batch)
+
+    plain, compiled = answers(compiled=False), answers(compiled=True)
+    assert compiled.features.keys() == plain.features.keys() == {"stage1", "stage2", "stage3"}
+    pairs = [(compiled.logits_BK, plain.logits_BK)]
+    pairs += [(compiled.features[name], plain.features[name]) for name in plain.features]
+    changes = [((mine - other).abs().max() / other.abs().max()).item() for mine, other in pairs]
+    assert 0 < max(changes) <= TOLERANCE  # other last bits: it was compiled
