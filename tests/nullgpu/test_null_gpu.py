@@ -81,7 +81,7 @@ def test_every_step_is_captured_and_its_replay_launches_little_and_allocates_not
     assert max(found["calls"] for found in replayed.values()) < min(seen[method]["calls"] for method in METHODS) / 4
 
 
-LOADING, FILLED = 14, 6
+LOADING, FILLED = 5, 6
 """Launches of the loader ``memory`` for a batch; and of what a replay is given."""
 
 
