@@ -19,8 +19,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline import nvjpeg
+    from pipeline.cli import answer_help
     from pipeline.distributed import signals
 
+    answer_help(__doc__)
     signals.install()  # before the imports below: they take seconds, and a scheduler may send a signal meanwhile
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import torch
-
 from pipeline.errors import EXIT_USER_ERROR, AlreadyReported, Interrupted, one_line
 
 
@@ -22,10 +20,7 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
     args = sys.argv[1:]
     with survive_lost_output():
         try:
-            if {"-h", "--help"} & set(args):
-                print_answer(str(sys.modules["__main__"].__doc__))
-            else:
-                main(args)
+            main(args)
         except Interrupted as interrupted:
             print(interrupted)
         except AlreadyReported:
@@ -37,6 +32,17 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
                 raise
             print(f"error: {line}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
+
+
+def answer_help(text: str | None) -> None:
+    """Print the text and end the process, if the command line asks for help.
+
+    An entry point calls it before its slow imports, so this module has none.
+    """
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        with survive_lost_output():
+            print_answer(text)
+        sys.exit()
 
 
 @contextmanager
@@ -118,9 +124,10 @@ class LossyStream:
 def user_message(error: Exception) -> str | None:
     """Return what is wrong and how to fix it; None for an error that is not the user's."""
     message = one_line(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    # Compared by name, because the imports of torch and of its compiler take seconds.
+    kinds = [(kind.__module__, kind.__name__) for kind in type(error).__mro__]
+    if ("torch", "OutOfMemoryError") in kinds:
         return f"{message.partition('. ')[0]}; lower batch, or raise accumulation, which splits it"
-    # Compared by name, because the import of the compiler's errors takes a second.
-    if any(kind.__module__ in ("torch._dynamo.exc", "torch._inductor.exc") for kind in type(error).__mro__):
+    if any(module in ("torch._dynamo.exc", "torch._inductor.exc") for module, _ in kinds):
         return f"torch cannot compile: {message[:300]}; fix that, or remove compile from the recipe"
     return message if isinstance(error, ValueError | OSError) else None

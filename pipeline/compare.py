@@ -16,8 +16,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline import nvjpeg
+    from pipeline.cli import answer_help
     from pipeline.distributed import signals
 
+    answer_help(__doc__)
     signals.install()
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 

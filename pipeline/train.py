@@ -21,11 +21,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipeline import nvjpeg
+    from pipeline.cli import answer_help
     from pipeline.distributed import signals
 
+    answer_help(__doc__)
     signals.install()  # before the imports below: they take seconds, and a scheduler may send a signal meanwhile
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
-    if os.environ.get("RANK", "") in ("", "0") and not {"-h", "--help", "--check", "--list", "--keys"} & {*sys.argv}:
+    if os.environ.get("RANK", "") in ("", "0") and not {"--check", "--list", "--keys"} & {*sys.argv}:
         with suppress(OSError):  # the terminal or log may be lost; cli.py deals with that
             print("loading PyTorch and the other libraries, which takes some seconds", flush=True)
 

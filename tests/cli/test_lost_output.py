@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 import pytest
+from architecture import ENTRY_POINTS
 from tqdm import tqdm
 
-from pipeline.cli import entry, print_answer
+from pipeline.cli import answer_help, entry, print_answer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def broken_pipe() -> TextIO:
@@ -90,12 +95,26 @@ def test_without_either_it_goes_on_too(monkeypatch: pytest.MonkeyPatch):
 def test_a_reader_that_leaves_before_the_end_of_an_answer_is_no_loss(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for args in (["--help"], ["--keys"]):
-        monkeypatch.setattr(sys, "argv", ["train.py", *args])
-        with monkeypatch.context() as patched, broken_pipe() as stream:
+    text = "word " * 10_000
+    answers = {"--help": lambda: answer_help(text), "--keys": lambda: entry(lambda _: print_answer(text))}
+    for option, answer in answers.items():
+        monkeypatch.setattr(sys, "argv", ["train.py", option])
+        with monkeypatch.context() as patched, broken_pipe() as stream, suppress(SystemExit):
             patched.setattr(sys, "stdout", stream)
-            entry(lambda _: print_answer("word " * 10_000))
+            answer()
         assert capsys.readouterr().err == ""
+
+
+def test_help_is_shown_without_the_libraries_that_take_seconds(tmp_path: Path):
+    """A module that cannot be imported stands in the place of torch."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command in sorted(ENTRY_POINTS):
+        script = ROOT / "pipeline" / f"{command}.py"
+        command_line = [sys.executable, str(script), "--help"]
+        done = subprocess.run(command_line, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"pipeline/{command}.py" in done.stdout
 
 
 def test_an_answer_that_a_full_disk_loses_is_warned_of(
