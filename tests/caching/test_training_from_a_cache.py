@@ -17,6 +17,7 @@ from gloo_ranks import Ranks
 from one_core import one_core
 from safetensors.torch import load_file, save_file
 
+from pipeline import compare
 from pipeline.config.recipe import load_recipe
 from pipeline.diagnostics.inputs import check_teacher_source
 from pipeline.distributed.launcher import Launch
@@ -255,3 +256,17 @@ def test_a_cache_may_move_and_its_run_goes_on(copied: Path, place: Path, run_tra
         run_train("kd.yaml", "teacher.cache=cache", "folder=run")
     run_train("kd.yaml", "teacher.cache=elsewhere", "folder=run")
     assert (place / "run" / "result.json").is_file()
+
+
+def test_seeds_and_methods_side_by_side_train_from_one_cache_as_each_does_alone(
+    written: Path, place: Path, run_train: Command
+):
+    (place / "teacher.safetensors").unlink()
+    cached = [f"teacher.cache={written}"]
+    for name in ("kd", "ddkd"):
+        run_train(f"{name}.yaml", *cached, "seed=1", f"folder=alone/{name}")
+    with one_core():
+        training_on_ranks.run(compare.main, 0, 1, place, ["kd.yaml", "ddkd.yaml", "seeds=0,1", "side=4", *cached])
+    for name in ("kd", "ddkd"):
+        assert_same_run(place / "alone" / name, place / "runs" / name / "seed-1")
+        assert (place / "runs" / name / "seed-0" / "result.json").is_file()
