@@ -119,6 +119,7 @@ def _facts(run: MeasuredRun) -> list[str]:
     # Of a digest, the first digits are enough to see whether two are the same.
     kind, colon, digest = (run.teacher or "").rpartition(":")
     device = f"{run.ranks} × {run.card}" if (run.ranks or 1) > 1 else str(run.card or "not known")
+    device += f", {run.side} runs together" if run.side else ""
     minutes = "" if run.minutes is None else f"{run.minutes:,.1f}"
     numbers = [str(run.seed), _number(run.last), _number(run.best), str(run.epochs), minutes]
     return [*numbers, device, commit, f"{kind}{colon}{digest[:12] if colon else digest}"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import Accelerator
+from torch import nn
 
 from pipeline.batch import Progress
 from pipeline.builders.distiller import build_distiller
@@ -40,20 +43,17 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
 
     ``parts`` builds the teacher and the loader, if other runs of this process may use the same.
     """
-    recipe = run.recipe
+    recipe, parts = run.recipe, parts or SharedParts([run])
     accelerator = create_accelerator(recipe, launch, run.folder)
-    loader, teacher, unwrapped = _build(run, launch, accelerator, parts or SharedParts([run]))
+    loader, teacher, unwrapped = _build(run, launch, accelerator, parts)
     # Counted before ``prepare``: under ZeRO-3, the parameters are empty afterwards.
     parameters = sum(parameter.numel() for parameter in unwrapped.student.parameters())
     averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)
     accelerator.wait_for_everyone()  # no rank may read or write the folder before it is checked and locked
-    distiller, optimizer = accelerator.prepare(unwrapped, create_optimizer(recipe.optimizer, unwrapped))
-    if recipe.compress:
-        compressed = unwrapped.losses if recipe.compress == "auxiliary" else unwrapped
-        collectives.compress_gradients(distiller, compressed.parameters())
-    allocate_momentum(optimizer)
+
+    distiller, optimizer = _prepare(recipe, accelerator, unwrapped)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch, recipe.epochs * loader.steps_per_epoch)
     journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
@@ -73,6 +73,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         guard,
         maybe_graph(step, recipe.graph, recipe.accumulation),
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
+        parts.runs,
     )
     return session, State(saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST))
 
@@ -90,6 +91,16 @@ def _build(
     if not loader.has_validation:
         accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not evaluated")
     return loader, teacher, distiller
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator, unwrapped: Distiller) -> tuple[nn.Module, Any]:
+    """Return the Distiller in its wrapper for training, and its optimizer."""
+    distiller, optimizer = accelerator.prepare(unwrapped, create_optimizer(recipe.optimizer, unwrapped))
+    if recipe.compress:
+        compressed = unwrapped.losses if recipe.compress == "auxiliary" else unwrapped
+        collectives.compress_gradients(distiller, compressed.parameters())
+    allocate_momentum(optimizer)
+    return distiller, optimizer
 
 
 def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) -> dict[str, EMA | EMATeacher]:

@@ -27,6 +27,7 @@ class SharedParts:
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = len(runs)
         self.taps: dict[str, frozenset[str]] = {}
         """The teacher's taps that any of the runs reads, by ``_teacher_key``."""
         for run in runs:

@@ -36,6 +36,8 @@ class MeasuredRun(FrozenModel):
     card: str | None
     """Name of the GPU, or of the processor of a run without one."""
     ranks: PositiveInt | None
+    side: PositiveInt | None = None
+    """Number of runs that were trained side by side, in the same minutes; None for one alone."""
     commit: str | None
     """Commit with which the run began; None on a machine without git."""
     uncommitted_changes: bool

@@ -61,6 +61,8 @@ class Result:
     """Name of the GPU or processor that the last command trained on."""
     ranks: PositiveInt | None = None
     """Number of ranks of the last command."""
+    side: PositiveInt | None = None
+    """Number of runs that the last command trained side by side; None for one alone."""
 
 
 class _IdentitySection(BaseModel):

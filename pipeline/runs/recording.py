@@ -100,6 +100,7 @@ def measured_run(folder: Path) -> tuple[RecipeSource, MeasuredRun]:
         minutes=None if result.seconds is None else round(result.seconds / 60, 1),
         card=result.device,
         ranks=result.ranks,
+        side=result.side,
         commit=str(versions["commit"]) if versions.get("commit") else None,
         uncommitted_changes=bool(versions.get("uncommitted_changes")),
         versions={name: str(value) for name, value in versions.items() if name not in _NO_VERSIONS},

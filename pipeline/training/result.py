@@ -25,8 +25,12 @@ def write_result(
     best: Best,
     averaged: Accuracy | None,
     images_per_second: float,
+    side: int,
 ) -> None:
-    """Write what the finished run measured: accuracies in percent, parameters, speed, and what it trained on."""
+    """Write what the finished run measured: accuracies in percent, parameters, speed, and what it trained on.
+
+    ``side`` is the number of runs that the command trained side by side.
+    """
     seconds = training_seconds(read_journal(run.folder / JOURNAL_FILE), run.recipe.batch)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     result = Result(
@@ -47,6 +51,7 @@ def write_result(
         seconds=round(seconds, 1),
         device=device,
         ranks=collectives.world_size(),
+        side=side if side > 1 else None,
     )
     write_json(run.folder / RESULT_FILE, asdict(result))
 

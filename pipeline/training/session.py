@@ -55,6 +55,8 @@ class Session:
     guard: FiniteGuard
     step: Step | GraphedStep
     stopping: StopCondition
+    side: int
+    """Number of runs that this command trains side by side."""
 
     @property
     def recipe(self) -> Recipe:
@@ -151,6 +153,6 @@ def finish(session: Session, state: State) -> None:
             averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, session.evaluate)
         if accelerator.is_main_process:
             speed = session.journal.images_per_second
-            write_result(run, session.parameters, last, state.best, averaged, speed)
+            write_result(run, session.parameters, last, state.best, averaged, speed, session.side)
     accelerator.wait_for_everyone()
     accelerator.end_training()

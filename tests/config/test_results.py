@@ -275,10 +275,11 @@ def test_top5_has_a_column_where_the_papers_print_it(tmp_path: Path):
 
 
 def test_recipes_of_no_paper_have_a_section_of_their_own_and_a_teacher_is_in_both(tmp_path: Path):
-    write_runs(tmp_path / "cifar100" / "proxy" / "kd.json", run_of_seed(0, 26.0, 26.5))
+    write_runs(tmp_path / "cifar100" / "proxy" / "kd.json", run_of_seed(0, 26.0, 26.5, side=6))
     write_runs(tmp_path / "cifar100" / "teachers" / "resnet56.json", run_of_seed(0, 72.0, 72.5, teacher=None))
     sections = page_of(tmp_path)
     assert "| recipe | ours |\n| --- | --- |\n| `kd` | 26.00 (26.50), 1 seed |" in sections["configs/cifar100/proxy"]
+    assert "| a card, 6 runs together |" in sections["configs/cifar100/proxy"]
     assert "| `resnet56` | 72.00 (72.50), 1 seed |" in sections["configs/cifar100/teachers"]
     pair = sections["CIFAR-100, ResNet-56 to ResNet-20"]
     assert "| the teacher | 72.34 |  | 72.34 | 72.00 (72.50), 1 seed |" in pair

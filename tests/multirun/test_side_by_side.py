@@ -25,7 +25,7 @@ Train = Callable[..., None]
 Compare = Callable[..., None]
 METHODS = ("ce", "kd", "ddkd")
 LOADERS = {"dali": {}, "memory": {"loader": "memory", "crop": "pad", "size": 24}}
-SPEEDS = ("images_per_second", "seconds")
+SPEEDS = ("images_per_second", "seconds", "side")
 
 
 @pytest.fixture
@@ -134,6 +134,8 @@ def test_methods_with_one_order_of_images_share_every_batch_and_the_teachers_out
 ):
     side(3, "ce.yaml", "kd.yaml", "ddkd.yaml")
     assert rows_of_teacher == [12] * 10  # one batch a step
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders(place)]
+    assert [result["side"] for result in results] == [3, 3, 3]
 
 
 def test_seeds_with_one_order_of_images_share_them_too_and_are_still_different_runs(
