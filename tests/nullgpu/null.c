@@ -76,18 +76,16 @@ static long captured;
 static int invalid;
 static cudaGraph_t const GRAPH = (cudaGraph_t)0x77;
 
-static int is_capturing_thread(void) { return capturing && pthread_equal(pthread_self(), capturing_thread); }
-
-// What a stream that is being captured takes as a node.
+// What a stream that is being captured takes as a node, from any thread: backward has one of its own.
 static void work(long *counter) {
     __sync_fetch_and_add(counter, 1);
-    if (is_capturing_thread()) captured++;
+    if (capturing) captured++;
 }
 
 // Whether a capture forbids this thread to wait, by the modes of both.
 static int is_forbidden(void) {
     if (!capturing || thread_mode == cudaStreamCaptureModeRelaxed) return 0;
-    if (is_capturing_thread()) return capturing_mode != cudaStreamCaptureModeRelaxed;
+    if (pthread_equal(pthread_self(), capturing_thread)) return capturing_mode != cudaStreamCaptureModeRelaxed;
     return capturing_mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
 }
 
