@@ -65,9 +65,9 @@ class SampleRequest(NamedTuple):
     batch: int
     """Number of rows of each batch; the last may have fewer."""
 
-    def to_batch(self, images_BCHW: Tensor) -> Batch:
-        """Return the batch of a request for a single one, on the device of its images."""
-        labels_B, ids_B = (x.to(images_BCHW.device, non_blocking=True) for x in (self.labels_B, self.ids_B))
+    def to_batch(self, images_BCHW: Tensor, device: torch.device) -> Batch:
+        """Return the batch of a request for a single one, whose images are on ``device``."""
+        labels_B, ids_B = (x.to(device, non_blocking=True) for x in (self.labels_B, self.ids_B))
         return Batch(images_BCHW, labels_B, ids_B, {})
 
 

@@ -25,6 +25,7 @@ class SyntheticDecoder:
     """A decoder that gives the same noise to every request. ``batch`` is the largest number of rows in a request."""
 
     def __init__(self, config: Config, batch: int, device: torch.device) -> None:
+        self._device = device
         draws = torch.Generator(device).manual_seed(config.seed)
         images_BHWC = torch.randn(batch, config.size, config.size, 3, generator=draws, device=device)
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
@@ -33,4 +34,4 @@ class SyntheticDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batch of each request, with one image per row, [B, C, H, W] in float32."""
         for request in requests:
-            yield request.to_batch(self._images_BCHW[: len(request.rows_B)])
+            yield request.to_batch(self._images_BCHW[: len(request.rows_B)], self._device)
