@@ -112,7 +112,9 @@ class DaliDecoder:
         while (images := self._run()) is not None:
             # DALI returns batches in the order in which it pulled them, so these images belong to the oldest request.
             request = self._in_flight.popleft().request
-            yield request.to_batch(images[: len(request.rows_B)], self._device)
+            if len(images) > len(request.rows_B):  # the engine's first batch
+                images = images[: len(request.rows_B)]
+            yield request.to_batch(images, self._device)
             if self._requests is not requests:
                 raise RuntimeError("another stream of this loader has begun; use one stream at a time")
 

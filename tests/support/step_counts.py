@@ -18,6 +18,7 @@ from training_on_ranks import train as run_train
 
 from pipeline import train
 from pipeline.builders import session
+from pipeline.training import session as training_session
 from pipeline.training.flops import FlopCounter
 
 EARLY, LATE = 3, 8
@@ -108,7 +109,8 @@ def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts
         watch.own = {p.untyped_storage()._cdata for group in optimizer.param_groups for p in group["params"]}
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(train, "seed_draws", next_step))
+        for module in (train, training_session):  # before the first step, and after each
+            stack.enter_context(mock.patch.object(module, "seed_draws", next_step))
         stack.enter_context(mock.patch.object(session, "allocate_momentum", prepared))
         stack.enter_context(mock.patch.object(session, "image_flops", return_value=None))
         stack.enter_context(suppress(Enough))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import train
+from pipeline.training import session
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = ("ddkd", "dkd", "perception", "dist", "crd", "rkd", "irg", "pkt", "sp", "review", "ofd", "vid", "nst", "at")
@@ -72,7 +73,8 @@ def at_each_step(monkeypatch: pytest.MonkeyPatch, call: Callable[[int], None]) -
         call(step)
         seed_draws(seed, step)
 
-    monkeypatch.setattr(train, "seed_draws", next_step)
+    for module in (train, session):  # before the first step, and after each
+        monkeypatch.setattr(module, "seed_draws", next_step)
 
 
 def test_no_step_reads_from_the_device(every_method: Callable[[], None], monkeypatch: pytest.MonkeyPatch):
