@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -132,14 +131,6 @@ def test_ranks_that_do_not_see_one_another(run_train: Train, monkeypatch: pytest
         "pipeline.training.accelerator.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})
     )
     assert "the launcher started 2 ranks and each sees 1" in refused(run_train, "ce.yaml")
-
-
-@pytest.mark.parametrize("entry", ["train.py", "evaluate.py"])
-def test_help_tells_the_commands(entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [entry, "--help"])
-    runpy.run_path(str(ROOT / "pipeline" / entry), run_name="__main__")
-    assert f"pipeline/{entry} " in capsys.readouterr().out
 
 
 def test_the_process_prints_one_line_and_exits_with_2(recipes: Path):
