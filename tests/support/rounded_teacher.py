@@ -29,5 +29,5 @@ def _rounded(*args: Any) -> Any:
 
 def train(rank: int, world: int, folder: Path, words: list[str]) -> None:
     """Run ``pipeline/train.py`` as ``training_on_ranks.train`` does."""
-    with mock.patch("pipeline.builders.session.build_teacher", _rounded):
+    with mock.patch("pipeline.builders.shared.build_teacher", _rounded):
         training_on_ranks.train(rank, world, folder, words)

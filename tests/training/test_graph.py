@@ -131,9 +131,9 @@ def test_a_step_is_captured_anew_where_a_ramp_changes_and_only_there(
     captured: list[int] = []
     capture = graph.GraphedStep._capture
 
-    def noted(self: graph.GraphedStep, batch: Batch, progress: Progress, changed: list[str]) -> None:
+    def noted(self: graph.GraphedStep, batch: Batch, progress: Progress, *others: Any) -> None:
         captured.append(progress.step + 1)
-        capture(self, batch, progress, changed)
+        capture(self, batch, progress, *others)
 
     monkeypatch.setattr(graph.GraphedStep, "_capture", noted)
     words = ["graph=true", "epochs=5", "losses.dkd.ramp.linear_epochs=3"]

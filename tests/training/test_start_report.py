@@ -153,7 +153,6 @@ def test_a_folder_of_another_run_is_not_said_to_continue(run_train: Train, place
         (["ce.yaml", "epochs=1"], "0", True),
         (["ce.yaml"], "1", False),
         (["--check", "ce.yaml"], None, False),
-        (["--help"], None, False),
     ],
 )
 def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path, words: list[str], rank: str | None, prints: bool):
