@@ -11,7 +11,8 @@ Options:
 - ``minutes=8.5``, the time limit of each of the three commands,
 - ``cifar=FOLDER``, shards of CIFAR-100,
 - ``weights=FILE``, weights of a ResNet-56 trained on them,
-- ``jpegs=FOLDER``, shards of real photographs.
+- ``jpegs=FOLDER``, shards of real photographs,
+- ``stages=NAME,NAME``, the stages to run; others need what ``inputs`` writes.
 
 Missing inputs are generated at random, which is enough to test and to measure speed.
 
@@ -42,6 +43,7 @@ from stages import HalfHourStage, stages_of
 from supervise import StageResult, read_stage_result, run_stage, write_stage_result
 
 from pipeline.cli import entry
+from pipeline.errors import RecipeError
 
 MIN_SECONDS = 20.0
 """Remaining seconds that a stage needs to begin."""
@@ -52,18 +54,39 @@ def main(args: Sequence[str]) -> None:
     options = read_options(args)
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[StageResult] = []
-    for command in options.commands:
-        results += run_part(command, stages_of(command, options), options)
+    for stages in choose_stages(options):
+        results += run_part(stages, options)
     if not all(result.passed for result in results):
         sys.exit(1)
 
 
-def run_part(command: int, stages: Sequence[HalfHourStage], options: Options) -> list[StageResult]:
-    """Run the stages of a command in order, within its minutes, and return their results; passed stages are skipped."""
+def choose_stages(options: Options) -> list[dict[str, HalfHourStage]]:
+    """Return the stages to run of each command, by the name of their folder.
+
+    Raises RecipeError for a name in ``stages=`` that no chosen command has.
+    """
+    parts = [
+        {f"{command}{number:02d}-{stage.name}": stage for number, stage in enumerate(stages_of(command, options), 1)}
+        for command in options.commands
+    ]
+    if options.stages is None:
+        return parts
+    wanted = options.stages.split(",")
+    known = [stage.name for part in parts for stage in part.values()]
+    if unknown := [name for name in wanted if name not in known]:
+        raise RecipeError(f"command line: stages: no stage {unknown[0]!r} in these commands; known: {', '.join(known)}")
+    return [{folder: stage for folder, stage in part.items() if stage.name in wanted} for part in parts]
+
+
+def run_part(stages: dict[str, HalfHourStage], options: Options) -> list[StageResult]:
+    """Run the stages of a command in order, within its minutes, and return their results; passed stages are skipped.
+
+    ``stages`` are by the name of the folder of their result.
+    """
     deadline = time.monotonic() + 60 * options.minutes
     results = []
-    for number, stage in enumerate(stages, 1):
-        folder = options.out / f"{command}{number:02d}-{stage.name}"
+    for name, stage in stages.items():
+        folder = options.out / name
         left = deadline - time.monotonic()
         result = read_stage_result(folder)
         if result is None or not result.passed or stage.rerun_if_passed:

@@ -26,6 +26,8 @@ class Options(FrozenModel):
     cifar: Path | None = None
     weights: Path | None = None
     jpegs: Path | None = None
+    stages: str | None = None
+    """Names of the stages to run, separated by commas; None for all stages of the commands."""
 
     @property
     def steps(self) -> int:

@@ -165,7 +165,7 @@ def test_the_engines_first_batch_is_a_full_one_and_has_its_own_images_alone(
         decoded.clear()
         plan = open_loader(config_of(drawn), batch=6).plan
         config = config_of(drawn, hw_decoder_load=load)
-        decoder = dali.DaliDecoder(plan.readers["train"], config, 6, LoaderSettings(threads=1, prefetch=2), GPU)
+        decoder = dali.DaliDecoder(plan.readers["train"], config, 6, LoaderSettings(threads=1, prefetch=2), CPU)
         return [batch.images_BCHW.clone() for _ in range(2) for batch in decoder(plan.views(parts))]
 
     expected = batches(0)

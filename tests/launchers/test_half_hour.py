@@ -201,6 +201,14 @@ def test_runs_on_generated_inputs_are_no_results(half_hour: ModuleType):
         assert not read_options([*words, f"out=b{number}"]).is_real
 
 
+def test_only_the_named_stages_run_and_keep_their_folders(half_hour: ModuleType, staged: Staged, tmp_path: Path):
+    staged(first="", second="", third="")
+    assert ended(half_hour, "stages=third,first", f"out={tmp_path}/out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["101-first", "103-third"]
+    with pytest.raises(RecipeError, match=r"no stage 'fourth'.*known: first, second, third"):
+        ended(half_hour, "stages=fourth", f"out={tmp_path}/out")
+
+
 def test_every_stage_names_a_recipe_and_overrides_that_load(half_hour: ModuleType):
     from options import read_options
     from stages import all_methods, short_run, stages_of
@@ -220,17 +228,32 @@ def test_every_stage_names_a_recipe_and_overrides_that_load(half_hour: ModuleTyp
     assert Path(stage.args[2]) == ROOT / CIFAR_PAIR
 
 
-@pytest.mark.endurance
-@pytest.mark.timeout(900)
-def test_all_of_it_is_rehearsed_on_this_machine(tmp_path: Path):
+def rehearsed(tmp_path: Path, *words: str) -> dict[str, str]:
+    """Rehearse stages as a user would, and return their statuses."""
     began = time.monotonic()
-    command = [sys.executable, str(SCRIPT), "1", "2", "3", "--rehearse", f"out={tmp_path}/out"]
+    command = [sys.executable, str(SCRIPT), "1", "2", "3", "--rehearse", f"out={tmp_path}/out", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"rehearsed in {time.monotonic() - began:.0f} s")
-    assert set(statuses(tmp_path / "out").values()) == {"passed"}
+    assert not (tmp_path / "out" / "results").exists()  # a rehearsal is no result
+    return statuses(tmp_path / "out")
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(900)
+def test_a_part_of_each_command_is_rehearsed_on_this_machine(tmp_path: Path):
+    names = ("inputs", "methods", "side", "cifar-kd", "cells")
+    assert rehearsed(tmp_path, f"stages={','.join(names)}") == dict.fromkeys(names, "passed")
+    run = tmp_path / "out" / "runs" / "cifar100" / "resnet56_resnet20" / "kd" / "seed-0"
+    assert (run / "result.json").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_all_of_it_is_rehearsed_on_this_machine(tmp_path: Path):
+    found = rehearsed(tmp_path)
+    assert set(found.values()) == {"passed"}
+    assert len(found) > 20
     tables = (tmp_path / "out" / "benchmarks.md").read_text()
     for title in ("## Machine", "## Milliseconds per step of every method", "## Losses against float64", "## A step"):
         assert title in tables
-    assert (tmp_path / "out" / "runs" / "cifar100" / "resnet56_resnet20" / "kd" / "seed-0" / "result.json").is_file()
-    assert not (tmp_path / "out" / "results").exists()  # a rehearsal is no result
