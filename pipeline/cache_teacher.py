@@ -152,7 +152,7 @@ def write(run: Run, config: Config, folder: Path, arguments: CacheArguments, lau
     kinds = {choice.name: choice.kind for choice in available if choice.written}
     source = open_source(run, config, kinds, accelerator.device)
     if config.expect_top1 is not None:
-        splits = training_splits(run.manifest)[1:]
+        splits = training_splits(run.recipe.data, run.manifest)[1:]
         check_teacher_accuracy(config, source.teacher, build_loader(recipe, run.manifest, accelerator.device, splits))
     blocks: list[Block] = []
     if accelerator.is_main_process:

@@ -80,10 +80,11 @@ class SplitReader:
             views.append(self._read(shard, offset, size) if tar is None else tar[offset : offset + size])
         return views
 
-    def labels_by_id(self) -> np.ndarray:
-        """Return the label of every id, int64 [id_count]; −1 for an id that was left out."""
+    def labels_by_id(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the label of every id, int64 [id_count]; −1 for an id that is not in those ``rows`` of ``samples``."""
         labels = np.full(self.split.id_count, -1, np.int64)
-        labels[self.samples["id"]] = self.samples["label"]
+        samples = self.samples[rows]
+        labels[samples["id"]] = samples["label"]
         return labels
 
     def check_sizes(self) -> None:

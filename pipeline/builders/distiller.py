@@ -22,6 +22,8 @@ def build_distiller(
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
     if start is not None:
         load_start(start, run.start, student, recipe.student.model, recipe.data)
+    if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
+        spec.probe(student, validation_size)  # an error now, not after the first epoch
     facts = Facts(
         num_classes=loader.num_classes,
         student_shapes=spec.probe(student, recipe.data.size),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.config.recipe import Recipe
+from pipeline.data.config import Config
 from pipeline.data.loader import Loader, create_loader
 from pipeline.distributed import collectives
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
@@ -33,6 +34,6 @@ def build_loader(
     )
 
 
-def training_splits(manifest: Manifest) -> tuple[str, ...]:
-    """Return ``train`` and, if the shards have it, ``val``."""
-    return ("train", "val") if "val" in manifest.splits else ("train",)
+def training_splits(config: Config, manifest: Manifest) -> tuple[str, ...]:
+    """Return ``train`` and, if there are validation images, ``val``."""
+    return ("train", "val") if "val" in manifest.splits or config.holdout else ("train",)

@@ -22,6 +22,7 @@ from pipeline.builders.student import student_spec
 from pipeline.builders.teacher import teacher_specs
 from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
+from pipeline.data.holdout import used_rows
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context, one_line
@@ -72,7 +73,10 @@ def probe_models(
     ``sources`` are the recipes of ``teacher.runs``; ``manifest`` is that of the shards, if it was read already.
     """
     num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
-    student = measure(student_spec(recipe.student, recipe.taps.student), num_classes, recipe.data.size)
+    spec = student_spec(recipe.student, recipe.taps.student)
+    student = measure(spec, num_classes, recipe.data.size)
+    if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
+        measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
     teachers = [measure(spec, num_classes, recipe.data.size) for spec in teacher_specs(recipe, sources)]
     shapes, norms = _cached_shapes(recipe.teacher, recipe, teachers)
     facts = Facts(
@@ -128,7 +132,8 @@ def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tup
     folder = Path(config.path)
     if manifest or (folder / MANIFEST).is_file():
         reader = SplitReader(folder, "train", manifest)
-        return reader.manifest.num_classes, reader.labels_by_id(), ""
+        rows = used_rows(reader, config.holdout, "train")
+        return reader.manifest.num_classes, reader.labels_by_id(rows), ""
     classes, samples = config.classes, config.samples
     if classes is None:
         raise RecipeError(f"data.classes: {folder} contains no shards; set data.classes to their number of classes")

@@ -21,6 +21,8 @@ class ModelSpec(NamedTuple):
     """Pairs (stage name, module path) of the recipe, in addition to the known stages."""
     taps: frozenset[str]
     """Names of the taps that the losses read."""
+    size: int | None = None
+    """Side in pixels to which its images are resized; None for those of the batch as they are."""
 
     def build(self, num_classes: int) -> FeatureTaps:
         """Return the network with its taps, freshly initialised."""
@@ -30,6 +32,6 @@ class ModelSpec(NamedTuple):
             return FeatureTaps(model, stages(model) | dict(self.stages), self.taps)
 
     def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the network's taps and logits on images of that size, without the batch."""
+        """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""
         with error_context(f"{self.key}.model"):
-            return tap_shapes(network, image_size)
+            return tap_shapes(network, self.size or image_size)

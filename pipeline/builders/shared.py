@@ -65,7 +65,9 @@ class SharedParts:
             if same and recipe.data.loader != "dali":
                 self.loaders[key] = same[0].in_order_of(recipe.order_seed)
             else:
-                self.loaders[key] = build_loader(recipe, run.manifest, device, training_splits(run.manifest), teacher)
+                self.loaders[key] = build_loader(
+                    recipe, run.manifest, device, training_splits(recipe.data, run.manifest), teacher
+                )
         return self.loaders[key]
 
     def check_teacher_accuracy(self, config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:

@@ -97,7 +97,8 @@ def summarize(loaded: LoadedRecipe) -> Report:
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
     losses = _try_losses(recipe, built.facts)
     # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
-    samples = recipe.data.samples or (None if built.note else built.facts.id_count)
+    labels = built.facts.labels_by_id
+    samples = recipe.data.samples or (None if built.note or labels is None else int((labels >= 0).sum()))
     runs = measured(loaded.source)
     paper = load_tables().published_text(loaded.source) if load_tables().table_of(loaded.source) else None
     ours = f"{mean_and_deviation([run.last for run in runs])} ({count_seeds(runs)})" if runs else ""

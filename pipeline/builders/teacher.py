@@ -88,7 +88,7 @@ def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
         model = source.model or recipe.student.model
         stages = network.stages or (source if source.model else recipe.student).stages or {}
         taps = frozenset[str]() if found else recipe.taps.teacher
-        found.append(ModelSpec(key, model, frozenset(stages.items()), taps))
+        found.append(ModelSpec(key, model, frozenset(stages.items()), taps, network.size))
     return found
 
 
@@ -140,7 +140,8 @@ def _build_frozen(
     teacher = Teacher(
         built,
         batch=config.batch or 1,
-        image_size=data.size,
+        image_size=spec.size or data.size,
+        resize=spec.size,
         dtype=network.config.torch_dtype(device),
         device=device,
         given=given,
@@ -205,6 +206,7 @@ def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, p
     return {
         # Only if set, so that caches written before this option existed still match.
         **({"compile": True} if config.compile else {}),
+        **({"size": config.size} if config.size else {}),
         "model": spec.model,
         "stages": dict(spec.stages),
         "weights": weights_sha256(weights, spec.model, classes, config.weights_key) if readable else None,

@@ -32,7 +32,9 @@ def main(args: Sequence[str]) -> None:
     if not shards:
         raise RecipeError(f"{recipes[0]}: data.path: this key is required")
     print(shards)
-    folder = default_folder(source, _seed(tree, recipes[0]))
+    data = tree.get("data")
+    holdout = isinstance(data, dict) and bool(data.get("holdout"))
+    folder = default_folder(source, _seed(tree, recipes[0]), holdout)
     folder = _text(tree, recipes[0], "folder") or folder
     print(folder)
     print(_text(tree, recipes[0], "teacher", "cache") or folder)
@@ -56,9 +58,12 @@ def _seed(tree: Any, file: str) -> int:
     return seed
 
 
-def default_folder(source: RecipeSource, seed: int) -> Path:
-    """Return the run folder of a recipe that names none, relative to the current folder."""
-    return Path("runs") / source.run_name / f"seed-{seed}"
+def default_folder(source: RecipeSource, seed: int, holdout: bool) -> Path:
+    """Return the run folder of a recipe that names none, relative to the current folder.
+
+    A run with ``data.holdout`` has its own, so that it stands beside the run that is trained on all images.
+    """
+    return Path("runs") / source.run_name / f"seed-{seed}{'-holdout' if holdout else ''}"
 
 
 if __name__ == "__main__":

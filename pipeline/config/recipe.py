@@ -134,7 +134,8 @@ class Recipe(FrozenModel):
     stop: StopConfig = StopConfig()
     """Where this command ends early; the same command continues the run."""
     folder: str | None = None
-    """Run folder; default ``runs/<path of the recipe under configs/>/<method>/seed-<seed>``."""
+    """Run folder; default ``runs/<path of the recipe under configs/>/<method>/seed-<seed>``, and with ``data.holdout``
+    that name with ``-holdout``."""
 
     @model_validator(mode="after")
     def _losses_have_their_teacher(self) -> Recipe:
@@ -170,7 +171,8 @@ class LoadedRecipe:
     """A recipe, its source, and the recipes that it names, which are loaded at their first use.
 
     Every recipe is read once. All use the shards of this recipe, including an override of ``data.path``. The recipe of
-    ``student.start`` also gets this recipe's seed; teachers and compared runs keep theirs.
+    ``student.start`` also gets this recipe's seed; teachers and compared runs keep theirs. All except teachers get
+    ``data.holdout``.
     """
 
     recipe: Recipe
@@ -228,7 +230,12 @@ def _inherited_overrides(recipe: Recipe, reference: RunReference) -> list[str]:
     others = [*(recipe.teacher.runs if recipe.teacher else ()), *recipe.compare]
     # A recipe that is also a teacher or a compared run keeps its seed, so that it has one run and not two.
     is_start = reference is recipe.student.start and not any(_same_run(reference, other) for other in others)
-    return [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if is_start else [])]
+    overrides = [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if is_start else [])]
+    # A teacher keeps its images, so that a finished one can be used.
+    is_teacher = any(_same_run(reference, teacher) for teacher in (recipe.teacher.runs if recipe.teacher else ()))
+    if recipe.data.holdout and not is_teacher:
+        overrides += [f"data.holdout={recipe.data.holdout.model_dump_json()}"]
+    return overrides
 
 
 def _same_run(a: RunReference, b: RunReference) -> bool:

@@ -17,7 +17,7 @@ AUGMENT_VERSION = "philox4x32-10, 1"
 
 # The purpose of a draw is part of its counter: an order and a crop of one seed must not share random numbers.
 # Attempt i at a crop uses _CROP + i, so _CROP must stay the largest.
-_ORDER, _SHARDS, _FLIP, _PAD, _CROP = 0, 1, 2, 3, 16
+_ORDER, _SHARDS, _FLIP, _PAD, _HOLDOUT, _CROP = 0, 1, 2, 3, 4, 16
 _ATTEMPTS = 10
 
 
@@ -63,6 +63,12 @@ def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int 
     shard_order = np.argsort(_sort_keys(int(shards_N.max()) + 1, _SHARDS, seed, epoch), kind="stable")
     # np.lexsort sorts by its last key first: by the group of shards, then by the random key.
     return np.lexsort([keys_N, shard_order[shards_N] // shuffle_shards])
+
+
+def holdout_keys(ids_N: ArrayLike, *, seed: int) -> NDArray[np.uint64]:
+    """Return a random 64-bit number of each id, [N], in whose order images are held out."""
+    high, low, _, _ = random_words(ids_N, 0, _HOLDOUT, seed=seed).astype(np.uint64)
+    return high << np.uint64(32) | low
 
 
 def _sort_keys(count: int, draw: int, seed: int, epoch: int) -> NDArray[np.uint64]:

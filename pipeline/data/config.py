@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.data.holdout import Holdout
 from pipeline.frozen_model import FrozenModel
 
 MAX_PIXELS = 2**14
@@ -41,8 +42,11 @@ class Config(FrozenModel):
     ``synthetic`` reads no image and returns noise, to measure a step that never waits for input."""
     size: Side
     """Side of the square images of a batch, in pixels, in training and in validation."""
+    validation_size: Side | None = None
+    """Side of the square images of validation, in pixels; null is ``size``. Networks often do best on images somewhat
+    larger than those they were trained on, because random crops enlarge what they show."""
     resize: Side | None = None
-    """Short side in pixels before the centre crop of validation; null is ``size``."""
+    """Short side in pixels before the centre crop of validation; null is the size of validation images."""
     crop: Literal["random_resized", "pad"] = "random_resized"
     """Crop of training images: a random area and aspect ratio, or the original size out of the zero-padded image."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
@@ -64,6 +68,9 @@ class Config(FrozenModel):
     whatever their ``seed``."""
     shuffle_shards: NonNegativeInt = 0
     """Number of shuffled shards in a group; samples are shuffled within a group. 0 shuffles the whole split."""
+    holdout: Holdout | None = None
+    """Training images that are held out and replace the validation images, to choose hyper-parameters without the
+    test images. Recipes that this one compares with, or starts from, get the same. A teacher keeps its own."""
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     """Number of augmented views of every image, used in turn; null draws a new view every epoch."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
@@ -92,11 +99,22 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Config:
-        if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize: {self.resize} is smaller than the crop, size: {self.size}; raise resize")
-        if self.loader == "memory" and (self.crop != "pad" or self.resize not in (None, self.size)):
-            raise ValueError("loader: memory does not resize images: set crop: pad and remove resize")
+        key, crop = ("validation_size", self.validation_size) if self.validation_size else ("size", self.size)
+        if self.resize is not None and self.resize < crop:
+            raise ValueError(f"resize: {self.resize} is smaller than the crop, {key}: {crop}; raise resize")
+        same = (None, self.size)
+        if self.loader == "memory" and (
+            self.crop != "pad" or self.resize not in same or self.validation_size not in same
+        ):
+            raise ValueError(
+                "loader: memory does not resize images: set crop: pad, and remove resize and validation_size"
+            )
         return self
+
+    @property
+    def for_validation(self) -> Config:
+        """Return the settings with which validation images are decoded: their ``size`` is that of validation."""
+        return self.model_copy(update={"size": self.validation_size or self.size, "validation_size": None})
 
     def view(self, epoch: int) -> int:
         """Return the view of the images that an epoch uses."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment, memory, synthetic
 from pipeline.data.config import Config
+from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
@@ -76,8 +77,8 @@ class Loader:
 
     @property
     def labels_by_id(self) -> NDArray[np.int64]:
-        """Return the label of every training id, int64 [id_count]; −1 for an id without a sample."""
-        return self.plan.readers["train"].labels_by_id()
+        """Return the label of every training id, int64 [id_count]; −1 for an id that is not trained on."""
+        return self.plan.readers["train"].labels_by_id(self.plan.rows["train"])
 
     def stream(self, progress: Progress, epochs: int) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
@@ -148,14 +149,17 @@ def create_loader(
             f"batch: {batch} is not divisible by {world} ranks × accumulation: {accumulation}; "
             f"make it a multiple of {world * accumulation}"
         )
-    readers = {split: _open(config, split, manifest) for split in splits}
-    if "train" in readers and len(readers["train"].samples) < batch:
+    sources = {split: source_split(config.holdout, split) for split in splits}
+    opened = {source: _open(config, source, manifest) for source in dict.fromkeys(sources.values())}
+    readers = {split: opened[source] for split, source in sources.items()}
+    rows = {split: used_rows(reader, config.holdout, split) for split, reader in readers.items()}
+    if "train" in rows and len(rows["train"]) < batch:
         raise ValueError(
-            f"data.path: {config.path} has {len(readers['train'].samples)} training samples, fewer than one global "
+            f"data.path: {config.path} has {len(rows['train'])} training samples, fewer than one global "
             f"batch: {batch}; lower batch or prepare more samples"
         )
     encoded, pin = config.loader == "dali", device.type == "cuda"
-    plan = BatchSampler(config, readers, batch, accumulation, seed, rank, world, columns, encoded, pin)
+    plan = BatchSampler(config, readers, rows, batch, accumulation, seed, rank, world, columns, encoded, pin)
     settings = loader_settings(config, next(iter(readers.values())).manifest, device)
     return Loader(plan, _create_decoders(plan, settings, device), settings, device)
 
@@ -214,12 +218,20 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
 def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch.device) -> dict[str, Decoder]:
     """Return a decoder for each split."""
     config, batches = plan.config, {"train": plan.micro_batch, "val": plan.validation_batch}
+    configs = {"train": config, "val": config.for_validation}
     if config.loader == "synthetic":
-        return {split: synthetic.SyntheticDecoder(config, batches[split], device) for split in plan.readers}
+        return {split: synthetic.SyntheticDecoder(configs[split], batches[split], device) for split in plan.readers}
     if config.loader == "memory":
-        return {split: memory.MemoryDecoder(reader, config, device) for split, reader in plan.readers.items()}
+        # One decoder for both splits if images are held out: it keeps the pixels of all of them.
+        decoders = {
+            reader: memory.MemoryDecoder(reader, config, device) for reader in dict.fromkeys(plan.readers.values())
+        }
+        return {split: decoders[reader] for split, reader in plan.readers.items()}
     decoder = _dali().DaliDecoder
-    return {split: decoder(reader, config, batches[split], settings, device) for split, reader in plan.readers.items()}
+    return {
+        split: decoder(reader, configs[split], batches[split], settings, device)
+        for split, reader in plan.readers.items()
+    }
 
 
 def _dali() -> ModuleType:

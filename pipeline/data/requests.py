@@ -91,8 +91,8 @@ def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
     Only the middle of a very long and thin image is decoded. The centre crop uses no more of it, and the whole image
     would take gigabytes once its short side is resized.
     """
-    boxes = _middle_boxes(samples_B["width"], samples_B["height"])
-    resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or config.size, config.size)
+    boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.size
+    resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or size, size)
     return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
 
 
@@ -118,6 +118,8 @@ class BatchSampler:
 
     config: Config
     readers: dict[str, SplitReader]
+    rows: dict[str, NDArray[np.int64]]
+    """The rows of each split's sample table that it uses, in storage order."""
     batch: int
     """Size of the global batch, a multiple of world size × accumulation."""
     accumulation: int
@@ -143,7 +145,7 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of complete global batches in an epoch."""
-        return len(self.readers["train"].samples) // self.batch
+        return len(self.rows["train"]) // self.batch
 
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
         """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
@@ -169,7 +171,7 @@ class BatchSampler:
 
         If the split is not divisible by the ranks, some ranks end with a padded row, whose id and label are −1.
         """
-        count = len(self.readers["val"].samples)
+        count = len(self.rows["val"])
         share = -(-count // self.world)  # rounded up
         rows = np.arange(share) * self.world + self.rank
         at_once = self._request_rows(self.validation_batch)
@@ -184,9 +186,10 @@ class BatchSampler:
 
     def _parts(self, progress: Progress, epochs: int, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
         """Yield this rank's rows in the order of training, up to ``size`` of an epoch at a time, and their view."""
-        shards = self.readers["train"].samples["shard"]
+        used = self.rows["train"]
+        shards = self.readers["train"].samples["shard"][used]
         for epoch in range(progress.epoch, epochs):
-            order = augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)
+            order = used[augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)]
             first = progress.step_in_epoch if epoch == progress.epoch else 0
             rest = augment.global_batches(order, first, self.steps_per_epoch, self.batch)
             rows = augment.rank_rows(rest, self.rank, self.world)
@@ -209,7 +212,7 @@ class BatchSampler:
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
         # A padded row decodes the last image once more; its id and label of −1 exclude it from every count.
         real = rows < count
-        rows = np.minimum(rows, count - 1)
+        rows = self.rows["val"][np.minimum(rows, count - 1)]
         samples = self.readers["val"].samples[rows]
         return SampleRequest(
             rows,

@@ -65,7 +65,7 @@ def _train(run: Run, dependent: Run, launch: Launch) -> None:
     data_path, *others = run.overrides
     # The message is for the user: it leaves out an override that changes nothing.
     is_moved = load_recipe(path, [*selection, *others]).recipe.data.path != run.recipe.data.path
-    message = " ".join([run.command, *([shlex.quote(data_path)] if is_moved else []), *others])
+    message = " ".join([run.command, *([shlex.quote(data_path)] if is_moved else []), *map(shlex.quote, others)])
     command = [sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides]
     _execute(command, message, launch, explain_training(dependent, run))
     if run.result is None:

@@ -13,8 +13,7 @@ NEW = "new"
 
 def steps_per_epoch(run: Run) -> int:
     """Return the number of complete global batches in an epoch; 0 if there are fewer images than that."""
-    train = run.manifest.splits.get("train")
-    return train.samples // run.recipe.batch if train else 0
+    return run.training_images // run.recipe.batch if "train" in run.manifest.splits else 0
 
 
 def describe_state(run: Run) -> str:

@@ -14,6 +14,7 @@ from pipeline.batch import rows_per_rank
 from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.config.source import RecipeSource
+from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.files import IDENTITY, Result, read_identity, read_result
@@ -30,6 +31,9 @@ _NOT_IDENTITY_REFERENCE = ("method", "with")
 # Keys that are part of the identity only if they are set, with the value that is not.
 _OPTIONS = {
     "order_seed": None,
+    "holdout": None,
+    "validation_size": None,
+    "size": None,
     "hw_decoder_load": 0,
     "cache": None,
     "fallback": None,
@@ -76,6 +80,11 @@ class Run:
         return result if result and result.identity == self.fingerprint else None
 
     @property
+    def training_images(self) -> int:
+        """Return the number of images that the run trains on."""
+        return training_images(self.recipe.data.path, self.manifest, self.recipe.data.holdout)
+
+    @property
     def fingerprint(self) -> str:
         """Return the sha256 of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
@@ -97,7 +106,7 @@ def run_folder(loaded: LoadedRecipe) -> Path:
     """Return the recipe's ``folder``, or its default below the current folder."""
     if loaded.recipe.folder is not None:
         return Path(loaded.recipe.folder)
-    return default_folder(loaded.source, loaded.recipe.seed)
+    return default_folder(loaded.source, loaded.recipe.seed, loaded.recipe.data.holdout is not None)
 
 
 def resolve(loaded: LoadedRecipe, launch: Launch) -> Run:

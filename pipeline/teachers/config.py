@@ -7,6 +7,7 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
+from pipeline.data.config import Side
 from pipeline.optim.ema import Config as Averaging
 from pipeline.run_reference import RunReference
 
@@ -42,6 +43,9 @@ class TeacherNetwork(RunReference):
     """Mean of the teacher's training images; default: that of published weights, or else the recipe's."""
     std: RGBTriple | None = None
     """Standard deviation of the teacher's training images; same default."""
+    size: Side | None = None
+    """Side in pixels to which the teacher's images are resized: the same crops as the student's, bilinear with
+    antialiasing. null leaves them as they are."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -29,7 +29,8 @@ class Teacher(nn.Module):
 
     It runs in chunks of exactly ``batch`` images; the last chunk is padded, and its outputs are cut. So the last bits
     of the outputs do not depend on the caller's batch size. ``given`` is the normalisation of the input images,
-    ``expected`` the one that the network was trained with. Raises ValueError if folding changes more than rounding.
+    ``expected`` the one that the network was trained with. ``resize`` is the side in pixels to which the images are
+    resized, None for none. Raises ValueError if folding changes more than rounding.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Teacher(nn.Module):
         given: Normalization | None = None,
         expected: Normalization | None = None,
         fold: bool = True,
+        resize: int | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.batch = batch
         self.dtype = dtype
+        self.resize = resize
         self.autocast = autocast
         taps.requires_grad_(False).eval()
         self.norms = taps.norms()  # before folding, which merges these BatchNorms into convolutions
@@ -76,21 +79,29 @@ class Teacher(nn.Module):
 
     def shapes(self, image_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tap and of the logits, without the batch, on images of that size."""
-        return tap_shapes(self.taps, image_size)
+        return tap_shapes(self.taps, self.resize or image_size)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, also when ``train()`` of a parent module is called."""
         return super().train(False)
 
     def _prepared(self, images_BCHW: Tensor) -> Tensor:
-        """Return the images in the network's normalisation, precision and memory format, padded to complete chunks."""
+        """Return the images in the network's normalisation, precision, size and memory format, in complete chunks."""
         if self.renormalization is not None:
             scale_C11, shift_C11 = self.renormalization
             images_BCHW = images_BCHW * scale_C11 + shift_C11
         # Padding rows cannot change the others: in evaluation mode, no layer mixes the rows of a batch.
         if padding := -len(images_BCHW) % self.batch:
             images_BCHW = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, padding))
+        if self.resize is not None:  # in chunks, like the forward, because kernels are chosen by the shape
+            resized = [_resize(chunk, self.resize) for chunk in images_BCHW.split(self.batch)]
+            images_BCHW = torch.cat(resized)
         return images_BCHW.to(self.dtype, memory_format=torch.channels_last)
+
+
+def _resize(images_BCHW: Tensor, size: int) -> Tensor:
+    """Return the images with sides of ``size`` pixels."""
+    return F.interpolate(images_BCHW, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _renormalization(given: Normalization, expected: Normalization) -> tuple[Tensor, Tensor]:

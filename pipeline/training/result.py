@@ -47,7 +47,7 @@ def write_result(
         sha256=student_sha256(run.folder),
         recipe=str(run.source) if run.path.is_relative_to(CONFIGS) else None,
         shards=run.manifest.tool,
-        images=run.manifest.splits["train"].samples,
+        images=run.training_images,
         seconds=round(seconds, 1),
         device=device,
         ranks=collectives.world_size(),

@@ -38,6 +38,9 @@ def print_start(run: Run, launch: Launch) -> None:
 
 def _describe_data(run: Run) -> str:
     names = {"train": "training", "val": "validation"}
+    if run.recipe.data.holdout and "train" in run.manifest.splits:
+        images, whole = run.training_images, run.manifest.splits["train"].samples
+        return f"{run.recipe.data.path}: {images:,} training images, {whole - images:,} held out for validation"
     splits = [f"{split.samples:,} {names.get(name, name)} images" for name, split in run.manifest.splits.items()]
     return f"{run.recipe.data.path}: {', '.join(splits)}"
 

@@ -270,3 +270,24 @@ def test_seeds_and_methods_side_by_side_train_from_one_cache_as_each_does_alone(
     for name in ("kd", "ddkd"):
         assert_same_run(place / "alone" / name, place / "runs" / name / "seed-1")
         assert (place / "runs" / name / "seed-0" / "result.json").is_file()
+
+
+def test_a_cache_of_all_images_serves_a_run_that_holds_some_out(written: Path, place: Path, run_train: Command):
+    holdout = "data.holdout={share: 0.34}"
+    with one_core():
+        rounded_teacher.train(0, 1, place, ["kd.yaml", "folder=live", holdout])
+    run_train("kd.yaml", f"teacher.cache={written}", "folder=cached", holdout)
+    steps = [[line for line in trace(place / run / "journal.jsonl") if "total" in line] for run in ("live", "cached")]
+    assert len(steps[0]) == 6  # two epochs of 40 images
+    assert steps[0] == steps[1]
+
+
+def test_a_teacher_of_its_own_size_is_cached_as_it_answers_live(place: Path, run_cache: Command, run_train: Command):
+    words = ["all.yaml", "teacher.size=24", "data.validation_size=20"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_cache(*words, "teacher.cache=cache")
+    run_train(*words, "teacher.cache=cache", "folder=cached")
+    assert_same_run(place / "live", place / "cached")
+    with pytest.raises(RecipeError, match=r"different settings: teacher\.network\.size"):
+        run_train("all.yaml", "teacher.cache=cache", "folder=other")

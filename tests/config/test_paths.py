@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ["configs/demo.yaml"],
         ["configs/imagenet/r50_mbv1.yaml", "method=ddkd", "seed=3", "data.path=/data/imagenet"],
         ["configs/demo.yaml", "folder=runs/own"],
+        ["configs/imagenet/r50_mbv1.yaml", "method=kd", "data.holdout={share: 0.1}"],
         ["configs/imagenet/r50_mbv1.yaml", "method=kd", "with=cached"],
     ],
 )

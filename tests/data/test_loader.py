@@ -249,6 +249,8 @@ class TestErrors:
             ({"resize": 15}, "resize: 15 is smaller than the crop, size: 16"),
             ({"loader": "memory"}, "set crop: pad"),
             ({"loader": "memory", "crop": "pad", "resize": 20}, "remove resize"),
+            ({"loader": "memory", "crop": "pad", "validation_size": 20}, "remove resize and validation_size"),
+            ({"resize": 20, "validation_size": 24}, "resize: 20 is smaller than the crop, validation_size: 24"),
             ({"scale": (0.5, 0.2)}, "scale must be"),
             ({"scale": (0.5, 1.2)}, "scale must be"),
             ({"ratio": (1.5, 1.2)}, "ratio must be"),

@@ -38,7 +38,13 @@ def plan_of(
     config = config_of(
         readers["train"].folder, **{key: keys.pop(key) for key in ("views", "shuffle_shards") if key in keys}
     )
-    return BatchSampler(config, readers, batch, accumulation, 3, rank, world, **{"encoded": False, **keys})
+    return BatchSampler(
+        config, readers, rows_used(readers), batch, accumulation, 3, rank, world, **{"encoded": False, **keys}
+    )
+
+
+def rows_used(readers: dict[str, SplitReader]) -> dict[str, np.ndarray]:
+    return {split: np.arange(len(reader.samples)) for split, reader in readers.items()}
 
 
 def rows_of(requests: list[SampleRequest]) -> list[tuple]:
@@ -138,7 +144,9 @@ def test_validation_holds_each_image_once_in_equally_many_batches_of_every_rank(
     for rank in range(world):
         plan = plan_of(readers, batch=12, rank=rank, world=world)
         config = plan.config.model_copy(update={"validation_batch": validation_batch})
-        shares.append(list(BatchSampler(config, readers, 12, 1, 3, rank, world, encoded=False).validation()))
+        shares.append(
+            list(BatchSampler(config, readers, rows_used(readers), 12, 1, 3, rank, world, encoded=False).validation())
+        )
     sizes = [[len(request.rows_B) for request in share] for share in shares]
     assert sizes == [sizes[0]] * world
     rows = [row for share in shares for row in rows_of(share)]

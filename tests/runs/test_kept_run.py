@@ -87,7 +87,8 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old, new = (yaml.safe_load((folder / name / "recipe.yaml").read_text()) for name in ("run", "anew"))
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old["teacher"] |= {"accept": ["data.decoder.version"], "weights_key": None, "method": None, "with": []}
-    old["data"] |= {"order_seed": None}
+    old["teacher"] |= {"size": None}
+    old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None}
     assert new == old | {"folder": "anew", "stop": old["stop"] | {"steps": 1}, "graph": "auto"}
     before, now = (json.loads((folder / name / "identity.json").read_text()) for name in ("run", "anew"))
     weights = json.loads((KEPT / "cache" / "cache.json").read_text())["binding"]["teacher"]["network"]["weights"]

@@ -154,3 +154,17 @@ def test_statistics_are_those_of_the_same_micro_batches_on_any_number_of_ranks(
     assert two.batches == one.batches
     assert_equal_to_rounding(two, one)
     assert one.losses[0] != pytest.approx(one_process.losses[0], rel=1e-3)
+
+
+def test_held_out_images_and_a_teachers_own_size_are_the_same_on_any_number_of_ranks(
+    place: Path, several_ranks: Ranks, ranks: Ranks
+):
+    words = ["data.holdout={share: 0.34}", "teacher.size=12", "teacher.batch=6", "epochs=3"]
+    whole = train(place, f"held_out_beside_{several_ranks.world}", *words)
+    assert len(whole.batches) == 9  # of 40 images of 60
+    name = f"held_out_on_{several_ranks.world}"
+    first = train(place, f"{name}_begun", *words, "stop.steps=4", ranks=ranks)
+    shutil.copytree(first.folder, place / "runs" / name)
+    rest = train(place, name, *words, ranks=several_ranks)
+    assert first.batches + rest.batches == whole.batches
+    assert_equal_to_rounding(rest, whole)
