@@ -11,6 +11,11 @@ from pathlib import Path
 
 WNID = re.compile(r"n\d{8}")
 """A WordNet id, the name of an ImageNet class."""
+MOST_CLASSES = 100_000
+"""Largest number of classes that numbers alone may name; a larger number is probably no label."""
+
+Label = int | str
+"""A label as it stands in a data set: a number, or the name of a class."""
 
 
 def read_lines(path: Path) -> list[str]:
@@ -66,6 +71,36 @@ def number_classes(used: Mapping[str, set[str]], empty: Mapping[str, set[str]], 
         advice = "use the class names" if all(name.isdecimal() for name in unknown) else "add or remove it"
         _refuse(unknown, split, f"which {first} does not have: {advice}, or list all classes in order with --classes")
     return sorted(used[first])
+
+
+def name_labels(found: Mapping[str, Mapping[Label, str]], listed: Path | None) -> list[str]:
+    """Return the class names in the order of their numbers, for labels that are all names, or all numbers.
+
+    ``found`` are the labels of each split, each with the first sample that has it. Names are numbered like folders, and
+    numbers are named by the file ``listed``, or by themselves. Raises ValueError for a label that is not one of them.
+    """
+    samples = {label: sample for split in reversed([*found.values()]) for label, sample in split.items()}
+    names = [label for label in samples if isinstance(label, str)]
+    numbers = [label for label in samples if isinstance(label, int)]
+    if names and numbers:
+        name, number = min(names), min(numbers)
+        raise ValueError(
+            f"the labels are names and numbers: {samples[name]} has {name!r}, {samples[number]} has {number}"
+        )
+    if names:
+        return number_classes({split: {str(label) for label in each} for split, each in found.items()}, {}, listed)
+    classes = read_classes(listed, set()) if listed else []
+    end = len(classes) or MOST_CLASSES
+    for number in sorted(numbers):
+        if not 0 <= number < end:
+            advice = f"{listed} has {end:,} classes" if listed else "list the classes with --classes FILE"
+            raise ValueError(f"{samples[number]} has the label {number}, which is not from 0 to {end - 1:,}: {advice}")
+    return classes or [str(number) for number in range(max(numbers, default=0) + 1)]
+
+
+def number_of(label: Label, numbers: Mapping[str, int]) -> int:
+    """Return a label as a number, −1 for a name that is not in ``numbers``."""
+    return label if isinstance(label, int) else numbers.get(label, -1)
 
 
 def _refuse(names: set[str], split: str, reason: str) -> None:

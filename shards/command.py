@@ -98,8 +98,11 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def progress_bar(total: int, title: str) -> tqdm[NoReturn]:
-    """Return a progress bar over images with rate and time left; in a log file it prints a line per minute."""
+def progress_bar(total: int | None, title: str) -> tqdm[NoReturn]:
+    """Return a progress bar over images with rate and time left; in a log file it prints a line per minute.
+
+    Without a total it shows no time left.
+    """
     terminal = sys.stderr.isatty()
     pause = 0 if terminal else LOG_SECONDS
     return tqdm(total=total, desc=title, unit=" images", mininterval=pause or 0.1, delay=pause, dynamic_ncols=terminal)

@@ -55,20 +55,36 @@ class Transform:
         return max(1, width * limit // base), max(1, height * limit // base)
 
 
-def decode_jpeg(data: bytes) -> Image.Image:
-    """Return a JPEG or PNG, decoded completely. Raises Unusable if that fails."""
+def decode_jpeg(data: bytes, *, webp: bool = False) -> Image.Image:
+    """Return a JPEG or PNG, or with ``webp`` a WebP, decoded completely. Raises Unusable if that fails."""
+    image = open_image(data, webp=webp)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual metadata, which nothing here reads
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+            warnings.simplefilter("ignore")
             image.load()
-    except UnidentifiedImageError:  # its text contains a memory address, which differs between runs
-        raise Unusable("neither a JPEG nor a PNG") from None
     except MemoryError:  # the machine is at fault, not the file
         raise
     except Exception as error:  # Pillow raises exceptions of many types
-        raise Unusable(f"cannot be decoded: {' '.join(str(error).split())}") from None
+        raise _undecodable(error) from None
     return image
+
+
+def open_image(data: bytes, *, webp: bool = False) -> Image.Image:
+    """Return an image whose header alone was read. Raises Unusable if that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual metadata, which nothing here reads
+            return Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP") if webp else ("JPEG", "PNG"))
+    except UnidentifiedImageError:  # its text contains a memory address, which differs between runs
+        raise Unusable("neither a JPEG, a PNG nor a WebP" if webp else "neither a JPEG nor a PNG") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> Unusable:
+    return Unusable(f"cannot be decoded: {' '.join(str(error).split())}")
 
 
 def ends_in_grey(image: Image.Image) -> bool:

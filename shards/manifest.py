@@ -32,6 +32,7 @@ _Ids = Annotated[int, Field(ge=0, le=MOST_IDS)]
 _Side = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
 """A plain file name, which cannot point to another folder."""
+_IMAGE = "(jpg|jpeg|png|webp)"
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -88,8 +89,11 @@ class Manifest:
 
     __pydantic_config__ = _STRICT
     tool: str
-    image: Annotated[str, Field(pattern="^(jpg|png)$")]
-    """Extension of the image members: ``jpg`` or ``png``."""
+    image: Annotated[str, Field(pattern=rf"^{_IMAGE}(;{_IMAGE})*$")]
+    """Extension of the image members: ``jpg`` or ``png``.
+
+    Tars of other tools may have several, as in ``jpg;png``, which is how DALI's reader takes them.
+    """
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Class names in the order of their labels."""
     transform: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +104,11 @@ class Manifest:
     version: Literal[1] = VERSION
     sha256: str = field(default="", compare=False)
     """Digest of the file that was read, which identifies the complete folder. It is not written to the file."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Return whether the tars were written by another tool, and ``shards/index.py`` made only their tables."""
+        return "members" in self.plan
 
     @property
     def num_classes(self) -> int:
@@ -114,7 +123,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Return the contents of ``folder/manifest.json``.
 
-    Raises FileNotFoundError if there is no such file, and DamagedFile if its contents are invalid or contradictory.
+    Raises FileNotFoundError if there is no such file, and otherwise like ``parse_manifest``.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -123,10 +132,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(
             f"{path} does not exist: prepare the shards (shards/prepare_*.py), or let an interrupted preparation finish"
         ) from None
-    manifest = parse_document(content, str(path), Manifest, "copy it again, or prepare the shards again")
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, location: str) -> Manifest:
+    """Return the contents of a manifest; ``location`` names it in errors.
+
+    Raises DamagedFile if the contents are invalid or contradictory.
+    """
+    manifest = parse_document(content, location, Manifest, "copy it again, or prepare the shards again")
     for name, split in manifest.splits.items():
         for key, message in _contradictions(name, split):
-            raise DamagedFile(f"{path}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")
+            raise DamagedFile(f"{location}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")
     return replace(manifest, sha256=hashlib.sha256(content).hexdigest())
 
 

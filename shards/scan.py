@@ -29,7 +29,7 @@ def is_on_record(path: Path, shard: Shard) -> bool:
 def index_fits(tar: Path, scan: Scan) -> bool:
     """Return whether a tar's index exists and is correct."""
     path = index_path(tar)
-    return path.is_file() and path.read_text(encoding="ascii", errors="replace") == scan.index_text
+    return path.is_file() and path.read_bytes() == scan.index_text.encode()
 
 
 def scan_shard(path: Path, image: str) -> Scan:

@@ -20,6 +20,7 @@ if not __package__:  # started as a script: Python put this folder, not the root
 import numpy as np
 
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_main
+from shards.foreign import ForeignShard, foreign_shards, scan_foreign
 from shards.jpeg import decode_jpeg, ends_in_grey
 from shards.manifest import Manifest, Shard, Split, read_manifest, sha256_of
 from shards.plan import Unusable
@@ -38,6 +39,8 @@ class VerifyTask(NamedTuple):
     image: str
     split: str
     expected: np.ndarray | None
+    foreign: ForeignShard | None = None
+    """How to read a tar that another tool wrote."""
 
 
 class CheckedShard(NamedTuple):
@@ -61,7 +64,7 @@ def check_shard(task: VerifyTask) -> CheckedShard:
     elif sha256_of(path) != shard.sha256:
         problems.append(f"{path} has a sha256 that differs from the manifest")
     try:
-        scan = scan_shard(path, task.image)
+        scan = scan_foreign(path, task.foreign) if task.foreign else scan_shard(path, task.image)
     except ValueError as error:
         return CheckedShard(task, [*problems, str(error)], NO_ROWS, [])
     if len(scan.rows) != shard.nsamples:
@@ -72,7 +75,8 @@ def check_shard(task: VerifyTask) -> CheckedShard:
     if task.expected is not None:
         problems += _check_rows(path, scan.rows, task.expected)
     grey: list[int] = []
-    return CheckedShard(task, [*problems, *_check_images(path, scan.rows, grey)], scan.rows, grey)
+    problems += _check_images(path, scan.rows, task.foreign is not None, grey)
+    return CheckedShard(task, problems, scan.rows, grey)
 
 
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
@@ -82,13 +86,13 @@ def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]
     return [f"{path} and the sample table disagree about {', '.join(names)}"] if names else []
 
 
-def _check_images(path: Path, rows: np.ndarray, grey: list[int]) -> Iterator[str]:
+def _check_images(path: Path, rows: np.ndarray, foreign: bool, grey: list[int]) -> Iterator[str]:
     """Yield the problems of a tar's images, and add the ids of images that end in grey to ``grey``."""
     with path.open("rb") as file:
         for row in rows:
             file.seek(row["offset"])
             try:
-                image = decode_jpeg(file.read(row["size"]))
+                image = decode_jpeg(file.read(row["size"]), webp=foreign)
             except Unusable as reason:
                 yield f"{path}: the image of id {row['id']} is unusable: {reason}"
                 continue
@@ -142,9 +146,10 @@ def verify(folder: Path, jobs: int) -> list[str]:
     for split in manifest.splits.values():
         table, wrong = check_table(folder, split)
         problems += wrong
+        foreign = foreign_shards(manifest, split) if manifest.is_foreign else {}
         for number, shard in enumerate(split.shards):
             expected = None if table is None else table[table["shard"] == number]
-            tasks.append(VerifyTask(folder, shard, manifest.image, split.name, expected))
+            tasks.append(VerifyTask(folder, shard, manifest.image, split.name, expected, foreign.get(shard.url)))
     checked: dict[str, CheckedShard] = {}
     with progress_bar(sum(task.shard.nsamples for task in tasks), folder.name) as bar:
 
