@@ -48,7 +48,8 @@ class ImageFiles:
         """Return an image, converted. Raises Unusable if the file is not one, ValueError if its size has changed."""
         location = self.locations[split]
         if location.pattern == ARCHIVE:
-            path, data = location.root, os.pread(_descriptor(location.root), item.size, item.offset)
+            path = location.root
+            data = os.pread(_descriptor(path, path.stat().st_ino), item.size, item.offset)
         else:
             path = location.path(item.path)
             data = path.read_bytes()
@@ -58,14 +59,41 @@ class ImageFiles:
 
 
 @lru_cache
-def _descriptor(path: Path) -> int:
+def _descriptor(path: Path, inode: int) -> int:
+    # The inode tells two files of the same path apart: a path in /proc names another file once it is used again.
     return os.open(path, os.O_RDONLY)  # stays open until the worker process ends
+
+
+def prepare_images(
+    tool: str,
+    classes: Sequence[str],
+    items: dict[str, list[ImageItem]],
+    locations: dict[str, ImageLocation],
+    options: Namespace,
+) -> int:
+    """Choose and convert images as the options of ``add_image_options`` say, write the shards, return the exit code.
+
+    ``tool`` is the name of the command, for the manifest. Raises like ``prepare``.
+    """
+    if options.val_share:
+        _set_aside(items, locations, options)
+    elif "val" not in items:
+        print("there is no validation split: training will not validate; give --val-share S to take images from train")
+    if options.subset:
+        items = {split: choose(each, options.subset, options.seed, split) for split, each in items.items()}
+    transform = Transform(options.resize_short, options.max_side, options.quality)
+    # Options that are not set must not change the manifest of earlier preparations.
+    chosen = {"images_per_split": options.subset} | ({"val_share": options.val_share} if options.val_share else {})
+    source = ImageFiles(locations, transform)
+    job = make_job(tool, "jpg", classes, items, source, options, asdict(transform), **chosen)
+    return prepare(job, options.destination, options)
 
 
 def find_items(options: Namespace) -> tuple[list[str], dict[str, list[ImageItem]], dict[str, ImageLocation]]:
     """Return the classes, the labelled files of each split, and their locations; print how they were found.
 
-    Raises ValueError or OSError if the data set is damaged or ambiguous.
+    ``options`` are ``source``, ``val_labels`` and ``classes``. Raises ValueError or OSError if the data set is damaged
+    or ambiguous.
     """
     found = find_splits(options.source, options.val_labels)
     used = {split: {file.wnid for file in listing.files} for split, listing in found.items()}
@@ -77,12 +105,6 @@ def find_items(options: Namespace) -> tuple[list[str], dict[str, list[ImageItem]
         print(f"{split}: {len(listing.files):,} images of {len(used[split]):,} classes in {listing.description}")
         _compare_with_imagenet(split, listing, len(used[split]))
         items[split] = [ImageItem(file.path, labels[file.wnid], file.size, file.offset) for file in listing.files]
-    if options.val_share:
-        _set_aside(items, locations, options)
-    elif "val" not in items:
-        print("there is no validation split: training will not validate; give --val-share S to take images from train")
-    if options.subset:
-        items = {split: choose(each, options.subset, options.seed, split) for split, each in items.items()}
     return classes, items, locations
 
 
@@ -109,28 +131,28 @@ def _set_aside(items: dict[str, list[ImageItem]], locations: dict[str, ImageLoca
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
-    classes, listings, locations = find_items(options)
-    transform = Transform(options.resize_short, options.max_side, options.quality)
-    # Options that are not set must not change the manifest of earlier preparations.
-    chosen = {"images_per_split": options.subset} | ({"val_share": options.val_share} if options.val_share else {})
-    source = ImageFiles(locations, transform)
-    job = make_job("prepare_imagenet", "jpg", classes, listings, source, options, asdict(transform), **chosen)
-    return prepare(job, options.destination, options)
+    return prepare_images("prepare_imagenet", *find_items(options), options)
 
 
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_imagenet.py", description="Write images in ImageNet's layout as shards.")
     parser.add_argument("source", type=Path, help="folder with train/ and val/, or with the original archives")
-    parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="classes, one per line, in the order of labels (default: sorted)"
-    )
     parser.add_argument(
         "--val-labels",
         type=Path,
         metavar="FILE",
         help="classes of validation images without class folders: lines of 'file class', the list of Kaggle or "
         "Tiny-ImageNet, or one wnid per image in order. Default: the list next to the images, or the development kit",
+    )
+    add_image_options(parser)
+    return parser
+
+
+def add_image_options(parser: ArgumentParser) -> None:
+    """Add the destination, and the options of every preparation of image files with classes."""
+    parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="classes, one per line, in the order of labels (default: sorted)"
     )
     parser.add_argument(
         "--val-share",
@@ -156,7 +178,6 @@ def _parser() -> ArgumentParser:
         help="only N images per split, evenly over its classes, with new ids",
     )
     add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":
