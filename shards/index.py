@@ -58,9 +58,10 @@ def find_tars(sources: Sequence[Path], linked: bool) -> dict[str, Path]:
     """
     paths = [path.absolute() for source in sources for path in _tars_of(source)]
     names = [path.name for path in paths]
-    nested = len({path.parent for path in paths}) > 1
+    folders = sorted({path.parent for path in paths})
+    nested = len(folders) > 1
     if nested and not linked:
-        raise ValueError(f"{paths[0]} and {paths[-1]} are in different folders: give --destination FOLDER")
+        raise ValueError(f"there are tars in {folders[0]} and in {folders[-1]}: give --destination FOLDER")
     if nested and (len(set(names)) < len(names) or not any(map(split_of, names))):
         names = [f"{path.parent.name}-{path.name}" for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -41,6 +41,10 @@ def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
         value = plan.get(key, least)
         if type(value) is not int or value < least:
             raise ValueError(f"{key}: expected a whole number of at least {least}, got {value!r}")
+    members = plan.get("members", {})
+    keys = members.keys() if isinstance(members, dict) else {""}
+    if keys - {"label_key", "image_key"} or not all(isinstance(members[key], str | None) for key in keys):
+        raise ValueError(f"members: expected names for label_key and image_key, got {members!r}")
     return plan
 
 

@@ -35,6 +35,8 @@ BREACHES: dict[str, list[dict[str, str]]] = {
         {"pipeline.benchmarks.planted": "import matplotlib"},
         {"pipeline.builders.planted": "from accelerate import Accelerator"},
         {"pipeline.training.planted": "import deepspeed"},
+        {"shards.planted": "import pyarrow.parquet"},
+        {"shards.stage": "import fsspec"},
     ],
     "foreign_imports_of_shards": [
         {"shards.planted": "import torch"},

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from foreign_tars import write_as_timm, write_by_img2dataset, write_by_webdataset
-from hf_parquet import write_parquet
+from foreign_tars import write_as_timm, write_by_img2dataset, write_by_webdataset, write_tar
+from hf_parquet import images, write_parquet, write_table
 from pictures import decode
 from shard_factory import config_of, join, open_loader
 from torch import Tensor
@@ -20,6 +21,7 @@ from shards.read import SplitReader
 from shards.verify import verify
 
 DESTINATION = "out"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def from_webdataset(folder: Path) -> Path:
@@ -86,6 +88,27 @@ def test_a_validation_image_is_what_pillow_decodes(foreign: Path):
 def test_training_learns_from_it(foreign: Path, run_train: Callable[..., None], recipes: Path):
     run_train("ce.yaml", f"data.path={foreign}", "epochs=1", "folder=runs/foreign")
     assert (recipes / "runs/foreign/result.json").is_file()
+
+
+@pytest.mark.shared
+def test_photographs_in_tars_and_in_parquet_have_the_same_pixels_by_id(tmp_path: Path):
+    """Real JPEGs of many sizes, some grey; an image's crop follows its id, which both ways give alike."""
+    with tarfile.open(SHARED / "data" / "imagenet-sample-300.tar") as archive:
+        members = [member for member in archive if member.name.endswith(".JPEG")][:32]
+        jpegs = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+    entries = [(f"{n:03d}.{end}", data) for n, each in enumerate(jpegs) for end, data in (("jpg", each), ("cls", b"0"))]
+    write_tar(tmp_path / "tars" / "0.tar", entries)
+    index.main([str(tmp_path / "tars"), "--jobs", "1"])
+    write_table(tmp_path / "source" / "a.parquet", {"image": images(jpegs), "label": [0] * len(jpegs)})
+    prepare_parquet.main([str(tmp_path / "source"), str(tmp_path / "out"), "--jobs", "1"])
+    found = []
+    for folder in (tmp_path / "tars", tmp_path / "out"):
+        assert verify(folder, 1) == []
+        loader = open_loader(config_of(folder, size=32), batch=8, splits=("train",))
+        batch = join(loader.stream(Progress(loader.steps_per_epoch), 1))
+        found.append(batch.images_BCHW[batch.ids_B.argsort()])
+    assert len(found[0]) == 32
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu

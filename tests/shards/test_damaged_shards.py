@@ -88,6 +88,12 @@ SHARD = (*TRAIN, "shards", 0)
         (put("plan", "seed", to="x"), "plan: Value error, seed: expected a whole number of at least 0, got 'x'"),
         (put("plan", "samples_per_shard", to=True), "plan: Value error, samples_per_shard: expected a whole number"),
         (put("plan", "samples_per_shard", to=0), "plan: Value error, samples_per_shard: expected a whole number"),
+        (
+            put("plan", "members", to=["label"]),
+            "plan: Value error, members: expected names for label_key and image_key",
+        ),
+        (put("plan", "members", to={"key": "a"}), "plan: Value error, members: expected names for label_key"),
+        (put("plan", "members", to={"label_key": 1}), "plan: Value error, members: expected names for label_key"),
         (put("classes", to=[]), "classes: Tuple should have at least 1 item"),
         (put("classes", to="abc"), "classes: Input should be a valid"),
         (put("classes", 0, to=7), "classes.0: Input should be a valid string"),

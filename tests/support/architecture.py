@@ -39,6 +39,8 @@ HOMES = {
     "accelerate": {"pipeline.training", "pipeline.builders.session", "pipeline.evaluate", "pipeline.optim.guard"},
     "torchvision.transforms": set[str](),
     "pickle": {"shards.prepare_cifar"},
+    "pyarrow": {"shards.parquet"},
+    "fsspec": {"shards.remote"},
 }
 """The only modules, or packages, that import a library."""
 
