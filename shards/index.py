@@ -30,7 +30,7 @@ from shards.command import Parser, add_jobs, for_each, print_above, progress_bar
 from shards.foreign import IMAGE_COMPONENTS, IndexedTar, IndexTask, Members, index_tar
 from shards.manifest import MANIFEST, MOST_IDS, Manifest, Split, read_manifest, write_atomically, write_manifest
 from shards.read import samples_path
-from shards.split_names import assign_splits, print_splits, split_of
+from shards.split_names import add_split_options, assign_splits, print_splits, split_of
 from shards.write import index_path, write_samples
 
 
@@ -211,8 +211,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--destination", type=Path, metavar="FOLDER", help="folder for the lists and for links to the tars"
     )
-    parser.add_argument("--train", metavar="PATTERN", help="names of the training tars, such as 'a-*.tar'")
-    parser.add_argument("--val", metavar="PATTERN", help="names of the validation tars; the others are for training")
+    add_split_options(parser)
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names, one per line, in the order of labels"
     )

@@ -134,7 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"{path} does not exist: prepare the shards (shards/prepare_*.py), or let an interrupted preparation finish"
+            f"{path} does not exist: prepare the shards (shards/prepare_*.py), list those of another tool "
+            "(shards/index.py), or let an interrupted preparation finish"
         ) from None
     return parse_manifest(content, str(path))
 

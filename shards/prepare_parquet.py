@@ -3,8 +3,9 @@
     python shards/prepare_parquet.py SOURCE DESTINATION
 
 SOURCE contains files such as ``train-00000-of-00002.parquet`` and ``validation-00000-of-00001.parquet``, itself or in
-its folder ``data``. A word in their names is their split. The images are JPEG or PNG, as their contents say. A JPEG
-keeps its bytes, and a PNG becomes a JPEG. Ids follow the sorted names of the files and the order of their rows.
+its folder ``data``. A word in their names is their split, or ``--train`` and ``--val`` name them. The images are JPEG
+or PNG, as their contents say. A JPEG keeps its bytes, and a PNG becomes a JPEG. Ids follow the sorted names of the
+files and the order of their rows.
 
 A Parquet file cannot give one image without reading its neighbours, and shards are shuffled. So all images are first
 copied to a file beside DESTINATION, which has no name and ends with this command. Needs the package pyarrow.
@@ -15,9 +16,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +32,7 @@ from shards.manifest import writing
 from shards.parquet import ImageTable, open_table, read_table
 from shards.plan import ImageItem
 from shards.prepare_imagenet import add_image_options, prepare_images
-from shards.split_names import assign_splits, print_splits
+from shards.split_names import add_split_options, assign_splits, print_splits
 
 
 class Row(NamedTuple):
@@ -48,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     tables = {
         split: [open_table(path, options.image_column, options.label_column) for path in paths]
-        for split, paths in find_files(options.source).items()
+        for split, paths in find_files(options).items()
     }
     needed = sum(table.image_bytes for each in tables.values() for table in each)
-    with _copy_of_images(options.destination, 0 if options.dry_run else needed) as copy:
+    with nullcontext() if options.dry_run else _copy_of_images(options.destination, needed) as copy:
         with writing(options.destination.absolute(), 0):
-            rows = _unpack(tables, None if options.dry_run else copy)
+            rows = _unpack(tables, copy)
         classes = _class_names(tables, rows, options.classes)
         numbers = {name: number for number, name in enumerate(classes)}
         items = {
@@ -61,17 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for split, each in rows.items()
         }
         # The processes that read the copy find it by its descriptor in this one.
-        location = ImageLocation(Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}"), ARCHIVE)
+        path = Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}") if copy else options.source
+        location = ImageLocation(path, ARCHIVE)
         return prepare_images("prepare_parquet", classes, items, dict.fromkeys(items, location), options)
 
 
-def find_files(source: Path) -> dict[str, list[Path]]:
+def find_files(options: Namespace) -> dict[str, list[Path]]:
     """Return the Parquet files of each split. Raises FileNotFoundError if there are none."""
+    source = options.source
     folder = source / "data" if (source / "data").is_dir() else source
     paths = {path.name: path for path in sorted(folder.glob("*.parquet"))}
     if not paths:
         raise FileNotFoundError(f"{folder} contains no .parquet file: name the folder with train-….parquet")
-    splits = assign_splits(list(paths), None, None)
+    splits = assign_splits(list(paths), options.train, options.val)
     print_splits(splits, list(paths))
     return {split: [paths[name] for name in names] for split, names in splits.items()}
 
@@ -131,6 +134,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("source", type=Path, help="folder with train-….parquet, or with a folder data that has them")
     parser.add_argument("--image-column", metavar="NAME", help="column of the images (default: the only one)")
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels (default: the only one)")
+    add_split_options(parser)
     add_image_options(parser)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,12 @@ _WORDS = {
     "test": "test",
     "testing": "test",
 }
+
+
+def add_split_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the files of each split."""
+    parser.add_argument("--train", metavar="PATTERN", help="names of the training files, such as 'a-*' (default: all)")
+    parser.add_argument("--val", metavar="PATTERN", help="names of the validation files; the others are for training")
 
 
 def assign_splits(names: Sequence[str], train: str | None, val: str | None) -> dict[str, list[str]]:

@@ -112,6 +112,18 @@ def test_a_share_of_every_class_becomes_the_validation_split(tmp_path: Path):
     assert sorted(images_by_id(folder) + images_by_id(folder, "val")) == sorted(jpeg(n) for n in range(20))
 
 
+def test_a_test_split_is_not_read_beside_a_validation_split_and_is_chosen_by_its_name(tmp_path: Path, capsys):
+    source = write_parquet(tmp_path / "source")
+    write_table(source / "data/test-0.parquet", {"image": DRAWN, "label": [-1, -1]}, CLASS_LABELS)
+    assert len(images_by_id(prepare(source), "val")) == 7
+    assert "not read: test-0.parquet" in capsys.readouterr().out
+    columns = {"image": images([jpeg(50), jpeg(51)]), "label": [1, 2]}
+    write_table(source / "data/test-0.parquet", columns, CLASS_LABELS)
+    folder = prepare(source, "--train", "train-*", "--val", "test-*", name="other")
+    assert images_by_id(folder, "val") == [jpeg(50), jpeg(51)]
+    assert len(images_by_id(folder)) == 26
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys):
     folder = prepare(write_parquet(tmp_path / "source"), "--dry-run")
     assert "train: 26 files" in capsys.readouterr().out
