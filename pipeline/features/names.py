@@ -8,6 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+REASONS = {
+    "map": "no known linear layer takes the average of a map",
+    "embedding": "no known linear layer ends it",
+}
+"""Why a network may lack a stage of that name."""
+
 
 def tap_names(paths: Mapping[str, str]) -> list[str]:
     """Return the names that can be tapped: all except those that end in ``.norm``."""
@@ -21,7 +27,9 @@ def find_stage(paths: Mapping[str, str], name: str) -> str:
     """
     if (full := canonical(paths, name)) not in paths:
         known = f"it has {', '.join(tap_names(paths))}" if paths else "none is known"
-        raise ValueError(f"the network has no stage {name!r}: {known}; name it under stages: {{{name}: <module path>}}")
+        reason = f", because {REASONS[name]}" if name in REASONS and paths else ""
+        advice = f"name it under stages: {{{name}: <module path>}}"
+        raise ValueError(f"the network has no stage {name!r}{reason}: {known}; {advice}")
     return paths[full]
 
 

@@ -28,8 +28,10 @@ PREFIX_PARAMETERS = ("cls_token", "class_token", "dist_token", "reg_token", "reg
 """Names of the parameters that networks put before the tokens of the image (prefix tokens)."""
 MOST_PREFIX_TOKENS = 32
 """Upper bound (exclusive) of the prefix tokens that are tried, if neither recipe nor network gives their number."""
-TAP_SYNTAX = re.compile(rf"[^:]*(?P<input>:in)?(:(?P<layout>nhwc|{TOKENS}))?(:(?P<channels>\d+))?")
-"""Syntax of a stage's path; ``pipeline.models.stages`` explains it."""
+TAP_SYNTAX = re.compile(rf"[^:]*(?P<input>:in)?(?P<copy>:copy)?(:(?P<layout>nhwc|{TOKENS}))?(:(?P<channels>\d+))?")
+"""Syntax of a stage's path, of which several may be joined; ``pipeline.models.stages`` explains it."""
+JOIN = "|"
+"""Character between the paths of tensors whose channels are concatenated."""
 
 
 class NormParameters(NamedTuple):
@@ -76,7 +78,7 @@ class FeatureTaps(nn.Module):
         # Tensor and version by path while forward runs; None otherwise, when the hooks must do nothing.
         self._captured: dict[str, tuple[Tensor, int]] | None = None
         # Two names may share a path, which needs one hook only.
-        names = {path: name for name, path in self.paths.items()}
+        names = {path: name for name, joined in self.paths.items() for path in joined.split(JOIN)}
         for path, name in names.items():
             self._add_hook(path, name)
         for module in model.modules() if self.paths else ():
@@ -99,14 +101,14 @@ class FeatureTaps(nn.Module):
                 "whose network has no auxiliary heads"
             )
         image_size = (images_BCHW.shape[2], images_BCHW.shape[3])
-        features = {name: self._feature(name, path, captured, image_size) for name, path in self.paths.items()}
+        features = {name: self._features(name, path, captured, image_size) for name, path in self.paths.items()}
         if CAM in self.wanted:
             features[CAM] = self._class_activation(features["map"])
         return Outputs(logits_BK, {name: features[name] for name in self.wanted})
 
     def tapped_modules(self) -> set[nn.Module]:
         """Return the modules whose input or output is captured."""
-        return {self._module_at(path, name) for name, path in self.paths.items()}
+        return {self._module_at(path, name) for name, joined in self.paths.items() for path in joined.split(JOIN)}
 
     def norms(self) -> dict[str, NormParameters]:
         """Return copies of the parameters of the BatchNorm that ends each tapped ``.preact``, by the tap's name.
@@ -145,6 +147,13 @@ class FeatureTaps(nn.Module):
             )
         return nn.functional.conv2d(map_BCHW, weight_KC[..., None, None])
 
+    def _features(
+        self, name: str, joined: str, captured: dict[str, tuple[Tensor, int]], image_size: tuple[int, int]
+    ) -> Tensor:
+        """Return the map at one path, or the maps at several, with their channels concatenated."""
+        maps = [self._feature(name, path, captured, image_size) for path in joined.split(JOIN)]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
     def _feature(
         self, name: str, path: str, captured: dict[str, tuple[Tensor, int]], image_size: tuple[int, int]
     ) -> Tensor:
@@ -166,8 +175,8 @@ class FeatureTaps(nn.Module):
         if (parsed := TAP_SYNTAX.fullmatch(path)) is None:
             ending = path.partition(":")[2]
             raise ValueError(
-                f"stage {name!r}: {path!r} ends in {ending!r}; allowed are in, {', '.join(LAYOUTS)} and a number of "
-                "channels, in this order, each after a colon"
+                f"stage {name!r}: {path!r} ends in {ending!r}; allowed are in, copy, {', '.join(LAYOUTS)} and a number "
+                "of channels, in this order, each after a colon"
             )
         layout = (parsed["layout"] or "")[:6] or None  # without the numbers after "tokens"
         channels, rows = parsed["channels"], parsed["rows"]
@@ -178,10 +187,11 @@ class FeatureTaps(nn.Module):
             (int(rows), int(parsed["columns"])) if rows else None,
         )
         # Bound methods, because ``deepcopy`` binds them to the copied module. Closures would still refer to this one.
+        copied = parsed["copy"] is not None
         if parsed["input"]:
-            module.register_forward_pre_hook(partial(self._keep_input, path))
+            module.register_forward_pre_hook(partial(self._keep_input, path, copied))
         else:
-            module.register_forward_hook(partial(self._keep_output, path))
+            module.register_forward_hook(partial(self._keep_output, path, copied))
 
     def _module_at(self, path: str, name: str) -> nn.Module:
         try:
@@ -189,17 +199,18 @@ class FeatureTaps(nn.Module):
         except AttributeError as error:
             raise ValueError(f"stage {name!r}: {_type(self.model)} has no module {path!r}: {error}") from error
 
-    def _keep_input(self, path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._keep(path, args[0])
+    def _keep_input(self, path: str, copied: bool, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._keep(path, copied, args[0])
 
-    def _keep_output(self, path: str, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        self._keep(path, output)
+    def _keep_output(self, path: str, copied: bool, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self._keep(path, copied, output)
 
-    def _keep(self, path: str, value: Any) -> None:
+    def _keep(self, path: str, copied: bool, value: Any) -> None:
         if self._captured is None:  # the plain model is running, outside this module's forward
             return
         if not isinstance(value, Tensor):
             raise ValueError(f"tap at {path!r}: expected one tensor there, got a {_type(value)}")
+        value = value.clone() if copied else value
         self._captured[path] = (value, _version(value))
 
     def _protect_captured(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -10,14 +10,20 @@ from collections.abc import Callable
 from torch import nn
 from torchvision.models import (
     VGG,
+    AlexNet,
     ConvNeXt,
     DenseNet,
     EfficientNet,
+    GoogLeNet,
+    Inception3,
+    MaxVit,
+    MNASNet,
     MobileNetV2,
     MobileNetV3,
     RegNet,
     ResNet,
     ShuffleNetV2,
+    SqueezeNet,
     SwinTransformer,
     VisionTransformer,
 )
@@ -132,11 +138,81 @@ def _vgg(model: nn.Module) -> Paths:
     return found | head(model)
 
 
+def _mnasnet(model: nn.Module) -> Paths:
+    """Return the paths of linear bottlenecks, and of the last activated convolution, which is averaged."""
+    layers = _children(model, "layers")
+    stacks = [path for path in layers if isinstance(model.get_submodule(path), nn.Sequential)]
+    halving = [number for number, path in enumerate(layers) if path in stacks and _halves(model.get_submodule(path))]
+    found = {"stem": layers[halving[0] - 1], "map": layers[-1]}
+    for number, start in enumerate(halving[1:], start=1):
+        found |= stage_entry(number, layers[start - 1], norm=_last_norm(model, layers[start - 1]))
+    return found | stage_entry(4, layers[-1], f"{layers[-1]}:in", layers[-2]) | head(model)
+
+
+def _alexnet(model: nn.Module) -> Paths:
+    """Return the paths of the maps before each pool, and of the last pool."""
+    # The head flattens the last map, so nothing is averaged for a linear layer: there is no ``map``.
+    found = {"stem": "features.1"}
+    for number, relu in enumerate(("features.1", "features.4", "features.11"), start=1):
+        found |= stage_entry(number, relu, f"{relu}:in")
+    return found | stage_entry(4, "features.12") | head(model)
+
+
+def _squeezenet(model: nn.Module) -> Paths:
+    """Return the paths of the last fire module before each pool; the image is halved four times only."""
+    layers = _children(model, "features")
+    pools = [number for number, path in enumerate(layers) if isinstance(model.get_submodule(path), nn.MaxPool2d)]
+    found = {"stem": layers[pools[0] - 1], "logits": "classifier"}
+    for number, end in enumerate((*pools[1:], len(layers)), start=1):
+        fire = layers[end - 1]
+        halves = [f"{fire}.{name}_activation:in" for name in ("expand1x1", "expand3x3")]
+        found |= stage_entry(number, fire, "|".join(halves))
+    return found
+
+
+def _googlenet(model: nn.Module) -> Paths:
+    """Return the paths of the last inception module before each pool; a branch ends in BatchNorm and ReLU."""
+    norms = {name: "|".join(f"{name}.{branch}.bn:copy" for branch in _BRANCHES) for name in _ENDS}
+    found = {"stem": "conv1"} | stage_entry(1, "conv3", "conv3.bn:copy", "conv3.bn")
+    for number, name in enumerate(_ENDS, start=2):
+        found |= stage_entry(number, name, norms[name])
+    return found | head(model)
+
+
+def _inception(model: nn.Module) -> Paths:
+    """Return the paths of the last inception module before each that halves the map."""
+    found = {"stem": "Conv2d_2b_3x3"} | stage_entry(1, "Conv2d_4a_3x3", "Conv2d_4a_3x3.bn:copy", "Conv2d_4a_3x3.bn")
+    for number, (name, branches) in enumerate(_MIXED.items(), start=2):
+        found |= stage_entry(number, name, "|".join(f"{name}.{branch}.bn:copy" for branch in branches.split()))
+    return found | head(model)
+
+
+_BRANCHES, _ENDS = ("branch1", "branch2.1", "branch3.1", "branch4.1"), ("inception3b", "inception4e", "inception5b")
+_MIXED = {
+    "Mixed_5d": "branch1x1 branch5x5_2 branch3x3dbl_3 branch_pool",
+    "Mixed_6e": "branch1x1 branch7x7_3 branch7x7dbl_5 branch_pool",
+    "Mixed_7c": "branch1x1 branch3x3_2a branch3x3_2b branch3x3dbl_3a branch3x3dbl_3b branch_pool",
+}
+"""The last module of each stage of Inception v3, with the last convolutions of its branches in their order."""
+
+
+def _maxvit(model: nn.Module) -> Paths:
+    # A multilayer head follows the average, so no ``map`` is averaged for the last linear layer.
+    found = {"stem": "stem"}
+    for number, block in enumerate(_children(model, "blocks"), start=1):
+        found |= stage_entry(number, block)
+    return found | head(model)
+
+
 def _shufflenet_v2(model: nn.Module) -> Paths:
-    """Return the paths of torchvision's ShuffleNetV2."""
-    # Only the last stage has one tensor before its activation. In the others, each half of the channels is activated
-    # separately, so they have no ``.preact``.
-    found = {"stem": "conv1", "stage1": "maxpool", "stage2": "stage2", "stage3": "stage3", "map": "conv5"}
+    """Return the paths of torchvision's ShuffleNetV2.
+
+    A stage's last activation is of half of the channels, so ``.preact`` has that half only.
+    """
+    found = {"stem": "conv1", "map": "conv5"} | stage_entry(1, "maxpool")
+    for number in (2, 3):
+        last = _children(model, f"stage{number}")[-1]
+        found |= stage_entry(number, f"stage{number}", f"{last}.branch2.7:in", f"{last}.branch2.6")
     return found | stage_entry(4, "conv5", "conv5.2:in", "conv5.1") | head(model)
 
 
@@ -221,6 +297,12 @@ FAMILIES: dict[type[nn.Module], Family] = {
     MobileNetV3: _mobile,
     EfficientNet: _mobile,
     VGG: _vgg,
+    AlexNet: _alexnet,
+    SqueezeNet: _squeezenet,
+    GoogLeNet: _googlenet,
+    Inception3: _inception,
+    MNASNet: _mnasnet,
+    MaxVit: _maxvit,
     ShuffleNetV2: _shufflenet_v2,
     RegNet: _regnet,
     DenseNet: _densenet,

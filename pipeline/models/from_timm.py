@@ -12,10 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.models.families import Paths, quarters
+from pipeline.models.families import Paths, quarters, stage_entry
 
 PREFIX = "timm/"
 POOL_NAMES = ("global_pool", "head.global_pool")
+LINEAR = ("ConvNeXt", "SwinTransformer", "SwinTransformerV2")
+"""timm's networks whose stages end linearly, by class."""
+NORMED = ("EfficientNet", "MobileNetV3", "DenseNet")
+"""timm's networks whose stages end in a BatchNorm with an activation of its own, or linearly."""
 
 
 def create_timm_model(name: str, num_classes: int) -> nn.Module:
@@ -90,7 +94,8 @@ def timm_stages(model: nn.Module) -> Paths:
 
     Stage n has 1 / 2ⁿ⁺¹ of the image's width, and the deepest stage is the map that the head averages. If all stages
     have the same width, only vision transformers are known. Their stages are the tokens after each quarter of the
-    blocks. The tensor before a stage's activation is not known; a recipe must name ``stageN.preact`` itself.
+    blocks. Of networks like torchvision's, the tensor before a stage's activation is known (``_ending``). For others, a
+    recipe must name ``stageN.preact`` itself.
     """
     info: Any = model.feature_info
     if len({int(entry["reduction"]) for entry in info}) == 1:
@@ -100,10 +105,57 @@ def timm_stages(model: nn.Module) -> Paths:
     # so; the number lets the tap raise an error instead of reading another dimension as channels. Of several entries
     # with one reduction, the last one counts.
     paths = {int(entry["reduction"]): f"{entry['module']}{layout}:{entry['num_chs']}" for entry in info}
+    # Before the deepest stage becomes the pool's input, whose module may end otherwise.
+    modules = {width: path.partition(":")[0] for width, path in paths.items()}
     if pool := _pool(model):
         paths[max(paths)] = f"{pool}:in{layout}"
-    found = {f"stage{width.bit_length() - 2}" if width > 2 else "stem": path for width, path in paths.items()}
+    found = {}
+    for width, path in paths.items():
+        name = f"stage{width.bit_length() - 2}" if width > 2 else "stem"
+        ending = _ending(model, modules[width], path, deepest=width == max(paths)) if width > 2 else None
+        found |= stage_entry(width.bit_length() - 2, path, *ending) if ending else {name: path}
     return found | _head(model)
+
+
+def _ending(model: nn.Module, module: str, path: str, *, deepest: bool) -> tuple[str | None, str | None] | None:
+    """Return the paths of the tensor before a stage's last activation and of the BatchNorm that ends it.
+
+    The first is None for a stage that ends linearly, the second if there is no such BatchNorm. The result is None for a
+    network of another family. ``module`` is the stage's module, ``path`` that of its tensor.
+    """
+    family = type(model).__name__
+    if family in LINEAR:
+        return None, None
+    if family in ("ResNet", "RegNet"):
+        return _residual_ending(model, module)
+    if family not in NORMED or (family == "DenseNet" and not deepest):
+        return (None, None) if family in NORMED else None
+    # The deepest stage may end after the blocks, in a convolution for the head.
+    after = "bn2" if deepest and isinstance(getattr(model, "bn2", None), nn.BatchNorm2d) else module
+    norms = [name for name, norm in model.named_modules() if isinstance(norm, nn.BatchNorm2d) and _inside(name, after)]
+    if not norms:
+        return None
+    activation = getattr(model.get_submodule(norms[-1]), "act", nn.Identity())
+    return None if isinstance(activation, nn.Identity) else f"{norms[-1]}.act:in", norms[-1]
+
+
+def _residual_ending(model: nn.Module, module: str) -> tuple[str | None, str | None] | None:
+    """Return the input of the last block's last activation, and the BatchNorm before the shortcut is added to it."""
+    last = [f"{module}.{name}" for name, _ in model.get_submodule(module).named_children()][-1]
+    block = model.get_submodule(last)
+    number = max((n for n in (2, 3) if hasattr(block, f"act{n}")), default=None)
+    if number is None:
+        return None
+    norm = f"{last}.conv3.bn" if type(model).__name__ == "RegNet" else f"{last}.bn{number}"
+    # A ResNet's squeeze and excitation lies between the BatchNorm and the sum; a RegNet's lies before its last
+    # convolution.
+    ends = isinstance(dict(model.named_modules()).get(norm), nn.BatchNorm2d)
+    ends = ends and (type(model).__name__ == "RegNet" or getattr(block, "se", None) is None)
+    return f"{last}.act{number}:in", norm if ends else None
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def _transformer_stages(model: nn.Module, blocks: list[str]) -> Paths:
@@ -113,8 +165,10 @@ def _transformer_stages(model: nn.Module, blocks: list[str]) -> Paths:
         return {}
     rows, columns = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
     form = "tokens" if rows == columns else f"tokens+{prefix}@{rows}x{columns}"
-    paths = [*quarters(blocks)[:-1], "norm"]
-    return {f"stage{number}": f"{path}:{form}" for number, path in enumerate(paths, start=1)}
+    found: Paths = {}
+    for number, path in enumerate([*quarters(blocks)[:-1], "norm"], start=1):
+        found |= stage_entry(number, f"{path}:{form}")
+    return found
 
 
 def _head(model: nn.Module) -> Paths:

@@ -9,17 +9,23 @@ The syntax of a path:
 - ``…:tokens+5``: the first 5 tokens are prefix tokens, which do not belong to the map.
 - ``…:tokens+5@7x14``: the other tokens form 7 rows and 14 columns.
 - ``layer4:512``: the map must have 512 channels.
+- ``…:copy``: the tensor is copied at once, because the network overwrites it.
+- ``a|b``: the tensors at the paths ``a`` and ``b``, with their channels concatenated.
 
 The meaning of a name:
 
 - ``stageN`` is the tensor after a stage's last activation.
-- ``stageN.preact`` is the tensor before it; the same tensor if the stage ends linearly.
+- ``stageN.preact`` is the tensor before it; the same tensor if the stage ends linearly or in a pool.
 - ``stageN.norm`` is no tap, but a module: the BatchNorm that ends ``stageN.preact``, before a shortcut is added.
 - ``map`` is the tensor that is averaged for the last linear layer.
 - ``embedding`` is the input of the last linear layer.
 
 In networks for ImageNet, stage n is the last tensor with 1 / 2ⁿ⁺¹ of the image's width. In VGGs a stage is a block, on
-ImageNet as on CIFAR.
+ImageNet as on CIFAR. Where convolutions without padding make odd widths, stage n is the last tensor after n + 1
+halvings. AlexNet's four stages are 55, 27, 13 and 6 pixels wide, the last a pool. SqueezeNet halves four times, so it
+has three stages. It has no ``map`` and no ``embedding``: its last layer is a convolution, and the average of its
+activated output is the logits. In ShuffleNetV2, a stage's last activation is of half of the channels, which are its
+``.preact``.
 """
 
 from __future__ import annotations

@@ -391,7 +391,7 @@ def test_a_copied_network_turns_its_own_tokens():
     [
         (
             "mix:nchw",
-            "stage 'x': 'mix:nchw' ends in 'nchw'; allowed are in, nhwc, tokens and a number of channels, .*",
+            "stage 'x': 'mix:nchw' ends in 'nchw'; allowed are in, copy, nhwc, tokens and a number of channels, .*",
         ),
         ("mix:nhwc:in", "stage 'x': 'mix:nhwc:in' ends in 'nhwc:in'; allowed are in, .*"),
         ("norm:8", r"tap 'x': Patches computes at 'norm:8' a tensor shaped \[2, 66, 8\], expected 8 channels; give .*"),

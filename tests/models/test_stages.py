@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import cache
 
 import pytest
@@ -50,6 +51,16 @@ IMAGENET = {
     "convnext_tiny": ((96, 192, 384, 768), 768),
     "swin_t": ((96, 192, 384, 768), 768),
     "swin_v2_t": ((96, 192, 384, 768), 768),
+    "mnasnet1_0": ((24, 40, 96, 1280), 1280),
+    "googlenet": ((192, 480, 832, 1024), 1024),
+    "maxvit_t": ((64, 128, 256, 512), 512),
+}
+# name: image size, and (channels, side) of stem, stage 1, stage 2, … where convolutions without padding make odd sizes
+ODD = {
+    "alexnet": (224, [(64, 55), (64, 55), (192, 27), (256, 13), (256, 6)]),
+    "squeezenet1_0": (224, [(96, 109), (256, 54), (512, 27), (512, 13)]),
+    "squeezenet1_1": (224, [(64, 111), (128, 55), (256, 27), (512, 13)]),
+    "inception_v3": (299, [(64, 147), (192, 71), (288, 35), (768, 17), (2048, 8)]),
 }
 # One network of each construction, small enough for a forward.
 ACTIVATED = (
@@ -62,8 +73,12 @@ LAST_ACTIVATIONS = {
     "efficientnet_b0": F.silu,
     "mobilenet_v3_small": F.hardswish,
     "shufflenet_v2_x1_0": F.relu,
+    "mnasnet0_5": F.relu,
 }
-MORE_LINEAR_HEADS = ("cifar_mobilenet_v2", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0", "swin_t")
+MORE_LINEAR_HEADS = (
+    *("cifar_mobilenet_v2", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0", "swin_t", "mnasnet0_5"),
+    "googlenet",
+)
 
 
 def on_meta(name: str, num_classes: int = 1000) -> nn.Module:
@@ -109,11 +124,22 @@ def test_the_stages_of_an_imagenet_network_lie_at_56_to_7_pixels(name: str):
     widths, embedding = IMAGENET[name]
     for number, (channels, side) in enumerate(zip(widths, (56, 28, 14, 7), strict=True), start=1):
         assert shapes[f"stage{number}"] == (channels, side, side)
-        assert shapes.get(f"stage{number}.preact", (channels, side, side)) == (channels, side, side)
+        halved = name.startswith("shufflenet") and number in (2, 3)
+        assert shapes[f"stage{number}.preact"] == (channels // (2 if halved else 1), side, side)
     assert shapes["stem"][1] in (56, 112)
     assert shapes["embedding"] == (embedding,)
     assert shapes["logits"] == (1000,)
     assert "stage5" not in shapes
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_where_sizes_are_odd_a_stage_is_the_last_map_after_a_halving(name: str):
+    size, maps = ODD[name]
+    shapes = all_shapes(name, size)
+    names = ["stem", *(f"stage{number}" for number in range(1, len(maps)))]
+    assert {stage: shapes[stage] for stage in names} == {n: (c, s, s) for n, (c, s) in zip(names, maps, strict=True)}
+    assert all(shapes[f"{stage}.preact"] == shapes[stage] for stage in names[1:])
+    assert f"stage{len(maps)}" not in shapes
 
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg13_bn", "vgg19"])
@@ -144,8 +170,8 @@ def test_the_batchnorm_that_ends_a_stage_has_its_width(name: str):
         norm = model.get_submodule(path)
         assert isinstance(norm, nn.BatchNorm2d)
         assert norm.num_features == shapes[f"{stage}.preact"][0]
-    without = ("cifar_shufflenet_v2", "densenet121", "convnext_tiny", "swin_t", "swin_v2_t")
-    assert ("stage3" in norms) == (name not in (*without, "shufflenet_v2_x1_0"))
+    without = ("cifar_shufflenet_v2", "densenet121", "convnext_tiny", "swin_t", "swin_v2_t", "googlenet", "maxvit_t")
+    assert ("stage3" in norms) == (name not in without)
 
 
 @pytest.mark.parametrize("name", ["cifar_vgg8", "cifar_wrn_16_2", "mobilenet_v1"])
@@ -169,6 +195,35 @@ def test_a_stage_is_its_pre_activation_activated(name: str):
         before = features[f"{stage}.preact"]
         assert (before < 0).any()
         assert torch.equal(features[stage], before.relu() if name in ACTIVATED else before)
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("squeezenet1_1", 64), ("inception_v3", 96)])
+def test_the_branches_of_a_stage_are_tapped_before_their_activations(name: str, size: int):
+    taps = small(name, "all", "all.preact")
+    # Their shallow stages are a single convolution, or two halves; the deeper ones have up to six branches.
+    features = taps(images(size)).features
+    for stage in [stage for stage in features if not stage.endswith("preact")]:
+        before = features[f"{stage}.preact"]
+        assert (before < 0).any()
+        assert torch.equal(features[stage], before.relu())
+    features["last.preact" if "last.preact" in features else "stage3.preact"].square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in taps.parameters() if parameter.grad is not None)
+
+
+def test_the_pre_activation_of_a_shufflenet_stage_is_of_the_channels_that_its_last_block_activates():
+    features = small("shufflenet_v2_x1_0", "all", "all.preact")(images(64)).features
+    for stage in ("stage2", "stage3"):
+        before = features[f"{stage}.preact"]
+        assert (before < 0).any()
+        # The shuffle puts the activated half at every second channel.
+        assert torch.equal(features[stage][:, 1::2], before.relu())
+
+
+def test_the_last_stage_of_an_alexnet_is_its_last_pool():
+    features = small("alexnet", "all", "all.preact").eval()(images(224)).features
+    assert torch.equal(features["stage4"], F.max_pool2d(features["stage3"], 3, 2))
+    assert torch.equal(features["stage4"], features["stage4.preact"])
+    assert all(torch.equal(features[f"stage{n}"], features[f"stage{n}.preact"].relu()) for n in (1, 2, 3))
 
 
 @pytest.mark.parametrize("name", LAST_ACTIVATIONS)
@@ -198,7 +253,7 @@ def test_the_average_of_the_class_activation_map_is_the_logits_without_the_bias(
     torch.testing.assert_close(outputs.logits_BK, head(outputs.features["embedding"]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "vgg11", "vit_b_16"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "vgg11", "vit_b_16", "alexnet", "maxvit_t"])
 def test_a_head_of_more_than_one_linear_layer_has_no_class_activation_map(name: str):
     model = on_meta(name)
     with pytest.raises(ValueError, match=r"^tap 'cam': \w+ has no known average of a map before one linear layer; "):
@@ -242,8 +297,9 @@ def test_what_names_a_module_for_its_parameters_is_no_tap():
 
 
 def test_an_unknown_network_with_an_obvious_head_has_embedding_and_logits_only():
-    assert stages(on_meta("mnasnet0_5", 10)) == {"embedding": "classifier.0:in", "logits": "classifier.1"}
-    assert stages(on_meta("squeezenet1_0", 10)) == {}
+    classifier = nn.Sequential(nn.Dropout(), nn.Linear(4, 10))
+    known = nn.Sequential(OrderedDict(body=nn.Conv2d(3, 4, 3), classifier=classifier))
+    assert stages(known) == {"embedding": "classifier.0:in", "logits": "classifier.1"}
     assert stages(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())) == {}
 
 
@@ -254,5 +310,9 @@ def test_an_unknown_stage_is_refused_with_what_there_is_and_what_to_write():
         r"stages: \{stage4: <module path>\}$",
     ):
         find_stage(stages(on_meta("cifar_resnet8", 10)), "stage4")
+    with pytest.raises(ValueError, match="no stage 'embedding', because no known linear layer ends it: it has stem, "):
+        find_stage(stages(on_meta("squeezenet1_0", 10)), "embedding")
+    with pytest.raises(ValueError, match="no stage 'map', because no known linear layer takes the average of a map: "):
+        find_stage(stages(on_meta("alexnet", 10)), "map")
     with pytest.raises(ValueError, match="no stage 'last': none is known; name it under stages"):
         find_stage({}, "last")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.features.names import tap_names
 from pipeline.features.taps import FeatureTaps, tap_shapes
@@ -52,6 +53,52 @@ def test_the_stages_lie_at_56_to_7_pixels(name: str, widths: tuple[int, ...]):
         assert shapes[f"stage{number}"] == (channels, side, side)
     assert shapes["embedding"] == (widths[-1],)
     assert shapes["logits"] == (1000,)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "norms"),
+    [
+        ("resnet18", F.relu, ["layer1.1.bn2", "layer2.1.bn2", "layer3.1.bn2", "layer4.1.bn2"]),
+        ("seresnet50", F.relu, [None] * 4),
+        ("regnety_004", F.relu, ["s1.b1.conv3.bn", "s2.b3.conv3.bn", "s3.b6.conv3.bn", "s4.b6.conv3.bn"]),
+        ("mobilenetv1_100", F.relu, ["blocks.1.1.bn2", "blocks.2.1.bn2", "blocks.3.5.bn2", "blocks.4.1.bn2"]),
+        ("efficientnet_b0", F.silu, ["blocks.1.1.bn3", "blocks.2.1.bn3", "blocks.4.2.bn3", "bn2"]),
+        (
+            "mobilenetv3_small_050",
+            F.hardswish,
+            ["blocks.0.0.bn2", "blocks.1.1.bn3", "blocks.3.1.bn3", "blocks.5.0.bn1"],
+        ),
+        ("densenet121", F.relu, [None, None, None, "features.norm5"]),
+        ("convnext_atto", None, [None] * 4),
+    ],
+)
+@pytest.mark.usefixtures("timm")
+def test_a_stage_is_its_pre_activation_activated(
+    name: str, activation: Callable[[Tensor], Tensor] | None, norms: list[str | None]
+):
+    torch.manual_seed(0)
+    model = create_model(f"timm/{name}", 10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm's zeros of the last one of a block would leave the shortcut alone
+    named = stages(model)
+    features = FeatureTaps(model, named, ["all", "all.preact"])(torch.randn(1, 3, 64, 64)).features
+    # The bottlenecks of the mobile networks and the concatenations of DenseNet end linearly, all but the last stage.
+    linear_until = {"efficientnet_b0": 3, "mobilenetv3_small_050": 3, "densenet121": 3, "convnext_atto": 4}.get(name, 0)
+    for number in range(1, 5):
+        stage, before = features[f"stage{number}"], features[f"stage{number}.preact"]
+        assert (before < 0).any()
+        assert torch.equal(stage, before if number <= linear_until or activation is None else activation(before))
+    assert [named.get(f"stage{number}.norm") for number in range(1, 5)] == norms
+
+
+@pytest.mark.usefixtures("timm")
+def test_the_batchnorm_that_ends_a_stage_has_the_width_of_its_pre_activation():
+    model = on_meta("timm/resnet50")
+    named, shapes = stages(model), all_shapes(model, 64)
+    for number in range(1, 5):
+        norm = model.get_submodule(named[f"stage{number}.norm"])
+        assert norm.num_features == shapes[f"stage{number}.preact"][0]
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
