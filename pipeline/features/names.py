@@ -28,8 +28,9 @@ def find_stage(paths: Mapping[str, str], name: str) -> str:
     if (full := canonical(paths, name)) not in paths:
         known = f"it has {', '.join(tap_names(paths))}" if paths else "none is known"
         reason = f", because {REASONS[name]}" if name in REASONS and paths else ""
-        advice = f"name it under stages: {{{name}: <module path>}}"
-        raise ValueError(f"the network has no stage {name!r}{reason}: {known}; {advice}")
+        raise ValueError(
+            f"the network has no stage {name!r}{reason}: {known}; name it under stages: {{{name}: <module path>}}"
+        )
     return paths[full]
 
 
