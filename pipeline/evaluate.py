@@ -90,6 +90,8 @@ def _comparison_teacher(config: Teacher | None) -> Teacher:
         raise RecipeError("agreement=yes: the recipe has no teacher")
     if config.average is not None:
         raise RecipeError("agreement=yes: the teacher is the student's moving average, which a run does not save")
+    if config.head is not None:
+        raise RecipeError("agreement=yes: the teacher has no head (teacher.head: none), so it predicts no class")
     if config.combine == "confidence":
         raise RecipeError("agreement=yes: combine: confidence uses the labels, so its accuracy means nothing")
     if not config.has_model:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.student import student_spec
-from pipeline.builders.teacher import teacher_specs
+from pipeline.builders.teacher import check_head, teacher_specs
 from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
 from pipeline.data.holdout import used_rows
@@ -103,6 +103,7 @@ def _cached_shapes(
     if config.cache is not None and not config.has_model:
         with error_context("teacher.cache"):
             cache = Cache(Path(config.cache))
+            check_head(recipe, cache)
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms
     network, taps = measured[0]

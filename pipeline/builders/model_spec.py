@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model
+from pipeline.models.headless import without_head
 from pipeline.models.stages import stages
 
 
@@ -23,15 +24,24 @@ class ModelSpec(NamedTuple):
     """Names of the taps that the losses read."""
     size: int | None = None
     """Side in pixels to which its images are resized; None for those of the batch as they are."""
+    headless: bool = False
+    """Whether the network has no head; its logits are then [B, 0]."""
 
     def build(self, num_classes: int) -> FeatureTaps:
         """Return the network with its taps, freshly initialised."""
         with error_context(f"{self.key}.model"):
             model = create_model(self.model, num_classes)
         with error_context(f"{self.key}.stages"):
-            return FeatureTaps(model, stages(model) | dict(self.stages), self.taps)
+            known = stages(model) | dict(self.stages)
+            return FeatureTaps(model, without_head(model, known) if self.headless else known, self.taps)
 
     def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""
         with error_context(f"{self.key}.model"):
-            return tap_shapes(network, self.size or image_size)
+            shapes = tap_shapes(network, self.size or image_size)
+            if self.headless and shapes["logits"] != (0,):
+                raise ValueError(
+                    f"{self.model} still returns {list(shapes['logits'])} without its head; name its last layer under "
+                    "stages: {logits: <module path>}"
+                )
+            return shapes

@@ -84,7 +84,8 @@ def _format_count(count: int) -> str:
 
 def _describe_network(role: str, network: NetworkSummary) -> list[str]:
     """Return the lines of the report on one network."""
-    taps = [f"          {name:<16} {' × '.join(map(str, shape))}" for name, shape in network.shapes.items()]
+    sizes = {name: "none" if 0 in shape else " × ".join(map(str, shape)) for name, shape in network.shapes.items()}
+    taps = [f"          {name:<16} {size}" for name, size in sizes.items()]
     return [f"{role}   {network.name}, {network.parameters:,} parameters, {network.macs / 1e9:.3f} GMAC", *taps]
 
 
@@ -121,7 +122,8 @@ def _cache_size(recipe: Recipe, built: ProbedModels, samples: int | None) -> str
     if not (recipe.teacher and recipe.teacher.cache and built.teachers and samples):
         return ""
     network, taps = built.teachers[0]
-    shapes = {kind: network.shapes[tap] for tap, kind in kinds_by_tap(taps.stages, network.shapes).items()}
+    outputs = [name for name, shape in network.shapes.items() if 0 not in shape]  # no logits without a head
+    shapes = {kind: network.shapes[tap] for tap, kind in kinds_by_tap(taps.stages, outputs).items()}
     encoded = recipe.teacher.encode.items()
     ranks = {kind: rank for tap, rank in encoded for kind in kinds_by_tap(taps.stages, [tap]).values()}
     stored = [(ranks.get(kind, shape[0]), *shape[1:]) for kind, shape in shapes.items()]

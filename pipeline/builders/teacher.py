@@ -88,7 +88,8 @@ def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
         model = source.model or recipe.student.model
         stages = network.stages or (source if source.model else recipe.student).stages or {}
         taps = frozenset[str]() if found else recipe.taps.teacher
-        found.append(ModelSpec(key, model, frozenset(stages.items()), taps, network.size))
+        pairs = frozenset(stages.items())
+        found.append(ModelSpec(key, model, pairs, taps, size=network.size, headless=network.head is not None))
     return found
 
 
@@ -161,6 +162,7 @@ def _build_cached(run: Run, config: Config, cache: Cache, device: torch.device) 
     recipe = run.recipe
     check_provenance(cache, provenance(run, config, device), config.accept)
     check_sizes(cache, run.manifest)
+    check_head(recipe, cache)
     missing = cache.missing(recipe.taps.teacher)
     if missing and config.fallback is None:
         tap, kind = next(iter(missing.items()))
@@ -172,6 +174,16 @@ def _build_cached(run: Run, config: Config, cache: Cache, device: torch.device) 
     live = build_live_teacher(run, config, missing, device) if missing else None
     taps = cache.kinds(recipe.taps.teacher)
     return CachedTeacher(cache, taps, views=views_read(recipe, cache), device=device, live=live)
+
+
+def check_head(recipe: Recipe, cache: Cache) -> None:
+    """Raise RecipeError if a loss reads logits, and the cache is that of a teacher without a head."""
+    readers = [name for name, spec in recipe.losses.items() if spec.loss.needs_teacher and spec.config.reads_head()]
+    if readers and LOGITS not in cache.header.kinds:
+        raise RecipeError(
+            f"{cache.folder} is of a teacher without a head, and the loss {readers[0]!r} reads what a head computes; "
+            "remove the loss, or write another cache"
+        )
 
 
 def views_read(recipe: Recipe, cache: Cache) -> int:
@@ -201,15 +213,17 @@ def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, p
     """Return the facts about one network for ``provenance``."""
     (spec, config, _, weights, expected) = network
     readable = Path(weights).is_file() if is_file(weights) else published
+    headless = dict(spec.stages) if spec.headless else None
     if is_file(weights) and not readable and collectives.is_main():
         print(f"note: {spec.key}.weights: {weights} is missing, so the cache is not checked against these weights")
     return {
         # Only if set, so that caches written before this option existed still match.
         **({"compile": True} if config.compile else {}),
         **({"size": config.size} if config.size else {}),
+        **({"head": config.head} if config.head else {}),
         "model": spec.model,
         "stages": dict(spec.stages),
-        "weights": weights_sha256(weights, spec.model, classes, config.weights_key) if readable else None,
+        "weights": weights_sha256(weights, spec.model, classes, config.weights_key, headless) if readable else None,
         "published": None if is_file(weights) else weights,
         "dtype": str(config.torch_dtype(device)).removeprefix("torch."),
         "fold": config.fold,

@@ -53,7 +53,10 @@ def choices(
         raise RecipeError(
             f"teacher.stages: {invalid[0]!r} becomes a file name: it must be lower-case letters, digits or _"
         )
-    shapes = probe(spec._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
+    probed = probe(spec._replace(taps=taps), num_classes, recipe.data.size)[0].shapes
+    shapes = {name: shape for name, shape in probed.items() if 0 not in shape}  # no logits without a head
+    if not shapes.keys() & wanted:
+        raise RecipeError("teacher.head: none leaves out the logits, and no loss reads features: nothing to write")
     found: list[Choice] = []
     for name in sorted(shapes, key=lambda name: int(np.prod(shapes[name]))):
         found += _storage_choices(name, shapes[name], name in wanted, ranks.get(name))

@@ -146,6 +146,16 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _losses_need_no_removed_head(self) -> Recipe:
+        readers = [name for name, spec in self.losses.items() if spec.loss.needs_teacher and spec.config.reads_head()]
+        if readers and self.teacher and self.teacher.head:
+            raise ValueError(
+                f"the loss {readers[0]!r} reads what the teacher's head computes, but teacher.head is none; "
+                "remove the loss or the key"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_ends(self) -> Recipe:
         if self.schedule.warmup_epochs > self.epochs:
             warmup = f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g}"

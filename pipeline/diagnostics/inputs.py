@@ -195,7 +195,7 @@ def _find_cache(recipe: Recipe, config: TeacherConfig, folder: str) -> Finding:
     try:
         cache = Cache(Path(folder))
         missing = set(cache.missing(recipe.taps.teacher).values())
-        available = {LOGITS, *cache.kinds(recipe.taps.teacher).values()} - missing
+        available = {LOGITS, *cache.kinds(recipe.taps.teacher).values()} & cache.header.kinds.keys()
         cache.complete_views(available, views_read(recipe, cache))
     except (OSError, ValueError) as error:
         return fail(str(error), advice)

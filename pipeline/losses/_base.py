@@ -76,6 +76,13 @@ class Loss(nn.Module):
             """Return the taps that this loss and its inner losses read."""
             return Taps()
 
+        def reads_head(self) -> bool:
+            """Return whether the loss reads what the teacher's head computes: logits or class activation maps.
+
+            If not, it can learn from a teacher without a head, whose logits are [B, 0].
+            """
+            return True
+
     scope: ClassVar[Literal["sample", "statistics", "batch"]] = "sample"
     """Data that the loss needs from other ranks.
 

@@ -50,6 +50,10 @@ class PreactLoss(ConnectorLoss):
             """Return the stages' pre-activations."""
             return stage_taps(self.stages, ".preact")
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.pairs = pair_stages(config.stages, facts, ".preact")

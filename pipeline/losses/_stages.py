@@ -79,6 +79,10 @@ class FeatureMapLoss(Loss):
             """Return the stages' taps."""
             return stage_taps(self.stages)
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.levels = pair_stages(config.stages, facts)

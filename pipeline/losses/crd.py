@@ -173,6 +173,10 @@ class CRD(Loss):
             """Return the taps that are embedded."""
             return stage_taps(self.stage)
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     student_bank: Tensor
     teacher_bank: Tensor
     normalizers: Tensor

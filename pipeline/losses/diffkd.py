@@ -98,6 +98,10 @@ class DiffKD(Loss):
             of_feature = stage_taps(self.feature.stage) if self.feature else Taps()
             return of_feature.union(self.logit_distance.config.taps() if self.logit_distance else Taps())
 
+        def reads_head(self) -> bool:
+            """Return whether the branch of the logits is on."""
+            return self.logits is not None
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.feature_denoiser = feature_denoiser(config, facts)

@@ -26,6 +26,10 @@ class FitNet(ConnectorLoss):
             """Return the stage's taps."""
             return stage_taps(self.stage)
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.student_tap, self.teacher_tap = stage_names(config.stage)

@@ -51,6 +51,10 @@ class PKT(BatchLoss):
             """Return the stage's taps."""
             return stage_taps(self.stage)
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``pkt``."""
         of_student, of_teacher = stage_names(self.config.stage)

@@ -96,6 +96,10 @@ class Review(ConnectorLoss):
             teacher = stage_taps(self.stages, PREACT).teacher
             return Taps(student | {EMBEDDING}, teacher | {EMBEDDING})
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
         @property
         def student_kind(self) -> str:
             """Ending of the student's taps: ``.preact`` or nothing."""

@@ -68,6 +68,10 @@ class RKD(BatchLoss):
             """Return the stage's taps."""
             return stage_taps(self.stage)
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``distance`` and ``angle``."""
         c = self.config

@@ -49,6 +49,10 @@ class VID(Loss):
             """Return the stages' taps."""
             return stage_taps(self.stages)
 
+        def reads_head(self) -> bool:
+            """Return False: only features are compared."""
+            return False
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.pairs = pair_stages(config.stages, facts)

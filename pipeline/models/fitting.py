@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.models.foreign_names import foreign_names
 from pipeline.models.from_timm import PREFIX, converted_by_timm
+from pipeline.models.headless import head_prefixes
 from pipeline.models.weights_file import WEIGHTS_ADVICE, mappings
 
 COUNTER = "num_batches_tracked"
@@ -35,6 +36,8 @@ class Candidate(NamedTuple):
     state: dict[str, Tensor]
     unprefixed: list[str]
     """Names of the tensors in the same mapping that do not have the prefix."""
+    of_head: list[str]
+    """Names of the tensors of the head that the network does not have; they are left out of ``state``."""
 
 
 class Fitted(NamedTuple):
@@ -78,7 +81,9 @@ def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) ->
 
     The sets of names are ours and those of well-known code.
     """
-    ours_by_name = [{name: name for name in wanted}, foreign_names(model, wanted)]
+    heads = head_prefixes(model)
+    removed = [f"{head}{kind}" for head in heads for kind in ("weight", "bias")]
+    ours_by_name = [{name: name for name in wanted}, foreign_names(model, [*wanted, *removed])]
     for path, mapping in mappings(content):
         tensors = {name: value for name, value in mapping.items() if isinstance(value, Tensor)}
         for ours in ours_by_name if tensors else ():
@@ -88,7 +93,9 @@ def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) ->
                 }
                 state = {ours.get(name, name): value for name, value in stripped.items() if not _needless(name, wanted)}
                 unprefixed = [name for name in tensors if not name.startswith(prefix)]
-                yield Candidate(".".join(filter(None, (path, prefix.rstrip(".")))), state, unprefixed)
+                of_head = [name for name in state if name.startswith(heads)]
+                state = {name: value for name, value in state.items() if name not in of_head}
+                yield Candidate(".".join(filter(None, (path, prefix.rstrip(".")))), state, unprefixed, of_head)
 
 
 def _prefixes(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> list[str]:
@@ -136,11 +143,11 @@ def _loaded_by_timm(model: nn.Module, state: Mapping[str, Tensor], name: str) ->
     """Return a state dict, converted by timm's filter for the network; None if it does not fit."""
     if not name.startswith(PREFIX):
         return None
-    wanted = model.state_dict()
+    wanted, classes = model.state_dict(), 0 if head_prefixes(model) else int(getattr(model, "num_classes", 0))
     try:
         # timm initialises a network before it loads the weights; the caller's random state must not change by that.
         with torch.random.fork_rng(), torch.device("cpu"):
-            found = converted_by_timm(name, int(getattr(model, "num_classes", 0)), state)
+            found = converted_by_timm(name, classes, state)
     except Exception:  # for a state dict that it does not know, a filter may raise nearly any error
         return None
     return None if _misfits(dict(found), wanted) else dict(found)
@@ -168,6 +175,8 @@ def _choose(fitting: list[Candidate], source: str, key: str | None) -> Fitted:
     unused = [name for name in chosen.unprefixed if name != "n_averaged"]
     if unused and len(several) == 1:
         notes.append(f"{len(unused)} other tensors (first {unused[0]}) are left out")
+    if chosen.of_head:
+        notes.append(f"head: none leaves out {', '.join(sorted(chosen.of_head))}")
     return Fitted(chosen.state, f"{source}: {'; '.join(notes)}" if notes else "")
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from pipeline.models.create import create_model
 from pipeline.models.file_memo import memoized_by_file
 from pipeline.models.fitting import Fitted, check_finite, fit_state
+from pipeline.models.headless import without_head
 from pipeline.models.published import published_weights
+from pipeline.models.stages import stages
 from pipeline.models.weights_file import is_file, read_file
 
 
@@ -38,16 +40,23 @@ def load_weights(model: nn.Module, source: str, name: str, key: str | None = Non
     return note
 
 
-def weights_sha256(source: str, name: str, num_classes: int, key: str | None = None) -> str:
+def weights_sha256(
+    source: str, name: str, num_classes: int, key: str | None = None, headless: Mapping[str, str] | None = None
+) -> str:
     """Return the sha256 of the network's tensors, which does not depend on the file's format or other contents.
 
-    The digest of a file is remembered until the file changes.
+    ``headless`` are the recipe's stages of a network without its head; None is the complete network. The digest of a
+    file is remembered until the file changes.
     """
 
     def digest() -> str:
-        return _sha256(_read_fitted(_meta_model(name, num_classes), source, name, key).state)
+        model = _meta_model(name, num_classes)
+        if headless is not None:
+            without_head(model, stages(model) | dict(headless))
+        return _sha256(_read_fitted(model, source, name, key).state)
 
-    return memoized_by_file(Path(source), [name, num_classes, key], digest) if is_file(source) else digest()
+    arguments = [name, num_classes, key, *([] if headless is None else [sorted(headless.items())])]
+    return memoized_by_file(Path(source), arguments, digest) if is_file(source) else digest()
 
 
 def _read_fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:

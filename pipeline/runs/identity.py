@@ -41,6 +41,7 @@ _OPTIONS = {
     "compress": None,
     "checkpoint": False,
     "weights_key": None,
+    "head": None,
 }
 
 

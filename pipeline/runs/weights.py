@@ -50,6 +50,11 @@ def _networks(config: Config, sources: Sequence[Recipe]) -> Iterator[tuple[Teach
         yield network, None if network.recipe is None else next(remaining)
 
 
+def removed_head(network: TeacherNetwork, source: Recipe | None) -> dict[str, str] | None:
+    """Return the recipe's stages of a network without a head, for ``weights_sha256``; None if it has its head."""
+    return None if network.head is None else network.stages or (source and source.student.stages) or {}
+
+
 def name_by_content(
     tree: dict[str, Any], recipe: Recipe, sources: Sequence[Recipe], folder: Path, classes: int
 ) -> None:
@@ -62,14 +67,16 @@ def name_by_content(
     kept = _weights_keys(begun.values()) if begun else {}
     networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
     models = [network.model or (source and source.student.model) for network, source in networks]
-    for (key, section), model in zip(_weights_keys(tree).items(), [recipe.student.model, *models], strict=True):
+    headless = [None, *(removed_head(network, source) for network, source in networks)]
+    keys = _weights_keys(tree).items()
+    for (key, section), model, removed in zip(keys, [recipe.student.model, *models], headless, strict=True):
         weights, known = section.get("weights"), kept.get(key, {}).get("weights")
         # Published weights keep their name, and an old run its path.
         if not (weights and model and is_file(weights)) or (known and not known.startswith(CONTENT)):
             continue
         if Path(weights).is_file():
             with error_context(key):
-                found = weights_sha256(weights, model, classes, section["weights_key"])
+                found = weights_sha256(weights, model, classes, section["weights_key"], removed)
             # The digest is that of the weights which the key selects, so the key has no more meaning.
             section |= {"weights": CONTENT + found, "weights_key": None}
         elif known and weights == _weights_keys(read_yaml(folder / RECIPE) or {}).get(key, {}).get("weights"):

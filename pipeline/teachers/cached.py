@@ -61,7 +61,7 @@ class CachedTeacher(nn.Module):
         live = self.live.shapes(image_size) if self.live else {}
         kinds = self.cache.header.kinds
         taps = {LOGITS: LOGITS, **self.cached_taps}
-        return live | {tap: kinds[kind].shape for tap, kind in taps.items() if kind in kinds}
+        return {LOGITS: (0,)} | live | {tap: kinds[kind].shape for tap, kind in taps.items() if kind in kinds}
 
     def columns(self, view: int) -> dict[str, NDArray]:
         """Return the stored outputs of a view by kind, with one row per id. Thread-safe."""
@@ -77,7 +77,8 @@ class CachedTeacher(nn.Module):
         found = {kind: self._decode(kind, batch.extra[kind]) for kind in self.kinds}
         features = {tap: found[kind] for tap, kind in self.cached_taps.items()}
         if self.live is None:
-            return Outputs(found[LOGITS], features)
+            # Without a head, the teacher has no logits to cache.
+            return Outputs(found.get(LOGITS, batch.images_BCHW.new_empty((len(batch.images_BCHW), 0))), features)
         live: Outputs = self.live(batch)
         features |= {tap: live.features[tap] for tap in self.live_taps}
         return Outputs(found.get(LOGITS, live.logits_BK), features)

@@ -30,6 +30,8 @@ class TeacherNetwork(RunReference):
     """The key of the weights in a file with several, such as ``model_ema``; default: the raw weights."""
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
+    head: Literal["none"] | None = None
+    """``none``: the network's last layer is left out, for losses that read features only; its classes may differ."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Precision of the network; ``auto`` is fp16 on a GPU and fp32 on a CPU.
 
@@ -105,6 +107,10 @@ class Config(TeacherNetwork):
                 self.check_source()
         elif kind == "members" and (self.combine is None or self.temperature is None):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")
+        if any(member.head for member in self.members or ()):
+            raise ValueError("members: their logits are mixed, and head: none leaves them out; remove head")
+        if self.head and self.expect_top1 is not None:
+            raise ValueError("expect_top1 needs the logits, which head: none leaves out; remove expect_top1")
         if self.combine == "confidence" and self.expect_top1 is not None:
             raise ValueError("expect_top1 has no meaning with combine: confidence, which uses the labels; remove it")
         return self

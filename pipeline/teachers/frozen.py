@@ -122,7 +122,8 @@ def _fold(taps: FeatureTaps, image_size: int) -> None:
     before = taps(image_1CHW)
     fold_batchnorms(taps.model, image_1CHW, spared=taps.tapped_modules())
     after = taps(image_1CHW)
-    for name, value in {**before.features, "logits": before.logits_BK}.items():
+    logits = {"logits": before.logits_BK} if before.logits_BK.numel() else {}  # none without a head
+    for name, value in {**before.features, **logits}.items():
         new = after.logits_BK if name == "logits" else after.features[name]
         change = ((new - value).abs().max() / value.abs().max().clamp_min(1e-12)).item()
         if not change <= TOLERANCE:  # written like this, because a NaN must fail, too

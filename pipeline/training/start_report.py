@@ -53,7 +53,7 @@ def _describe_teacher(run: Run) -> str:
         return "a moving average of the student's weights"
     runs = [each.recipe.student.model for each in run.teachers]
     models = [network.model for network in teacher.members or (teacher,) if network.model]
-    live = f"live, {' + '.join([*runs, *models])}"
+    live = f"live, {' + '.join([*runs, *models])}{' without its head' if teacher.head else ''}"
     if teacher.cache is None:
         return live
     return f"outputs from the cache {teacher.cache}" + (f"; others {live}" if teacher.uses_live_model else "")

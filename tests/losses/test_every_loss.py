@@ -47,6 +47,21 @@ def test_a_loss_equals_its_oracle_to_ten_digits(name: str):
 
 
 @every_loss
+def test_a_loss_reads_what_the_teachers_head_computes_if_it_says_so(name: str):
+    case = example(name)
+    if not case.loss.needs_teacher:
+        return
+    expected = case.parts()
+    if case.loss.config.reads_head():
+        of_head = {stage: x.flip(0) + 1 for stage, x in case.teacher.features.items() if stage == "cam"}
+        other = Outputs(case.teacher.logits_BK.flip(0).square(), case.teacher.features | of_head)
+        assert any(value != expected[part] for part, value in case._replace(teacher=other).parts().items())
+    else:
+        headless = case.teacher._replace(logits_BK=case.teacher.logits_BK[:, :0])
+        assert case._replace(teacher=headless).parts() == expected
+
+
+@every_loss
 def test_parts_are_finite_scalars_under_short_names(name: str):
     for part, value in example(name, dtype=torch.float32).parts().items():
         assert part.isidentifier()

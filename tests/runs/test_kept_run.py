@@ -86,8 +86,8 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
         train(0, 1, folder, ["recipe.yaml", DECODER, "folder=anew", "stop.steps=1"])
     old, new = (yaml.safe_load((folder / name / "recipe.yaml").read_text()) for name in ("run", "anew"))
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
-    old["teacher"] |= {"accept": ["data.decoder.version"], "weights_key": None, "method": None, "with": []}
-    old["teacher"] |= {"size": None}
+    since = {"weights_key": None, "method": None, "with": [], "size": None, "head": None}
+    old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None}
     assert new == old | {"folder": "anew", "stop": old["stop"] | {"steps": 1}, "graph": "auto"}
     before, now = (json.loads((folder / name / "identity.json").read_text()) for name in ("run", "anew"))
