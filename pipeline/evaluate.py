@@ -76,7 +76,7 @@ def main(args: Sequence[str]) -> None:
     loader = build_loader(recipe, manifest, accelerator.device, ("val",))
     spec, layout = student_spec(recipe.student, recipe.taps.student), weights_layout(recipe, launch)
     student = build_student(spec, loader.num_classes, recipe.seed, layout).to(accelerator.device)
-    if note := load_weights(student.model, str(weights), recipe.student.model):
+    if note := load_weights(student.model, str(weights), recipe.student.model, arguments=spec.arguments):
         accelerator.print(f"note: weights: {note}")
     result = evaluate(student, loader.validation(), accelerator)
     accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")

@@ -7,7 +7,9 @@ import torch
 from pipeline.builders.student import build_student, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
+from pipeline.errors import error_context
 from pipeline.losses._base import Facts
+from pipeline.models.patterns import rate_multipliers
 from pipeline.precision import AUTOCAST
 from pipeline.runs.identity import Run
 from pipeline.teachers.cached import AnyTeacher
@@ -17,11 +19,12 @@ def build_distiller(
     run: Run, loader: Loader, teacher: AnyTeacher | None, device: torch.device, layout: torch.memory_format
 ) -> Distiller:
     """Return the student with the recipe's losses, on the device, with weights in the memory format ``layout``."""
-    recipe, start = run.recipe, run.recipe.student.start
+    recipe = run.recipe
     spec = student_spec(recipe.student, recipe.taps.student)
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
-    if start is not None:
-        load_start(start, run.start, student, recipe.student.model, recipe.data)
+    load_start(run, student)
+    with error_context("optimizer.rates"):
+        rate_multipliers(student.model, recipe.optimizer.rates)  # for its errors, before the folder is opened
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         spec.probe(student, validation_size)  # an error now, not after the first epoch
     facts = Facts(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
-from pipeline.errors import error_context
+from pipeline.errors import RecipeError, error_context
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model
+from pipeline.models.arguments import ArgumentError
 from pipeline.models.headless import without_head
+from pipeline.models.patterns import freeze, frozen_norms
 from pipeline.models.stages import stages
 
 
@@ -22,18 +25,35 @@ class ModelSpec(NamedTuple):
     """Pairs (stage name, module path) of the recipe, in addition to the known stages."""
     taps: frozenset[str]
     """Names of the taps that the losses read."""
+    arguments_json: str = "{}"
+    """More keyword arguments of the factory, as JSON."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of the parameters that do not train."""
     size: int | None = None
     """Side in pixels to which its images are resized; None for those of the batch as they are."""
     headless: bool = False
     """Whether the network has no head; its logits are then [B, 0]."""
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of the factory, besides the number of classes."""
+        return json.loads(self.arguments_json)
+
     def build(self, num_classes: int) -> FeatureTaps:
         """Return the network with its taps, freshly initialised."""
-        with error_context(f"{self.key}.model"):
-            model = create_model(self.model, num_classes)
+        try:
+            with error_context(f"{self.key}.model"):
+                model = create_model(self.model, num_classes, self.arguments)
+        except RecipeError as error:
+            if isinstance(error.__cause__, ArgumentError):
+                raise RecipeError(f"{self.key}.arguments: {error.__cause__}") from error
+            raise
+        with error_context(f"{self.key}.freeze"):
+            freeze(model, self.frozen)
         with error_context(f"{self.key}.stages"):
             known = stages(model) | dict(self.stages)
-            return FeatureTaps(model, without_head(model, known) if self.headless else known, self.taps)
+            known = without_head(model, known) if self.headless else known
+            return FeatureTaps(model, known, self.taps, frozen_norms(model, self.frozen))
 
     def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""

@@ -95,7 +95,8 @@ def _build(
 
 def _prepare(recipe: Recipe, accelerator: Accelerator, unwrapped: Distiller) -> tuple[nn.Module, Any]:
     """Return the Distiller in its wrapper for training, and its optimizer."""
-    distiller, optimizer = accelerator.prepare(unwrapped, create_optimizer(recipe.optimizer, unwrapped))
+    optimizer = create_optimizer(recipe.optimizer, unwrapped, unwrapped.student.model)
+    distiller, optimizer = accelerator.prepare(unwrapped, optimizer)
     if recipe.compress:
         compressed = unwrapped.losses if recipe.compress == "auxiliary" else unwrapped
         collectives.compress_gradients(distiller, compressed.parameters())

@@ -80,7 +80,8 @@ class SharedParts:
 
 def _teacher_key(run: Run) -> str:
     """Return what a teacher's outputs depend on, besides its taps: networks, images, and views of a cache."""
-    student = [run.identity["student"][key] for key in ("model", "stages")]  # where a teacher leaves them out
+    # Where a teacher leaves them out.
+    student = [run.identity["student"].get(key) for key in ("model", "stages", "arguments")]
     return json.dumps([run.identity["teacher"], run.identity["data"], student, run.recipe.epochs], sort_keys=True)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from pipeline.builders.model_spec import ModelSpec
-from pipeline.config.recipe import Recipe, StartConfig, StudentConfig
-from pipeline.data.config import Config as Data
+from pipeline.config.recipe import Recipe, StudentConfig
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.published import published_normalization
-from pipeline.models.weights import load_weights
+from pipeline.models.weights import head_tensors, load_weights
 from pipeline.models.weights_file import is_file
 from pipeline.runs.dependencies import finished
 from pipeline.runs.files import STUDENT, check_student
@@ -23,7 +23,8 @@ from pipeline.runs.identity import Run
 
 def student_spec(config: StudentConfig, taps: frozenset[str]) -> ModelSpec:
     """Return the specification of the student with those taps."""
-    return ModelSpec("student", config.model, frozenset((config.stages or {}).items()), taps)
+    stages, arguments = frozenset((config.stages or {}).items()), json.dumps(config.arguments or {}, sort_keys=True)
+    return ModelSpec("student", config.model, stages, taps, arguments, config.freeze)
 
 
 def build_student(
@@ -44,16 +45,26 @@ def weights_layout(recipe: Recipe, launch: Launch) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def load_start(start: StartConfig, run: Run | None, student: FeatureTaps, model: str, data: Data) -> None:
-    """Load the initial weights of the student: a file, published weights, or the last weights of a finished ``run``."""
-    weights = start.weights or str(finished(run).folder / STUDENT)
+def load_start(run: Run, student: FeatureTaps) -> None:
+    """Load the initial weights of the run's student, if ``student.start`` names some.
+
+    They are those of a file, published weights, or the last weights of a finished run.
+    """
+    config, data = run.recipe.student, run.recipe.data
+    start, model, arguments = config.start, config.model, config.arguments
+    if start is None:
+        return
+    weights = start.weights or str(finished(run.start).folder / STUDENT)
     expected = None if is_file(weights) else published_normalization(model, weights)
     if expected is not None and expected != (data.mean, data.std):
         overrides = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
         print_note("student.start", f"{weights} of {model} was trained with another mean and std; set {overrides}")
     with error_context("student.start"):
         check_student(Path(weights))
-        print_note("student.start", load_weights(student.model, weights, model, start.weights_key))
+        classes, new = run.manifest.num_classes, start.head == "new"
+        head = head_tensors(model, classes, arguments) if new else frozenset[str]()
+        note = load_weights(student.model, weights, model, start.weights_key, arguments=arguments, left_out=head)
+    print_note("student.start", note)
 
 
 def print_note(key: str, note: str) -> None:

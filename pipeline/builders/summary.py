@@ -16,6 +16,7 @@ from pipeline.distiller import Distiller
 from pipeline.errors import error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
+from pipeline.models.patterns import rate_multipliers
 from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
 
@@ -96,6 +97,8 @@ def summarize(loaded: LoadedRecipe) -> Report:
     """
     recipe = loaded.recipe
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
+    with error_context("optimizer.rates"):
+        rate_multipliers(built.student[1].model, recipe.optimizer.rates)  # for its errors
     losses = _try_losses(recipe, built.facts)
     # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
     labels = built.facts.labels_by_id

@@ -48,7 +48,7 @@ def build_teacher(run: Run, device: torch.device, taps: frozenset[str] = frozens
         with error_context("teacher.cache"):
             return _build_cached(run, config, Cache(Path(config.cache)), device)
     if config.average is not None:
-        spec = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher")
+        spec = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher", frozen=())
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
         network = spec.build(run.manifest.num_classes)
@@ -88,8 +88,9 @@ def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
         model = source.model or recipe.student.model
         stages = network.stages or (source if source.model else recipe.student).stages or {}
         taps = frozenset[str]() if found else recipe.taps.teacher
-        pairs = frozenset(stages.items())
-        found.append(ModelSpec(key, model, pairs, taps, size=network.size, headless=network.head is not None))
+        arguments = json.dumps((source if source.model else recipe.student).arguments or {}, sort_keys=True)
+        spec = ModelSpec(key, model, frozenset(stages.items()), taps, arguments)
+        found.append(spec._replace(size=network.size, headless=network.head is not None))
     return found
 
 
@@ -132,7 +133,8 @@ def _build_frozen(
     spec.probe(built, data.size)
     with error_context(f"{spec.key}.weights"):
         check_student(Path(network.weights))
-        note = load_weights(built.model, network.weights, spec.model, network.config.weights_key)
+        key = network.config.weights_key
+        note = load_weights(built.model, network.weights, spec.model, key, arguments=spec.arguments)
     print_note(f"{spec.key}.weights", note)
     given = Normalization(data.mean, data.std)
     if not is_file(network.weights) and network.expected != given:
@@ -212,18 +214,20 @@ def provenance(run: Run, config: Config, device: torch.device, *, published: boo
 def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, published: bool) -> dict[str, Any]:
     """Return the facts about one network for ``provenance``."""
     (spec, config, _, weights, expected) = network
-    readable = Path(weights).is_file() if is_file(weights) else published
-    headless = dict(spec.stages) if spec.headless else None
+    readable, key = Path(weights).is_file() if is_file(weights) else published, config.weights_key
+    built = {"arguments": spec.arguments, "headless": dict(spec.stages) if spec.headless else None}
+    sha256 = weights_sha256(weights, spec.model, classes, key, **built) if readable else None
     if is_file(weights) and not readable and collectives.is_main():
         print(f"note: {spec.key}.weights: {weights} is missing, so the cache is not checked against these weights")
     return {
-        # Only if set, so that caches written before this option existed still match.
+        # Only if set, so that caches written before these options existed still match.
         **({"compile": True} if config.compile else {}),
         **({"size": config.size} if config.size else {}),
         **({"head": config.head} if config.head else {}),
+        **({"arguments": spec.arguments} if spec.arguments else {}),
         "model": spec.model,
         "stages": dict(spec.stages),
-        "weights": weights_sha256(weights, spec.model, classes, config.weights_key, headless) if readable else None,
+        "weights": sha256,
         "published": None if is_file(weights) else weights,
         "dtype": str(config.torch_dtype(device)).removeprefix("torch."),
         "fold": config.fold,

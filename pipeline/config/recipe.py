@@ -24,6 +24,7 @@ from pipeline.errors import RecipeError, display_path
 from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Taps
 from pipeline.losses._registry import Losses
+from pipeline.models.arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
 from pipeline.optim.schedule import Schedule
@@ -38,6 +39,8 @@ class StartConfig(RunReference):
     """Weights file that the student starts from."""
     weights_key: str | None = None
     """Key of the weights in a file that has several, such as ``model_ema``; default: the raw weights."""
+    head: Literal["keep", "new"] = "keep"
+    """``new``: the classifier keeps its random initialisation, so the weights may be of other classes."""
 
     @model_validator(mode="after")
     def _one_source(self) -> StartConfig:
@@ -53,6 +56,10 @@ class StudentConfig(FrozenModel):
     """Name of a network (``timm/<name>`` for timm's), or of your own factory: ``package.module:factory``."""
     stages: dict[str, str] | None = None
     """Module path by canonical stage name, for a network whose stages the project does not know."""
+    arguments: Arguments = None
+    """More keyword arguments of the network's factory, such as ``{drop_path_rate: 0.1, img_size: 32}`` of timm's."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that do not train, such as ``[conv1, "layer1.*"]``; their BatchNorms stay as they are."""
     start: StartConfig | None = None
     """Initial weights; null is a random initialisation by ``seed``."""
     compile: bool = False

@@ -127,6 +127,8 @@ def _resolved(node: Node, definitions: Node) -> Node:
     for key in ("items", "additionalProperties"):
         if isinstance(node.get(key), dict):
             node[key] = _resolved(node[key], definitions)
+    if node.get("additionalProperties") is True:  # a mapping of any values
+        return node
     if is_losses(node.get("additionalProperties") or {}):
         return {**LOSSES, "type": "object", "description": node.get("description", "")}
     if "properties" in node:

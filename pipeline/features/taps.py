@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,16 @@ class FeatureTaps(nn.Module):
     names of every stage. ``cam`` is the class activation map.
 
     Maps are returned as [B, C, H, W], whatever layout the network uses. The plain network, whose state dict is the one
-    to export, is ``.model``. Raises ValueError if a stage or its module does not exist.
+    to export, is ``.model``. The modules at the paths ``frozen`` stay in evaluation mode. Raises ValueError if a stage
+    or its module does not exist.
     """
 
-    def __init__(self, model: nn.Module, stages: Mapping[str, str], wanted: Iterable[str]) -> None:
+    def __init__(
+        self, model: nn.Module, stages: Mapping[str, str], wanted: Iterable[str], frozen: Iterable[str] = ()
+    ) -> None:
         super().__init__()
         self.model = model
+        self.frozen = tuple(frozen)
         self.stages = dict(stages)
         self.wanted = sorted({name for want in wanted for name in deep_stages(stages, want)})
         needed = {"map" if name == CAM else name for name in self.wanted}
@@ -84,6 +88,13 @@ class FeatureTaps(nn.Module):
         for module in model.modules() if self.paths else ():
             if getattr(module, "inplace", False):
                 module.register_forward_pre_hook(self._protect_captured)
+
+    def train(self, mode: bool = True) -> Self:
+        """Put all modules in training mode, but those in ``frozen``; or all in evaluation mode."""
+        super().train(mode)
+        for path in self.frozen:
+            self.model.get_submodule(path).eval()
+        return self
 
     def forward(self, images_BCHW: Tensor) -> Outputs:
         """Return the logits and the wanted features; nothing is kept between calls.

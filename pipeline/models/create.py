@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from inspect import signature
+from functools import cache
+from inspect import Parameter, signature
+from typing import Any
 
+import torch
 import torchvision.models
 from torch import nn
 
@@ -18,6 +22,7 @@ from pipeline.models import (
     cifar_wrn,
     mobilenet_v1,
 )
+from pipeline.models.arguments import check_arguments, failed
 from pipeline.models.from_timm import PREFIX, create_timm_model
 
 PROJECT_MODELS = {
@@ -33,6 +38,8 @@ PROJECT_MODELS = {
 
 AUXILIARY = ("googlenet", "inception_v3")
 """Torchvision's networks that return several tensors in training mode, unless ``aux_logits`` is False."""
+UNNAMED = ("width_mult", "reduced_tail", "dilated")
+"""Arguments of torchvision's MobileNetV3 that no signature of it names."""
 
 
 def known_models() -> list[str]:
@@ -40,21 +47,22 @@ def known_models() -> list[str]:
     return [*torchvision.models.list_models(torchvision.models), *PROJECT_MODELS]
 
 
-def create_model(name: str, num_classes: int) -> nn.Module:
+def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
-    ``factory(num_classes=…)``. Raises ValueError if there is no such network.
+    ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory. Raises ValueError if there is
+    no such network, and ArgumentError if it cannot be built with these arguments.
     """
+    given = dict(arguments or {})
     if name.startswith(PREFIX):
-        return create_timm_model(name, num_classes)
+        return create_timm_model(name, num_classes, given)
     if ":" in name:
-        return _from_factory(name, num_classes)
+        return _from_factory(name, num_classes, given)
     if name in PROJECT_MODELS:
-        return PROJECT_MODELS[name](num_classes)
+        return _from_project(name, num_classes, given)
     if name in known_models():
-        plain = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **plain)
+        return _from_torchvision(name, num_classes, given)
     near = get_close_matches(name, known_models(), n=3)
     hint = (
         f"did you mean {' or '.join(near)}?"
@@ -64,7 +72,36 @@ def create_model(name: str, num_classes: int) -> nn.Module:
     raise ValueError(f"there is no model {name!r}; {hint}")
 
 
-def _from_factory(path: str, num_classes: int) -> nn.Module:
+def _from_project(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    if not arguments:
+        return PROJECT_MODELS[name](num_classes)
+    check_arguments(name, arguments, [PROJECT_MODELS[name]])
+    try:
+        return PROJECT_MODELS[name](num_classes, **arguments)
+    except Exception as error:  # a value of another type or out of range may raise nearly any error
+        raise failed(name, arguments, error) from error
+
+
+def _from_torchvision(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    plain = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+    if not arguments:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **plain)
+    # A builder passes what it does not name on to the network's class.
+    builder, more = torchvision.models.get_model_builder(name), UNNAMED if name.startswith("mobilenet_v3") else ()
+    check_arguments(name, arguments, [builder, _torchvision_class(name)], more)
+    try:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **{**plain, **arguments})
+    except Exception as error:  # as above
+        raise failed(name, arguments, error) from error
+
+
+@cache
+def _torchvision_class(name: str) -> type[nn.Module]:
+    with torch.device("meta"), torch.random.fork_rng():
+        return type(_from_torchvision(name, 2, {}))
+
+
+def _from_factory(path: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     module_name, _, factory_name = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
@@ -72,13 +109,20 @@ def _from_factory(path: str, num_classes: int) -> nn.Module:
         raise ValueError(f"no model factory at {path!r}: {error}") from error
     # Only the arguments are checked here. A TypeError from inside the factory is a bug of the user's and stays as it
     # is.
+    if arguments and callable(factory) and not _takes_any(factory):
+        check_arguments(repr(path), arguments, [factory])
     try:
-        signature(factory).bind(num_classes=num_classes)
+        signature(factory).bind(num_classes=num_classes, **arguments)
     except TypeError as error:
         raise ValueError(
             f"{path!r} is called as {factory_name}(num_classes={num_classes}), which fails: {error}"
         ) from error
-    model = factory(num_classes=num_classes)
+    model = factory(num_classes=num_classes, **arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{path!r} returned a {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _takes_any(factory: Callable[..., Any]) -> bool:
+    """Return whether the factory has ``**kwargs``."""
+    return any(each.kind == Parameter.VAR_KEYWORD for each in signature(factory).parameters.values())

@@ -48,12 +48,22 @@ class Fitted(NamedTuple):
     """Weights that were chosen or left out, as one line; empty if there was no choice."""
 
 
-def fit_state(content: Any, model: nn.Module, source: str, name: str, key: str | None = None) -> Fitted:
+def fit_state(
+    content: Any,
+    model: nn.Module,
+    source: str,
+    name: str,
+    key: str | None = None,
+    left_out: frozenset[str] = frozenset(),
+    arguments: Mapping[str, Any] | None = None,
+) -> Fitted:
     """Return the weights of ``model`` that are found in ``content``; the model itself is not changed.
 
     They may be anywhere in it, under a common prefix, and under the names of well-known code. If several fit, such as
     raw and averaged weights, ``key`` selects one of them. Without ``key`` the raw weights are taken, and the note names
-    the others. Raises ValueError, in one line, for weights of another architecture.
+    the others. The network's tensors in ``left_out`` may have any shape or be missing, and are not in the result.
+    ``arguments`` are those that the network was built with. Raises ValueError, in one line, for weights of another
+    architecture.
     """
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     everything = found = list(_candidates(content, model, wanted))
@@ -65,13 +75,17 @@ def fit_state(content: Any, model: nn.Module, source: str, name: str, key: str |
         keys = dict.fromkeys(candidate.key for candidate in everything if candidate.key)
         known = ", ".join(keys) or "no keys, remove weights_key"
         raise ValueError(f"{source}: holds no weights under weights_key {key!r}; it has {known}")
-    fitting = [candidate for candidate in found if not _misfits(candidate.state, wanted)]
+    wanted = _without(wanted, left_out)
+    fitting = [candidate._replace(state=_without(candidate.state, left_out)) for candidate in found]
+    fitting = [candidate for candidate in fitting if not _misfits(candidate.state, wanted)]
     if not fitting:
         # Only the candidate with most of the names, and of those the smallest, is worth converting or reporting.
         nearest = max(found, key=lambda candidate: (len(candidate.state.keys() & wanted.keys()), -len(candidate.state)))
-        state = _loaded_by_model(model, nearest.state) or _loaded_by_timm(model, nearest.state, name)
+        state = _loaded_by_model(model, nearest.state, left_out)
+        state = state or _loaded_by_timm(model, nearest.state, name, left_out, arguments)
         if state is None:
-            raise ValueError(_mismatch_message(nearest.state, wanted, source, name))
+            message = _mismatch_message(_without(nearest.state, left_out), wanted, source, name, bool(left_out))
+            raise ValueError(message)
         fitting = [nearest._replace(state=state)]
     return _choose(fitting, source, key)
 
@@ -118,39 +132,54 @@ def _needless(name: str, wanted: Mapping[str, Tensor]) -> bool:
     return name not in wanted and (name.startswith(TRAINING_ONLY) or last in PROFILER_COUNTERS)
 
 
+def _without(state: Mapping[str, Tensor], left_out: frozenset[str]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name not in left_out}
+
+
 def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     """Return whether tensors are missing, unexpected or of another shape."""
     missing = any(name not in state and not name.endswith(COUNTER) for name in wanted)
     return missing or any(name not in wanted or value.shape != wanted[name].shape for name, value in state.items())
 
 
-def _loaded_by_model(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def _loaded_by_model(
+    model: nn.Module, state: Mapping[str, Tensor], left_out: frozenset[str]
+) -> dict[str, Tensor] | None:
     """Return a state dict of an older version, converted by the network's own loading; None if it does not fit."""
     try:
         # A copy on the meta device: it takes the file's tensors by ``assign``, without memory for weights of its own.
         empty = copy.deepcopy(model).to("meta")
-        result = empty.load_state_dict(dict(state), strict=False, assign=True)
+        result = empty.load_state_dict(_without(state, left_out), strict=False, assign=True)
     except Exception:  # tensors of another shape, and any error of a network's own loading
         return None
-    if result.unexpected_keys or any(not name.endswith(COUNTER) for name in result.missing_keys):
+    missing = [name for name in result.missing_keys if not name.endswith(COUNTER) and name not in left_out]
+    if result.unexpected_keys or missing:
         return None
     loaded = {name: value for name, value in empty.state_dict().items() if isinstance(value, Tensor)}
-    # What is still on the meta device was not in the file: batch counters.
+    # What is still on the meta device was not in the file: batch counters, and what is left out.
     return {name: value for name, value in loaded.items() if not value.is_meta}
 
 
-def _loaded_by_timm(model: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
+def _loaded_by_timm(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    name: str,
+    left_out: frozenset[str],
+    arguments: Mapping[str, Any] | None,
+) -> dict[str, Tensor] | None:
     """Return a state dict, converted by timm's filter for the network; None if it does not fit."""
     if not name.startswith(PREFIX):
         return None
     wanted, classes = model.state_dict(), 0 if head_prefixes(model) else int(getattr(model, "num_classes", 0))
+    if left_out:  # the file's classes are those of its head, the last tensor
+        classes = next((len(value) for value in reversed(list(state.values())) if value.ndim), classes)
     try:
         # timm initialises a network before it loads the weights; the caller's random state must not change by that.
         with torch.random.fork_rng(), torch.device("cpu"):
-            found = converted_by_timm(name, classes, state)
+            found = _without(converted_by_timm(name, classes, state, arguments), left_out)
     except Exception:  # for a state dict that it does not know, a filter may raise nearly any error
         return None
-    return None if _misfits(dict(found), wanted) else dict(found)
+    return None if _misfits(found, _without(wanted, left_out)) else found
 
 
 def _choose(fitting: list[Candidate], source: str, key: str | None) -> Fitted:
@@ -188,17 +217,20 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _mismatch_message(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, name: str) -> str:
+def _mismatch_message(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str, name: str, new_head: bool
+) -> str:
     """Return a message, in one line, with the keys and shapes in which weights differ from the network."""
     missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     head = list(wanted)[-1].rpartition(".")[0]
     other_rows = all(key.startswith(f"{head}.") and _differ_in_rows(state[key], wanted[key]) for key in reshaped)
-    if reshaped and other_rows and not (missing or unexpected):
+    if reshaped and other_rows and not (missing or unexpected or new_head):
         # Only the head has other rows: it has another number of classes, and the shards set that of the network.
         found, expected = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
-        return f"{source}: the weights have {found} classes, the network and the shards have {expected}"
+        advice = "a student starts from them under a new classifier with student.start.head=new"
+        return f"{source}: the weights have {found} classes, the network and the shards have {expected}; {advice}"
     problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
     problems += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []
     if reshaped:

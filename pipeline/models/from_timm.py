@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline.models.arguments import failed
 from pipeline.models.families import Paths, quarters, stage_entry
 
 PREFIX = "timm/"
@@ -22,22 +23,26 @@ NORMED = ("EfficientNet", "MobileNetV3", "DenseNet")
 """timm's networks whose stages end in a BatchNorm with an activation of its own, or linearly."""
 
 
-def create_timm_model(name: str, num_classes: int) -> nn.Module:
+def create_timm_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return timm's network of this name, which may include a tag, freshly initialised.
 
-    Raises ValueError if timm has no such network or is not installed.
+    Raises ValueError if timm has no such network or is not installed, and ArgumentError if it refuses ``arguments``.
     """
     timm = _timm(name)
     short = name.removeprefix(PREFIX)
     try:
-        return timm.create_model(short, num_classes=num_classes)
-    except RuntimeError as error:
+        return timm.create_model(short, num_classes=num_classes, **(arguments or {}))
+    except Exception as error:
+        if arguments and timm.is_model(short):  # the arguments of a network may raise nearly any error
+            raise failed(name, arguments, error) from error
+        if not isinstance(error, RuntimeError):
+            raise
         near = get_close_matches(short, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(PREFIX + other for other in near)}?" if near else ""
         raise ValueError(f"there is no model {name!r}: {error}{hint}") from error
 
 
-def timm_weights(name: str, tag: str) -> Mapping[str, Tensor]:
+def timm_weights(name: str, tag: str, arguments: Mapping[str, Any] | None = None) -> Mapping[str, Tensor]:
     """Return timm's published weights of a network; the tag ``pretrained`` selects its default ones.
 
     Raises ValueError if there are no such weights or they cannot be loaded.
@@ -45,13 +50,15 @@ def timm_weights(name: str, tag: str) -> Mapping[str, Tensor]:
     timm = _timm(name)
     try:
         # Without ``num_classes``: if it differed from the weights', timm would replace their head by a random one.
-        return timm.create_model(_tagged(name, tag), pretrained=True).state_dict()
+        return timm.create_model(_tagged(name, tag), pretrained=True, **(arguments or {})).state_dict()
     except Exception as error:  # the network, its hub and its file formats raise nearly anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{tag} of {name}: no weights ({reason}); give a file") from error
 
 
-def converted_by_timm(name: str, num_classes: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def converted_by_timm(
+    name: str, num_classes: int, state: Mapping[str, Tensor], arguments: Mapping[str, Any] | None = None
+) -> Mapping[str, Tensor]:
     """Return a state dict, converted by timm from an older one of its own or from the authors' code.
 
     Raises RuntimeError if a tensor is missing, unexpected or of another shape. For a state dict that timm does not know
@@ -61,8 +68,8 @@ def converted_by_timm(name: str, num_classes: int, state: Mapping[str, Tensor]) 
     # of classes in the configuration, timm leaves the head unchanged.
     overlay = {"state_dict": dict(state), "num_classes": num_classes, "label_offset": 0, "custom_load": False}
     short = name.removeprefix(PREFIX)
-    model = _timm(name).create_model(short, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
-    return model.state_dict()
+    keys = {"num_classes": num_classes, "pretrained": True, "pretrained_cfg_overlay": overlay, **(arguments or {})}
+    return _timm(name).create_model(short, **keys).state_dict()
 
 
 def timm_normalization(name: str, tag: str) -> Any:

@@ -26,13 +26,14 @@ class Published(NamedTuple):
     std: _Triple
 
 
-def published_weights(name: str, weights: str) -> Mapping[str, Tensor]:
+def published_weights(name: str, weights: str, arguments: Mapping[str, Any] | None = None) -> Mapping[str, Tensor]:
     """Return the published weights ``weights`` for the network ``name``, from the hub's cache folder or by download.
 
-    Raises ValueError, in one line, if there are no such weights or they cannot be loaded.
+    timm fits some weights to ``arguments`` of the network, such as another size of the images. Raises ValueError, in
+    one line, if there are no such weights or they cannot be loaded.
     """
     if name.startswith(PREFIX):
-        return timm_weights(name, weights)
+        return timm_weights(name, weights, arguments)
     url = _torchvision(name, weights).url
     try:
         return load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)

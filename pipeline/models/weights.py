@@ -22,61 +22,101 @@ from pipeline.models.stages import stages
 from pipeline.models.weights_file import is_file, read_file
 
 
-def load_weights(model: nn.Module, source: str, name: str, key: str | None = None) -> str:
+def load_weights(
+    model: nn.Module,
+    source: str,
+    name: str,
+    key: str | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    left_out: frozenset[str] = frozenset(),
+) -> str:
     """Load ``source`` into ``model``: a file (see ``is_file``), or published weights of the network ``name``.
 
     Torchvision's weights have names such as IMAGENET1K_V1; timm's are given by a tag or ``pretrained``. If a file holds
-    several weights that fit, ``key`` selects among them. ``fit_state`` explains how weights are found in a file.
+    several weights that fit, ``key`` selects among them. ``fit_state`` explains how weights are found in a file. The
+    model was built with ``arguments``. It keeps its own tensors for the names in ``left_out``, such as those of
+    ``head_tensors``.
 
     Returns a line about weights that were chosen or left out, or "". Raises ValueError or FileNotFoundError if the
     weights cannot be read, are of another architecture, or contain invalid values. The model is then unchanged.
     """
-    state, note = _read_fitted(model, source, name, key)
+    state, note = _read_fitted(model, source, name, key, left_out, arguments)
     # An update of the network's own state dict, which also has its modules' versions (``_metadata``): the tensors
     # already have the current names and shapes. It also has batch counters, which old weights lack.
     updated = model.state_dict()
     updated.update(state)
     model.load_state_dict(updated, strict=True)
-    return note
+    kept = ", ".join(tensor for tensor in updated if tensor in left_out)
+    kept = f"{kept} are not read from {source} and keep their random initialisation" if kept else ""
+    return "; ".join(filter(None, (note, kept)))
+
+
+def head_tensors(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> frozenset[str]:
+    """Return the names of the classifier's tensors, those whose shape depends on the number of classes.
+
+    Raises ValueError for a network without such tensors.
+    """
+    ours, other = (_meta_model(name, count, arguments).state_dict() for count in (num_classes, num_classes + 1))
+    found = frozenset(key for key, value in ours.items() if key not in other or value.shape != other[key].shape)
+    if not found:
+        raise ValueError(f"no tensor of {name} depends on the number of classes, so it has no classifier; remove head")
+    return found
 
 
 def weights_sha256(
-    source: str, name: str, num_classes: int, key: str | None = None, headless: Mapping[str, str] | None = None
+    source: str,
+    name: str,
+    num_classes: int,
+    key: str | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    new_head: bool = False,
+    headless: Mapping[str, str] | None = None,
 ) -> str:
     """Return the sha256 of the network's tensors, which does not depend on the file's format or other contents.
 
-    ``headless`` are the recipe's stages of a network without its head; None is the complete network. The digest of a
-    file is remembered until the file changes.
+    With ``new_head``, the classifier's tensors are left out. ``headless`` are the recipe's stages of a network without
+    its head; None is the complete network. The digest of a file is remembered until the file changes.
     """
 
     def digest() -> str:
-        model = _meta_model(name, num_classes)
+        left_out = head_tensors(name, num_classes, arguments) if new_head else frozenset[str]()
+        model = _meta_model(name, num_classes, arguments)
         if headless is not None:
             without_head(model, stages(model) | dict(headless))
-        return _sha256(_read_fitted(model, source, name, key).state)
+        return _sha256(_read_fitted(model, source, name, key, left_out, arguments).state)
 
-    arguments = [name, num_classes, key, *([] if headless is None else [sorted(headless.items())])]
-    return memoized_by_file(Path(source), arguments, digest) if is_file(source) else digest()
+    options: list[Any] = [*(["new head"] if new_head else []), *([dict(arguments)] if arguments else [])]
+    options += [] if headless is None else [sorted(headless.items())]
+    return memoized_by_file(Path(source), [name, num_classes, key, *options], digest) if is_file(source) else digest()
 
 
-def _read_fitted(model: nn.Module, source: str, name: str, key: str | None) -> Fitted:
+def _read_fitted(
+    model: nn.Module,
+    source: str,
+    name: str,
+    key: str | None,
+    left_out: frozenset[str],
+    arguments: Mapping[str, Any] | None,
+) -> Fitted:
     """Return the weights of ``model`` from ``source``, with their values checked."""
-    content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source)
-    fitted = fit_state(content, model, source, name, key)
+    content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source, arguments)
+    fitted = fit_state(content, model, source, name, key, left_out, arguments)
     check_finite(fitted.state, model, source)
     return fitted
 
 
-def _meta_model(name: str, num_classes: int) -> nn.Module:
+def _meta_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return the network, of which only names and shapes are needed, on the meta device if it can be built there."""
     with torch.random.fork_rng():
         try:
             with torch.device("meta"):
-                return create_model(name, num_classes)
+                return create_model(name, num_classes, arguments)
         except Exception:
             # Some networks compute with numbers while they are built, which meta tensors do not have. Any other error
             # is raised again here.
-            return create_model(name, num_classes)
+            return create_model(name, num_classes, arguments)
 
 
 def _sha256(state: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +10,10 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from pipeline.frozen_model import FrozenModel
+from pipeline.models.patterns import rate_multipliers
+
+MULTIPLIER = "multiplier"
+"""Key of a parameter group with the multiplier of its learning rate; a group without it has 1."""
 
 
 class Config(FrozenModel):
@@ -25,6 +29,8 @@ class Config(FrozenModel):
     """Factor of the L2 penalty on the parameters."""
     decay_norms_and_biases: bool = True
     """Whether weight decay also applies to biases and to the parameters of normalisation layers."""
+    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Multiplier of the learning rate by pattern of the student's parameters: ``{"fc.*": 10.0}``; others have 1."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Config:
@@ -33,18 +39,25 @@ class Config(FrozenModel):
         return self
 
 
-def create_optimizer(config: Config, module: nn.Module) -> torch.optim.SGD:
-    """Return SGD over every trainable parameter of ``module``.
+def create_optimizer(config: Config, module: nn.Module, student: nn.Module | None = None) -> torch.optim.SGD:
+    """Return SGD over every trainable parameter of ``module``, in groups of one rate and one weight decay.
 
+    ``student`` is the network in it whose parameters the patterns of ``config.rates`` are for.
     It is fused, because a fused step reads a ``found_inf`` flag on the device and skips the update where it is set.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     undecayed = undecayed_parameters(module)
     smallest_decayed = 0 if config.decay_norms_and_biases else 2  # dimensions: norms and biases have one
-    decays = [parameter.ndim >= smallest_decayed and parameter not in undecayed for parameter in parameters]
-    decayed = [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay]
-    not_decayed = [parameter for parameter, decay in zip(parameters, decays, strict=True) if not decay]
-    groups = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+    multipliers = rate_multipliers(module if student is None else student, config.rates)
+    groups: list[dict[str, Any]] = []
+    # That of most comes first; a run without ``rates`` has the groups that it always had.
+    for rate in sorted({1.0, *multipliers.values()}, key=lambda rate: (rate != 1.0, rate)):
+        same = [parameter for parameter in parameters if multipliers.get(parameter, 1.0) == rate]
+        decays = [parameter.ndim >= smallest_decayed and parameter not in undecayed for parameter in same]
+        decayed = [parameter for parameter, decay in zip(same, decays, strict=True) if decay]
+        not_decayed = [parameter for parameter, decay in zip(same, decays, strict=True) if not decay]
+        own = {} if rate == 1.0 else {MULTIPLIER: rate}
+        groups += [{"params": decayed, **own}, {"params": not_decayed, "weight_decay": 0.0, **own}]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=0.0,  # every step sets its own rate
@@ -72,23 +85,25 @@ def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Set the rate of this step in every parameter group, rounded to float32."""
+    """Set the rate of this step in every parameter group, times the group's multiplier, rounded to float32."""
     # A captured step needs the rate in a tensor, which the fused step reads in float32; a Python number is read in
     # float64. Without the rounding, a run with a CUDA graph and one without would differ.
-    rounded = np.float32(rate).item()
-    current = optimizer.param_groups[0]["lr"]
-    if isinstance(current, Tensor):  # one tensor, which all groups share
-        current.fill_(rounded)
-        return
+    filled: set[int] = set()
     for group in optimizer.param_groups:
-        group["lr"] = rounded
+        rounded, current = np.float32(rate * group.get(MULTIPLIER, 1.0)).item(), group["lr"]
+        if not isinstance(current, Tensor):
+            group["lr"] = rounded
+        elif id(current) not in filled:  # groups of one multiplier share a tensor
+            current.fill_(rounded)
+            filled.add(id(current))
 
 
 def move_learning_rate_to(device: torch.device, optimizer: Any) -> None:
-    """Replace the rate of all parameter groups by one tensor on the device, which a captured step reads."""
-    rate = torch.zeros((), dtype=torch.float32, device=device)
+    """Replace the rates of the parameter groups by tensors on the device, one a multiplier, for a captured step."""
+    rates: dict[float, Tensor] = {}
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        multiplier = group.get(MULTIPLIER, 1.0)
+        group["lr"] = rates.setdefault(multiplier, torch.zeros((), dtype=torch.float32, device=device))
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:

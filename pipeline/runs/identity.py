@@ -41,8 +41,13 @@ _OPTIONS = {
     "compress": None,
     "checkpoint": False,
     "weights_key": None,
-    "head": None,
+    "head": "keep",
+    "arguments": {},
+    "freeze": [],
+    "rates": {},
 }
+# Keys whose values are the user's own names, in which nothing is off.
+_VERBATIM = ("arguments", "rates")
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,8 @@ def _without_unused(tree: Any) -> Any:
     """Return the tree without options that are off, so that a new option does not change the identity of old runs."""
     if isinstance(tree, dict):
         unused = {key for key, off in _OPTIONS.items() if tree.get(key) in (None, off)}
-        return {key: _without_unused(value) for key, value in tree.items() if key not in unused}
+        kept = {key: value for key, value in tree.items() if key not in unused}
+        return {key: value if key in _VERBATIM else _without_unused(value) for key, value in kept.items()}
     return [_without_unused(value) for value in tree] if isinstance(tree, list) else tree
 
 

@@ -166,8 +166,9 @@ def _comparable(loaded: LoadedRecipe) -> dict[str, Any]:
 def _use_weights(ours: dict[str, Any], theirs: dict[str, Any], expected: LoadedRecipe) -> None:
     """Let the expected teacher come from a file, if the run's does, and the recipe says a run of the same network."""
     if ours["weights"] == _FILE and ours["model"] and theirs["recipe"] and not theirs["weights"]:
-        model = expected.teachers[0].recipe.student.model
-        theirs |= {"recipe": None, "method": None, "with": [], "model": model, "weights": _FILE}
+        student = expected.teachers[0].recipe.student
+        network = {"model": student.model, "arguments": student.arguments}
+        theirs |= {"recipe": None, "method": None, "with": [], "weights": _FILE, **network}
 
 
 def _teacher_digest(teacher: dict[str, Any]) -> str | None:

@@ -66,17 +66,22 @@ def name_by_content(
     begun = read_identity(folder)
     kept = _weights_keys(begun.values()) if begun else {}
     networks = [*_networks(recipe.teacher, sources)] if recipe.teacher else []
-    models = [network.model or (source and source.student.model) for network, source in networks]
+    named = [
+        recipe.student,
+        *(network if network.model or not source else source.student for network, source in networks),
+    ]
     headless = [None, *(removed_head(network, source) for network, source in networks)]
-    keys = _weights_keys(tree).items()
-    for (key, section), model, removed in zip(keys, [recipe.student.model, *models], headless, strict=True):
+    for (key, section), network, removed in zip(_weights_keys(tree).items(), named, headless, strict=True):
+        model, arguments = network.model, network.arguments
         weights, known = section.get("weights"), kept.get(key, {}).get("weights")
         # Published weights keep their name, and an old run its path.
         if not (weights and model and is_file(weights)) or (known and not known.startswith(CONTENT)):
             continue
         if Path(weights).is_file():
             with error_context(key):
-                found = weights_sha256(weights, model, classes, section["weights_key"], removed)
+                options = {"new_head": section.get("head") == "new", "headless": removed}
+                key_in_file = section["weights_key"]
+                found = weights_sha256(weights, model, classes, key_in_file, arguments=arguments, **options)
             # The digest is that of the weights which the key selects, so the key has no more meaning.
             section |= {"weights": CONTENT + found, "weights_key": None}
         elif known and weights == _weights_keys(read_yaml(folder / RECIPE) or {}).get(key, {}).get("weights"):

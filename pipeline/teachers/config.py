@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.data.config import Side
+from pipeline.models.arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.run_reference import RunReference
 
@@ -32,6 +33,8 @@ class TeacherNetwork(RunReference):
     """Module path by canonical stage name, for a network whose stages the project does not know."""
     head: Literal["none"] | None = None
     """``none``: the network's last layer is left out, for losses that read features only; its classes may differ."""
+    arguments: Arguments = None
+    """More keyword arguments of the network's factory; the network of a ``recipe`` has those of its run."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Precision of the network; ``auto`` is fp16 on a GPU and fp32 on a CPU.
 
@@ -60,6 +63,8 @@ class TeacherNetwork(RunReference):
         by_model = self.recipe is None and self.model is not None and self.weights is not None
         if not (by_recipe or by_model):
             raise ValueError("give either model and weights (a file, or a name such as IMAGENET1K_V1), or recipe")
+        if by_recipe and self.arguments:
+            raise ValueError("arguments are those of the run that recipe names; remove arguments")
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype in which the network computes on ``device``."""
@@ -103,7 +108,7 @@ class Config(TeacherNetwork):
         if self.cache is None and (self.fallback or self.accept):
             raise ValueError("fallback and accept need a cache; set cache to its folder")
         if kind is None:
-            if self.cache is None or self.uses_live_model or self.model or self.recipe:
+            if self.cache is None or self.uses_live_model or self.model or self.recipe or self.arguments:
                 self.check_source()
         elif kind == "members" and (self.combine is None or self.temperature is None):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")

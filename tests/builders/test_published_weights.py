@@ -128,10 +128,8 @@ def test_a_start_says_which_images_it_expects_and_the_words_that_give_them(
     start = ["student={model: resnet18, start: {weights: IMAGENET1K_V1}}", "losses={kd: null, ce: {}}"]
 
     def said(words: list[str]) -> str:
-        config = run_of(recipe, words).recipe
-        student = build_student(student_spec(config.student, frozenset()), 20, 0)
-        assert config.student.start is not None
-        load_start(config.student.start, None, student, "resnet18", config.data)
+        run = run_of(recipe, words)
+        load_start(run, build_student(student_spec(run.recipe.student, frozenset()), 20, 0))
         return capsys.readouterr().out
 
     told = said(start).partition("another mean and std; set ")[2].partition("\n")[0]

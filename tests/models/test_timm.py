@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import authors_names
 import pytest
 import torch
 from torch import Tensor, nn
@@ -250,19 +251,11 @@ def test_a_frozen_copy_keeps_the_activation_inside_its_batchnorms():
 # -- checkpoints under the names of a network's authors, or of an older timm ------------------------------------------
 
 
-def _authors_convnext(name: str) -> str:
-    name = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", name).replace(
-        "stem.", "downsample_layers.0."
-    )
-    name = re.sub(r"^(stages\.\d)\.blocks\.", r"\1.", name).replace("head.fc.", "head.").replace("head.norm.", "norm.")
-    return name.replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
-
-
 def _older_densenet(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name)
 
 
-OLDER = {"timm/convnext_atto": _authors_convnext, "timm/densenet121": _older_densenet}
+OLDER = {"timm/convnext_atto": authors_names.convnext, "timm/densenet121": _older_densenet}
 
 
 def older(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

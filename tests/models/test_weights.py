@@ -107,7 +107,8 @@ def test_another_architecture_is_told_by_its_keys_and_shapes(fresh: nn.Module, t
 def test_a_head_of_another_number_of_classes_is_told_as_such(fresh: nn.Module, tmp_path: Path):
     torch.save(create_model(NAME, 1000).state_dict(), tmp_path / "imagenet.pt")
     message = refusal(fresh, tmp_path / "imagenet.pt")
-    assert message.endswith("imagenet.pt: the weights have 1000 classes, the network and the shards have 10")
+    assert "imagenet.pt: the weights have 1000 classes, the network and the shards have 10; " in message
+    assert message.endswith("student.start.head=new")
 
 
 @pytest.mark.parametrize("shape", [(), (10, 1), (10, 64, 1)])

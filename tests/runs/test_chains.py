@@ -90,8 +90,7 @@ def test_a_students_first_stage_has_its_seed(run_train: Train, two_stages: Path,
     assert second.identity["student"]["start"]["recipe"] == first.fingerprint
     config = second.recipe.student
     student = build_student(student_spec(config, frozenset()), 20, seed=3)
-    assert config.start is not None
-    load_start(config.start, second.start, student, config.model, second.recipe.data)
+    load_start(second, student)
     weights = load_file(start / "student.safetensors")["fc.weight"]
     torch.testing.assert_close(student.model.get_parameter("fc.weight").detach(), weights)
 
