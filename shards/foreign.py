@@ -151,7 +151,7 @@ def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> 
     if type(value) is int:
         return value
     if not isinstance(value, str):
-        raise Unusable(f"no label: {key} of its json is {json.dumps(value)[:40]}, neither a number nor a name")
+        raise Unusable(f"no label: {key} of its json is {json.dumps(value)[:40]}, neither a whole number nor a name")
     return _parse_label(value.encode(errors="replace"), f"{key} of its json")
 
 
