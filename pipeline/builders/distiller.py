@@ -8,8 +8,8 @@ from pipeline.builders.student import build_student, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
+from pipeline.features.patterns import rate_multipliers
 from pipeline.losses._base import Facts
-from pipeline.models.patterns import rate_multipliers
 from pipeline.precision import AUTOCAST
 from pipeline.runs.identity import Run
 from pipeline.teachers.cached import AnyTeacher

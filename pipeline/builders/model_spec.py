@@ -6,11 +6,11 @@ import json
 from typing import Any, NamedTuple
 
 from pipeline.errors import RecipeError, error_context
+from pipeline.features.patterns import freeze, frozen_norms
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model
 from pipeline.models.arguments import ArgumentError
 from pipeline.models.headless import without_head
-from pipeline.models.patterns import freeze, frozen_norms
 from pipeline.models.stages import stages
 
 

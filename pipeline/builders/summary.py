@@ -14,9 +14,9 @@ from pipeline.config.source import RecipeSource
 from pipeline.config.tables import load_tables
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
+from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
-from pipeline.models.patterns import rate_multipliers
 from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
 

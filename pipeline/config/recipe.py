@@ -24,7 +24,7 @@ from pipeline.errors import RecipeError, display_path
 from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Taps
 from pipeline.losses._registry import Losses
-from pipeline.models.arguments import Arguments
+from pipeline.network_arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
 from pipeline.optim.schedule import Schedule

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
+from pipeline.features.patterns import rate_multipliers
 from pipeline.frozen_model import FrozenModel
-from pipeline.models.patterns import rate_multipliers
 
 MULTIPLIER = "multiplier"
 """Key of a parameter group with the multiplier of its learning rate; a group without it has 1."""

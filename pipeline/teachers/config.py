@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.data.config import Side
-from pipeline.models.arguments import Arguments
+from pipeline.network_arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.run_reference import RunReference
 

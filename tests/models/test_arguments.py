@@ -13,8 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from pipeline.models import create_model
-from pipeline.models.arguments import ArgumentError, Arguments
+from pipeline.models.arguments import ArgumentError
 from pipeline.models.weights import head_tensors, load_weights, weights_sha256
+from pipeline.network_arguments import Arguments
 
 
 def own_factory(num_classes: int, width: int, *, bias: bool = True) -> nn.Module:

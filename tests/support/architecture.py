@@ -17,7 +17,7 @@ ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "docto
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
-    {"batch", "errors", "frozen_model", "models", "nvjpeg"},
+    {"batch", "errors", "frozen_model", "models", "network_arguments", "nvjpeg"},
     {"distributed", "features", "precision", "run_reference"},
     {"data", "optim", "diffusion"},
     {"losses", "teachers", "plots"},
@@ -174,6 +174,7 @@ def unlisted_files_at_the_root(house: House) -> Iterator[str]:
         "batch",
         "errors",
         "frozen_model",
+        "network_arguments",
         "nvjpeg",
         "precision",
         "run_reference",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from pipeline.features.patterns import freeze, frozen_norms, matches, rate_multipliers
 from pipeline.models import create_model
-from pipeline.models.patterns import freeze, frozen_norms, matches, rate_multipliers
 
 
 def frozen(*patterns: str) -> set[str]:
