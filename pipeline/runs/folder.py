@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from pipeline.runs.files import (
     NEW_FOLDER_HINT,
     PREEMPTED,
     RECIPE,
+    STUDENT,
     VERSIONS_FILE,
     read_identity,
+    read_result,
     read_versions,
     write_json,
 )
@@ -42,8 +45,26 @@ def check_folder(run: Run, advice: str = NEW_FOLDER_HINT) -> None:
         )
     if differing:
         keys = ", ".join(differing)
+        if (
+            saved
+            and advice == NEW_FOLDER_HINT
+            and all(key == "epochs" or key.startswith("schedule.") for key in differing)
+        ):
+            advice = _advice_to_go_on(run, saved.values()["epochs"]) or advice
         raise RecipeError(f"{run.folder}: holds the run of another recipe (different {keys}); {advice}")
     read_versions(run.folder)  # for its error only
+
+
+def _advice_to_go_on(run: Run, epochs: int) -> str | None:
+    """Return how to train longer than a finished run of that many epochs; None if it is not finished or not shorter."""
+    start, further = run.recipe.student.start, run.recipe.epochs - epochs
+    if further <= 0 or read_result(run.folder) is None or not (run.folder / STUDENT).is_file():
+        return None
+    words = [f"student.start.weights={shlex.quote(str(run.folder / STUDENT))}"]
+    words += ["student.start.head=keep"] if start and start.head == "new" else []
+    words += [f"student.start.{key}=null" for key in ("recipe", "method") if start and getattr(start, key)]
+    words += [f"epochs={further}", "folder=ANOTHER"]
+    return f"its {epochs} epochs have ended, and more are a new run that starts from its weights: {' '.join(words)}"
 
 
 def open_folder(run: Run) -> None:
