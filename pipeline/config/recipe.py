@@ -156,9 +156,10 @@ class Recipe(FrozenModel):
     def _losses_need_no_removed_head(self) -> Recipe:
         readers = [name for name, spec in self.losses.items() if spec.loss.needs_teacher and spec.config.reads_head()]
         if readers and self.teacher and self.teacher.head:
+            own = ", or let reads_head of its Config return False" if ":" in readers[0] else ""
             raise ValueError(
                 f"the loss {readers[0]!r} reads what the teacher's head computes, but teacher.head is none; "
-                "remove the loss or the key"
+                f"remove the loss or the key{own}"
             )
         return self
 

@@ -26,9 +26,11 @@ def without_head(model: nn.Module, stages: Mapping[str, str]) -> dict[str, str]:
         )
     path = stages["logits"].partition(":")[0]
     try:
-        model.set_submodule(path, NoHead(), strict=True)
-    except (AttributeError, ValueError) as error:
+        model.get_submodule(path)
+    except AttributeError as error:
         raise ValueError(f"head: none: {type(model).__name__} has no module {path!r}: {error}") from error
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, NoHead())
     return {name: other for name, other in stages.items() if name != "logits"}
 
 

@@ -88,7 +88,8 @@ def weights_sha256(
         return _sha256(_read_fitted(model, source, name, key, left_out, arguments).state)
 
     options: list[Any] = [*(["new head"] if new_head else []), *([dict(arguments)] if arguments else [])]
-    options += [] if headless is None else [sorted(headless.items())]
+    # Lists and not pairs, because the remembered ones are compared after JSON.
+    options += [] if headless is None else [["head: none", *map(list, sorted(headless.items()))]]
     return memoized_by_file(Path(source), [name, num_classes, key, *options], digest) if is_file(source) else digest()
 
 

@@ -63,8 +63,13 @@ def test_it_teaches_the_same_as_with_a_head_of_any_classes(
         run_train(HEADLESS, "folder=other", "teacher.head=null")
 
 
-def test_its_cache_has_features_only_and_teaches_the_same(place: Path, run_cache: Command, run_train: Command):
+def test_its_cache_has_features_only_and_teaches_the_same(
+    place: Path, run_cache: Command, run_train: Command, capsys: pytest.CaptureFixture[str]
+):
+    run_cache("--dry-run", HEADLESS, "teacher.cache=cache")
+    assert "logits" not in capsys.readouterr().out
     run_cache(HEADLESS, "teacher.cache=cache")
+    run_cache("--verify", HEADLESS, "teacher.cache=cache")
     assert {file.name.split(".", 1)[1] for file in (place / "cache").glob("view-00.*.npy")} == {
         f"{kind}{ending}.npy"
         for kind in ("embedding", "stage1", "stage1.preact", "stage2", "stage2.preact", "stage3", "stage3.preact")
@@ -131,6 +136,16 @@ def test_a_loss_that_reads_logits_is_refused_before_anything_is_built(loss: str)
         RecipeError, match=rf"the loss '{loss}' reads what the teacher's head computes, but teacher.head "
     ):
         load_recipe(HEADLESS, [config])
+
+
+def test_a_loss_of_ones_own_may_say_that_it_reads_no_logits(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(place))
+    source = "from pipeline.losses import Loss\n\n\nclass Mine(Loss):\n    class Config(Loss.Config):\n        {}\n"
+    (place / "silent_loss.py").write_text(source.format("pass"))
+    (place / "saying_loss.py").write_text(source.format("def reads_head(self): return False"))
+    with pytest.raises(RecipeError, match="remove the loss or the key, or let reads_head of its Config return False"):
+        load_recipe(HEADLESS, ['losses={"silent_loss:Mine": {}}'])
+    assert "saying_loss:Mine" in load_recipe(HEADLESS, ['losses={"saying_loss:Mine": {}}']).recipe.losses
 
 
 @pytest.mark.usefixtures("place")

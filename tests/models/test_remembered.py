@@ -86,6 +86,15 @@ def test_a_file_is_read_once_for_as_long_as_it_stays_as_it_is(tmp_path: Path, re
     assert len(readings) == 1
 
 
+def test_the_digest_without_the_head_is_remembered_apart(tmp_path: Path, readings: list[Path]):
+    path = written(tmp_path / "w.pt")
+    whole = digest(path)
+    for _ in range(2):
+        assert weights_sha256(str(path), NAME, 10, headless={"logits": "fc"}) != whole
+    assert len(readings) == 2
+    assert digest(path) == whole
+
+
 def replaced(path: Path) -> None:
     """Other weights of the same size, with the time of the old ones."""
     times = path.stat()

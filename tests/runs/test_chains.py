@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from methods import losses_of
 from resolved import run_of
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from pipeline.config.recipe import load_recipe
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
 from pipeline.runs.dependencies import ensure_dependencies
+from pipeline.training.journal import trace
 
 Train = Callable[..., None]
 KD = {"ce": {}, "kd": {"temperature": 4.0}}
@@ -37,6 +39,20 @@ def chain(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def result_of(folder: Path, name: str) -> dict[str, object]:
     return json.loads((folder / "runs" / name / "result.json").read_text())
+
+
+def test_the_student_of_another_run_teaches_without_its_head(
+    run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(recipes)
+    own = {"teacher": {"recipe": "teacher.yaml", "head": "none"}, "losses": losses_of("at"), "epochs": 1}
+    (recipes / "at.yaml").write_text(yaml.safe_dump({"base": "ce.yaml", **own, "folder": "runs/at"}))
+    run_train("at.yaml")
+    assert "head: none leaves out fc.bias, fc.weight" in capsys.readouterr().out
+    run_train("at.yaml", "teacher.head=null", "folder=runs/whole")
+    assert trace(recipes / "runs/at/journal.jsonl") == trace(recipes / "runs/whole/journal.jsonl")
+    of_at, of_whole = (run_of(recipes / "at.yaml", words) for words in ((), ("teacher.head=null",)))
+    assert (of_at.identity["teacher"]["head"], "head" in of_whole.identity["teacher"]) == ("none", False)
 
 
 def test_a_chain_is_made_from_its_far_end_and_a_link_that_is_finished_asks_for_nothing(
