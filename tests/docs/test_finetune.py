@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from pipeline import evaluate, train
 from pipeline.builders.summary import summarize
 from pipeline.config.recipe import load_recipe
-from shards import prepare_imagenet
+from shards import prepare_folder
 
 PAGE = (ROOT / "docs" / "finetune.md").read_text()
 CLASSES = ["apple", "pear", "quince"]
 CUT = {"epochs": 1, "batch": 4, "checkpoints": {"every_epochs": 0}, "journal": {"trackers": []}}
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "shards/prepare_imagenet.py": prepare_imagenet.main,
+    "shards/prepare_folder.py": prepare_folder.main,
     "pipeline/train.py": train.main,
     "pipeline/evaluate.py": evaluate.main,
 }
