@@ -44,8 +44,10 @@ class StartConfig(RunReference):
 
     @model_validator(mode="after")
     def _one_source(self) -> StartConfig:
-        if (self.weights is None) == (self.recipe is None):
-            raise ValueError("give either weights (a file) or recipe (a run's student)")
+        if self.weights is not None and self.recipe is not None:
+            raise ValueError("both weights and recipe name the initial weights; set recipe: null, or remove weights")
+        if self.weights is None and self.recipe is None:
+            raise ValueError("give weights (a file) or recipe (a run's student)")
         return self
 
 

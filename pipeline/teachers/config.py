@@ -59,8 +59,10 @@ class TeacherNetwork(RunReference):
 
     def check_source(self) -> None:
         """Raise ValueError unless the network and its weights have exactly one source."""
-        by_recipe = self.recipe is not None and self.model is None
-        by_model = self.recipe is None and self.model is not None and self.weights is not None
+        if self.recipe is not None and self.model is not None:
+            raise ValueError("both model and recipe name the network; set recipe: null, or remove model")
+        by_recipe = self.recipe is not None
+        by_model = self.model is not None and self.weights is not None
         if not (by_recipe or by_model):
             raise ValueError("give either model and weights (a file, or a name such as IMAGENET1K_V1), or recipe")
         if by_recipe and self.arguments:

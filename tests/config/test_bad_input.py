@@ -98,6 +98,17 @@ def test_shards_whose_classes_are_not_the_teachers(run_train: Train, shards: Pat
     )
 
 
+def test_two_sources_of_one_network(run_train: Train):
+    words = ["teacher.model=cifar_resnet20", "teacher.weights=teacher.pt"]
+    assert "teacher: both model and recipe name the network; set recipe: null" in refused(
+        run_train, "ddkd.yaml", *words
+    )
+    message = refused(run_train, "ddkd.yaml", *words, "teacher.recipe=null")
+    assert "teacher.weights: teacher.pt: there is no such weights file" in message
+    start = "student.start={recipe: ce.yaml, weights: start.pt}"
+    assert "student.start: both weights and recipe name the initial weights" in refused(run_train, "ddkd.yaml", start)
+
+
 def test_half_precision_without_a_gpu(run_train: Train):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
