@@ -8,6 +8,7 @@ from pipeline.builders.student import build_student, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
+from pipeline.features.checkpointing import checkpoint_blocks
 from pipeline.features.patterns import rate_multipliers
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
@@ -36,6 +37,9 @@ def build_distiller(
         teacher_norms=teacher.norms if teacher else {},
         autocast=AUTOCAST[recipe.precision],
     )
+    if recipe.student.checkpoint:
+        with error_context("student.checkpoint"):
+            checkpoint_blocks(student.model)
     distiller = Distiller(student, recipe.losses, facts).to(device)
     if recipe.student.compile:
         # The method, not torch.compile(student): a wrapper would change the keys of the state dict.

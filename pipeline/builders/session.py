@@ -71,7 +71,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         checkpoints,
         journal,
         guard,
-        maybe_graph(step, recipe.graph, recipe.accumulation),
+        maybe_graph(step, recipe.graph, recipe.accumulation, recipe.student.checkpoint),
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
         parts.runs,
     )

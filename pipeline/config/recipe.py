@@ -66,6 +66,14 @@ class StudentConfig(FrozenModel):
     """Initial weights; null is a random initialisation by ``seed``."""
     compile: bool = False
     """True to use torch.compile: a minute or more at the start, faster steps, and different last bits."""
+    checkpoint: bool = False
+    """True to compute the inside of the network's blocks again in the backward: less memory, with equal numbers."""
+
+    @model_validator(mode="after")
+    def _compiled_or_checkpointed(self) -> StudentConfig:
+        if self.compile and self.checkpoint:
+            raise ValueError("compile and checkpoint cannot be combined; remove one of them")
+        return self
 
 
 class StopConfig(FrozenModel):

@@ -24,6 +24,7 @@ from shards.manifest import Manifest, read_manifest
 
 # Keys that a command may change and still continue the same run.
 _NOT_IDENTITY = ("folder", "stop", "journal", "checkpoints", "graph")
+_NOT_IDENTITY_STUDENT = ("checkpoint",)
 _NOT_IDENTITY_TEACHER = ("accept", "encode")
 _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch")
 # How a recipe names another run, whose fingerprint stands for it.
@@ -195,6 +196,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
         del tree[key]
     for key in _NOT_IDENTITY_DATA:
         del tree["data"][key]
+    for key in _NOT_IDENTITY_STUDENT:
+        del tree["student"][key]
     for key in _NOT_IDENTITY_TEACHER:
         (tree["teacher"] or {}).pop(key, None)
     tree["compare"] = []  # a table at the end changes no number

@@ -39,7 +39,9 @@ _ADVICE = "or give graph=false"
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, accelerate))
 
 
-def maybe_graph(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -> Step | GraphedStep:
+def maybe_graph(
+    step: Step, wanted: Literal["auto"] | bool, accumulation: int, checkpointed: bool = False
+) -> Step | GraphedStep:
     """Return the step, as a CUDA graph if that is wanted and possible; on a GPU, print the decision.
 
     Raises RecipeError if ``wanted`` is true and a graph is not possible.
@@ -48,7 +50,8 @@ def maybe_graph(step: Step, wanted: Literal["auto"] | bool, accumulation: int) -
     if wanted is False:
         reason: str | None = "graph=false"
     else:
-        reason = _obstacle(accelerator, accumulation)
+        # A checkpointed block reads the states of torch's generators, which a capture forbids.
+        reason = "student.checkpoint" if checkpointed else _obstacle(accelerator, accumulation)
         if wanted is True and reason:
             raise RecipeError(
                 f"graph: true needs one GPU and accumulation: 1, and this run has {reason}; give graph=auto"

@@ -177,6 +177,8 @@ def _check_recipe(recipe: Recipe, stage: int) -> None:
         raise RecipeError(
             f"{compiled}: under ZeRO-3 the weights are partitioned, so torch cannot compile; remove the key"
         )
+    if stage == 3 and recipe.student.checkpoint:
+        raise RecipeError("student.checkpoint: under ZeRO-3 the weights are partitioned; use zero2.json, or DDP")
     average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
     if stage == 3 and average:
         raise RecipeError(f"{average}: under ZeRO-3 no rank has all weights to average; use zero2.json, or DDP")
