@@ -79,6 +79,7 @@ DATA = {
     "channels_last": False,
 }
 ACCUMULATED = ("accumulation=2", "clip=1.0")
+PARTLY = ('student.freeze=[conv1, bn1, "layer1.*"]', 'optimizer.rates={"fc.*": 10.0}')
 DISTILLED = {"student": {"model": "cifar_resnet8"}, "teacher": {"recipe": "teacher.yaml"}}
 COMPILED = [
     "teacher={model: cifar_resnet20, weights: w.pt}",
@@ -126,6 +127,12 @@ def by_ddp(place: Place) -> list[Training]:
 def accumulated_by_ddp(place: Place) -> list[Training]:
     """Ten steps under DDP, of two micro-batches each."""
     return place.train("accumulated", "vid.yaml", *ACCUMULATED)
+
+
+@pytest.fixture(scope="module")
+def partly_by_ddp(place: Place) -> list[Training]:
+    """Ten steps under DDP, in which some parameters do not train and others faster."""
+    return place.train("partly", "vid.yaml", *PARTLY)
 
 
 @pytest.fixture(scope="module", params=STAGES, ids="zero{}".format)
@@ -176,6 +183,17 @@ def test_a_checkpoint_goes_on_bit_for_bit(place: Place, stage: int, by_zero: lis
     assert trace(one / "journal.jsonl") == trace(other / "journal.jsonl")
     for name in ("student.safetensors", "student_best.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@on_ranks
+def test_frozen_parameters_and_rates_are_those_of_ddp_also_over_a_stop(
+    place: Place, stage: int, partly_by_ddp: list[Training]
+):
+    run = f"partly-{stage}"
+    place.train(run, "vid.yaml", *PARTLY, "stop.steps=3", stage=stage)
+    under_zero = place.train(run, "vid.yaml", *PARTLY, stage=stage)
+    assert [training.error for training in under_zero] == [None, None]
+    assert largest_difference(partly_by_ddp[1].weights, under_zero[1].weights) < ROUNDING
 
 
 @on_ranks
@@ -358,6 +376,11 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
             {"stage": 3},
             ["ema.decay=0.9"],
             "ema: under ZeRO-3 no rank has all weights to average; use zero2.json",
+        ),
+        (
+            {"stage": 3},
+            ["student.checkpoint=true"],
+            "student.checkpoint: under ZeRO-3 the weights are partitioned; use",
         ),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has all weights"),
     ],
