@@ -210,7 +210,7 @@ def test_the_precision_follows_the_device():
     "keys", [{}, {"model": "resnet18"}, {"weights": "w.pt"}, {"recipe": "r.yaml", "model": "resnet18"}]
 )
 def test_a_teacher_has_exactly_one_source(keys: dict[str, str]):
-    with pytest.raises(ValidationError, match="give either model and weights|both model and recipe"):
+    with pytest.raises(ValidationError, match=r"give either model and weights|both model and recipe"):
         Config.model_validate(keys)
     Config.model_validate({"model": "resnet18", "weights": "IMAGENET1K_V1"})
     Config.model_validate({"recipe": "r.yaml"})
