@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.classes import Label, name_labels, number_of
+from shards.classes import Label, name_labels, number_classes, number_of
 from shards.command import Parser, progress_bar, run_main
 from shards.layouts import ARCHIVE, ImageLocation
 from shards.manifest import writing
@@ -55,10 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with nullcontext() if options.dry_run else _copy_of_images(options.destination, needed) as copy:
         with writing(options.destination.absolute(), 0):
             rows = _unpack(tables, copy)
-        classes = _class_names(tables, rows, options.classes)
-        numbers = {name: number for number, name in enumerate(classes)}
+        classes, numbers = _number_classes(tables, rows, options.classes)
         items = {
-            split: [ImageItem(row.path, number_of(row.label, numbers), row.size, row.offset) for row in each]
+            split: [ImageItem(row.path, numbers[row.label], row.size, row.offset) for row in each]
             for split, each in rows.items()
         }
         # The processes that read the copy find it by its descriptor in this one.
@@ -111,22 +110,35 @@ def _unpack(tables: dict[str, list[ImageTable]], copy: BinaryIO | None) -> dict[
     return found
 
 
-def _class_names(tables: dict[str, list[ImageTable]], rows: dict[str, list[Row]], listed: Path | None) -> list[str]:
-    """Return the class names in the files' metadata, or what the labels give. Raises ValueError for a wrong label."""
+def _number_classes(
+    tables: dict[str, list[ImageTable]], rows: dict[str, list[Row]], listed: Path | None
+) -> tuple[list[str], dict[Label, int]]:
+    """Return the class names in their order, and the number of each label.
+
+    The names are those in the files' metadata, or what the labels give; the file ``listed`` gives another order. Raises
+    ValueError for a wrong label.
+    """
     labels: dict[str, dict[Label, str]] = {}
     for split, each in rows.items():
         labels[split] = {row.label: row.path for row in reversed(each)}
+    found = {label for each in labels.values() for label in each}
     described = {table.names: table.path for each in tables.values() for table in each}
     if len(described) > 1:
         first, second = list(described.values())[:2]
         raise ValueError(f"{first} and {second} name different classes: prepare files of one data set")
     names = next(iter(described))
-    if not names or listed:
-        return name_labels(labels, listed)
+    if not names:
+        classes = name_labels(labels, listed)
+        numbers = {name: number for number, name in enumerate(classes)}
+        return classes, {label: number_of(label, numbers) for label in found}
     for label, path in (pair for each in labels.values() for pair in each.items()):
         if not isinstance(label, int) or not 0 <= label < len(names):
             raise ValueError(f"{path} has the label {label}, which is not from 0 to {len(names) - 1:,}")
-    return list(names)
+    if not listed:
+        return list(names), {label: int(label) for label in found}
+    # The list orders the names that the files give to their labels. As names of the labels it would exchange classes.
+    classes = number_classes({"the files' metadata": set(names)}, {}, listed)
+    return classes, {label: classes.index(names[int(label)]) for label in found}
 
 
 def _parser() -> ArgumentParser:

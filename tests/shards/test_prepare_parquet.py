@@ -103,6 +103,20 @@ def test_columns_are_found_or_chosen(tmp_path: Path, columns, metadata, options,
     assert read_manifest(folder).classes == tuple(classes)
 
 
+def test_a_list_of_classes_orders_the_names_of_the_metadata_and_exchanges_none(tmp_path: Path):
+    names = features(image={"_type": "Image"}, label={"_type": "ClassLabel", "names": ["ant", "bee"]})
+    write_table(tmp_path / "source/a.parquet", {"image": DRAWN, "label": [0, 1]}, names)
+    (tmp_path / "list").write_text("cat\nbee\nant\n")
+    folder = prepare(tmp_path / "source", "--classes", tmp_path / "list")
+    assert read_manifest(folder).classes == ("cat", "bee", "ant")
+    assert SplitReader(folder, "train").labels_by_id().tolist() == [2, 1]
+    (tmp_path / "list").write_text("wasp\nant\n")
+    with pytest.raises(
+        ValueError, match=r"metadata has the class bee, which is missing from the list .*: add it there"
+    ):
+        prepare(tmp_path / "source", "--classes", tmp_path / "list", name="other")
+
+
 def test_a_share_of_every_class_becomes_the_validation_split(tmp_path: Path):
     columns = {"image": images([jpeg(n) for n in range(20)]), "label": [n % 2 for n in range(20)]}
     write_table(tmp_path / "source/train.parquet", columns)
