@@ -66,6 +66,10 @@ def find_tars(sources: Sequence[Path], linked: bool) -> dict[str, Path]:
         names = [f"{path.parent.name}-{path.name}" for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two tars have the name {twice[0]}: give each once, or rename one")
+    indices: dict[str, str] = {}
+    for name in names:
+        if (other := indices.setdefault(index_path(Path(name)).name, name)) != name:
+            raise ValueError(f"{other} and {name} would have the same index: end their names in .tar, or rename one")
     return dict(zip(names, paths, strict=True))
 
 
@@ -81,7 +85,11 @@ def _tars_of(source: Path) -> list[Path]:
 
 
 def check_destination(folder: Path, tars: dict[str, Path], *, linked: bool) -> None:
-    """Raise ValueError if the folder has files of someone else that would be overwritten or mixed with others."""
+    """Raise ValueError if the folder has the tars, or files of someone else that would be overwritten or mixed."""
+    # A link there would be replaced by a link to itself.
+    inside = [path for path in tars.values() if linked and path.parent.resolve() == folder.resolve()]
+    if inside:
+        raise ValueError(f"{inside[0]} is in the destination itself: leave out --destination, or name a new folder")
     manifest = folder / MANIFEST
     if manifest.exists():
         try:

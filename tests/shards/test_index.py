@@ -423,3 +423,24 @@ def test_tars_of_several_folders_need_a_destination_that_is_empty(tmp_path: Path
     assert names_of(tmp_path / "out") == {"train": ["a-a.tar", "b-a.tar"]}
     (tmp_path / "b" / "a.tar").unlink()
     assert any("b-a.tar is missing" in problem for problem in verify(tmp_path / "out", 1))
+
+
+def test_the_tars_of_a_destination_are_not_linked_to_themselves(tmp_path: Path, contents):
+    small(tmp_path / "a", b"0")
+    index(tmp_path / "a", "--destination", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for source in ("a", "out"):
+        with pytest.raises(ValueError, match=r"a\.tar is in the destination itself: leave out --destination"):
+            main([str(tmp_path / source), "--destination", str(tmp_path / source), *ONE])
+    index(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_tars_whose_indices_would_have_the_same_name_are_refused(tmp_path: Path):
+    small(tmp_path, b"0")
+    for name in ("shard.0", "shard.1"):
+        (tmp_path / name).write_bytes((tmp_path / "a.tar").read_bytes())
+    words = [str(tmp_path / "shard.0"), str(tmp_path / "shard.1"), "--destination", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"shard\.0 and shard\.1 would have the same index: end their names in \.tar"):
+        main([*words, *ONE])
+    assert not (tmp_path / "out").exists()
