@@ -24,7 +24,7 @@ from shards.archives import Member, list_members
 from shards.classes import Label, number_of
 from shards.jpeg import decode_jpeg, open_image
 from shards.manifest import LeftOut, Manifest, Shard, Split, sha256_of
-from shards.plan import Unusable
+from shards.plan import Unusable, printable
 from shards.read import SAMPLE_DTYPE
 from shards.scan import Scan
 from shards.write import index_text
@@ -169,7 +169,7 @@ def index_tar(task: IndexTask) -> IndexedTar:
                 member = sample.members[component]
                 image = _decode(_content(file, member))
             except Unusable as reason:
-                name = f"{task.url}/{_printable(sample.key)}"
+                name = f"{task.url}/{printable(sample.key)}"
                 if task.strict:
                     raise ValueError(f"{name} is not a usable sample: {reason}") from None
                 left_out.append(LeftOut(position, name, str(reason)))
@@ -215,7 +215,7 @@ def scan_foreign(path: Path, shard: ForeignShard) -> Scan:
                 label = read_label(file, sample, shard.members.label_key)
                 sides = open_image(_content(file, member), webp=True).size
             except Unusable as reason:
-                raise ValueError(f"{path}: {_printable(sample.key)} is not a usable sample: {reason}") from None
+                raise ValueError(f"{path}: {printable(sample.key)} is not a usable sample: {reason}") from None
             rows.append((number, number_of(label, shard.labels), 0, member.offset, member.size, *sides))
             lines.append(_index_line(sample))
     return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines))
@@ -260,9 +260,4 @@ def _index_line(sample: ForeignSample) -> str:
 
 
 def _joined(name: str) -> str:
-    return "_".join(_printable(name).split())
-
-
-def _printable(name: str) -> str:
-    # A tar may contain names that are not UTF-8. Python reads their bytes as characters that cannot be encoded.
-    return name.encode("utf-8", "backslashreplace").decode()
+    return "_".join(printable(name).split())

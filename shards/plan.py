@@ -19,6 +19,7 @@ import numpy as np
 
 from shards.journal import ShardRecord
 from shards.manifest import Manifest
+from shards.write import MAX_LABEL
 
 
 class ImageItem(NamedTuple):
@@ -88,8 +89,15 @@ def make_job(
 ) -> PreparationJob:
     """Return the preparation, with sorted listings, so that an index in a listing is an id.
 
-    Its header contains everything that the output's bytes depend on. Raises ValueError for a split without files.
+    Its header contains everything that the output's bytes depend on. Raises ValueError for a split without files, for
+    too many classes, and for a class whose name no text file can contain.
     """
+    if len(classes) > MAX_LABEL + 1:
+        advice = "leave some out, or write tars with webdataset and list them with shards/index.py"
+        raise ValueError(f"there are {len(classes):,} classes, but {MAX_LABEL + 1:,} are the most: {advice}")
+    for name in classes:
+        if printable(name) != name:
+            raise ValueError(f"the class {printable(name)} has a name that is not UTF-8 text: rename its folder")
     for split, items in listings.items():
         if not items:
             raise ValueError(f"the source has no files for the split '{split}': add them, or remove its folder")
@@ -100,6 +108,11 @@ def make_job(
         "listing": {split: _listing_sha256(items) for split, items in listings.items()},
     }
     return PreparationJob(Manifest(tool, image, tuple(classes), transform, plan), listings, source)
+
+
+def printable(name: str) -> str:
+    """Return a file name as text that can be written: Python reads bytes that are not UTF-8 as lone surrogates."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def permutation(count: int, seed: int, purpose: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from shards.classes import without_images
 from shards.command import add_jobs, for_each, positive, print_above, progress_bar, seed
 from shards.journal import PREPARATION_JOURNAL, PreparationJournal, ShardRecord, check_same_job, describe
 from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
-from shards.plan import PreparationJob, ShardTask, Unusable, plan_shards
+from shards.plan import PreparationJob, ShardTask, Unusable, plan_shards, printable
 from shards.read import SAMPLE_DTYPE, SplitReader
 from shards.scan import index_fits, is_on_record, scan_shard
 from shards.write import ShardWriter, index_path, write_samples
@@ -165,7 +165,7 @@ def _write_shard(task: ShardTask) -> Finished:
             except Unusable as reason:
                 if task.strict:
                     raise ValueError(f"{task.split}/{item.path} is not a usable image: {reason}") from None
-                left_out.append(LeftOut(number, f"{task.split}/{item.path}", str(reason)))
+                left_out.append(LeftOut(number, f"{task.split}/{printable(item.path)}", str(reason)))
         if len(left_out) == len(task.ids):
             # No file: DALI counts a tar without members as one empty sample.
             return Finished(ShardRecord(Shard(task.path.name, 0, 0, ""), tuple(left_out)), np.empty(0, SAMPLE_DTYPE))

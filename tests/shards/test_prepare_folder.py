@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,3 +75,25 @@ def test_its_help_is_not_about_imagenet(run):
     done = run("prepare_folder.py", "--help")
     assert "folder of class folders" in done.stdout
     assert "ImageNet" not in done.stdout
+
+
+def test_a_file_name_that_is_not_utf8_is_written_and_such_a_class_is_refused_before_any_work(
+    source: Path, tmp_path: Path
+):
+    Path(os.fsdecode(os.fsencode(source / "桜") + b"/caf\xe9.jpg")).write_bytes(b"")
+    assert main([str(source), str(tmp_path / "out"), *ONE]) == 0
+    assert [each.path for each in read_manifest(tmp_path / "out").splits["train"].left_out] == [
+        r"train/桜/caf\udce9.jpg"
+    ]
+    (source / "桜").rename(os.fsdecode(os.fsencode(source) + b"/caf\xe9"))
+    with pytest.raises(ValueError, match=r"the class caf\\udce9 has a name that is not UTF-8 text: rename its folder"):
+        main([str(source), str(tmp_path / "other"), *ONE])
+    assert not (tmp_path / "other").exists()
+
+
+def test_more_classes_than_a_label_has_digits_for_are_refused_before_any_work(tmp_path: Path):
+    for number in range(10_001):
+        (tmp_path / "source" / f"{number:05d}").mkdir(parents=True)
+        (tmp_path / "source" / f"{number:05d}" / "a.jpg").touch()
+    with pytest.raises(ValueError, match=r"there are 10,001 classes, but 10,000 are the most"):
+        main([str(tmp_path / "source"), str(tmp_path / "out"), "--dry-run"])
