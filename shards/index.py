@@ -78,10 +78,15 @@ def _tars_of(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise FileNotFoundError(f"{source} does not exist: name a folder of tars, or tars")
-    tars = sorted(source.glob("*.tar")) or sorted(source.glob("*/*.tar"))
-    if not tars:
-        raise FileNotFoundError(f"{source} contains no .tar file: name a folder of tars, or tars")
-    return tars
+    here, below = sorted(source.glob("*.tar")), sorted(source.glob("*/*.tar"))
+    packed = sorted(path for ending in ("tar.gz", "tgz") for path in source.glob(f"*.{ending}"))
+    if not here and not below:
+        unpack = f", or unpack {packed[0].name} with gunzip" if packed else ""
+        raise FileNotFoundError(f"{source} contains no .tar file: name a folder of tars, or tars{unpack}")
+    for paths, advice in ((packed, "unpack with gunzip"), (below if here else [], "name the folders, too")):
+        if paths:
+            print(f"not read: {len(paths):,} files such as {paths[0]}: {advice}")
+    return here or below
 
 
 def check_destination(folder: Path, tars: dict[str, Path], *, linked: bool) -> None:

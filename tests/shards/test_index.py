@@ -444,3 +444,13 @@ def test_tars_whose_indices_would_have_the_same_name_are_refused(tmp_path: Path)
     with pytest.raises(ValueError, match=r"shard\.0 and shard\.1 would have the same index: end their names in \.tar"):
         main([*words, *ONE])
     assert not (tmp_path / "out").exists()
+
+
+def test_tars_that_are_packed_or_in_a_folder_below_others_are_said(tmp_path: Path, capsys):
+    small(tmp_path, b"0")
+    small(tmp_path / "below", b"1")
+    (tmp_path / "b.tar.gz").touch()
+    index(tmp_path)
+    told = capsys.readouterr().out
+    assert f"not read: 1 files such as {tmp_path / 'b.tar.gz'}: unpack with gunzip" in told
+    assert f"not read: 1 files such as {tmp_path / 'below' / 'a.tar'}: name the folders, too" in told
