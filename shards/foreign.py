@@ -72,7 +72,8 @@ class IndexedTar(NamedTuple):
     """A tar that was read.
 
     ``rows`` are its samples, with their position in the tar as id and without labels, which are in ``labels``. The ids
-    of ``left_out`` are positions, too. ``images`` are the components and the kinds of its images.
+    of ``left_out`` are positions, too. ``images`` are the components and the kinds of its images. ``sources`` are the
+    places of its labels, each with the first sample whose label is there.
     """
 
     shard: Shard
@@ -82,6 +83,7 @@ class IndexedTar(NamedTuple):
     left_out: list[LeftOut]
     index_text: str
     images: set[str]
+    sources: dict[str, str]
 
 
 class ForeignShard(NamedTuple):
@@ -132,10 +134,10 @@ def find_image(path: Path, sample: ForeignSample, image_key: str | None) -> str:
     return found[0]
 
 
-def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> Label:
-    """Return the label of a sample. Raises Unusable if there is none."""
+def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> tuple[Label, str]:
+    """Return the label of a sample, and where it stands. Raises Unusable if there is none."""
     if label_key is None and "cls" in sample.members:
-        return _parse_label(_content(file, sample.members["cls"]), "cls")
+        return _parse_label(_content(file, sample.members["cls"]), "cls"), "cls"
     if "json" not in sample.members:
         member = "json" if label_key else "cls or json"
         raise Unusable(f"no label: its members are {', '.join(sample.members)}, none is {member}")
@@ -147,12 +149,12 @@ def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> 
     key = next((key for key in keys if isinstance(values, dict) and key in values), None)
     if key is None:
         raise Unusable(f"no label: its json has no {' or '.join(keys)}; name the key with --label-key")
-    value = values[key]
+    value, source = values[key], f"{key} of its json"
     if type(value) is int:
-        return value
+        return value, source
     if not isinstance(value, str):
-        raise Unusable(f"no label: {key} of its json is {json.dumps(value)[:40]}, neither a whole number nor a name")
-    return _parse_label(value.encode(errors="replace"), f"{key} of its json")
+        raise Unusable(f"no label: {source} is {json.dumps(value)[:40]}, neither a whole number nor a name")
+    return _parse_label(value.encode(errors="replace"), source), source
 
 
 def index_tar(task: IndexTask) -> IndexedTar:
@@ -160,12 +162,13 @@ def index_tar(task: IndexTask) -> IndexedTar:
 
     Raises ValueError for a damaged or ambiguous tar, and with ``strict`` for a sample that is not usable.
     """
-    rows, labels, keys, left_out, lines, images = [], [], [], [], [], set[str]()
+    rows, labels, keys, left_out, lines = [], [], [], [], []
+    images, sources = set[str](), dict[str, str]()
     with task.path.open("rb") as file:
         for position, sample in enumerate(_samples(task.path, file)):
             try:
                 component = find_image(task.path, sample, task.members.image_key)
-                label = read_label(file, sample, task.members.label_key)
+                label, source = read_label(file, sample, task.members.label_key)
                 member = sample.members[component]
                 image = _decode(_content(file, member))
             except Unusable as reason:
@@ -179,8 +182,9 @@ def index_tar(task: IndexTask) -> IndexedTar:
             keys.append(sample.key)
             lines.append(_index_line(sample))
             images |= {component, _KINDS[image.format or ""]}
+            sources.setdefault(source, f"{task.url}/{printable(sample.key)}")
     shard = Shard(task.url, len(rows), task.path.stat().st_size, sha256_of(task.path))
-    return IndexedTar(shard, np.array(rows, SAMPLE_DTYPE), labels, keys, left_out, index_text(lines), images)
+    return IndexedTar(shard, np.array(rows, SAMPLE_DTYPE), labels, keys, left_out, index_text(lines), images, sources)
 
 
 def foreign_shards(manifest: Manifest, split: Split) -> dict[str, ForeignShard]:
@@ -212,7 +216,7 @@ def scan_foreign(path: Path, shard: ForeignShard) -> Scan:
                 continue
             try:
                 member = sample.members[find_image(path, sample, shard.members.image_key)]
-                label = read_label(file, sample, shard.members.label_key)
+                label, _ = read_label(file, sample, shard.members.label_key)
                 sides = open_image(_content(file, member), webp=True).size
             except Unusable as reason:
                 raise ValueError(f"{path}: {printable(sample.key)} is not a usable sample: {reason}") from None

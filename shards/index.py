@@ -136,6 +136,7 @@ def _write(folder: Path, tars: dict[str, Path], parts: dict[str, list[IndexedTar
             entry = next((entry for tar in each for entry in tar.left_out), None)
             first = f"{entry.path}: {entry.reason}" if entry else f"{each[0].shard.url} is empty"
             raise ValueError(f"the split '{split}' has no usable sample; the first: {first}")
+    _check_sources([tar for each in parts.values() for tar in each])
     classes = name_labels({split: _labels(each) for split, each in parts.items()}, options.classes)
     _check_indices(folder, parts)
     if options.destination:
@@ -147,6 +148,14 @@ def _write(folder: Path, tars: dict[str, Path], parts: dict[str, list[IndexedTar
     write_manifest(folder, Manifest("index", images, tuple(classes), {}, {"members": members}, splits))
     for line in _report(folder, splits, parts, classes, numbers):
         print(line)
+
+
+def _check_sources(tars: list[IndexedTar]) -> None:
+    """Raise ValueError if labels stand in different places, whose numbers may mean different classes."""
+    found = {source: sample for tar in reversed(tars) for source, sample in tar.sources.items()}
+    if len(found) > 1:
+        (one, first), (other, second) = sorted(found.items())[:2]
+        raise ValueError(f"{first} has its label in {one}, {second} in {other}: choose a key of json with --label-key")
 
 
 def _labels(tars: list[IndexedTar]) -> dict[Label, str]:

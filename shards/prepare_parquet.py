@@ -14,6 +14,7 @@ copied to a file beside DESTINATION, which has no name and ends with this comman
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -128,9 +129,12 @@ def _number_classes(
         raise ValueError(f"{first} and {second} name different classes: prepare files of one data set")
     names = next(iter(described))
     if not names:
-        classes = name_labels(labels, listed)
+        # A column of text may hold numbers: sorted as names, "10" would come before "2".
+        as_numbers = all(isinstance(label, int) or re.fullmatch("[0-9]+", label) for label in found)
+        value = {label: int(label) if as_numbers else label for label in found}
+        classes = name_labels({s: {value[x]: path for x, path in each.items()} for s, each in labels.items()}, listed)
         numbers = {name: number for number, name in enumerate(classes)}
-        return classes, {label: number_of(label, numbers) for label in found}
+        return classes, {label: number_of(value[label], numbers) for label in found}
     for label, path in (pair for each in labels.values() for pair in each.items()):
         if not isinstance(label, int) or not 0 <= label < len(names):
             raise ValueError(f"{path} has the label {label}, which is not from 0 to {len(names) - 1:,}")

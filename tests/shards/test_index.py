@@ -170,7 +170,9 @@ def labels_in(folder: Path, *options: object) -> tuple[list[int], tuple[str, ...
     [
         ((b"2", b"0\n", b"0001"), [2, 0, 1], "012"),
         ((struct.pack("<i", 2), struct.pack("<q", 0), struct.pack("<i", 50)), [2, 0, 50], [str(n) for n in range(51)]),
-        (({"label": 1}, {"cls": "2"}, {"class": 0, "n": [1]}), [1, 2, 0], "012"),
+        (({"label": 1}, {"label": "2"}, {"label": 0, "n": [1]}), [1, 2, 0], "012"),
+        (({"cls": "2"}, {"cls": 0}), [2, 0], "012"),
+        (({"class": 1, "n": [1]}, {"class": 0}), [1, 0], "01"),
         (({"label": "bee"}, {"label": "ant"}, {"label": "Äpfel"}), [1, 0, 2], ["ant", "bee", "Äpfel"]),
         ((b"bee", b"ant", b"bee"), [1, 0, 1], ["ant", "bee"]),
     ],
@@ -323,6 +325,15 @@ def names_and_numbers(folder: Path) -> None:
     small(folder, b"0", b"ant")
 
 
+def several_places(folder: Path) -> None:
+    small(folder, {"label": 0, "class": 1}, {"class": 1})
+
+
+def text_and_json(folder: Path) -> None:
+    small(folder, {"label": 0})
+    small(folder, b"1", name="b.tar")
+
+
 def negative(folder: Path) -> None:
     small(folder, b"0", b"-1")
 
@@ -373,6 +384,8 @@ def other_index(folder: Path) -> None:
         (compressed, r"a\.tar is compressed, and cannot be read in place: unpack it with gunzip"),
         (without_labels, r"the split 'train' has no usable sample; the first: a\.tar/0: no label: its members are jpg"),
         (names_and_numbers, r"the labels are names and numbers: a\.tar/1 has 'ant', a\.tar/0 has 0"),
+        (several_places, r"a\.tar/1 has its label in class of its json, a\.tar/0 in label of its json: choose a key"),
+        (text_and_json, r"b\.tar/0 has its label in cls, a\.tar/0 in label of its json: choose a key of json with"),
         (negative, r"a\.tar/1 has the label -1, which is not from 0 to 99,999: list the classes with --classes FILE"),
         (enormous, r"a\.tar/1 has the label 100000000, which is not from 0 to 99,999"),
         (unknown_in_val, r"val has the class fly, which train does not have"),

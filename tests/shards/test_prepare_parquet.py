@@ -82,6 +82,8 @@ def test_a_png_becomes_a_jpeg_and_a_row_without_an_image_is_left_out(tmp_path: P
     [
         ({"img": DRAWN, "label": [2, 0]}, None, (), [2, 0], "012"),
         ({"image": [jpeg(0), jpeg(1)], "label": ["bee", "ant"]}, None, (), [1, 0], ["ant", "bee"]),
+        ({"image": [jpeg(0), jpeg(1)], "label": ["10", "2"]}, None, (), [10, 2], [str(n) for n in range(11)]),
+        ({"image": [jpeg(0), jpeg(1)], "label": ["10", "x"]}, None, (), [0, 1], ["10", "x"]),
         (
             {"image": DRAWN, "fine": [1, 0], "coarse": [0, 0]},
             features(
