@@ -259,8 +259,9 @@ def _inherited_overrides(recipe: Recipe, reference: RunReference) -> list[str]:
     # A recipe that is also a teacher or a compared run keeps its seed, so that it has one run and not two.
     is_start = reference is recipe.student.start and not any(_same_run(reference, other) for other in others)
     overrides = [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if is_start else [])]
-    # A teacher keeps its images, so that a finished one can be used.
-    is_teacher = any(_same_run(reference, teacher) for teacher in (recipe.teacher.runs if recipe.teacher else ()))
+    # A teacher keeps its images, so that a finished one can be used. The same recipe under another key is another run:
+    # a student must not start from the images that it is measured on.
+    is_teacher = any(reference is teacher for teacher in (recipe.teacher.runs if recipe.teacher else ()))
     if recipe.data.holdout and not is_teacher:
         overrides += [f"data.holdout={recipe.data.holdout.model_dump_json()}"]
     return overrides

@@ -122,6 +122,15 @@ def test_only_a_run_with_held_out_images_has_them_in_its_identity_and_folder(rec
     assert run.teachers[0].recipe.data.holdout is None
 
 
+def test_a_student_starts_without_the_held_out_images_even_from_its_teachers_recipe(recipes: Path, monkeypatch):
+    monkeypatch.chdir(recipes)
+    keys = ["data.holdout.share=0.34", "student.start.recipe=teacher.yaml", "compare=[teacher.yaml]", "folder=null"]
+    run = run_of("ddkd.yaml", keys)
+    assert run.start is not None
+    assert [each.recipe.data.holdout for each in (run.start, *run.compare)] == [run.recipe.data.holdout] * 2
+    assert run.teachers[0].recipe.data.holdout is None
+
+
 def test_a_share_of_nothing_or_all_is_one_line(recipes: Path, monkeypatch):
     monkeypatch.chdir(recipes)
     for share in ("0", "1", "1.5"):
