@@ -44,7 +44,7 @@ from pipeline.runs.identity import Run, resolve, run_folder
 from pipeline.runs.rank_settings import join_ranks
 from pipeline.teachers.config import Config as Teacher
 from pipeline.training.accelerator import create_accelerator, use_all_cores
-from pipeline.training.evaluation import accuracy, agreement, evaluate
+from pipeline.training.evaluation import agreement, evaluate, teacher_accuracy
 from shards.manifest import read_manifest
 
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
@@ -101,7 +101,7 @@ def _comparison_teacher(config: Teacher | None) -> Teacher:
 
 def _report_teacher(run: Run, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
     teacher = build_live_teacher(run, _comparison_teacher(run.recipe.teacher), (), accelerator.device)
-    result = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
+    result = teacher_accuracy(teacher, loader)
     accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
     accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from pipeline.batch import Batch
 from pipeline.data.loader import Loader
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, error_context
 from pipeline.features.taps import FeatureTaps, evaluating
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.teachers.config import Config
+from pipeline.teachers.ensemble import TeacherEnsemble
+from pipeline.teachers.frozen import Teacher
 from pipeline.training import zero
 
 
@@ -67,12 +69,22 @@ def check_teacher_accuracy(config: Config | None, teacher: AnyTeacher | None, lo
     if not loader.has_validation:
         folder = loader.plan.config.path
         raise RecipeError(f"teacher.expect_top1: {folder} has no validation images to measure the teacher on")
-    measured = accuracy(lambda batch: teacher(batch).logits_BK, loader.validation()).top1
+    measured = teacher_accuracy(teacher, loader).top1
     if measured < expected:
         raise RecipeError(
             f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {expected}; "
             "check its weights, mean, std and classes"
         )
+
+
+def teacher_accuracy(teacher: Teacher | TeacherEnsemble, loader: Loader) -> Accuracy:
+    """Return the accuracy of a teacher. Raises RecipeError if it cannot take the validation images, by their size."""
+    config, members = loader.plan.config, teacher.members if isinstance(teacher, TeacherEnsemble) else [teacher]
+    if config.for_validation.size != config.size:  # the teacher was tried with training images when it was built
+        for number, member in enumerate(members):
+            with error_context(f"teacher.members.{number}.model" if len(members) > 1 else "teacher.model"):
+                member.shapes(config.for_validation.size)  # type: ignore[operator]
+    return accuracy(lambda batch: teacher(batch).logits_BK, loader.validation())
 
 
 @torch.no_grad()

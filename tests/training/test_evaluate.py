@@ -12,6 +12,7 @@ import torch
 from pipeline import evaluate
 from pipeline.batch import Batch
 from pipeline.errors import RecipeError
+from pipeline.models import create_model
 from pipeline.training.evaluation import accuracy, count_correct
 
 Train = Callable[..., None]
@@ -64,6 +65,20 @@ def test_a_network_agrees_with_itself_on_every_image(
     student, teacher = re.findall(r"top-1 ([\d.]+)", printed)
     assert student == teacher
     assert "agreement: 100.00" in printed
+
+
+def test_a_teacher_that_cannot_take_the_validation_images_is_one_line(run_train: Train, recipes: Path):
+    pytest.importorskip("timm")
+    network = {"model": "timm/vit_tiny_patch16_224", "arguments": {"img_size": 32, "depth": 1}}
+    torch.save(create_model(network["model"], 20, network["arguments"]).state_dict(), "vit.pt")
+    sizes = ["data.size=32", "data.validation_size=40", "compare=null", "losses={ddkd: null, ce: {}}"]
+    words = ["ddkd.yaml", *sizes, f"teacher={json.dumps({'recipe': None, **network, 'weights': 'vit.pt'})}"]
+    message = r"teacher\.model: VisionTransformer cannot take images of 40 pixels: [^\n]*$"
+    with pytest.raises(RecipeError, match=message):
+        run_train(*words, "teacher.expect_top1=0")
+    torch.save(create_model("cifar_resnet8", 20).state_dict(), "student.pt")
+    with pytest.raises(RecipeError, match=message):
+        evaluate.main([*words, "weights=student.pt", "agreement=yes"])
 
 
 def test_a_teacher_that_knows_the_labels_is_not_measured(run_train: Train, recipes: Path):
