@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
+from pipeline.errors import RecipeError
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.teachers.average import EMATeacher
@@ -93,6 +94,8 @@ class Step:
         if self.teacher and answers:
             self.guard.half_answers = half_answers(self.teacher, answers)
         losses = self.distiller(batch, answers, progress, self.timer)
+        if not losses["total"].requires_grad:
+            raise RecipeError("losses: none depends on a parameter that trains; shorten student.freeze, or add a loss")
         with self.timer.backward(losses["total"]):
             self.accelerator.backward(losses["total"])
         return losses

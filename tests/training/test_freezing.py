@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import training_on_ranks
 import yaml
 from gloo_ranks import Ranks
+from methods import losses_of
 from resolved import run_of
 from safetensors.torch import load_file
 from tiny_runs import DATA, STRATEGY
@@ -21,6 +23,7 @@ from pipeline.builders.student import build_student, student_spec
 from pipeline.builders.summary import summarize
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
+from pipeline.models import create_model
 
 Train = Callable[..., None]
 FROZEN = ("conv1.", "bn1.", "layer1.")
@@ -158,3 +161,11 @@ def test_a_pattern_for_nothing_ends_in_one_line(run_train: Train, place: Path, w
             command()
         assert "\n" not in str(caught.value)
     assert not Path("runs/ce/identity.json").exists()
+
+
+def test_losses_of_frozen_features_alone_end_in_one_line(run_train: Train, place: Path):
+    torch.save(create_model("cifar_resnet8", 20).state_dict(), "w.pt")
+    losses = f"losses={json.dumps({'ce': None, 'rkd': losses_of('rkd')['rkd']})}"
+    teacher = "teacher={model: cifar_resnet8, weights: w.pt}"
+    with pytest.raises(RecipeError, match=r"^losses: none depends on a parameter that trains; [^\n]*$"):
+        run_train("ce.yaml", losses, teacher, 'student.freeze=[conv1, bn1, "layer*"]', "folder=runs/nothing")
