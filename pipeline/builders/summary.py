@@ -101,8 +101,9 @@ def summarize(loaded: LoadedRecipe) -> Report:
         rate_multipliers(built.student[1].model, recipe.optimizer.rates)  # for its errors
     losses = _try_losses(recipe, built.facts)
     # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
-    labels = built.facts.labels_by_id
-    samples = recipe.data.samples or (None if built.note or labels is None else int((labels >= 0).sum()))
+    labels = None if built.note else built.facts.labels_by_id
+    samples = recipe.data.samples or (None if labels is None else int((labels >= 0).sum()))
+    cached = recipe.data.samples or (None if labels is None else len(labels))  # a cache has held-out images, too
     runs = measured(loaded.source)
     paper = load_tables().published_text(loaded.source) if load_tables().table_of(loaded.source) else None
     ours = f"{mean_and_deviation([run.last for run in runs])} ({count_seeds(runs)})" if runs else ""
@@ -116,7 +117,7 @@ def summarize(loaded: LoadedRecipe) -> Report:
         paper,
         ours or ("not measured yet" if paper else ""),
         samples and recipe.epochs * samples,
-        _cache_size(recipe, built, samples),
+        _cache_size(recipe, built, cached),
     )
 
 

@@ -14,6 +14,8 @@ from shard_factory import CPU, config_of, draw_samples, write_shards
 
 from pipeline.batch import Progress
 from pipeline.builders.loader import training_splits
+from pipeline.builders.summary import summarize
+from pipeline.config.recipe import load_recipe
 from pipeline.data import holdout
 from pipeline.data.holdout import Holdout
 from pipeline.data.loader import Loader, create_loader
@@ -129,6 +131,14 @@ def test_a_student_starts_without_the_held_out_images_even_from_its_teachers_rec
     assert run.start is not None
     assert [each.recipe.data.holdout for each in (run.start, *run.compare)] == [run.recipe.data.holdout] * 2
     assert run.teachers[0].recipe.data.holdout is None
+
+
+def test_a_cache_is_as_large_as_without_held_out_images(recipes: Path, monkeypatch):
+    monkeypatch.chdir(recipes)
+    keys = ["compare=null", "teacher.cache=cache"]
+    whole, held = (summarize(load_recipe("ddkd.yaml", [*keys, *more])) for more in ([], ["data.holdout.share=0.34"]))
+    assert whole.cache_size
+    assert held.cache_size == whole.cache_size
 
 
 def test_a_share_of_nothing_or_all_is_one_line(recipes: Path, monkeypatch):
