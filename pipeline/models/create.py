@@ -107,8 +107,8 @@ def _from_factory(path: str, num_classes: int, arguments: dict[str, Any]) -> nn.
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"no model factory at {path!r}: {error}") from error
-    # Only the arguments are checked here. A TypeError from inside the factory is a bug of the user's and stays as it
-    # is.
+    # Only the arguments are checked here. Without any from a recipe, a TypeError from inside the factory is a bug of
+    # the user's and stays as it is.
     if arguments and callable(factory) and not _takes_any(factory):
         check_arguments(repr(path), arguments, [factory])
     try:
@@ -117,7 +117,12 @@ def _from_factory(path: str, num_classes: int, arguments: dict[str, Any]) -> nn.
         raise ValueError(
             f"{path!r} is called as {factory_name}(num_classes={num_classes}), which fails: {error}"
         ) from error
-    model = factory(num_classes=num_classes, **arguments)
+    try:
+        model = factory(num_classes=num_classes, **arguments)
+    except Exception as error:  # a factory with **kwargs, or a value of another type
+        if arguments:
+            raise failed(repr(path), arguments, error) from error
+        raise
     if not isinstance(model, nn.Module):
         raise ValueError(f"{path!r} returned a {type(model).__name__}, expected a torch.nn.Module")
     return model

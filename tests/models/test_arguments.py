@@ -84,6 +84,14 @@ def test_what_a_factory_does_not_take_ends_in_one_line(name: str, arguments: dic
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("arguments", [{"wdth": 3}, {"width": "a"}])
+def test_what_a_factory_passes_on_and_fails_with_ends_in_one_line(arguments: dict[str, Any]):
+    with pytest.raises(ArgumentError, match=r"^'.*:open_factory' cannot be built with \{[^\n]*$"):
+        create_model(OPEN, 2, arguments)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        create_model(OPEN, 2)  # a bug of the factory
+
+
 def test_an_unknown_network_is_still_told_as_such():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="there is no model 'timm/resnet1888'"):
