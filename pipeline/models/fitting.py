@@ -229,7 +229,7 @@ def _mismatch_message(
     if reshaped and other_rows and not (missing or unexpected or new_head):
         # Only the head has other rows: it has another number of classes, and the shards set that of the network.
         found, expected = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
-        advice = "a student starts from them under a new classifier with student.start.head=new"
+        advice = "a student may start with student.start.head=new, a teacher of features be used with teacher.head=none"
         return f"{source}: the weights have {found} classes, the network and the shards have {expected}; {advice}"
     problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
     problems += [f"{len(unexpected)} unexpected (first {unexpected[0]})"] if unexpected else []

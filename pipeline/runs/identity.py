@@ -201,6 +201,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     for key in _NOT_IDENTITY_TEACHER:
         (tree["teacher"] or {}).pop(key, None)
     tree["compare"] = []  # a table at the end changes no number
+    if tree["data"]["validation_size"] == tree["data"]["size"]:
+        tree["data"]["validation_size"] = None  # two words for the same images
     tree["data"]["validation_batch"] = None  # null in the identities of old runs, and training does not depend on it
     return tree
 

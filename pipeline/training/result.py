@@ -78,6 +78,9 @@ def print_table(run: Run) -> None:
     runs += [("student" if run.recipe.teacher or run.recipe.student.start else "network", run)]
     rows = [_row(role, each) for role, each in runs]
     print(aligned([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
+    holdout = run.recipe.data.holdout
+    if holdout and any(teacher.recipe.data.holdout != holdout for teacher in run.teachers):
+        print("note: students are measured on held-out training images, the teacher on its own validation images")
 
 
 def _row(role: str, run: Run) -> list[str]:

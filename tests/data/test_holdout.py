@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,8 @@ def test_a_held_out_image_has_the_pixels_that_it_would_have_as_a_validation_imag
 def test_only_a_run_with_held_out_images_has_them_in_its_identity_and_folder(recipes: Path, monkeypatch):
     monkeypatch.chdir(recipes)
     assert "holdout" not in run_of("ce.yaml").identity["data"]
+    assert run_of("ce.yaml", ["data.validation_size=16"]).identity == run_of("ce.yaml").identity
+    assert run_of("ce.yaml", ["data.validation_size=20"]).identity["data"]["validation_size"] == 20
     run = run_of("ddkd.yaml", ["data.holdout={share: 0.34, seed: 2}", "folder=null"])
     assert run.identity["data"]["holdout"] == {"share": 0.34, "seed": 2}
     assert run.folder.name == "seed-0-holdout"
@@ -173,3 +176,15 @@ def test_validation_images_have_their_own_size_and_those_of_training_do_not_chan
     start = Progress(sized.steps_per_epoch)
     for one, other in zip(plain.stream(start, 1), sized.stream(start, 1), strict=True):
         assert one.images_BCHW.equal(other.images_BCHW)
+
+
+def test_the_table_says_that_the_teacher_was_measured_on_other_images(
+    run_train: Callable[..., None], capsys: pytest.CaptureFixture[str]
+):
+    words = ["losses.ddkd=null", "losses.kd.temperature=4", "compare=null", "epochs=1", "folder=null"]
+    run_train("ddkd.yaml", *words, "data.holdout.share=0.34")
+    said = capsys.readouterr().out
+    assert "40 training images, 20 held out for validation" in said
+    assert said.splitlines()[-1].startswith("note: students are measured on held-out training images")
+    run_train("ddkd.yaml", *words)
+    assert "held-out" not in capsys.readouterr().out

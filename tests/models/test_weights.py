@@ -108,7 +108,7 @@ def test_a_head_of_another_number_of_classes_is_told_as_such(fresh: nn.Module, t
     torch.save(create_model(NAME, 1000).state_dict(), tmp_path / "imagenet.pt")
     message = refusal(fresh, tmp_path / "imagenet.pt")
     assert "imagenet.pt: the weights have 1000 classes, the network and the shards have 10; " in message
-    assert message.endswith("student.start.head=new")
+    assert "student.start.head=new" in message
 
 
 @pytest.mark.parametrize("shape", [(), (10, 1), (10, 64, 1)])
