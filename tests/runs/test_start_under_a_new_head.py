@@ -47,7 +47,7 @@ def test_the_student_begins_with_the_weights_under_the_head_of_its_seed(
 
 
 def test_without_a_new_head_the_refusal_names_it(place: Path):
-    with pytest.raises(RecipeError, match=r"ce.yaml: student.start.weights: w.pt: .* 100 classes.*start.head=new$"):
+    with pytest.raises(RecipeError, match=r"ce.yaml: student.start.weights: w.pt: .* 100 classes.*start.head=new"):
         run_of("ce.yaml", ["student.start.weights=w.pt"])
 
 
