@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from gloo_ranks import Ranks
 from pipeline import nvjpeg
 from pipeline.distributed import signals
 
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would every command that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 nvjpeg.load_first()  # as the commands do, before a test imports torchvision
 # Two OpenMP threads wait for one another actively, and a test's tensors are small.
 torch.set_num_threads(1)
