@@ -4,7 +4,7 @@
 
 SOURCE contains a folder for each class with its images, ``<class>/<file>``. Or it is split already, into
 ``train/<class>/<file>`` and ``val/<class>/<file>``; ``validation``, ``valid`` and ``test`` are other names of ``val``.
-Names of classes and files may have any characters.
+Names of classes and files may have any characters of Unicode (UTF-8).
 
 The images are JPEG or PNG, as their contents say. A JPEG keeps its bytes, and a PNG becomes a JPEG. DESTINATION gets
 what ``shards/prepare_imagenet.py`` writes, by the same code. After an interruption the same command continues.

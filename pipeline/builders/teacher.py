@@ -180,7 +180,7 @@ def _build_cached(run: Run, config: Config, cache: Cache, device: torch.device) 
 
 def check_head(recipe: Recipe, cache: Cache) -> None:
     """Raise RecipeError if a loss reads logits, and the cache is that of a teacher without a head."""
-    readers = [name for name, spec in recipe.losses.items() if spec.loss.needs_teacher and spec.config.reads_head()]
+    readers = [name for name, spec in recipe.losses.items() if spec.reads_teachers_head]
     if readers and LOGITS not in cache.header.kinds:
         raise RecipeError(
             f"{cache.folder} is of a teacher without a head, and the loss {readers[0]!r} reads what a head computes; "

@@ -164,7 +164,7 @@ class Recipe(FrozenModel):
 
     @model_validator(mode="after")
     def _losses_need_no_removed_head(self) -> Recipe:
-        readers = [name for name, spec in self.losses.items() if spec.loss.needs_teacher and spec.config.reads_head()]
+        readers = [name for name, spec in self.losses.items() if spec.reads_teachers_head]
         if readers and self.teacher and self.teacher.head:
             own = ", or let reads_head of its Config return False" if ":" in readers[0] else ""
             raise ValueError(

@@ -57,24 +57,23 @@ def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int 
     are shuffled, then the samples within groups of ``shuffle_shards`` shards. This keeps reads local on cold storage.
     """
     shards_N = np.asarray(shards_N)
-    keys_N = _sort_keys(len(shards_N), _ORDER, seed, epoch)
+    keys_N = _sort_keys(np.arange(len(shards_N)), _ORDER, seed, epoch)
     if shuffle_shards == 0 or len(shards_N) == 0:
         return np.argsort(keys_N, kind="stable")
-    shard_order = np.argsort(_sort_keys(int(shards_N.max()) + 1, _SHARDS, seed, epoch), kind="stable")
+    shard_order = np.argsort(_sort_keys(np.arange(shards_N.max() + 1), _SHARDS, seed, epoch), kind="stable")
     # np.lexsort sorts by its last key first: by the group of shards, then by the random key.
     return np.lexsort([keys_N, shard_order[shards_N] // shuffle_shards])
 
 
 def holdout_keys(ids_N: ArrayLike, *, seed: int) -> NDArray[np.uint64]:
     """Return a random 64-bit number of each id, [N], in whose order images are held out."""
-    high, low, _, _ = random_words(ids_N, 0, _HOLDOUT, seed=seed).astype(np.uint64)
-    return high << np.uint64(32) | low
+    return _sort_keys(ids_N, _HOLDOUT, seed, 0)
 
 
-def _sort_keys(count: int, draw: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Return one random 64-bit sort key per element, as [count]."""
+def _sort_keys(numbers_N: ArrayLike, draw: int, seed: int, epoch: int) -> NDArray[np.uint64]:
+    """Return one random 64-bit sort key per number, as [N]."""
     # Not NumPy's own shuffle, which may give another order in another release.
-    high, low, _, _ = random_words(np.arange(count), epoch, draw, seed=seed).astype(np.uint64)
+    high, low, _, _ = random_words(numbers_N, epoch, draw, seed=seed).astype(np.uint64)
     return high << np.uint64(32) | low
 
 

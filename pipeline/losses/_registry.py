@@ -27,6 +27,11 @@ class LossSpec:
         return self.loss(self.config, facts)
 
     @property
+    def reads_teachers_head(self) -> bool:
+        """Return whether the loss reads what the teacher's head computes."""
+        return self.loss.needs_teacher and self.config.reads_head()
+
+    @property
     def scopes(self) -> frozenset[str]:
         """The scopes of this loss and of its inner losses."""
         inner = [value for _, value in self.config if isinstance(value, LossSpec)]

@@ -86,7 +86,7 @@ class Run:
         result = read_result(self.folder) if (self.folder / IDENTITY).exists() else None
         return result if result and result.identity == self.fingerprint else None
 
-    @property
+    @cached_property
     def training_images(self) -> int:
         """Return the number of images that the run trains on."""
         return training_images(self.recipe.data.path, self.manifest, self.recipe.data.holdout)
