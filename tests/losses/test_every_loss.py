@@ -57,7 +57,7 @@ def test_a_loss_reads_what_the_teachers_head_computes_if_it_says_so(name: str):
         other = Outputs(case.teacher.logits_BK.flip(0).square(), case.teacher.features | of_head)
         assert any(value != expected[part] for part, value in case._replace(teacher=other).parts().items())
     else:
-        headless = case.teacher._replace(logits_BK=case.teacher.logits_BK[:, :0])
+        headless = case.teacher._replace(logits=case.teacher.logits_BK[:, :0])
         assert case._replace(teacher=headless).parts() == expected
 
 
@@ -240,8 +240,8 @@ def test_a_loss_is_never_negative(name: str, seed: int, scale: float, rows: int)
 
 def shifted(case: Example, shift: torch.Tensor) -> Example:
     return case._replace(
-        student=case.student._replace(logits_BK=case.student.logits_BK + shift),
-        teacher=case.teacher._replace(logits_BK=case.teacher.logits_BK - 2 * shift),
+        student=case.student._replace(logits=case.student.logits_BK + shift),
+        teacher=case.teacher._replace(logits=case.teacher.logits_BK - 2 * shift),
     )
 
 
