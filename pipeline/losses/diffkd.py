@@ -63,6 +63,7 @@ class DiffKD(Loss):
     """
 
     scope = "statistics"
+    reads_labels = False
 
     class Config(Loss.Config):
         """The config of DiffKD; ``configs/methods/diffkd.yaml`` and ``ddkd.yaml`` have the published values.

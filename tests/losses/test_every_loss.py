@@ -62,6 +62,14 @@ def test_a_loss_reads_what_the_teachers_head_computes_if_it_says_so(name: str):
 
 
 @every_loss
+def test_a_loss_reads_the_labels_if_it_says_so(name: str):
+    case = example(name)
+    other = case._replace(batch=case.batch._replace(labels_B=(case.batch.labels_B + 1) % CLASSES))
+    differs = any(value != case.parts()[part] for part, value in other.parts().items())
+    assert differs == load_spec(name, config_of(name)).reads_labels
+
+
+@every_loss
 def test_parts_are_finite_scalars_under_short_names(name: str):
     for part, value in example(name, dtype=torch.float32).parts().items():
         assert part.isidentifier()
