@@ -57,18 +57,24 @@ class MemoryDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batches of each request, with images [B, C, H, W] in float32."""
         for request in requests:
-            for table_4B in self._table(request).split(request.batch, dim=1):
+            targets = {name: self._sent(x).split(request.batch) for name, x in request.targets.items()}
+            for number, table_4B in enumerate(self._table(request).split(request.batch, dim=1)):
                 ids_B, labels_B, firsts_B, flips_B = table_4B.unbind()
-                yield Batch(self._images(firsts_B, flips_B), labels_B, ids_B, {})
+                of_batch = {name: parts[number] for name, parts in targets.items()}
+                yield Batch(self._images(firsts_B, flips_B), labels_B, ids_B, {}, of_batch)
 
     def _table(self, request: SampleRequest) -> Tensor:
         """Return each row's id, label, first pixel of its crop, and 1 if it is mirrored, as int64 [4, R]."""
         tops_R, lefts_R = (request.geometry.crops_B2 + self._config.pad).T
         firsts_R = (request.rows_B * self._side + tops_R) * self._side + lefts_R
-        table_4R = torch.from_numpy(np.stack([request.ids_B, request.labels_B, firsts_R, request.geometry.flips_B]))
+        rows_4R = np.stack([request.ids_B, request.labels_B, firsts_R, request.geometry.flips_B])
+        return self._sent(torch.from_numpy(rows_4R))
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """Return a tensor of the host on the device."""
         if self._device.type == "cuda":  # a copy from unpinned memory would wait for all queued work of the GPU
-            table_4R = table_4R.pin_memory()
-        return table_4R.to(self._device, non_blocking=True)
+            x = x.pin_memory()
+        return x.to(self._device, non_blocking=True)
 
     def _images(self, firsts_B: Tensor, flips_B: Tensor) -> Tensor:
         """Gather, mirror and normalise the crops that begin at those pixels."""

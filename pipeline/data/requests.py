@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
 from pipeline.data.config import Config
+from pipeline.tasks.multilabel import LABELS
 from shards.read import SplitReader
 
 Columns = Callable[[int], Mapping[str, NDArray]]
@@ -64,11 +65,14 @@ class SampleRequest(NamedTuple):
     labels_B: Tensor
     batch: int
     """Number of rows of each batch; the last may have fewer."""
+    targets: dict[str, Tensor] = {}  # noqa: RUF012
+    """The task's targets, if the shards have any besides the labels."""
 
     def to_batch(self, images_BCHW: Tensor, device: torch.device) -> Batch:
         """Return the batch of a request for a single one, whose images are on ``device``."""
         labels_B, ids_B = (x.to(device, non_blocking=True) for x in (self.labels_B, self.ids_B))
-        return Batch(images_BCHW, labels_B, ids_B, {})
+        targets = {name: x.to(device, non_blocking=True) for name, x in self.targets.items()}
+        return Batch(images_BCHW, labels_B, ids_B, {}, targets)
 
 
 def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry:
@@ -207,6 +211,7 @@ class BatchSampler:
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
+            self._targets("train", rows),
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
@@ -221,7 +226,12 @@ class BatchSampler:
             self._host(np.where(real, samples["id"], -1)),
             self._host(np.where(real, samples["label"], -1).astype(np.int64)),
             self.validation_batch,
+            self._targets("val", rows),
         )
+
+    def _targets(self, split: str, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        table = self.readers[split].targets
+        return {} if table is None else {LABELS: self._host(table[rows])}
 
     def _encoded(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
         if not self.encoded:
