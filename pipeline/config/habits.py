@@ -44,6 +44,7 @@ _KEYS = {
     "schedule.final_rate": "eta_min final_lr lr_min min_lr",
     "schedule.kind": "lr_policy lr_schedule lr_scheduler sched scheduler",
     "schedule.milestones": "decay_epochs lr_decay_epochs lr_decay_stages lr_milestones lr_steps step_size",
+    "schedule.power": "decay_power lr_power poly_power",
     "schedule.rate": "base_lr blr init_lr initial_lr learning_rate lr max_lr",
     "schedule.warmup_epochs": "warm_up warmup warmup_steps",
     "schedule.warmup_rate": "warmup_init_lr warmup_lr",

@@ -15,9 +15,9 @@ from pipeline.frozen_model import FrozenModel
 
 
 class Schedule(FrozenModel):
-    """The recipe's ``schedule``: a linear warm-up, followed by steps, a cosine or a constant rate."""
+    """The recipe's ``schedule``: a linear warm-up, followed by steps, a cosine, a power or a constant rate."""
 
-    kind: Literal["step", "cosine", "constant"] = "constant"
+    kind: Literal["step", "cosine", "constant", "poly", "one_cycle"] = "constant"
     """Course of the learning rate after the warm-up."""
     rate: PositiveFloat
     """Learning rate after warm-up, for the recipe's global batch."""
@@ -26,9 +26,13 @@ class Schedule(FrozenModel):
     factor: PositiveFloat = 0.1
     """``step``: factor of the rate at each milestone."""
     final_rate: NonNegativeFloat = 0.0
-    """``cosine``: the rate at the end of the run."""
+    """``cosine``, ``poly`` and ``one_cycle``: the rate at the end of the run."""
+    power: PositiveFloat | None = None
+    """``poly``: power of the share of the run that is left; default: 1, a line."""
+    unit: Literal["step", "epoch"] = "step"
+    """``epoch``: the rate changes only between epochs, as timm's does by default."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """Length of the linear warm-up in epochs."""
+    """Length of the warm-up in epochs: linear, and half a cosine of ``one_cycle``."""
     warmup_rate: NonNegativeFloat = 0.0
     """Rate at the first step of the warm-up."""
 
@@ -40,19 +44,55 @@ class Schedule(FrozenModel):
             raise ValueError(f"milestones must be in increasing order, got {list(self.milestones)}")
         return self
 
+    @model_validator(mode="after")
+    def _keys_belong_to_their_kind(self) -> Schedule:
+        if self.power is not None and self.kind != "poly":
+            raise ValueError(f"power needs kind: poly, got kind: {self.kind}; remove it, or give power: null")
+        if self.kind == "one_cycle" and self.warmup_epochs == 0:
+            raise ValueError("kind: one_cycle needs warmup_epochs above 0; torch's default is 0.3 of the run")
+        if self.unit == "epoch" and self.warmup_epochs > 0 and self.warmup_rate == 0:
+            raise ValueError(
+                "unit: epoch with a warm-up needs warmup_rate above 0, because it is the rate of the whole first epoch"
+            )
+        return self
+
 
 def learning_rate(schedule: Schedule, progress: Progress, epochs: float) -> float:
     """Return the rate of the step that begins at ``progress`` in a run of ``epochs`` epochs."""
-    epoch = progress.fraction
+    epoch, length = progress.fraction, 1 / progress.steps_per_epoch
+    if schedule.unit == "epoch":
+        epoch, length = float(progress.epoch), 1.0
+    if schedule.kind == "one_cycle":
+        return _one_cycle_rate(schedule, epoch, epochs, length)
     if epoch < schedule.warmup_epochs:
         return schedule.warmup_rate + (schedule.rate - schedule.warmup_rate) * epoch / schedule.warmup_epochs
     if schedule.kind == "step":
         return schedule.rate * schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones)
+    # The 1e-12 avoids a division by zero if the warm-up is as long as the run.
+    done = min((epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-12), 1.0)
     if schedule.kind == "cosine":
-        # The 1e-12 avoids a division by zero if the warm-up is as long as the run.
-        done = min((epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-12), 1.0)
-        return schedule.final_rate + (schedule.rate - schedule.final_rate) * (1 + math.cos(math.pi * done)) / 2
+        return _cosine(schedule.rate, schedule.final_rate, done)
+    if schedule.kind == "poly":
+        power = 1.0 if schedule.power is None else schedule.power
+        return schedule.final_rate + (schedule.rate - schedule.final_rate) * (1 - done) ** power
     return schedule.rate
+
+
+def _one_cycle_rate(schedule: Schedule, epoch: float, epochs: float, length: float) -> float:
+    """Return the rate of torch's OneCycleLR with two phases of a cosine.
+
+    Its peak is the last step of the warm-up, and its end the last step of the run. ``length`` is that of a step, or of
+    an epoch, in epochs. Source: Smith and Topin, arXiv:1708.07120, in the form of torch's class.
+    """
+    peak, end = schedule.warmup_epochs - length, epochs - length
+    if epoch < peak:
+        return _cosine(schedule.warmup_rate, schedule.rate, epoch / peak)
+    return _cosine(schedule.rate, schedule.final_rate, min((epoch - peak) / max(end - peak, 1e-12), 1.0))
+
+
+def _cosine(first: float, last: float, done: float) -> float:
+    """Return the value between ``first`` and ``last``, along half a cosine, after a share ``done`` of the way."""
+    return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Ramp(FrozenModel):

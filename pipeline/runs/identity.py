@@ -47,6 +47,8 @@ _OPTIONS = {
     "arguments": {},
     "freeze": [],
     "rates": {},
+    "power": None,
+    "unit": "step",
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

@@ -103,9 +103,10 @@ def test_a_section_is_printed_with_type_default_and_one_line(capsys: pytest.Capt
     train.main(["--keys", "schedule"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "schedule: The learning rate over the epochs."
-    kind = lines.index('  schedule.kind           "step" | "cosine" | "constant"  default constant')
+    kinds = " | ".join(f'"{kind}"' for kind in ("step", "cosine", "constant", "poly", "one_cycle"))
+    kind = lines.index(f"  schedule.kind           {kinds}  default constant")
     assert lines[kind + 1] == "      Course of the learning rate after the warm-up."
-    assert "  schedule.rate           float > 0                       required" in lines
+    assert f"  schedule.rate           {'float > 0':<{len(kinds)}}  required" in lines
 
 
 @pytest.mark.parametrize("name", known_losses())
