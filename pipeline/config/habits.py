@@ -24,6 +24,7 @@ _KEYS = {
     "data.size": "crop_size image_size img_size imgsz input_size resolution",
     "data.threads": "dataloader_num_workers n_workers num_threads num_workers nw workers",
     "data.validation_batch": "eval_batch_size test_batch_size val_batch_size validation_batch_size",
+    "ema.warmup": "ema_warmup model_ema_warmup",
     "ema.decay": "ema_decay ema_momentum model_ema model_ema_decay use_ema",
     "epochs": "max_epochs n_epochs nb_epochs num_epochs num_train_epochs total_epochs train_epochs",
     "folder": "ckpt_dir exp_dir exp_name experiment experiment_name log_dir logdir name out out_dir output output_dir "

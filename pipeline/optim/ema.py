@@ -17,27 +17,38 @@ class Config(FrozenModel):
 
     decay: float = Field(gt=0, lt=1)
     """Share of the old average that a step keeps."""
+    warmup: bool = False
+    """True to keep less at first: at step t, counted from 1, at most (1 + t) / (10 + t)."""
 
 
 class EMA:
     """The moving averages of a network's weights: average ← decay · average + (1 − decay) · weight.
 
+    With a warm-up, the decay of step t is min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage.
     Buffers are not averaged. The averages are stored in the tensors ``into``, by parameter name. The default is copies
     of the network's weights.
     """
 
     def __init__(self, config: Config, network: nn.Module, into: dict[str, Tensor] | None = None) -> None:
-        self.decay = config.decay
+        self.config = config
         self.network = network
         self.averages = into or {name: weight.detach().clone() for name, weight in network.named_parameters()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update the averages after an optimizer step of the network."""
+    def update(self, step: int | Tensor) -> None:
+        """Update the averages after optimizer ``step`` of the network, counted from 1; a captured one is a tensor."""
         weights = [parameter.detach() for parameter in self.network.parameters()]
         averages = list(self.averages.values())
         # One call for all tensors: on a GPU, a kernel launch per parameter would cost more than the arithmetic.
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
+        if not self.config.warmup:
+            torch._foreach_lerp_(averages, weights, 1 - self.config.decay)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        # On the device also outside a graph, so that both compute the same bits.
+        t = step if isinstance(step, Tensor) else torch.full((), step, device=averages[0].device)
+        share = 1 - torch.clamp((1 + t.double()) / (10 + t.double()), max=self.config.decay)
+        changes = torch._foreach_sub(weights, averages)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(changes, share.to(averages[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(averages, changes)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ _OPTIONS = {
     "rates": {},
     "power": None,
     "unit": "step",
+    "warmup": False,
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

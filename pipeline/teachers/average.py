@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.distributed import collectives
 from pipeline.features.taps import FeatureTaps
@@ -38,9 +38,12 @@ class EMATeacher(Teacher):
         self.ema = EMA(self.average, student, into=dict(network.named_parameters()))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update the averages after an optimizer step. Every rank must call it, because buffers are averaged."""
-        self.ema.update()
+    def update(self, step: int | Tensor) -> None:
+        """Update the averages after optimizer ``step``, counted from 1.
+
+        Every rank must call it, because buffers are averaged.
+        """
+        self.ema.update(step)
         with collectives.average_buffers(self.ema.network):
             # Buffers are copied, not averaged over time: BatchNorm statistics are moving averages themselves.
             for buffer, student_buffer in zip(self.taps.model.buffers(), self.ema.network.buffers(), strict=True):

@@ -82,7 +82,7 @@ class Step:
         if norm is not None:
             self.unwrapped.commit()  # the losses' memory banks store the global batch
             for average in self.averages:
-                average.update()
+                average.update(current)
         return StepOutput(tuple(losses), parts_P, norm)
 
     def _forward_backward(self, batch: Batch, progress: Progress, answers: Outputs | None) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old |= {"task": "classification"}
     old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False}
     old["optimizer"] |= {"rates": {}}
+    old["ema"] |= {"warmup": False}
     old["schedule"] |= {"power": None, "unit": "step"}
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}

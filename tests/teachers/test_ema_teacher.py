@@ -58,7 +58,7 @@ def test_it_begins_as_the_student_and_follows_its_weights_and_has_its_statistics
     expected = {name: weight.detach().clone() for name, weight in student.named_parameters()}
     for step in range(3):
         learn(student, step)
-        teacher.update()
+        teacher.update(step + 1)
         for name, weight in student.named_parameters():
             expected[name] = 0.75 * expected[name] + 0.25 * weight.detach()
     network = teacher.taps.model
@@ -72,7 +72,7 @@ def test_it_answers_as_its_network_does_in_evaluation_and_takes_no_gradient():
     student = student_of(0)
     teacher = teacher_of(student)
     learn(student, 1)
-    teacher.update()
+    teacher.update(1)
     nn.ModuleList([teacher]).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -103,7 +103,7 @@ def of_a_rank(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tenso
     with torch.no_grad():
         for parameter, weight in zip(student.parameters(), weights, strict=True):
             parameter.copy_(1.5 * weight)
-    teacher.update()
+    teacher.update(1)
     return dict(student.state_dict()), dict(teacher.taps.model.state_dict())
 
 
