@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.features.patterns import rate_multipliers
 from pipeline.frozen_model import FrozenModel
+from pipeline.optim.decay import spared_parameters, undecayed_parameters
 
 MULTIPLIER = "multiplier"
 """Key of a parameter group with the multiplier of its learning rate; a group without it has 1."""
@@ -28,7 +29,7 @@ class Config(FrozenModel):
     weight_decay: NonNegativeFloat = 0.0
     """Factor of the L2 penalty on the parameters."""
     decay_norms_and_biases: bool = True
-    """Whether weight decay also applies to biases and to the parameters of normalisation layers."""
+    """Whether weight decay also applies to biases, parameters of normalisation layers, tokens and position tables."""
     rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
     """Multiplier of the learning rate by pattern of the student's parameters: ``{"fc.*": 10.0}``; others have 1."""
 
@@ -46,16 +47,17 @@ def create_optimizer(config: Config, module: nn.Module, student: nn.Module | Non
     It is fused, because a fused step reads a ``found_inf`` flag on the device and skips the update where it is set.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    network = module if student is None else student
     undecayed = undecayed_parameters(module)
-    smallest_decayed = 0 if config.decay_norms_and_biases else 2  # dimensions: norms and biases have one
-    multipliers = rate_multipliers(module if student is None else student, config.rates)
+    if not config.decay_norms_and_biases:
+        undecayed |= spared_parameters(module, network)
+    multipliers = rate_multipliers(network, config.rates)
     groups: list[dict[str, Any]] = []
     # That of most comes first; a run without ``rates`` has the groups that it always had.
     for rate in sorted({1.0, *multipliers.values()}, key=lambda rate: (rate != 1.0, rate)):
         same = [parameter for parameter in parameters if multipliers.get(parameter, 1.0) == rate]
-        decays = [parameter.ndim >= smallest_decayed and parameter not in undecayed for parameter in same]
-        decayed = [parameter for parameter, decay in zip(same, decays, strict=True) if decay]
-        not_decayed = [parameter for parameter, decay in zip(same, decays, strict=True) if not decay]
+        decayed = [parameter for parameter in same if parameter not in undecayed]
+        not_decayed = [parameter for parameter in same if parameter in undecayed]
         own = {} if rate == 1.0 else {MULTIPLIER: rate}
         groups += [{"params": decayed, **own}, {"params": not_decayed, "weight_decay": 0.0, **own}]
     return torch.optim.SGD(
@@ -77,11 +79,6 @@ def allocate_momentum(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def undecayed_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that must never decay. A module lists their names in an attribute ``undecayed``."""
-    return {owner.get_parameter(name) for owner in module.modules() for name in getattr(owner, "undecayed", ())}
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
