@@ -21,7 +21,7 @@ from pipeline.errors import display_path, error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
-from pipeline.optim.optimizer import allocate_momentum, create_optimizer
+from pipeline.optim.optimizer import allocate_state, create_optimizer
 from pipeline.runs.files import STUDENT_BEST
 from pipeline.runs.folder import open_folder
 from pipeline.runs.identity import Run
@@ -97,12 +97,12 @@ def _build(
 
 def _prepare(recipe: Recipe, accelerator: Accelerator, unwrapped: Distiller) -> tuple[nn.Module, Any]:
     """Return the Distiller in its wrapper for training, and its optimizer."""
-    optimizer = create_optimizer(recipe.optimizer, unwrapped, unwrapped.student.model)
+    optimizer = create_optimizer(recipe.optimizer, unwrapped, unwrapped.student.model, recipe.schedule.rate)
     distiller, optimizer = accelerator.prepare(unwrapped, optimizer)
     if recipe.compress:
         compressed = unwrapped.losses if recipe.compress == "auxiliary" else unwrapped
         collectives.compress_gradients(distiller, compressed.parameters())
-    allocate_momentum(optimizer)
+    allocate_state(optimizer)
     return distiller, optimizer
 
 

@@ -19,6 +19,7 @@ from pipeline.errors import error_context
 from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
+from pipeline.optim.optimizer import check_optimizer
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
@@ -103,6 +104,8 @@ def summarize(loaded: LoadedRecipe) -> Report:
     if (Path(recipe.data.path) / MANIFEST).is_file():
         check_task(recipe, read_manifest(Path(recipe.data.path)))
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
+    with error_context("optimizer"):
+        check_optimizer(recipe.optimizer)  # for its errors
     with error_context("optimizer.rates"):
         rate_multipliers(built.student[1].model, recipe.optimizer.rates)  # for its errors
     losses = _try_losses(recipe, built.facts)

@@ -54,9 +54,11 @@ class FiniteGuard:
 
     def skip_step_if_nonfinite(
         self, optimizer: AcceleratedOptimizer, gradient_norm: Tensor, step: int | Tensor
-    ) -> None:
-        """Make the fused ``optimizer`` skip ``step``, weights and momentum, if its gradients are not finite.
+    ) -> bool:
+        """Make a fused ``optimizer`` skip ``step``, weights and state, if its gradients are not finite.
 
+        Return whether the host must skip the step of another one, which cannot do so on the device. The host then waits
+        for the gradients at every step.
         The gradients are averaged over the ranks by now, and a non-finite total has made them NaN
         (``propagate_nonfinite``). So every rank decides alike. With a GradScaler, the scaler skips the step, and an
         overflow of scaled gradients is no error. DeepSpeed has made its step already, or skipped it by the same norm,
@@ -64,12 +66,16 @@ class FiniteGuard:
         """
         if optimizer.scaler is not None:
             self.scaler = optimizer.scaler
-            return
+            return False
         finite = torch.isfinite(gradient_norm.detach()).reshape(1)
         self._record(self.first_step_P[-1:], finite, step)
+        inner = optimizer.optimizer
+        if isinstance(inner, torch.optim.Optimizer) and not skips_on_device(inner):
+            return not finite.item()
         # The attribute that GradScaler sets: a fused step reads it on the device, and does nothing where it is 1. An
         # ``if`` on the host would wait for the GPU at every step, and could not be captured in a CUDA graph.
-        optimizer.optimizer.found_inf = (~finite[0]).float()  # type: ignore[attr-defined]
+        inner.found_inf = (~finite[0]).float()  # type: ignore[attr-defined]
+        return False
 
     def _advice(self) -> str:
         """Return what the user can do, which depends on whether the teacher's outputs are not finite, or may be."""
@@ -97,6 +103,11 @@ class FiniteGuard:
             raise NonFiniteError(f"{name} became NaN or inf at step {step}; the update was skipped; {self._advice()}")
         if self.scaler is not None and self.scaler.get_scale() < SMALLEST_SCALE:
             raise NonFiniteError(f"{GRADIENT} was NaN or inf for many steps in a row, all skipped; use precision: bf16")
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer's step reads a flag on the device and does nothing where it is set."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)  # as GradScaler asks
 
 
 def propagate_nonfinite(total: Tensor) -> Tensor:

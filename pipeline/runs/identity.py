@@ -47,6 +47,8 @@ _OPTIONS = {
     "arguments": {},
     "freeze": [],
     "rates": {},
+    "betas": None,
+    "eps": None,
     "power": None,
     "unit": "step",
     "warmup": False,

@@ -22,13 +22,16 @@ import accelerate
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.distiller import Distiller
 from pipeline.errors import RecipeError, display_path, one_line
-from pipeline.optim.optimizer import move_learning_rate_to
+from pipeline.optim.guard import skips_on_device
+from pipeline.optim.kinds import FUSED
+from pipeline.optim.optimizer import allow_capture, move_learning_rate_to
 from pipeline.optim.schedule import WatchedProgress
 from pipeline.training.step import Step, StepOutput
 
@@ -49,16 +52,23 @@ def maybe_graph(
     accelerator = step.accelerator
     if wanted is False:
         reason: str | None = "graph=false"
+    elif checkpointed:  # a checkpointed block reads the states of torch's generators, which a capture forbids
+        reason = "student.checkpoint"
     else:
-        # A checkpointed block reads the states of torch's generators, which a capture forbids.
-        reason = "student.checkpoint" if checkpointed else _obstacle(accelerator, accumulation)
-        if wanted is True and reason:
-            raise RecipeError(
-                f"graph: true needs one GPU and accumulation: 1, and this run has {reason}; give graph=auto"
-            )
+        reason = _unfused(step.optimizer) or _obstacle(accelerator, accumulation)
+    if wanted is True and reason:
+        raise RecipeError(f"graph: true needs one GPU and accumulation: 1, and this run has {reason}; give graph=auto")
     if accelerator.device.type == "cuda":
         accelerator.print(f"graph: off ({reason})" if reason else "graph: on, from this command's fourth step")
     return step if reason else GraphedStep(step)
+
+
+def _unfused(optimizer: AcceleratedOptimizer) -> str | None:
+    """Return the optimizer, for a message, if the host decides whether its step is skipped; otherwise None."""
+    inner = optimizer.optimizer
+    if not isinstance(inner, torch.optim.Optimizer) or skips_on_device(inner):  # the former is DeepSpeed's
+        return None
+    return f"an optimizer that cannot be captured, {type(inner).__name__} ({', '.join(FUSED)} can be)"
 
 
 def _obstacle(accelerator: Accelerator, accumulation: int) -> str | None:
@@ -113,6 +123,7 @@ class GraphedStep:
         if self.captures_in_a_row > 2:
             raise RecipeError(f"graph: the losses read {changed[0]}, which changes at every step; give graph=false")
         self.captured_at = self.calls
+        allow_capture(self.step.optimizer)
         # Records what the losses read of the progress, because a graph keeps these values.
         self.constants = WatchedProgress(progress)
         # The graph reads these copies: every replay finds its batch at the same addresses.

@@ -105,13 +105,14 @@ class Step:
 
         Return None within a global batch. The weights do not change if a gradient is not finite.
         """
-        norm = None
+        norm, skipped = None, False
         if self.accelerator.sync_gradients:
             norm = clip_gradients(self.accelerator, self.distiller, self.clip)
-            # Sets a flag on the device that the optimizer reads: an ``if`` would make the host wait.
-            self.guard.skip_step_if_nonfinite(self.optimizer, norm, number)
+            # Sets a flag on the device that a fused optimizer reads: an ``if`` would make the host wait.
+            skipped = self.guard.skip_step_if_nonfinite(self.optimizer, norm, number)
         # Accelerate's wrapper ignores both calls within a global batch.
-        self.optimizer.step()
+        if not skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

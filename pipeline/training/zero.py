@@ -27,6 +27,7 @@ from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path
+from pipeline.optim.kinds import FUSED
 from shards.documents import read_document
 
 _SETTINGS_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
@@ -169,6 +170,11 @@ def _check_recipe(recipe: Recipe, stage: int) -> None:
     """Raise RecipeError for settings that this ZeRO stage does not support."""
     if recipe.precision == "fp16":
         raise RecipeError("precision: fp16 is not supported under DeepSpeed; give precision=bf16 or precision=fp32")
+    if recipe.optimizer.kind not in FUSED:
+        raise RecipeError(
+            f"optimizer.kind: {recipe.optimizer.kind} is not supported under DeepSpeed, which steps on parts of the "
+            f"parameters; give {', '.join(FUSED)}, or use DDP"
+        )
     if recipe.compress:
         raise RecipeError("compress: DeepSpeed sends the gradients itself, in float32; remove the key, or use DDP")
     # The frozen teacher is left out: ZeRO does not partition it.

@@ -65,7 +65,7 @@ HINTS = {
     **{"data.batch": "batch", "data.batch_size": "batch", "data.num_workers": "data.threads", "data.name": "data.path"},
     **{"student.arch": "student.model", "student.pretrained": "student.start.weights"},
     **{"teacher.checkpoint": "teacher.weights", "checkpoints.steps": "checkpoints.every_steps"},
-    **{"model_ema_warmup": "ema.warmup", "poly_power": "schedule.power"},
+    **{"opt_betas": "optimizer.betas", "model_ema_warmup": "ema.warmup", "poly_power": "schedule.power"},
     **{"losses.kd.T": "losses.kd.temperature", "losses.kd.alpha": "losses.kd.weight"},
     **{"losses.ce.eps": "losses.ce.label_smoothing", "losses.kd.warmup_epochs": "losses.kd.ramp"},
 }

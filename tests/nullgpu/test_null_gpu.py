@@ -93,6 +93,31 @@ def test_a_step_is_captured_anew_on_the_way(environment: dict[str, str], place: 
     assert found["replayed"]["captures"] == 2
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_adam_and_an_average_that_warms_up_are_captured_and_never_wait(
+    environment: dict[str, str], place: Path, kind: str, precision: str
+):
+    optimizer = f"optimizer={{kind: {kind}, momentum: null, nesterov: null, decay_norms_and_biases: false}}"
+    words = (optimizer, "ema={decay: 0.9, warmup: true}", "clip=1")
+    (found,) = watched(environment, place, f"dkd:{precision}", words=words).values()
+    assert "error" not in found
+    assert (found["waits"], found["pageable"]) == (0, 0)
+    replayed = found["replayed"]
+    assert (replayed["replays"], replayed["waits"], replayed["pageable"], replayed["allocations"]) == (1, 0, 0, 0)
+    assert replayed["alike"]
+
+
+@pytest.mark.parametrize("kind", ["nadam", "timm/lion"])
+def test_for_an_optimizer_that_is_not_fused_the_host_waits_once_a_step_and_there_is_no_graph(
+    environment: dict[str, str], place: Path, kind: str
+):
+    words = (f"optimizer={{kind: {kind}, momentum: null, nesterov: null}}",)
+    (found,) = watched(environment, place, "dkd:fp32", words=words).values()
+    assert found["waits"] == 6  # of the six steps that are watched
+    assert "an optimizer that cannot be captured" in found["error"]
+
+
 @pytest.mark.parametrize(
     ("runs", "number"),
     [("kd+ddkd:0", 2 + 1), ("kd:0,1", 2), ("ce+kd+dkd+crd:0", 4 + 1)],

@@ -12,7 +12,7 @@ from pipeline.models.cifar_resnet import MODELS as RESNETS
 from pipeline.models.create import PROJECT_MODELS, create_model
 from pipeline.optim.optimizer import Config, create_optimizer
 
-SPARING = Config(weight_decay=0.05, decay_norms_and_biases=False)
+SPARING = Config(kind="adamw", weight_decay=0.05, decay_norms_and_biases=False)
 TIMM = {
     "vit_tiny_patch16_224": {},
     "vit_small_patch16_dinov3": {},

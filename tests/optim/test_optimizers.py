@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.optim.optimizer import (
     Config,
-    allocate_momentum,
+    allocate_state,
     create_optimizer,
     set_learning_rate,
 )
@@ -74,7 +74,7 @@ def test_found_inf_leaves_weights_and_momentum_alone():
 def test_a_first_step_that_is_skipped_leaves_momentum_at_zero():
     module = network()
     optimizer = create_optimizer(Config(momentum=0.9), module)
-    allocate_momentum(optimizer)
+    allocate_state(optimizer)
     set_learning_rate(optimizer, 0.1)
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)

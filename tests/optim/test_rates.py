@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.optim.optimizer import (
     Config,
-    allocate_momentum,
+    allocate_state,
     create_optimizer,
     move_learning_rate_to,
     optimizer_state,
@@ -36,7 +36,7 @@ def step(module: nn.Module, optimizer: torch.optim.SGD, rate: float) -> None:
 def test_two_steps_are_those_of_an_optimizer_of_each_rate():
     module, reference = network(), network()
     optimizer = create_optimizer(Config(**CONFIG, rates={"3.*": 10.0, "1": 0.5}), module)
-    allocate_momentum(optimizer)
+    allocate_state(optimizer)
     named = dict(reference.named_parameters())
     own = {name: 10.0 if name.startswith("3.") else 0.5 if name.startswith("1.") else 1.0 for name in named}
     plain = {

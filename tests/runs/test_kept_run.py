@@ -88,9 +88,9 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old |= {"task": "classification"}
     old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False}
-    old["optimizer"] |= {"rates": {}}
-    old["ema"] |= {"warmup": False}
+    old["optimizer"] |= {"rates": {}, "betas": None, "eps": None, "arguments": None}
     old["schedule"] |= {"power": None, "unit": "step"}
+    old["ema"] |= {"warmup": False}
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None}

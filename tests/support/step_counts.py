@@ -88,7 +88,7 @@ class Enough(Exception):
 def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts, int]:
     """Train so for ``LATE`` steps, as the process of that rank; return that step's counts and the earlier ``alive``."""
     watch, flops, alive = Watch(), FlopCounter(), {}
-    seed_draws, prepare = train.seed_draws, session.allocate_momentum
+    seed_draws, prepare = train.seed_draws, session.allocate_state
 
     def next_step(seed: int, step: int) -> None:
         """Stand where a step has ended and the next has not begun."""
@@ -111,7 +111,7 @@ def count(rank: int, world: int, folder: Path, words: list[str]) -> tuple[Counts
     with ExitStack() as stack:
         for module in (train, training_session):  # before the first step, and after each
             stack.enter_context(mock.patch.object(module, "seed_draws", next_step))
-        stack.enter_context(mock.patch.object(session, "allocate_momentum", prepared))
+        stack.enter_context(mock.patch.object(session, "allocate_state", prepared))
         stack.enter_context(mock.patch.object(session, "image_flops", return_value=None))
         stack.enter_context(suppress(Enough))
         run_train(rank, world, folder, words)

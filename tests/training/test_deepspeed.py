@@ -197,6 +197,21 @@ def test_frozen_parameters_and_rates_are_those_of_ddp_also_over_a_stop(
 
 
 @on_ranks
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_adam_and_adamw_are_those_of_ddp_also_over_a_stop(place: Place, stage: int, kind: str):
+    optimizer = {"kind": kind, "momentum": None, "weight_decay": 0.05, "eps": 1e-3, "decay_norms_and_biases": False}
+    words = ("vid.yaml", f"optimizer={json.dumps(optimizer)}", "schedule.rate=0.001")
+    ddp = place.train(f"{kind}-ddp-{stage}", *words)
+    whole = place.train(f"{kind}-{stage}", *words, stage=stage)
+    place.train(f"{kind}-parts-{stage}", *words, "stop.steps=3", stage=stage)
+    parts = place.train(f"{kind}-parts-{stage}", *words, stage=stage)
+    assert [training.error for training in (*whole, *parts)] == [None] * 4
+    for rank in (0, 1):
+        assert largest_difference(ddp[rank].weights, whole[rank].weights) < ROUNDING
+        assert largest_difference(whole[rank].weights, parts[rank].weights) == 0
+
+
+@on_ranks
 def test_micro_batches_and_clipping_scale_the_gradient_as_under_ddp(
     place: Place, stage: int, accumulated_by_ddp: list[Training]
 ):
@@ -229,10 +244,12 @@ def test_a_head_that_learns_nothing_holds_nobody_up(place: Place, stage: int):
 
 
 @on_ranks
-def test_a_gradient_that_is_not_finite_touches_no_weight_of_any_rank(place: Place, stage: int):
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_gradient_that_is_not_finite_touches_no_weight_of_any_rank(place: Place, stage: int, kind: str):
     words = ("bursting.yaml", "checkpoints.every_steps=1", "journal.every_steps=50")
-    before = place.train(f"bursting-{stage}", *words, "stop.steps=2", stage=stage)
-    after = place.train(f"burst-{stage}", *words, stage=stage)
+    words += () if kind == "sgd" else (f"optimizer={{kind: {kind}, momentum: null}}",)
+    before = place.train(f"bursting-{stage}-{kind}", *words, "stop.steps=2", stage=stage)
+    after = place.train(f"burst-{stage}-{kind}", *words, stage=stage)
     for rank in (0, 1):
         assert after[rank].error == (
             "the gradient became NaN or inf at step 3; the update was skipped; "
@@ -240,7 +257,7 @@ def test_a_gradient_that_is_not_finite_touches_no_weight_of_any_rank(place: Plac
         )
         learned = [name for name in before[rank].weights if "running" not in name and "tracked" not in name]
         assert all(torch.equal(before[rank].weights[name], after[rank].weights[name]) for name in learned)
-    steps = (place.folder / "runs" / f"burst-{stage}" / "checkpoints").iterdir()
+    steps = (place.folder / "runs" / f"burst-{stage}-{kind}" / "checkpoints").iterdir()
     assert sorted(path.name for path in steps) == ["step-1", "step-2"]
 
 
@@ -361,6 +378,11 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
         ({"optimizer": {"type": "Adam"}}, [], "optimizer: remove it, the recipe sets it"),
         ({"stage": 0}, [], "zero_optimization.stage: expected 1, 2 or 3, got 0"),
         ({}, ["compress=auxiliary"], "compress: DeepSpeed sends the gradients itself, in float32; remove the key"),
+        (
+            {},
+            ["optimizer={kind: rmsprop, momentum: null}"],
+            "optimizer.kind: rmsprop is not supported under DeepSpeed, which steps on parts",
+        ),
         ({}, ["precision=fp16"], "precision: fp16 is not supported under DeepSpeed; give precision=bf16"),
         (
             {"stage": 3},

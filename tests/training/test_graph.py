@@ -94,6 +94,17 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "a ramp": ("dkd", {"losses": {"dkd": {**DKD, "ramp": {"linear_epochs": 2}}}}),
     "a loss that begins late": ("dkd", {"losses": {"dkd": {**DKD, "ramp": {"from": 1}}}}),
     "no momentum, no warm-up": ("ce", {"optimizer": {"momentum": 0}, "schedule": {"rate": 0.1}}),
+    "AdamW, with an average that warms up": (
+        "dkd",
+        {"optimizer": {"kind": "adamw", "momentum": None, "weight_decay": 0.05}, "ema": {"decay": 0.9, "warmup": True}},
+    ),
+    "Adam by epochs": (
+        "ce",
+        {
+            "optimizer": {"kind": "adam", "momentum": None, "arguments": {"amsgrad": True}},
+            "schedule": {"kind": "poly", "unit": "epoch", "power": 2.0, "warmup_epochs": None},
+        },
+    ),
     "bfloat16": ("ddkd", {"precision": "bf16"}),
     "recomputed": ("ddkd", {"losses.ddkd.diffusion.checkpoint": True}),
 }
@@ -229,6 +240,18 @@ def test_a_loss_that_waits_is_named_with_its_line(
 def test_a_graph_that_is_asked_for_where_it_cannot_be_is_refused(words: tuple[str, ...], run_train: Train):
     with pytest.raises(RecipeError, match=r"^graph: true needs one GPU and accumulation: 1, and this run has no GPU;"):
         run_train("ce.yaml", "graph=true", *words)
+
+
+@pytest.mark.parametrize("kind", ["nadam", "rmsprop", "timm/lion"])
+def test_an_optimizer_that_cannot_be_captured_is_refused_with_a_graph_and_trains_without(
+    kind: str, run_train: Train, recorded: type[RecordedGraph]
+):
+    words = ("ce.yaml", f"optimizer.kind={kind}", "optimizer.momentum=null", "schedule.rate=1e-3")
+    told = r"an optimizer that cannot be captured, \w+ \(sgd, adam, adamw can be\);"
+    with pytest.raises(RecipeError, match=rf"^graph: true needs .*, and this run has {told}"):
+        run_train(*words, "graph=true")
+    run_train(*words)
+    assert recorded.replays == 0
 
 
 def test_auto_is_a_graph_where_one_can_be(run_train: Train, recorded: type[RecordedGraph]):

@@ -117,6 +117,20 @@ def test_ten_steps_on_ranks_are_those_of_one_process(place: Path, one_process: T
     assert_equal_to_rounding(found, one_process)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "timm/lamb"])
+def test_ten_steps_of_another_optimizer_on_ranks_are_those_of_one_process(
+    kind: str, place: Path, several_ranks: Ranks, tmp_path: Path
+):
+    # A large eps: Adam divides by the size of a gradient, and where that is nothing but rounding, so is the step.
+    optimizer = {"kind": kind, "momentum": None, "eps": 1e-3, "decay_norms_and_biases": False, "weight_decay": 0.05}
+    words = [f"optimizer={json.dumps(optimizer)}", "teacher.batch=6", "schedule.rate=0.002"]
+    name = kind.replace("/", "_")
+    one = train(place, f"{name}_beside_{several_ranks.world}", *words)
+    found = train(place, f"{name}_on_{several_ranks.world}", *words, ranks=several_ranks)
+    assert found.batches == one.batches
+    assert_equal_to_rounding(found, one)
+
+
 @pytest.fixture(scope="module")
 def interrupted(place: Path, ranks: Ranks) -> Trained:
     """Two ranks, stopped within the first epoch."""

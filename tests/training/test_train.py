@@ -76,6 +76,32 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(
     assert measured[0] == measured[1]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "timm/lamb", "timm/muon", "nadam"])
+def test_a_run_of_another_optimizer_goes_on_bit_for_bit(run_train: Train, recipes: Path, kind: str):
+    optimizer = {"kind": kind, "momentum": None, "weight_decay": 0.05, "decay_norms_and_biases": False}
+    schedule = {"kind": "one_cycle", "rate": 0.002, "warmup_epochs": 0.5}
+    sections = [f"{key}={json.dumps(value)}" for key, value in (("optimizer", optimizer), ("schedule", schedule))]
+    words = ("ce.yaml", *sections, "ema={decay: 0.99, warmup: true}")
+    run_train(*words, "folder=runs/whole")
+    for stop in ("3", "8", "null"):
+        run_train(*words, "folder=runs/parts", f"stop.steps={stop}")
+    whole, parts = recipes / "runs" / "whole", recipes / "runs" / "parts"
+    assert trace(parts / "journal.jsonl") == trace(whole / "journal.jsonl")
+    files = [*whole.glob("*.safetensors"), *whole.glob("checkpoints/step-10/*.pt")]
+    assert len(files) == 4
+    for path in files:
+        assert (parts / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "timm/lamb"])
+def test_a_non_finite_loss_ends_the_run_of_any_optimizer_and_saves_nothing(run_train: Train, recipes: Path, kind: str):
+    optimizer = f'optimizer={{"kind": "{kind}", "momentum": null}}'
+    words = ("ce.yaml", optimizer, "checkpoints.every_steps=1", "journal.every_steps=50", "folder=runs/bad")
+    with pytest.raises(NonFiniteError, match=r"became NaN or inf at step 2; the update was skipped"):
+        run_train(*words, "schedule={kind: constant, rate: 1e38, warmup_epochs: null}")
+    assert [path.name for path in (recipes / "runs" / "bad" / "checkpoints").iterdir()] == ["step-1"]
+
+
 def test_a_command_that_is_already_where_it_stops_does_nothing(run_train: Train, recipes: Path):
     run_train("ce.yaml", "stop.steps=4")
     before = (recipes / "runs" / "ce" / "journal.jsonl").read_bytes()
