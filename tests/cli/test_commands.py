@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 from commands import BIN, ROOT, TRAIN, run, run_on_two_ranks, start
 from methods import config_of
@@ -40,6 +41,16 @@ def test_a_killed_run_repeats_the_trace_of_one_that_was_not(place: Path, main_jo
         "checkpoints={every_steps: 2, every_epochs: 0}",
     ]
     journal = place / "runs" / "killed" / "journal.jsonl"
+    kill_twice(command, journal, place)
+    assert run(*command, folder=place).returncode == 0
+    whole = place / "runs" / "ddkd"
+    assert trace(journal) == trace(whole / "journal.jsonl")
+    for name in ("student.safetensors", "student_best.safetensors"):
+        assert (place / "runs" / "killed" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def kill_twice(command: list[str], journal: Path, place: Path) -> None:
+    """Start a run and kill it at some step, two times."""
     dice = random.Random(time.time_ns())  # any step will do
     for least in (1, 7):
         with start(*command, folder=place) as process:
@@ -48,11 +59,24 @@ def test_a_killed_run_repeats_the_trace_of_one_that_was_not(place: Path, main_jo
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    assert run(*command, folder=place).returncode == 0
-    whole = place / "runs" / "ddkd"
-    assert trace(journal) == trace(whole / "journal.jsonl")
-    for name in ("student.safetensors", "student_best.safetensors"):
-        assert (place / "runs" / "killed" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize("kind", ["adamw", "timm/lamb"])
+def test_a_killed_run_of_another_optimizer_ends_as_one_that_was_not(
+    place: Path, main_job: subprocess.CompletedProcess[str], kind: str
+):
+    optimizer = f"optimizer={{kind: {kind}, momentum: null, nesterov: null, decay_norms_and_biases: false}}"
+    words = (sys.executable, TRAIN, "ce.yaml", optimizer, "schedule.rate=0.001", "ema={decay: 0.99, warmup: true}")
+    name = kind.replace("/", "_")
+    runs = [place / "runs" / f"{name}_{way}" for way in ("whole", "killed")]
+    command = [*words, f"folder={runs[1]}", "checkpoints={every_steps: 2, every_epochs: 0}"]
+    kill_twice(command, runs[1] / "journal.jsonl", place)
+    for words_of_run in ((*words, f"folder={runs[0]}"), command):
+        assert run(*words_of_run, folder=place).returncode == 0
+    assert trace(runs[0] / "journal.jsonl") == trace(runs[1] / "journal.jsonl")
+    for path in runs[0].glob("*.safetensors"):
+        assert (runs[1] / path.name).read_bytes() == path.read_bytes()
 
 
 def test_two_ranks_train_together_and_one_process_goes_on(place: Path, main_job: subprocess.CompletedProcess[str]):
