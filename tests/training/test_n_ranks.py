@@ -121,8 +121,7 @@ def test_ten_steps_on_ranks_are_those_of_one_process(place: Path, one_process: T
 def test_ten_steps_of_another_optimizer_on_ranks_are_those_of_one_process(
     kind: str, place: Path, several_ranks: Ranks, tmp_path: Path
 ):
-    # A large eps: Adam divides by the size of a gradient, and where that is nothing but rounding, so is the step.
-    optimizer = {"kind": kind, "momentum": None, "eps": 1e-3, "decay_norms_and_biases": False, "weight_decay": 0.05}
+    optimizer = {"kind": kind, "momentum": None, "decay_norms_and_biases": False, "weight_decay": 0.05}
     words = [f"optimizer={json.dumps(optimizer)}", "teacher.batch=6", "schedule.rate=0.002"]
     name = kind.replace("/", "_")
     one = train(place, f"{name}_beside_{several_ranks.world}", *words)
