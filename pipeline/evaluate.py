@@ -3,7 +3,8 @@
     python pipeline/evaluate.py runs/demo/seed-0 [weights=best]      the student of a run: last, best or ema
     python pipeline/evaluate.py RECIPE weights=FILE [key=value …]    a weights file, with a recipe's network and data
 
-It prints top-1 and top-5 in percent. ``agreement=yes`` adds the teacher's, and how often student and teacher agree.
+It prints the metrics of the recipe's task in percent, such as top-1 and top-5. ``agreement=yes`` adds the teacher's,
+and how often student and teacher agree.
 """
 
 from __future__ import annotations

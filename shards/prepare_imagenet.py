@@ -125,9 +125,7 @@ def _set_aside(items: dict[str, list[ImageItem]], locations: dict[str, ImageLoca
         raise ValueError(f"--val-share: {options.source} has a validation split already: remove the option")
     items["train"], items["val"] = set_aside(items["train"], options.val_share, options.seed)
     locations["val"] = locations["train"]
-    several = any(item.targets is not None for item in items["train"])
-    of_what = "them" if several else "every class"
-    print(f"val: {len(items['val']):,} images of these, {options.val_share:g} of {of_what} (seed {options.seed})")
+    print(f"val: {len(items['val']):,} images of these, {options.val_share:g} of every class (seed {options.seed})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

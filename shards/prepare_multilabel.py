@@ -9,8 +9,8 @@ two forms. Its first column is the image's path in IMAGES:
     a/1.jpg,cat;dog                  a/1.jpg,1,1,0
     a/2.jpg,                         a/2.jpg,0,0,0
 
-On the left, the second column contains the names of the image's classes with ``;`` between them (``--separator``
-changes it). On the right, there is a column of zeros and ones for each class. Images that no list names are not used.
+With two columns, the second one contains the names of the image's classes with ``;`` between them (``--separator``
+changes it). Otherwise there is a column of zeros and ones for each class. Images that no list names are not used.
 
 The images are JPEG or PNG, as their contents say. A JPEG keeps its bytes, and a PNG becomes a JPEG. DESTINATION gets
 what ``shards/prepare_imagenet.py`` writes, by the same code, and a table of targets for each split. After an
@@ -23,7 +23,7 @@ import csv
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
@@ -48,48 +48,72 @@ class LabelList(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
-    lists = {"train": read_label_list(options.labels, options.separator)}
+    if not options.separator:
+        raise ValueError("--separator: expected a text between two names, such as ';'")
+    lists = {"train": read_label_list(options.labels, options.separator, options.source)}
     if options.val_labels:
-        lists["val"] = read_label_list(options.val_labels, options.separator)
+        lists["val"] = read_label_list(options.val_labels, options.separator, options.source)
         _check_no_image_twice(lists)
     classes = _find_classes(lists, options.classes)
     items = {split: _items(found, classes, options) for split, found in lists.items()}
     for split, found in items.items():
         count = sum(sum(item.targets or b"") for item in found)
-        print(f"{split}: {len(found):,} images, {count / len(found):.2f} of {len(classes):,} classes in an image")
+        print(f"{split}: {len(found):,} images with {count / len(found):.2f} of {len(classes):,} classes on average")
     locations = {split: ImageLocation(options.source, AS_LISTED) for split in lists}
     return prepare_images("prepare_multilabel", classes, items, locations, options)
 
 
-def read_label_list(path: Path, separator: str) -> LabelList:
-    """Return the classes of each image in a CSV file. Raises ValueError, one line, for a line that cannot be read."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file of UTF-8 text ({error})") from None
-    if len(rows) < 2 or len(rows[0][1]) < 2:
-        raise ValueError(f"{path}: expected a header, such as 'file,labels', and a line for each image")
-    (_, header), *rows = rows
-    columns = tuple(name.strip() for name in header[1:]) if len(header) > 2 else ()
-    if len(set(columns)) != len(columns):
-        raise ValueError(f"{path}: line 1: two columns have the same name")
+def read_label_list(path: Path, separator: str, source: Path) -> LabelList:
+    """Return the classes of each image of ``source`` in a CSV file.
+
+    Raises ValueError, one line, for a line that cannot be read.
+    """
+    (_, header), *rows = _read_rows(path)
+    if (source / header[0]).is_file():
+        raise ValueError(
+            f"{path}: line 1: {header[0]} is an image; begin the list with a header, such as 'file,labels'"
+        )
+    columns = tuple(header[1:]) if len(header) > 2 or {row[1] for _, row in rows if len(row) == 2} <= {"0", "1"} else ()
+    if len(set(columns)) != len(columns) or "" in columns:
+        raise ValueError(f"{path}: line 1: every column needs a name of its own")
     found: dict[str, set[str]] = {}
     for number, (name, *cells) in rows:
         if len(cells) != len(header) - 1:
             expected = f"expected {len(header)} cells as in the header"
             raise ValueError(f"{path}: line {number}: {expected}, got {len(cells) + 1}")
+        name = PurePosixPath(name).as_posix()  # one spelling for a/1.jpg, ./a/1.jpg and a//1.jpg
         if name in found:
             raise ValueError(f"{path}: line {number}: {name} is in the list twice")
+        if not (source / name).is_file() or name.startswith("/") or ".." in Path(name).parts:
+            raise ValueError(f"{path}: line {number}: there is no image {name!r} in {source}; paths are relative to it")
         found[name] = _of_columns(path, number, columns, cells) if columns else _of_names(cells[0], separator)
     return LabelList(path, found, columns)
 
 
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Return the cells of each line that is not empty, the header first, and the number of the line."""
+    csv.field_size_limit(2**30)  # its default is too small for an image of very many classes
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file of UTF-8 text ({error})") from None
+    if len(rows) < 2 or len(rows[0][1]) < 2:
+        raise ValueError(
+            f"{path}: expected a header, such as 'file,labels', and a line for each image, with commas between cells"
+        )
+    for number, row in rows:
+        if any("\n" in cell or "\r" in cell for cell in row):
+            raise ValueError(f"{path}: line {number}: a cell has several lines; close its quotation marks")
+    return rows
+
+
 def _of_columns(path: Path, number: int, columns: Sequence[str], cells: list[str]) -> set[str]:
     for name, cell in zip(columns, cells, strict=True):
-        if cell.strip() not in ("0", "1"):
+        if cell not in ("0", "1"):
             raise ValueError(f"{path}: line {number}: {name}: expected 0 or 1, got {cell!r}")
-    return {name for name, cell in zip(columns, cells, strict=True) if cell.strip() == "1"}
+    return {name for name, cell in zip(columns, cells, strict=True) if cell == "1"}
 
 
 def _of_names(cell: str, separator: str) -> set[str]:
@@ -97,12 +121,22 @@ def _of_names(cell: str, separator: str) -> set[str]:
 
 
 def _find_classes(lists: dict[str, LabelList], listed: Path | None) -> list[str]:
-    """Return the classes in the order of their numbers: of ``listed``, or of the columns, or sorted."""
-    used = {name for found in lists.values() for names in found.classes.values() for name in names}
-    columns = {name: None for found in lists.values() for name in found.columns}  # keeps their order
-    if not any(lists["train"].classes.values()):
-        raise ValueError(f"{lists['train'].path}: no image has a class; --separator is the text between two names")
-    return read_classes(listed, used) if listed else list(columns) or sorted(used)
+    """Return the classes in the order of their numbers: of ``listed``, or of the columns, or sorted.
+
+    Raises ValueError for a class of validation that the training list does not have, which may be misspelt.
+    """
+    train = lists["train"]
+    used = {name for names in train.classes.values() for name in names}
+    if not used:
+        raise ValueError(f"{train.path}: no image has a class; --separator is the text between two names")
+    known = read_classes(listed, used | {*train.columns}) if listed else list(train.columns) or sorted(used)
+    for found in lists.values():
+        others = {*found.columns}.union(*found.classes.values()) - {*known}
+        if others and listed:
+            raise ValueError(f"{found.path}: {min(others)!r} is not one of the {len(known):,} classes in {listed}")
+        if others:
+            raise ValueError(f"{found.path}: no training list has the class {min(others)!r}; give --classes FILE")
+    return known
 
 
 def _check_no_image_twice(lists: dict[str, LabelList]) -> None:
@@ -111,16 +145,10 @@ def _check_no_image_twice(lists: dict[str, LabelList]) -> None:
 
 
 def _items(found: LabelList, classes: list[str], options: Namespace) -> list[ImageItem]:
-    items = []
-    for name, of_image in found.classes.items():
-        path = options.source / name
-        if not path.is_file() or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{found.path}: there is no image {name} in {options.source}")
-        if unknown := sorted(of_image - set(classes)):
-            raise ValueError(f"{found.path}: {name}: {unknown[0]!r} is not one of the {len(classes):,} classes")
-        targets = bytes(each in of_image for each in classes)
-        items.append(ImageItem(name, 0, path.stat().st_size, targets=targets))
-    return items
+    return [
+        ImageItem(name, 0, (options.source / name).stat().st_size, targets=bytes(each in of_image for each in classes))
+        for name, of_image in found.classes.items()
+    ]
 
 
 def _parser() -> ArgumentParser:

@@ -102,6 +102,11 @@ class SplitReader:
             return set(np.unique(self.samples["label"]).tolist())
         return set(np.flatnonzero(self.targets.any(axis=0)).tolist())
 
+    @property
+    def strata(self) -> np.ndarray:
+        """Return the class of each row over which choices of images are even, int64 [N]: of several, the rarest."""
+        return self.samples["label"].astype(np.int64) if self.targets is None else rarest_class(self.targets)
+
     def check_sizes(self) -> None:
         """Check the size of every tar: a quick test that finds an unfinished copy. Raises like ``bytes``."""
         for shard in self.split.shards:
@@ -161,6 +166,14 @@ def load_samples(path: Path) -> np.ndarray:
     if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
         raise ValueError(f"{path} is not a sample table: {MANIFEST_ADVICE}")
     return samples
+
+
+def rarest_class(targets_NK: np.ndarray) -> np.ndarray:
+    """Return the class of each image that the fewest images have, int64 [N]; K for an image without any class."""
+    counts = targets_NK.sum(axis=0, dtype=np.int64)
+    # Classes of equal size keep the order of their numbers.
+    by_size = np.argsort(counts, kind="stable")
+    return np.where(targets_NK.any(axis=1), by_size[targets_NK[:, by_size].argmax(axis=1)], targets_NK.shape[1])
 
 
 def load_targets(path: Path) -> np.ndarray:

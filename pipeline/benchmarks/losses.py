@@ -76,7 +76,7 @@ def tensors(outputs: Outputs) -> list[Tensor]:
 def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> LossInputs:
     """Return a random micro-batch of a rank, and random outputs of the networks for it."""
     assert facts.labels_by_id is not None
-    batch = draw_batch(recipe, facts.labels_by_id, device)
+    batch = draw_batch(recipe, facts.labels_by_id, facts.num_classes, device)
     draw = partial(draw_outputs, rows=len(batch.labels_B), device=device)
     precision = facts.autocast or torch.float32
     student = draw(facts.student_shapes, dtype=precision, layout=layout)

@@ -23,8 +23,8 @@ def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int
         teacher = build_teacher(run, device)
         if teacher is None:
             raise RecipeError("teacher: the recipe has none to measure; name a recipe with a teacher")
-        _, labels_by_id, _ = training_labels(recipe.data, run.manifest)
-        batch = draw_batch(recipe, labels_by_id, device)
+        num_classes, labels_by_id, _ = training_labels(recipe.data, run.manifest)
+        batch = draw_batch(recipe, labels_by_id, num_classes, device)
     images = len(batch.labels_B)
     return [
         measure(

@@ -23,17 +23,19 @@ class Holdout(FrozenModel):
     """Training images that are not trained on; they replace the validation images."""
 
     share: float = Field(gt=0, lt=1)
-    """Share of each class, rounded; at least one image, and never all."""
+    """Share of each class, rounded; at least one image, and never all. An image of several classes counts as one of
+    its rarest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the choice."""
 
 
-def held_out(samples_N: NDArray, holdout: Holdout, classes: Sequence[str]) -> NDArray[np.bool_]:
+def held_out(
+    ids_N: NDArray, labels_N: NDArray[np.int64], holdout: Holdout, classes: Sequence[str]
+) -> NDArray[np.bool_]:
     """Return a mask [N] of the rows of a sample table that are held out; ``classes`` are the names of the classes.
 
     Raises ValueError, one line, if a class has a single image.
     """
-    labels_N, ids_N = samples_N["label"].astype(np.int64), samples_N["id"]
     sizes_K = np.bincount(labels_N)
     if (sizes_K == 1).any():
         label = int((sizes_K == 1).argmax())
@@ -58,7 +60,8 @@ def used_rows(reader: SplitReader, holdout: Holdout | None, split: str) -> NDArr
     """Return the rows of the reader's sample table that ``train`` or ``val`` uses, in storage order."""
     if holdout is None:
         return np.arange(len(reader.samples))
-    return np.flatnonzero(held_out(reader.samples, holdout, reader.manifest.classes) == (split == "val"))
+    classes = (*reader.manifest.classes, "none")  # the last one is of images without any class
+    return np.flatnonzero(held_out(reader.samples["id"], reader.strata, holdout, classes) == (split == "val"))
 
 
 def training_images(path: str, manifest: Manifest, holdout: Holdout | None) -> int:

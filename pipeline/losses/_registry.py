@@ -39,7 +39,7 @@ class LossSpec:
     @property
     def reads_labels(self) -> bool:
         """Return whether this loss or an inner one reads an image's only class."""
-        return self.loss.reads_labels or any(spec.reads_labels for spec in self._inner)
+        return _reads_labels(self.loss) or any(spec.reads_labels for spec in self._inner)
 
     @property
     def targets(self) -> frozenset[str]:
@@ -49,6 +49,16 @@ class LossSpec:
     @property
     def _inner(self) -> list[LossSpec]:
         return [value for _, value in self.config if isinstance(value, LossSpec)]
+
+
+def _reads_labels(loss: type[Loss]) -> bool:
+    """Return what the class says of the labels, which does not hold for a subclass that computes something else."""
+    for base in loss.__mro__:
+        if "reads_labels" in vars(base):
+            return base.reads_labels  # type: ignore[attr-defined]
+        if {"forward", "parts"} & vars(base).keys():
+            return True
+    return True
 
 
 def known_losses() -> list[str]:
@@ -70,6 +80,8 @@ def find_loss(name: str) -> type[Loss]:
             raise ValueError(f"no loss at {name!r}: {error}") from error
         if not (isinstance(found, type) and issubclass(found, Loss)):
             raise ValueError(f"{name!r} is not a pipeline.losses.Loss")
+        if not isinstance(found.targets, frozenset):
+            raise ValueError(f"the targets of {name!r} must be a frozenset of names, got {found.targets!r}")
         return found
     if name not in known_losses():
         near = get_close_matches(name, known_losses(), n=1)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from pipeline.tasks._registry import find_task, known_tasks
 from shards.documents import DamagedFile, read_document
 from shards.manifest import sha256_of, write_atomically
 
@@ -65,6 +66,16 @@ class Result(BaseModel):
     """Number of ranks of the last command."""
     side: PositiveInt | None = None
     """Number of runs that the last command trained side by side; None for one alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_keys(cls, values: Any) -> Any:
+        # Later code may write more, and is not a reason to evaluate the run again.
+        if not isinstance(values, dict):
+            return values
+        titles = {name for task in known_tasks() for name in find_task(task).titles}
+        metrics = {f"{prefix}{name}" for name in titles for prefix in ("", _BEST, "ema_")}
+        return {key: value for key, value in values.items() if key in metrics | cls.model_fields.keys()}
 
     @model_validator(mode="after")
     def _has_a_main_metric(self) -> Result:

@@ -16,6 +16,8 @@ from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import gather_rows
 from pipeline.tasks._base import Evaluation, Seen, Task
 
+_NUMBERS_AT_ONCE = 2**22
+"""Scores whose average precision is computed at once, which takes about 80 bytes each."""
 LABELS = "labels_BK"
 """Name of the targets: uint8 [B, K], 1 for each class of the image, else 0."""
 
@@ -61,6 +63,16 @@ def mean_average_precision(scores_NK: Tensor, labels_NK: Tensor) -> float:
     Average precision is Σ (Rₙ − Rₙ₋₁)·Pₙ over the distinct scores as thresholds, without interpolation. So images of
     equal score count together, in any order. Returns 0 if no class has an image.
     """
+    averages = []
+    for first in range(0, scores_NK.shape[1], at_once := max(_NUMBERS_AT_ONCE // max(len(scores_NK), 1), 1)):
+        block = slice(first, first + at_once)
+        averages.append(_average_precision(scores_NK[:, block], labels_NK[:, block]))
+    average_K, known_K = torch.cat(averages), (labels_NK > 0).any(0)
+    return average_K[known_K].sum().item() / max(int(known_K.sum()), 1)
+
+
+def _average_precision(scores_NK: Tensor, labels_NK: Tensor) -> Tensor:
+    """Return the average precision of each class, float64 [K]; 0 for a class without an image."""
     scores_NK, order_NK = scores_NK.sort(0, descending=True)
     hits_NK = labels_NK.gather(0, order_NK).double()
     ranks_N1 = torch.arange(1, len(scores_NK) + 1, device=scores_NK.device)[:, None]
@@ -70,8 +82,7 @@ def mean_average_precision(scores_NK: Tensor, labels_NK: Tensor) -> float:
     ends_NK = torch.where(last_NK, ranks_N1 - 1, len(scores_NK)).flip(0).cummin(0).values.flip(0)
     precision_NK = (hits_NK.cumsum(0) / ranks_N1).gather(0, ends_NK)
     images_K = hits_NK.sum(0)
-    average_K = (hits_NK * precision_NK).sum(0) / images_K.clamp(min=1)
-    return average_K[images_K > 0].sum().item() / max(int((images_K > 0).sum()), 1)
+    return (hits_NK * precision_NK).sum(0) / images_K.clamp(min=1)
 
 
 def _count_decisions(logits_NK: Tensor, labels_NK: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ HOLDOUT = {"share": 0.3, "seed": 4}
 
 
 def held_out(samples: np.ndarray, chosen: Holdout) -> np.ndarray:
-    return holdout.held_out(samples, chosen, [f"class{k}" for k in range(10)])
+    return holdout.held_out(samples["id"], samples["label"].astype(np.int64), chosen, [f"class{k}" for k in range(10)])
 
 
 def table(labels: list[int]) -> np.ndarray:

@@ -88,6 +88,14 @@ def test_a_result_of_impossible_values_names_the_key(place: Path, key: str, valu
     assert f"whole/result.json: {key}: Input should be " in refused(place, "whole")
 
 
+def test_a_result_with_a_key_of_later_code_is_read(place: Path):
+    file = place / "whole" / "result.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"note": "hello"}))
+    train(place, "whole")
+    assert json.loads(file.read_text())["note"] == "hello"
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_an_identity(place: Path, damage: Callable[[bytes], bytes]):
     file = place / "part" / "identity.json"

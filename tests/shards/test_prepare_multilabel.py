@@ -16,7 +16,7 @@ from several_classes import CLASSES, has_classes, write_images
 from shards.manifest import read_manifest
 from shards.prepare_folder import main as prepare_folder
 from shards.prepare_multilabel import main
-from shards.read import SplitReader, targets_path
+from shards.read import SplitReader, rarest_class, targets_path
 from shards.stage import main as stage
 from shards.verify import verify
 
@@ -97,8 +97,24 @@ def test_a_share_of_the_training_images_is_set_aside(source: Path):
     lists = ["--labels", str(source / "train.csv"), "--val-share", "0.25"]
     assert main([str(source / "images"), str(source / "out"), *lists, *ONE]) == 0
     readers = [SplitReader(source / "out", split) for split in ("train", "val")]
-    assert [len(reader.samples) for reader in readers] == [15, 5]
+    assert [len(reader.samples) for reader in readers] == [14, 6]  # a fourth of each class, rounded
     assert verify(source / "out", 1) == []
+
+
+def test_rare_classes_are_set_aside_too_and_one_column_is_one_class(source: Path):
+    lines = [f"train/{number}.png,{int(number < 2)}" for number in range(20)]
+    (source / "train.csv").write_text("\n".join(["file,defect", *lines, ""]))
+    for seed in range(4):
+        out, lists = source / f"out{seed}", ["--labels", str(source / "train.csv"), "--val-share", "0.5"]
+        assert main([str(source / "images"), str(out), *lists, "--seed", str(seed), *ONE]) == 0
+        assert read_manifest(out).classes == ("defect",)
+        readers = [SplitReader(out, split) for split in ("train", "val")]
+        assert [int(reader.targets.sum()) for reader in readers if reader.targets is not None] == [1, 1]
+
+
+def test_the_rarest_class_of_an_image_decides_where_it_is_counted():
+    targets = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]], np.uint8)
+    assert rarest_class(targets).tolist() == [1, 0, 1, 3, 2]
 
 
 def test_a_staged_copy_has_the_table(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -151,15 +167,34 @@ def test_a_manifest_of_several_classes_without_a_table_is_contradictory(source: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("train/0.png,red\ntrain/1.png,blue\n", r"line 1: train/0.png is an image; begin the list with a header"),
+        (
+            'file,labels\ntrain/0.png,"red;blue\ntrain/1.png,blue\n',
+            r"train.csv: not a CSV file of UTF-8 text \(unexpected end",
+        ),
+        (
+            'file,labels\ntrain/0.png,"red\ntrain/1.png,blue"\n',
+            r"line 3: a cell has several lines; close its quotation",
+        ),
+        ("file;labels\ntrain/0.png;red\n", r"train.csv: expected a header, .* with commas between cells"),
+        ("file,red,\ntrain/0.png,1,0\n", r"line 1: every column needs a name of its own"),
+        ("file,labels\ntrain/0.png,red\n./train//0.png,blue\n", r"line 3: train/0.png is in the list twice"),
+        (
+            "file,labels\ntrain/0.png,red;blue\n",
+            r"val.csv: no training list has the class 'green'; give --classes FILE",
+        ),
         ("file,labels\n", r"train.csv: expected a header, such as 'file,labels', and a line for each image"),
-        ("file,red,red\ntrain/0.png,0,1\n", r"line 1: two columns have the same name"),
+        ("file,red,red\ntrain/0.png,0,1\n", r"line 1: every column needs a name of its own"),
         ("file,red,blue\ntrain/0.png,0\n", r"line 2: expected 3 cells as in the header, got 2"),
         ("file,red,blue\ntrain/0.png,0,2\n", r"line 2: blue: expected 0 or 1, got '2'"),
         ("file,labels\ntrain/0.png,red\ntrain/0.png,blue\n", r"line 3: train/0.png is in the list twice"),
-        ("file,labels\ntrain/none.png,red\n", r"there is no image train/none.png in "),
-        ("file,labels\n../train.csv,red\n", r"there is no image ../train.csv in "),
+        ("file,labels\ntrain/none.png,red\n", r"line 2: there is no image 'train/none.png' in "),
+        ("file,labels\n../train.csv,red\n", r"line 2: there is no image '../train.csv' in "),
         ("file,labels\ntrain/0.png,\n", r"no image has a class; --separator is the text between two names"),
-        ("file,labels\nval/0.png,red\n", r"val.csv: val/0.png is a training image, too; validate on other images"),
+        (
+            "file,red,green,blue,yellow\nval//0.png,1,0,0,0\n",
+            r"val.csv: val/0.png is a training image, too; validate on other images",
+        ),
     ],
 )
 def test_a_list_that_cannot_be_used_is_one_line(source: Path, text: str, message: str):

@@ -18,14 +18,17 @@ from safetensors.torch import load_file
 from several_classes import CLASSES, has_classes, write_images
 from training_on_ranks import train
 
-from pipeline import evaluate
-from pipeline.batch import Progress
+from pipeline import bench, evaluate
+from pipeline.batch import Batch, Outputs, Progress
 from pipeline.config.recipe import load_recipe
+from pipeline.data.holdout import Holdout, used_rows
 from pipeline.data.loader import Config, create_loader
 from pipeline.errors import RecipeError
+from pipeline.losses.kd import KD
 from pipeline.tasks.multilabel import LABELS
 from pipeline.training.journal import trace
 from shards.prepare_multilabel import main as prepare
+from shards.read import SplitReader
 
 DATA = {"size": 24, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "crop": "pad", "pad": 2, "flip": 0}
 STRATEGY = {
@@ -133,6 +136,43 @@ def test_ranks_train_and_measure_as_one_process_does(place: Path, run_train: Tra
     assert two[0]["bce"] == pytest.approx(one[0]["bce"], rel=0.1)
     results = [json.loads((place / "runs" / name / "result.json").read_text()) for name in ("one", "two")]
     assert all(0 < result["map"] <= 100 for result in results)
+
+
+class Labelled(KD):
+    """A loss that reads the labels, and inherits that it does not."""
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"labelled": torch.nn.functional.cross_entropy(student.logits_BK, batch.labels_B)}
+
+
+class Listed(KD):
+    """A loss whose targets are no set of names."""
+
+    targets: Any = LABELS
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"), [("Labelled", "reads the class of an image"), ("Listed", "must be a frozenset of names")]
+)
+def test_a_loss_of_ones_own_does_not_inherit_what_another_reads(place: Path, loss: str, message: str):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(place / "student.yaml", [f"losses.{__name__}:{loss}={{temperature: 4}}"])
+
+
+def test_the_speed_of_losses_is_measured_without_images(place: Path, run_train: Train, capsys):
+    run_train("bce.yaml")
+    bench.main(["losses", "student.yaml", "repeats=1", "steps=1", "warmup=0"])
+    assert "bce" in capsys.readouterr().out
+
+
+def test_a_held_out_share_has_images_of_every_class(squares: Path):
+    chosen = Holdout(share=0.1)
+    reader = SplitReader(squares, "train")
+    assert reader.targets is not None
+    for split, count in (("val", 12), ("train", 108)):
+        rows = used_rows(reader, chosen, split)
+        assert reader.targets[rows].any(axis=0).all()
+        assert abs(len(rows) - count) <= 2
 
 
 @pytest.mark.parametrize("method", MULTILABEL)
