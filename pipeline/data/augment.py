@@ -35,8 +35,8 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
     return np.stack([x0, x1, x2, x3]).astype(np.uint32)
 
 
-def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
-    """Return four random words for each (id, draw), as [4, …]. ``ids`` and ``draw`` broadcast.
+def random_words(ids: ArrayLike, view: ArrayLike, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
+    """Return four random words for each (id, view, draw), as [4, …]. The three broadcast.
 
     ``seed`` and ids have 64 bits, ``view`` and ``draw`` 32.
     """
@@ -45,8 +45,8 @@ def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> ND
     return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
 
 
-def uniforms(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.float64]:
-    """Return four uniform numbers in [0, 1) for each (id, draw), as [4, …]."""
+def uniforms(ids: ArrayLike, view: ArrayLike, draw: ArrayLike, *, seed: int) -> NDArray[np.float64]:
+    """Return four uniform numbers in [0, 1) for each (id, view, draw), as [4, …]."""
     return np.ldexp(random_words(ids, view, draw, seed=seed).astype(np.float64), -32)
 
 
@@ -77,6 +77,15 @@ def _sort_keys(numbers_N: ArrayLike, draw: int, seed: int, epoch: int) -> NDArra
     return high << np.uint64(32) | low
 
 
+def repeated(order_N: NDArray[np.int64], times: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return an epoch's rows, each ``times`` times in a row, and how often each of them came before; both [N · times].
+
+    So the views of an image are in one global batch, if ``times`` divides its size, and on different ranks. Source:
+    Hoffer et al., "Augment your batch", CVPR 2020, and Berman et al., "MultiGrain", arXiv:1902.05509.
+    """
+    return np.repeat(order_N, times), np.tile(np.arange(times), len(order_N))
+
+
 def global_batches(order_N: NDArray[np.int64], first: int, end: int, batch: int) -> NDArray[np.int64]:
     """Return the rows of the global batches from step ``first`` of an epoch to before step ``end``."""
     return order_N[first * batch : end * batch]
@@ -92,7 +101,7 @@ def rank_rows(rows: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int6
 
 def random_resized_crop(
     ids_B: ArrayLike,
-    view: int,
+    view: ArrayLike,
     widths_B: ArrayLike,
     heights_B: ArrayLike,
     *,
@@ -125,13 +134,13 @@ def _centre_box(widths_B: NDArray, heights_B: NDArray, ratio: tuple[float, float
     return np.stack([(heights_B - height) // 2, (widths_B - width) // 2, height, width], axis=1)
 
 
-def pad_crop(ids_B: ArrayLike, view: int, *, seed: int, pad: int) -> NDArray[np.int64]:
+def pad_crop(ids_B: ArrayLike, view: ArrayLike, *, seed: int, pad: int) -> NDArray[np.int64]:
     """Return the (top, left) [B, 2] of a crop of the original size from the image padded by ``pad``: 0 … 2·pad."""
     for_top, for_left, _, _ = uniforms(ids_B, view, _PAD, seed=seed)
     return np.floor(np.stack([for_top, for_left], axis=1) * (2 * pad + 1)).astype(np.int64)
 
 
-def flips(ids_B: ArrayLike, view: int, *, seed: int, probability: float) -> NDArray[np.bool_]:
+def flips(ids_B: ArrayLike, view: ArrayLike, *, seed: int, probability: float) -> NDArray[np.bool_]:
     """Return a mask [B] of the images that are mirrored left to right."""
     return uniforms(ids_B, view, _FLIP, seed=seed)[0] < probability
 

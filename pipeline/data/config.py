@@ -13,6 +13,8 @@ MAX_PIXELS = 2**14
 """Largest side of an image, in pixels."""
 MAX_VIEWS = 100_000
 """Largest number of augmented views."""
+MAX_REPEAT = 1000
+"""Largest number of times that an epoch has an image."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 
@@ -73,6 +75,9 @@ class Config(FrozenModel):
     test images. Recipes that this one compares with, or starts from, get the same. A teacher keeps its own."""
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     """Number of augmented views of every image, used in turn; null draws a new view every epoch."""
+    repeat: int = Field(default=1, gt=0, le=MAX_REPEAT)
+    """Times that an epoch has every image, each in a view of its own and all in one global batch. An epoch is as many
+    times longer."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
     run may continue with another. A library may choose other kernels for another size, whose logits differ in their
@@ -116,6 +121,7 @@ class Config(FrozenModel):
         """Return the settings with which validation images are decoded: their ``size`` is that of validation."""
         return self.model_copy(update={"size": self.validation_size or self.size, "validation_size": None})
 
-    def view(self, epoch: int) -> int:
-        """Return the view of the images that an epoch uses."""
-        return epoch if self.views is None else epoch % self.views
+    def view(self, epoch: int, repetition: int = 0) -> int:
+        """Return the view in which an epoch has an image for the ``repetition``-th time, counted from 0."""
+        number = epoch * self.repeat + repetition
+        return number if self.views is None else number % self.views

@@ -153,9 +153,10 @@ def create_loader(
     opened = {source: _open(config, source, manifest) for source in dict.fromkeys(sources.values())}
     readers = {split: opened[source] for split, source in sources.items()}
     rows = {split: used_rows(reader, config.holdout, split) for split, reader in readers.items()}
-    if "train" in rows and len(rows["train"]) < batch:
+    if "train" in rows and len(rows["train"]) * config.repeat < batch:
+        times = f"{config.repeat} × " if config.repeat > 1 else ""
         raise ValueError(
-            f"data.path: {config.path} has {len(rows['train'])} training samples, fewer than one global "
+            f"data.path: {config.path} has {times}{len(rows['train'])} training samples, fewer than one global "
             f"batch: {batch}; lower batch or prepare more samples"
         )
     encoded, pin = config.loader == "dali", device.type == "cuda"

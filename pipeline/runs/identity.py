@@ -33,6 +33,7 @@ _NOT_IDENTITY_REFERENCE = ("method", "with")
 _OPTIONS = {
     "order_seed": None,
     "holdout": None,
+    "repeat": 1,
     "validation_size": None,
     "size": None,
     "hw_decoder_load": 0,

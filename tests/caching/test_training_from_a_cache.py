@@ -29,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., None]
 
 
-def assert_same_run(one: Path, other: Path, epochs: int = 2) -> None:
+def assert_same_run(one: Path, other: Path, epochs: int = 2, repeat: int = 1) -> None:
     """Compare the lines of the journal, and every weight of the student."""
     lines = trace(one / "journal.jsonl")
-    assert len(lines) == 6 * epochs  # five steps and an evaluation each
+    assert len(lines) == (5 * repeat + 1) * epochs  # five steps and an evaluation each
     assert lines == trace(other / "journal.jsonl")
     weights, others = load_file(one / "student.safetensors"), load_file(other / "student.safetensors")
     assert all(weights[key].equal(others[key]) for key in weights)
@@ -101,6 +101,15 @@ def test_more_epochs_than_views_see_the_views_again(written: Path, place: Path, 
         rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_train(*words, f"teacher.cache={written}", "folder=cached")
     assert_same_run(place / "live", place / "cached", epochs=3)
+
+
+def test_an_epoch_with_every_image_twice_reads_two_views_of_the_cache(written: Path, place: Path, run_train: Command):
+    words = ["kd.yaml", "epochs=1", "data.repeat=2"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_train(*words, f"teacher.cache={written}", "folder=cached", "stop.steps=7")
+    run_train(*words, f"teacher.cache={written}", "folder=cached")
+    assert_same_run(place / "live", place / "cached", epochs=1, repeat=2)
 
 
 def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path, run_train: Command):

@@ -129,6 +129,18 @@ def test_seeds_whose_losses_read_only_logits_share_those_of_every_view(
     assert {folder: outcome(folder) for folder in alone} == alone
 
 
+def test_seeds_that_see_every_image_twice_an_epoch_learn_what_they_learn_alone(
+    run_train: Train, side: Compare, place: Path
+):
+    words = ("epochs=1", "data.repeat=2", "data.views=3")
+    for seed in (0, 1):
+        run_train("kd.yaml", f"seed={seed}", *words)
+    alone = {folder: outcome(folder) for folder in folders(place)}
+    (place / "runs").rename(place / "alone")
+    side(2, "kd.yaml", "seeds=0,1", *words)
+    assert {folder: outcome(folder) for folder in folders(place)} == alone
+
+
 def test_methods_with_one_order_of_images_share_every_batch_and_the_teachers_outputs(
     side: Compare, place: Path, rows_of_teacher: list[int]
 ):
