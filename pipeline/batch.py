@@ -22,14 +22,23 @@ class Batch(NamedTuple):
     """int64 stable sample numbers of the split; −1 in a padded row."""
     extra: dict[str, Tensor]
     """Tensors of a teacher's cache by name, with the rows of the batch."""
+    targets: dict[str, Tensor] = {}  # noqa: RUF012
+    """What the task asks of the network besides ``labels_B``, by name, with the rows of the batch; a classification
+    has none. Never changed in place, because all batches without any share one mapping."""
 
 
 class Outputs(NamedTuple):
     """The outputs of a network, student or teacher."""
 
-    logits_BK: Tensor
+    logits: Tensor
+    """What the head computes: [B, K] of a classifier, [B, 0] without a head."""
     features: dict[str, Tensor]
     """Features by the tap's name in the recipe, such as ``stage4`` or ``last``."""
+
+    @property
+    def logits_BK(self) -> Tensor:
+        """Return the logits of a classifier, [B, K]."""
+        return self.logits
 
 
 @dataclass(frozen=True)

@@ -46,4 +46,4 @@ def promote_to_float32(outputs: Outputs) -> Outputs:
     def promote(x: Tensor) -> Tensor:
         return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-    return Outputs(promote(outputs.logits_BK), {name: promote(x) for name, x in outputs.features.items()})
+    return Outputs(promote(outputs.logits), {name: promote(x) for name, x in outputs.features.items()})

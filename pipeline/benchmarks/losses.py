@@ -70,7 +70,7 @@ class LossInputs(NamedTuple):
 
 def tensors(outputs: Outputs) -> list[Tensor]:
     """Return the tensors of a network's outputs."""
-    return [outputs.logits_BK, *outputs.features.values()]
+    return [outputs.logits, *outputs.features.values()]
 
 
 def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, device: torch.device) -> LossInputs:

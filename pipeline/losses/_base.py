@@ -90,6 +90,10 @@ class Loss(nn.Module):
     gathers.
     """
     needs_teacher: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+    """Whether the loss reads ``batch.labels_B``, an image's only class, which a task with several has not."""
+    targets: ClassVar[frozenset[str]] = frozenset()
+    """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__()

@@ -34,8 +34,21 @@ class LossSpec:
     @property
     def scopes(self) -> frozenset[str]:
         """The scopes of this loss and of its inner losses."""
-        inner = [value for _, value in self.config if isinstance(value, LossSpec)]
-        return frozenset({self.loss.scope}).union(*(spec.scopes for spec in inner))
+        return frozenset({self.loss.scope}).union(*(spec.scopes for spec in self._inner))
+
+    @property
+    def reads_labels(self) -> bool:
+        """Return whether this loss or an inner one reads an image's only class."""
+        return self.loss.reads_labels or any(spec.reads_labels for spec in self._inner)
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The names in a batch's targets that this loss and its inner losses read."""
+        return self.loss.targets.union(*(spec.targets for spec in self._inner))
+
+    @property
+    def _inner(self) -> list[LossSpec]:
+        return [value for _, value in self.config if isinstance(value, LossSpec)]
 
 
 def known_losses() -> list[str]:

@@ -50,8 +50,8 @@ def mean_by_rows(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 class BatchLoss(Loss):
     """A loss that compares rows with each other. Its ``forward`` gets the rows of all ranks at once.
 
-    Logits, the config's taps, labels and ids are gathered; the images are this rank's. Under gradient accumulation the
-    rows are those of one micro-batch.
+    Logits, the config's taps, labels, ids and targets are gathered; the images are this rank's. Under gradient
+    accumulation the rows are those of one micro-batch.
     """
 
     scope = "batch"
@@ -84,26 +84,36 @@ class BatchLoss(Loss):
         if size is None:
             # Labels and ids are gathered as one tensor, which saves a collective.
             labels_B, ids_B = gather_rows(torch.stack([batch.labels_B, batch.ids_B], 1), equal=True).unbind(1)
-            return [(gather_outputs(student), gather_outputs(teacher), batch._replace(labels_B=labels_B, ids_B=ids_B))]
-        columns = zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True)
-        batches = [batch._replace(labels_B=labels_B, ids_B=ids_B) for labels_B, ids_B in columns]
-        return list(zip(split_rows(student, size), split_rows(teacher, size), batches, strict=True))
+            targets = {name: gather_rows(batch.targets[name], equal=True) for name in sorted(batch.targets)}
+            together = batch._replace(labels_B=labels_B, ids_B=ids_B, targets=targets)
+            return [(gather_outputs(student), gather_outputs(teacher), together)]
+        return list(zip(split_rows(student, size), split_rows(teacher, size), _split_batch(batch, size), strict=True))
 
 
 def gather_outputs(outputs: Outputs) -> Outputs:
     """Return the outputs of all ranks' rows, with gradient, by one collective for any number of features."""
     if world_size() == 1:
         return outputs
-    tensors = [outputs.logits_BK, *outputs.features.values()]
+    tensors = [outputs.logits, *outputs.features.values()]
     # All tensors are joined to one wide matrix [B, …], gathered, and taken apart again.
     flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1), equal=True)
     parts = flat.split([x.shape[1:].numel() for x in tensors], 1)
-    logits_BK, *features = (part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True))
-    return Outputs(logits_BK, dict(zip(outputs.features, features, strict=True)))
+    logits, *features = (part.unflatten(1, x.shape[1:]) for part, x in zip(parts, tensors, strict=True))
+    return Outputs(logits, dict(zip(outputs.features, features, strict=True)))
 
 
 def split_rows(outputs: Outputs, size: int) -> list[Outputs]:
     """Return the outputs of each group of ``size`` consecutive rows."""
     features = {name: x.split(size) for name, x in outputs.features.items()}
-    logits = outputs.logits_BK.split(size)
+    logits = outputs.logits.split(size)
     return [Outputs(part, {name: x[group] for name, x in features.items()}) for group, part in enumerate(logits)]
+
+
+def _split_batch(batch: Batch, size: int) -> list[Batch]:
+    """Return a batch of each group of ``size`` consecutive rows, each with all images of the rank."""
+    targets = {name: x.split(size) for name, x in batch.targets.items()}
+    columns = enumerate(zip(batch.labels_B.split(size), batch.ids_B.split(size), strict=True))
+    return [
+        batch._replace(labels_B=labels_B, ids_B=ids_B, targets={name: x[group] for name, x in targets.items()})
+        for group, (labels_B, ids_B) in columns
+    ]

@@ -39,5 +39,5 @@ class LogitTransform(Loss):
         with autocast(student.logits_BK, None):
             student, teacher = self.select_features(student, teacher)
             student_BK, teacher_BK = self.transform(student.logits_BK, teacher.logits_BK.detach())
-            transformed = student._replace(logits_BK=student_BK), teacher._replace(logits_BK=teacher_BK)
+            transformed = student._replace(logits=student_BK), teacher._replace(logits=teacher_BK)
             return self.scaled(self.inner.parts(*transformed, batch, progress), progress)

@@ -30,6 +30,8 @@ class AB(PreactLoss):
     arXiv:1910.10699). If both shapes are equal there is no connector, as in the authors' code.
     """
 
+    reads_labels = False
+
     class Config(PreactLoss.Config):
         """The config of AB, such as ``{stages: all, margin: 1.0}``."""
 

@@ -30,6 +30,8 @@ def attention(map_BCHW: Tensor, p: float) -> Tensor:
 class AT(FeatureMapLoss):
     """A loss that matches attention maps, which show at which pixels a stage's features are large."""
 
+    reads_labels = False
+
     class Config(FeatureMapLoss.Config):
         """The config of AT, such as ``{weight: 1000.0, p: 2.0}``."""
 

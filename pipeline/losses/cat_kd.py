@@ -31,6 +31,8 @@ def cat_loss(student_BKHW: Tensor, teacher_BKHW: Tensor, *, resolution: int, nor
 class CatKD(Loss):
     """Mean squared error of the class activation maps."""
 
+    reads_labels = False
+
     class Config(Loss.Config):
         """The config of CAT-KD, such as ``{resolution: 2, normalize: false}``."""
 

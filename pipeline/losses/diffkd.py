@@ -63,6 +63,7 @@ class DiffKD(Loss):
     """
 
     scope = "statistics"
+    reads_labels = False
 
     class Config(Loss.Config):
         """The config of DiffKD; ``configs/methods/diffkd.yaml`` and ``ddkd.yaml`` have the published values.
@@ -137,7 +138,7 @@ class DiffKD(Loss):
             return {}
         c = self.config
         denoised = self.logit_denoiser(student.logits_BK[:, :, None, None], teacher.logits_BK[:, :, None, None])
-        denoised_student = student._replace(logits_BK=denoised.student_BCHW[:, :, 0, 0])
+        denoised_student = student._replace(logits=denoised.student_BCHW[:, :, 0, 0])
         distances = self.logit_distance.parts(denoised_student, teacher, batch, progress)
         parts = {f"logit_{name}": c.distance_weight * value for name, value in distances.items()}
         return parts | {"diffusion_logit": c.diffusion_weight * denoised.diffusion_loss}

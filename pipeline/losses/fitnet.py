@@ -16,6 +16,8 @@ from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 class FitNet(ConnectorLoss):
     """Mean squared error between the teacher's map and the student's map after a regressor and a ReLU."""
 
+    reads_labels = False
+
     class Config(ConnectorLoss.Config):
         """The config of FitNets, such as ``{stage: stage2}``."""
 

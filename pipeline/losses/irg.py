@@ -48,6 +48,8 @@ class IRG(BatchLoss):
     Stages are averaged over their pixels. With one stage there is no transformation part.
     """
 
+    reads_labels = False
+
     class Config(BatchLoss.Config):
         """The config of IRG, such as ``{vertex_weight: 0.1, edge_weight: 5.0, transformation_weight: 5.0}``."""
 

@@ -21,6 +21,8 @@ def kd_loss(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Te
 class KD(Loss):
     """KL divergence from the teacher's softened class probabilities."""
 
+    reads_labels = False
+
     class Config(Loss.Config):
         """The config of KD, such as ``{temperature: 4.0}``."""
 

@@ -24,6 +24,8 @@ def standardize(logits_BK: Tensor, *, eps: float = 1e-7) -> Tensor:
 class LogitStandardization(LogitTransform):
     """A loss that computes its inner loss on standardised logits; the inner temperature is the paper's base one."""
 
+    reads_labels = False
+
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the standardised logits of student and teacher."""
         return standardize(student_BK), standardize(teacher_BK)

@@ -46,6 +46,8 @@ def mean_kernel(a_BCN: Tensor, b_BDN: Tensor) -> Tensor:
 class NST(FeatureMapLoss):
     """A loss that matches the distribution of the channels' maps of both networks."""
 
+    reads_labels = False
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``nst``."""
         return {"nst": nst_loss(*self.maps(student, teacher))}

@@ -54,6 +54,8 @@ class OFD(PreactLoss):
     evaluation mode.
     """
 
+    reads_labels = False
+
     class Config(PreactLoss.Config):
         """The config of OFD, such as ``{stages: all}``. Maps of different size are average-pooled to the smaller."""
 

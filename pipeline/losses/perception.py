@@ -31,6 +31,7 @@ class Perception(LogitTransform):
     """
 
     scope = "statistics"
+    reads_labels = False
 
     class Config(LogitTransform.Config):
         """The config of perception reconstruction, such as ``{inner: {dkd: {…}}}``."""

@@ -39,6 +39,8 @@ class PKT(BatchLoss):
     Its value depends on the number of rows that are compared.
     """
 
+    reads_labels = False
+
     class Config(BatchLoss.Config):
         """The config of PKT, such as ``{weight: 30000.0, eps: 1.0e-7}``."""
 

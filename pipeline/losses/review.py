@@ -80,6 +80,8 @@ class Review(ConnectorLoss):
     The embedding's BatchNorms see one value per row, so at least two rows are needed.
     """
 
+    reads_labels = False
+
     class Config(ConnectorLoss.Config):
         """The config of ReviewKD; ``configs/methods/review.yaml`` has the published values."""
 

@@ -54,6 +54,8 @@ def angles(x_BD: Tensor) -> Tensor:
 class RKD(BatchLoss):
     """A loss that matches the relative distances and the angles among the rows of the batch."""
 
+    reads_labels = False
+
     class Config(BatchLoss.Config):
         """The config of RKD, such as ``{distance_weight: 25.0, angle_weight: 50.0}``."""
 

@@ -29,6 +29,8 @@ class SP(BatchLoss):
     Its value depends on the number of rows that are compared.
     """
 
+    reads_labels = False
+
     class Config(BatchLoss.Config):
         """The config of SP, such as ``{weight: 3000.0}``."""
 

@@ -29,6 +29,8 @@ def vid_loss(mean_BCHW: Tensor, teacher_BCHW: Tensor, variance_C: Tensor) -> Ten
 class VID(Loss):
     """Negative log-likelihood of the teacher's maps given the student's, summed over the stages."""
 
+    reads_labels = False
+
     class Config(Loss.Config):
         """The config of VID, such as ``{stages: all, initial_variance: 5.0, eps: 1.0e-5}``."""
 

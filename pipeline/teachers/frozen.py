@@ -75,7 +75,7 @@ class Teacher(nn.Module):
         # tensors of that mode for the backward of a loss.
         rows = len(batch.images_BCHW)
         features = {name: torch.cat([chunk.features[name] for chunk in chunks])[:rows] for name in chunks[0].features}
-        return Outputs(torch.cat([chunk.logits_BK for chunk in chunks])[:rows], features)
+        return Outputs(torch.cat([chunk.logits for chunk in chunks])[:rows], features)
 
     def shapes(self, image_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tap and of the logits, without the batch, on images of that size."""

@@ -126,9 +126,10 @@ class GraphedStep:
 
 def input_tensors(batch: Batch, answers: Outputs | None = None) -> list[Tensor]:
     """Return the tensors of a batch and of the teacher's answers, always in the same order."""
-    found = [batch.images_BCHW, batch.labels_B, batch.ids_B, *(batch.extra[name] for name in sorted(batch.extra))]
+    found = [batch.images_BCHW, batch.labels_B, batch.ids_B]
+    found += [named[name] for named in (batch.extra, batch.targets) for name in sorted(named)]
     if answers is not None:
-        found += [answers.logits_BK, *(answers.features[name] for name in sorted(answers.features))]
+        found += [answers.logits, *(answers.features[name] for name in sorted(answers.features))]
     return found
 
 

@@ -57,8 +57,16 @@ def test_a_loss_reads_what_the_teachers_head_computes_if_it_says_so(name: str):
         other = Outputs(case.teacher.logits_BK.flip(0).square(), case.teacher.features | of_head)
         assert any(value != expected[part] for part, value in case._replace(teacher=other).parts().items())
     else:
-        headless = case.teacher._replace(logits_BK=case.teacher.logits_BK[:, :0])
+        headless = case.teacher._replace(logits=case.teacher.logits_BK[:, :0])
         assert case._replace(teacher=headless).parts() == expected
+
+
+@every_loss
+def test_a_loss_reads_the_labels_if_it_says_so(name: str):
+    case = example(name)
+    other = case._replace(batch=case.batch._replace(labels_B=(case.batch.labels_B + 1) % CLASSES))
+    differs = any(value != case.parts()[part] for part, value in other.parts().items())
+    assert differs == load_spec(name, config_of(name)).reads_labels
 
 
 @every_loss
@@ -240,8 +248,8 @@ def test_a_loss_is_never_negative(name: str, seed: int, scale: float, rows: int)
 
 def shifted(case: Example, shift: torch.Tensor) -> Example:
     return case._replace(
-        student=case.student._replace(logits_BK=case.student.logits_BK + shift),
-        teacher=case.teacher._replace(logits_BK=case.teacher.logits_BK - 2 * shift),
+        student=case.student._replace(logits=case.student.logits_BK + shift),
+        teacher=case.teacher._replace(logits=case.teacher.logits_BK - 2 * shift),
     )
 
 

@@ -62,5 +62,5 @@ def test_rows_and_columns_can_both_be_standardised():
     (total,) = case.parts().values()
     assert total.isfinite()
     rows_first = load_spec("perception", inner["perception"]).build(case.loss.facts)
-    seen = [x._replace(logits_BK=standardize(x.logits_BK)) for x in (case.student, case.teacher)]
+    seen = [x._replace(logits=standardize(x.logits_BK)) for x in (case.student, case.teacher)]
     torch.testing.assert_close(rows_first.parts(*seen, case.batch, PROGRESS)["kd"], total)

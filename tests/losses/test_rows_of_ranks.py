@@ -65,6 +65,23 @@ def test_by_default_the_rows_of_all_ranks_are_compared(name: str, ranks: Ranks):
     assert collectives == (4, 4)
 
 
+def targets_of_groups(rank: int, world: int, stat_scope: str) -> list[tuple[Tensor, Tensor]]:
+    """Return the ids and a target of each group of rows that a loss compares; a row's target is its id, thrice."""
+    case = scoped("sp", stat_scope)
+    own = case.at(list(range(rank * ROWS // world, (rank + 1) * ROWS // world)))
+    batch = own.batch._replace(targets={"triple_B3": own.batch.ids_B[:, None].expand(-1, 3)})
+    groups = own.loss.row_groups(own.student, own.teacher, batch)  # type: ignore[operator]
+    return [(of_group.ids_B, of_group.targets["triple_B3"]) for _, _, of_group in groups]
+
+
+@pytest.mark.parametrize(("stat_scope", "rows"), [("global", 12), ("rank", 6), ("ghost:2", 2)])
+def test_a_task_s_targets_go_with_their_rows(stat_scope: str, rows: int, ranks: Ranks):
+    for groups in ranks(targets_of_groups, stat_scope):
+        for ids_B, targets_B3 in groups:
+            assert targets_B3.tolist() == [[number] * 3 for number in ids_B.tolist()]
+            assert len(ids_B) == rows
+
+
 def perception_of_a_thousand_classes(rank: int, world: int) -> tuple[list[Call], list[Call]]:
     """Return the collectives of perception-DKD in float64, forward and backward."""
     loss = load_spec("perception", config_of("perception")).build(Facts(1000))
