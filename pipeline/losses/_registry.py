@@ -42,6 +42,12 @@ class LossSpec:
         return self.loss.reads_labels or any(spec.reads_labels for spec in self._inner)
 
     @property
+    def refuses_mixed(self) -> bool:
+        """Return whether this loss or an inner one reads a class, but cannot learn from an image of two."""
+        own = self.loss.reads_labels and self.loss.mixed_labels is None
+        return own or any(spec.refuses_mixed for spec in self._inner)
+
+    @property
     def targets(self) -> frozenset[str]:
         """The names in a batch's targets that this loss and its inner losses read."""
         return self.loss.targets.union(*(spec.targets for spec in self._inner))
