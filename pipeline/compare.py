@@ -43,6 +43,7 @@ from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
+from pipeline.tasks._registry import find_task
 from pipeline.training.result import percent
 
 OPTIONS = ("methods", "seeds", "jobs", "side")
@@ -142,17 +143,17 @@ def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
         return f"{run.command} {' '.join(run.overrides)}: {reason}"
     if run.result is not None:
-        last, best = percent(run.result.top1), percent(run.result.best_top1)
-        print(f"{run.folder}: top-1 {last}, best {best}", flush=True)
+        last, best = percent(run.result.last), percent(run.result.best)
+        print(f"{run.folder}: {find_task(run.recipe.task).title} {last}, best {best}", flush=True)
     return None
 
 
 def results_table(runs: Sequence[Run]) -> str:
-    """Return a Markdown table of top-1 in percent by recipe: mean ± sample deviation, and the value of each run."""
+    """Return a Markdown table of the main metric by recipe: mean ± sample deviation, and the value of each run."""
     lines = ["| recipe | last epoch | best epoch | last epoch of each seed |", "| --- | --- | --- | --- |"]
     for source in dict.fromkeys(run.source for run in runs):
         results = [run.result for run in runs if run.source == source]
-        last, best = ([getattr(result, key) for result in results if result] for key in ("top1", "best_top1"))
+        last, best = ([getattr(result, key) for result in results if result] for key in ("last", "best"))
         values = ", ".join(map(percent, last))
         lines.append(f"| `{source.run_name}` | {mean_and_deviation(last)} | {mean_and_deviation(best)} | {values} |")
     return "\n".join(lines)

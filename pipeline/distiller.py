@@ -13,6 +13,8 @@ from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec
 from pipeline.optim.guard import propagate_nonfinite
+from pipeline.tasks._base import Task
+from pipeline.tasks.classification import Classification
 
 Timer = Callable[[str], AbstractContextManager[None]]
 """A function that returns a context; ``timer(name)`` adds the time inside it to ``name``."""
@@ -21,16 +23,19 @@ Timer = Callable[[str], AbstractContextManager[None]]
 class Distiller(nn.Module):
     """The student with its losses. DDP and ZeRO need all trainable work inside ``forward``; the teacher is outside."""
 
-    def __init__(self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts) -> None:
+    def __init__(
+        self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts, task: Task | None = None
+    ) -> None:
         super().__init__()
         self.student = student
+        self.task = task or Classification()
         # A module's name may not hold a dot; a user's loss is named package.module:Class.
         self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})
 
     def forward(
         self, batch: Batch, teacher: Outputs | None, progress: Progress, timer: Timer = nullcontext
     ) -> dict[str, Tensor]:
-        """Return the weighted parts as ``loss`` or ``loss/part``, their sum as ``total``, and ``top1`` in percent.
+        """Return the weighted parts as ``loss`` or ``loss/part``, their sum as ``total``, and the training metric.
 
         ``timer`` measures ``student`` and ``losses``.
         """
@@ -41,10 +46,11 @@ class Distiller(nn.Module):
             for name, loss in self.losses.items():
                 named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
                 parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
-            correct_B = student.logits_BK.detach().argmax(1) == batch.labels_B
+            with torch.no_grad():
+                metric = self.task.measure_batch(student, batch)
             # Makes the gradients of a NaN or infinite loss non-finite, so that every rank skips the update.
             total = propagate_nonfinite(torch.stack(list(parts.values())).sum())
-        return {**parts, "total": total, "top1": 100 * correct_B.float().mean()}
+        return {**parts, "total": total, self.task.training_metric: metric}
 
     def commit(self) -> None:
         """Update the losses' own state, such as memory banks, with the global batch of the last optimizer step."""

@@ -42,9 +42,11 @@ from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA, check_studen
 from pipeline.runs.folder import load_run
 from pipeline.runs.identity import Run, resolve, run_folder
 from pipeline.runs.rank_settings import join_ranks
+from pipeline.tasks._base import Evaluation, Task
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.config import Config as Teacher
 from pipeline.training.accelerator import create_accelerator, use_all_cores
-from pipeline.training.evaluation import agreement, evaluate, teacher_accuracy
+from pipeline.training.evaluation import agreement, evaluate, evaluate_teacher
 from shards.manifest import read_manifest
 
 NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
@@ -78,8 +80,9 @@ def main(args: Sequence[str]) -> None:
     student = build_student(spec, loader.num_classes, recipe.seed, layout).to(accelerator.device)
     if note := load_weights(student.model, str(weights), recipe.student.model, arguments=spec.arguments):
         accelerator.print(f"note: weights: {note}")
-    result = evaluate(student, loader.validation(), accelerator)
-    accelerator.print(f"{weights}: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}  ({result.samples:,} images)")
+    task = find_task(recipe.task)
+    result = evaluate(task, student, loader.validation(), accelerator)
+    accelerator.print(f"{weights}: {_describe(task, result)}  ({result.samples:,} images)")
     if teacher is not None:
         _report_teacher(resolve(loaded, launch), loader, student, accelerator)
 
@@ -101,9 +104,13 @@ def _comparison_teacher(config: Teacher | None) -> Teacher:
 
 def _report_teacher(run: Run, loader: Loader, student: FeatureTaps, accelerator: Accelerator) -> None:
     teacher = build_live_teacher(run, _comparison_teacher(run.recipe.teacher), (), accelerator.device)
-    result = teacher_accuracy(teacher, loader)
-    accelerator.print(f"teacher: top-1 {result.top1:.2f}  top-5 {result.top5:.2f}")
-    accelerator.print(f"agreement: {agreement(student, teacher, loader.validation(), accelerator):.2f}")
+    task = find_task(run.recipe.task)
+    accelerator.print(f"teacher: {_describe(task, evaluate_teacher(task, teacher, loader))}")
+    accelerator.print(f"agreement: {agreement(task, student, teacher, loader.validation(), accelerator):.2f}")
+
+
+def _describe(task: Task, result: Evaluation) -> str:
+    return "  ".join(f"{task.titles[name]} {value:.2f}" for name, value in result.metrics.items())
 
 
 def _weights_file(name: str, folder: Path) -> Path:

@@ -13,6 +13,7 @@ from pipeline.features.patterns import rate_multipliers
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
 from pipeline.runs.identity import Run
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import AnyTeacher
 
 
@@ -40,7 +41,7 @@ def build_distiller(
     if recipe.student.checkpoint:
         with error_context("student.checkpoint"):
             checkpoint_blocks(student.model)
-    distiller = Distiller(student, recipe.losses, facts).to(device)
+    distiller = Distiller(student, recipe.losses, facts, find_task(recipe.task)).to(device)
     if recipe.student.compile:
         # The method, not torch.compile(student): a wrapper would change the keys of the state dict.
         student.compile(dynamic=False)

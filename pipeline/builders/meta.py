@@ -29,6 +29,7 @@ from pipeline.errors import RecipeError, error_context, one_line
 from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.cached import CachedTeacher
 from pipeline.teachers.config import Config
@@ -197,9 +198,11 @@ def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     """Return the operations of the forward and backward of a micro-batch, per image."""
     rows, size = recipe.batch // recipe.accumulation, recipe.data.size
     zeros_B = torch.zeros(rows, dtype=torch.int64)
-    batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {})
+    task = find_task(recipe.task)
+    targets = task.blank_targets(rows, parts.facts.num_classes)
+    batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {}, targets)
     teacher = FakeModel(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
-    distiller = Distiller(parts.student[1], recipe.losses, parts.facts).to("meta")
+    distiller = Distiller(parts.student[1], recipe.losses, parts.facts, task).to("meta")
     with FlopCounter() as counted:
         distiller(batch, teacher, Progress(steps_per_epoch=1))["total"].backward()
     return counted.flops / rows

@@ -75,7 +75,9 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
         parts.runs,
     )
-    return session, State(saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST))
+    return session, State(
+        saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST, session.task.metric)
+    )
 
 
 def _build(

@@ -17,6 +17,7 @@ from pipeline.errors import error_context
 from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
 
@@ -149,12 +150,13 @@ def _run_losses(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dic
     """Run the losses on that many rows, on torch's default device, and return the same as ``_try_losses``."""
     # Images of one pixel: the FakeModels only look at the number of rows.
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
-    batch = Batch(images_BCHW, zeros_B, zeros_B, {})
+    task = find_task(recipe.task)
+    batch = Batch(images_BCHW, zeros_B, zeros_B, {}, task.blank_targets(rows, facts.num_classes))
     student = cast(FeatureTaps, FakeModel(facts.student_shapes))
     answers = FakeModel(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
     with error_context("losses"), FlopCounter() as counted:
-        distiller = Distiller(student, recipe.losses, facts).to(images_BCHW.device)
+        distiller = Distiller(student, recipe.losses, facts, task).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))
-    parts = [name for name in losses if name not in ("total", "top1")]
+    parts = [name for name in losses if name not in ("total", task.training_metric)]
     parameters = {name: count_parameters(loss) for name, loss in distiller.losses.items()}
     return parts, parameters, counted.flops / 2 / rows

@@ -29,6 +29,7 @@ from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
 from pipeline.optim.schedule import Schedule
 from pipeline.run_reference import RunReference
+from pipeline.tasks._registry import TaskName, find_task
 from pipeline.teachers.config import Config as TeacherConfig
 
 
@@ -112,6 +113,9 @@ class JournalConfig(FrozenModel):
 class Recipe(FrozenModel):
     """The complete settings of a run."""
 
+    task: TaskName = "classification"
+    """What the images' targets are, and which metrics are measured: ``classification``, with one class of every image,
+    or ``multilabel``, with any number of classes."""
     student: StudentConfig
     """The network that is trained."""
     teacher: TeacherConfig | None = None
@@ -160,6 +164,23 @@ class Recipe(FrozenModel):
         if names and self.teacher is None:
             sources = "teacher: {model: …, weights: …} or teacher: {recipe: …}"
             raise ValueError(f"the loss {names[0]!r} needs a teacher; add {sources}")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit_the_task(self) -> Recipe:
+        task = find_task(self.task)
+        for name, spec in self.losses.items():
+            if spec.reads_labels and not task.one_class:
+                own = ", or set its reads_labels to False" if ":" in name else ""
+                raise ValueError(
+                    f"the loss {name!r} reads the class of an image, and an image of task: {self.task} has not one; "
+                    f"remove the loss{own}"
+                )
+            if missing := spec.targets - task.targets:
+                raise ValueError(
+                    f"the loss {name!r} reads the targets {', '.join(sorted(missing))}, which task: {self.task} has "
+                    "not; remove the loss, or set task"
+                )
         return self
 
     @model_validator(mode="after")

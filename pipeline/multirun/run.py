@@ -79,8 +79,9 @@ class ConcurrentRun:
             for batch, answers in micro_batches:
                 train_step(session, state, batch, answers)
             if state.progress.epoch_ended and state.last is not None:
-                last, best = percent(state.last.top1), percent(state.best.top1)
-                tqdm.write(f"{self.run.folder}, epoch {state.progress.epoch}: top-1 {last}, best {best}")
+                last, best = percent(state.last.main), percent(state.best.value)
+                title = session.task.title
+                tqdm.write(f"{self.run.folder}, epoch {state.progress.epoch}: {title} {last}, best {best}")
             self._end_if_due()
 
     def _end_if_due(self) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from shards.documents import DamagedFile, read_document
 from shards.manifest import sha256_of, write_atomically
@@ -26,27 +25,30 @@ PREEMPTED = "preempted"
 """Marker that a signal ended the command after it saved all its work; removed when the run continues."""
 NEW_FOLDER_HINT = "give folder=ANOTHER"
 
-Percent = Annotated[float, Field(ge=-1, le=100)]
-"""An accuracy in percent of the validation images; −1 for a best accuracy that is not known."""
+Percent = Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)]
+"""A metric of the validation images, in percent; −1 for a best value that is not known."""
+_BEST = "best_"
 Versions = dict[str, str | bool | None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The results of a finished run."""
+class Result(BaseModel):
+    """The results of a finished run.
+
+    The metrics of its task are keys of their own. Of the main one there are three, such as ``top1`` and ``best_top1``,
+    and with a moving average of the weights ``ema_top1``.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Percent | None]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     identity: str
     """Digest of the run's identity."""
     model: str
     parameters: NonNegativeInt
-    top1: Percent | None
-    top5: Percent | None = None
-    best_top1: Percent | None
     best_epoch: NonNegativeInt = 0
-    ema_top1: Percent | None = None
     epochs: NonNegativeInt = 0
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    sha256: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = {}
     """Digest of each file of the student's weights; empty in runs from before digests were written."""
     # The facts below are None in runs from before they were written.
     recipe: str | None = None
@@ -63,6 +65,33 @@ class Result:
     """Number of ranks of the last command."""
     side: PositiveInt | None = None
     """Number of runs that the last command trained side by side; None for one alone."""
+
+    @model_validator(mode="after")
+    def _has_a_main_metric(self) -> Result:
+        names = [name for name in self.metrics if name.startswith(_BEST)]
+        if len(names) != 1 or names[0].removeprefix(_BEST) not in self.metrics:
+            raise ValueError("expected a metric and its best value, such as top1 and best_top1")
+        return self
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Return all metrics by their keys; None if the run had no validation images."""
+        return self.__pydantic_extra__
+
+    @property
+    def metric(self) -> str:
+        """Return the name of the main metric."""
+        return next(name.removeprefix(_BEST) for name in self.metrics if name.startswith(_BEST))
+
+    @property
+    def last(self) -> float | None:
+        """Return the main metric after the last epoch."""
+        return self.metrics[self.metric]
+
+    @property
+    def best(self) -> float | None:
+        """Return the largest value of the main metric after any epoch; −1 if it is not known."""
+        return self.metrics[_BEST + self.metric]
 
 
 class _IdentitySection(BaseModel):

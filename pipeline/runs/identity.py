@@ -31,6 +31,7 @@ _NOT_IDENTITY_DATA = ("path", "samples", "threads", "prefetch")
 _NOT_IDENTITY_REFERENCE = ("method", "with")
 # Keys that are part of the identity only if they are set, with the value that is not.
 _OPTIONS = {
+    "task": "classification",
     "order_seed": None,
     "holdout": None,
     "repeat": 1,

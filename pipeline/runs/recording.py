@@ -88,14 +88,14 @@ def measured_run(folder: Path) -> tuple[RecipeSource, MeasuredRun]:
             f"{folder}: trained on {result.images:,} images, and {source} says {run.recipe.data.samples:,} "
             "(data.samples); train on the shards that it names"
         )
-    if result.top1 is None or result.best_top1 is None:
+    if result.last is None or result.best is None:
         raise RecipeError(f"{folder}: its shards have no validation images, so nothing was measured")
     versions = read_versions(folder) or {}
     return source, MeasuredRun(
         seed=seed,
-        last=result.top1,
-        best=max(result.best_top1, result.top1),  # −1 if the file with the best weights was moved away
-        top5=result.top5,
+        last=result.last,
+        best=max(result.best, result.last),  # −1 if the file with the best weights was moved away
+        top5=result.metrics.get("top5"),
         epochs=result.epochs,
         minutes=None if result.seconds is None else round(result.seconds / 60, 1),
         card=result.device,

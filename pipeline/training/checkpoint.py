@@ -17,13 +17,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, NonNegativeInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ from pipeline.losses._base import Loss
 from pipeline.models.states import file_bytes, load_state, read_state, state_metadata
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
-from pipeline.runs.files import CHECKPOINTS, IDENTITY, checkpoint_folders
+from pipeline.runs.files import CHECKPOINTS, IDENTITY, Percent, checkpoint_folders
 from pipeline.teachers.average import EMATeacher
 from pipeline.training import zero
 from pipeline.training.files import (
@@ -57,10 +57,12 @@ from shards.manifest import UnwritableFile, free_bytes, sync_path, write_atomica
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation accuracy so far, in percent, and its epoch (counted from 1)."""
+    """The best value so far of the task's main metric, in percent, and its epoch (counted from 1)."""
 
-    top1: Annotated[float, Field(ge=-1, le=100, allow_inf_nan=False)] = -1.0
-    epoch: NonNegativeInt = 0
+    metric: str
+    """Name of the metric."""
+    value: float = -1.0
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -283,13 +285,29 @@ def export_student(model: nn.Module, path: Path, best: Best | None = None) -> No
     ``best`` is stored in the file's metadata, so weights and accuracy always belong together. Raises UnwritableFile if
     the file cannot be written; the previous file is kept.
     """
-    metadata = (state_metadata(model) or {}) | ({"best": json.dumps(asdict(best))} if best else {})
+    metadata = (state_metadata(model) or {}) | (
+        {"best": json.dumps({best.metric: best.value, "epoch": best.epoch})} if best else {}
+    )
     write_atomically(path, file_bytes(model.state_dict(), metadata))
 
 
-def exported_best(path: Path) -> Best:
-    """Return the accuracy that ``export_student`` stored with the best weights, or ``Best()`` if there is no file."""
+def exported_best(path: Path, metric: str) -> Best:
+    """Return what ``export_student`` stored with the best weights; without a file, a best that every value exceeds."""
     if not path.is_file():
-        return Best()
+        return Best(metric)
     with readable(path, "move it away; the next best weights take its place"), safe_open(path, framework="pt") as file:
-        return TypeAdapter(Best).validate_json(file.metadata()["best"], strict=True)
+        stored = _StoredBest.model_validate_json(file.metadata()["best"], strict=True)
+        return Best(metric, stored.values[metric], stored.epoch)
+
+
+class _StoredBest(BaseModel):
+    """The text that is stored with the best weights: the epoch, and the metric under its own name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Percent]  # pyright: ignore[reportIncompatibleVariableOverride]
+    epoch: NonNegativeInt
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Return the metrics by name."""
+        return self.__pydantic_extra__

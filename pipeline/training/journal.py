@@ -145,7 +145,8 @@ class TrainingJournal:
         self._write({**position, "rate": rate, **values, "timing": timing}, progress.step)
         if self.display is not None:
             known = self.display.values
-            known.loss, known.top1 = values["total"], values["top1"]
+            # The training metric follows the total.
+            known.loss, known.train = values["total"], values[self.names[self.names.index("total") + 1]]
             known.images_per_second, known.data_wait = timing["images_per_second"], timing["data_wait"]
 
     @contextmanager
@@ -160,10 +161,10 @@ class TrainingJournal:
         self._restart_clock(progress.step)
 
     def log_evaluation(self, progress: Progress, values: dict[str, float], best: float) -> None:
-        """Write the values of an evaluation. The display also shows ``best``, the best top-1 so far."""
+        """Write the values of an evaluation. The display shows the first, and ``best``, its best so far."""
         self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
         if self.display is not None:
-            self.display.show_evaluation(values["top1"], best)
+            self.display.show_evaluation(next(iter(values.values())), best)
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
     def _write(self, line: dict[str, Any], step: int) -> None:

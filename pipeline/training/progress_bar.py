@@ -28,20 +28,20 @@ class Values:
     """The values that the last line of the journal has, and those of the last evaluation; None if there is none."""
 
     loss: float | None = None
-    top1: float | None = None
-    """Accuracy on the training images of a step, in percent."""
+    train: float | None = None
+    """The task's metric on the training images of a step, in percent."""
     images_per_second: float | None = None
     data_wait: float | None = None
     """Share of the time in which the step waits for data."""
     validation: float | None = None
-    """Top-1 accuracy on the validation images, in percent."""
+    """The task's main metric on the validation images, in percent."""
     best: float | None = None
 
     def describe(self, rate: float) -> str:
         """Return the known values and the learning rate as text, the most important first."""
         texts = {
             "loss {:.3f}": self.loss,
-            "train {:.1f}": self.top1,
+            "train {:.1f}": self.train,
             "val {:.2f}": self.validation,
             "best {:.2f}": self.best,
             "lr {:.3g}": rate,
@@ -74,9 +74,9 @@ class ProgressDisplay(ABC):
     def show_phase(self, phase: str) -> None:
         """Show what the command does between two steps, such as validating; the empty text ends it."""
 
-    def show_evaluation(self, top1: float, best: float) -> None:
-        """Show the accuracy of an evaluation, and the best so far, from now on."""
-        self.values.validation, self.values.best = top1, best
+    def show_evaluation(self, value: float, best: float) -> None:
+        """Show the main metric of an evaluation, and its best so far, from now on."""
+        self.values.validation, self.values.best = value, best
 
     @property
     def epoch(self) -> str:
@@ -115,9 +115,9 @@ class TerminalBar(ProgressDisplay):
         """Draw the bar with the phase after the epoch."""
         self.bar.set_description_str(f"{self.epoch} {phase}".rstrip())
 
-    def show_evaluation(self, top1: float, best: float) -> None:
-        """Draw the bar with the new accuracy."""
-        super().show_evaluation(top1, best)
+    def show_evaluation(self, value: float, best: float) -> None:
+        """Draw the bar with the new value."""
+        super().show_evaluation(value, best)
         self._set_texts()
         self.bar.refresh()
 

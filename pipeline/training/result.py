@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,35 +12,38 @@ from pipeline.data.loader_settings import processor
 from pipeline.distributed import collectives
 from pipeline.runs.files import JOURNAL_FILE, RESULT_FILE, Result, student_sha256, write_json
 from pipeline.runs.identity import Run
+from pipeline.tasks._base import Evaluation, Task
+from pipeline.tasks._registry import find_task
 from pipeline.training.checkpoint import Best
-from pipeline.training.evaluation import Accuracy
 from pipeline.training.journal import read_journal
 
 
 def write_result(
     run: Run,
+    task: Task,
     parameters: int,
-    last: Accuracy | None,
+    last: Evaluation | None,
     best: Best,
-    averaged: Accuracy | None,
+    averaged: Evaluation | None,
     images_per_second: float,
     side: int,
 ) -> None:
-    """Write what the finished run measured: accuracies in percent, parameters, speed, and what it trained on.
+    """Write what the finished run measured: the task's metrics, parameters, speed, and what it trained on.
 
     ``side`` is the number of runs that the command trained side by side.
     """
     seconds = training_seconds(read_journal(run.folder / JOURNAL_FILE), run.recipe.batch)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    metrics = {
+        **(last.metrics if last else dict.fromkeys(task.titles)),
+        f"best_{task.metric}": best.value if last else None,
+        f"ema_{task.metric}": averaged.main if averaged else None,
+    }
     result = Result(
         identity=run.fingerprint,
         model=run.recipe.student.model,
         parameters=parameters,
-        top1=last.top1 if last else None,
-        top5=last.top5 if last else None,
-        best_top1=best.top1 if last else None,
         best_epoch=best.epoch,
-        ema_top1=averaged.top1 if averaged else None,
         epochs=run.recipe.epochs,
         images_per_second=round(images_per_second, 1),
         sha256=student_sha256(run.folder),
@@ -52,8 +54,9 @@ def write_result(
         device=device,
         ranks=collectives.world_size(),
         side=side if side > 1 else None,
+        **metrics,  # pyright: ignore[reportArgumentType]
     )
-    write_json(run.folder / RESULT_FILE, asdict(result))
+    write_json(run.folder / RESULT_FILE, result.model_dump())
 
 
 def training_seconds(lines: Iterable[dict[str, Any]], batch: int) -> float:
@@ -77,7 +80,23 @@ def print_table(run: Run) -> None:
     runs += [("student", student) for student in run.compare]
     runs += [("student" if run.recipe.teacher or run.recipe.student.start else "network", run)]
     rows = [_row(role, each) for role, each in runs]
-    print(aligned([["", "losses", "network", "parameters", "top-1", "best", "images/s", "run folder"], *rows]))
+    print(
+        aligned(
+            [
+                [
+                    "",
+                    "losses",
+                    "network",
+                    "parameters",
+                    find_task(run.recipe.task).title,
+                    "best",
+                    "images/s",
+                    "run folder",
+                ],
+                *rows,
+            ]
+        )
+    )
     holdout = run.recipe.data.holdout
     if holdout and any(teacher.recipe.data.holdout != holdout for teacher in run.teachers):
         print("note: students are measured on held-out training images, the teacher on its own validation images")
@@ -92,15 +111,15 @@ def _row(role: str, run: Run) -> list[str]:
         losses,
         result.model,
         f"{result.parameters:,}",
-        percent(result.top1),
-        percent(result.best_top1),
+        percent(result.last),
+        percent(result.best),
         f"{result.images_per_second:,.0f}",
         str(run.folder),
     ]
 
 
 def percent(value: float | None) -> str:
-    """Return an accuracy as text for a table; None, from a run without validation images, is a dash."""
+    """Return a metric as text for a table; None, from a run without validation images, is a dash."""
     return "–" if value is None else f"{value:.2f}"
 
 

@@ -20,10 +20,12 @@ from pipeline.optim.schedule import learning_rate
 from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
+from pipeline.tasks._base import Evaluation, Task
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.checkpoint import Best, Checkpoints, CheckpointState
-from pipeline.training.evaluation import Accuracy, evaluate
+from pipeline.training.evaluation import evaluate
 from pipeline.training.export import export, export_average
 from pipeline.training.graph import GraphedStep
 from pipeline.training.journal import TrainingJournal
@@ -68,11 +70,16 @@ class Session:
         """Return the timer of a step's parts."""
         return self.journal.timer
 
-    def evaluate(self) -> Accuracy | None:
-        """Return the student's accuracy on the validation images, or None if there are none."""
+    @property
+    def task(self) -> Task:
+        """Return the run's task."""
+        return find_task(self.recipe.task)
+
+    def evaluate(self) -> Evaluation | None:
+        """Return the student's metrics on the validation images, or None if there are none."""
         if not self.loader.has_validation:
             return None
-        return evaluate(self.student, self.loader.validation(), self.accelerator)
+        return evaluate(self.task, self.student, self.loader.validation(), self.accelerator)
 
     def micro_batches(self, state: State) -> Iterator[Batch]:
         """Yield this rank's micro-batches from the current progress. The wait for them is timed as ``data``."""
@@ -88,7 +95,7 @@ class State:
     journal_bytes: int
     """Length of the journal at the checkpoint that was restored."""
     best: Best
-    last: Accuracy | None = None
+    last: Evaluation | None = None
     """The last evaluation of this command."""
     reason: str | None = None
     """Reason why this command ends before the run does; None if it does not."""
@@ -131,10 +138,10 @@ def validate(session: Session, state: State) -> None:
         last = state.last = session.evaluate()
     if last is None:
         return
-    if last.top1 > state.best.top1:
-        state.best = Best(last.top1, state.progress.epoch)
+    if last.main > state.best.value:
+        state.best = Best(session.task.metric, last.main, state.progress.epoch)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.log_evaluation(state.progress, {"top1": last.top1, "top5": last.top5}, state.best.top1)
+    session.journal.log_evaluation(state.progress, last.metrics, state.best.value)
 
 
 def finish(session: Session, state: State) -> None:
@@ -153,6 +160,6 @@ def finish(session: Session, state: State) -> None:
             averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, session.evaluate)
         if accelerator.is_main_process:
             speed = session.journal.images_per_second
-            write_result(run, session.parameters, last, state.best, averaged, speed, session.side)
+            write_result(run, session.task, session.parameters, last, state.best, averaged, speed, session.side)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -31,7 +31,7 @@ class StepOutput(NamedTuple):
 
     names: tuple[str, ...]
     parts_P: Tensor
-    """The weighted parts of the micro-batch's loss, with ``total`` and ``top1``, in the order of ``names``."""
+    """The micro-batch's weighted parts of the loss, ``total`` and the training metric, in the order of ``names``."""
     gradient_norm: Tensor | None
     """Norm before clipping; None unless the micro-batch ends a global batch."""
 

@@ -19,6 +19,7 @@ ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "docto
 ORDER = [
     {"batch", "errors", "frozen_model", "models", "network_arguments", "nvjpeg"},
     {"distributed", "features", "precision", "run_reference"},
+    {"tasks"},
     {"data", "optim", "diffusion"},
     {"losses", "teachers", "plots"},
     {"config", "distiller"},

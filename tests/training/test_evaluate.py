@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from pipeline import evaluate
-from pipeline.batch import Batch
+from pipeline.batch import Batch, Outputs
 from pipeline.errors import RecipeError
 from pipeline.models import create_model
-from pipeline.training.evaluation import accuracy, count_correct
+from pipeline.tasks.classification import Classification, count_correct
+from pipeline.training.evaluation import measure_split
 
 Train = Callable[..., None]
 
@@ -31,8 +32,11 @@ def test_accuracy_is_the_share_of_right_rows_whatever_the_batch_size():
     top1 = 100 * np.mean(order_NK[:, 0] == labels_N.numpy())
     top5 = 100 * np.mean([label in row[:5] for row, label in zip(order_NK, labels_N.numpy(), strict=True)])
     for size in (1, 8, 37):
-        found = accuracy(lambda batch: batch.images_BCHW, batches(logits_NK, labels_N, size))
-        assert found == pytest.approx((top1, top5, 37))
+        found = measure_split(
+            Classification(), lambda batch: Outputs(batch.images_BCHW, {}), batches(logits_NK, labels_N, size)
+        )
+        assert found.metrics == pytest.approx({"top1": top1, "top5": top5})
+        assert found.samples == 37
 
 
 def test_a_padded_row_is_never_counted():

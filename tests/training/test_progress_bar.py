@@ -130,7 +130,7 @@ def test_a_log_has_a_line_each_minute_with_the_time_that_is_left(capsys: pytest.
     progress = Progress(steps_per_epoch=1000)
     with LogLines(progress, epochs=2, last_step=2000, clock=seconds_later(passed)) as log:
         assert capsys.readouterr().out == "step 0/2000, epoch 1/2: training begins\n"
-        log.values.loss, log.values.top1, log.values.images_per_second = 2.5, 12.0, 640.0
+        log.values.loss, log.values.train, log.values.images_per_second = 2.5, 12.0, 640.0
         for _ in range(40):
             passed.append(7.0)
             progress = progress.after(64)

@@ -1,0 +1,75 @@
+"""The base class of tasks: what a student's outputs are measured against.
+
+Each file of this folder without an underscore holds one ``Task``. The file's name is the value of ``task`` in a recipe.
+There is no list to register it in. The loss of a task is a loss like any other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+
+Seen = tuple[Tensor, ...]
+"""What a task keeps of one batch to measure the whole split: counts, or a row per image."""
+
+
+class Evaluation(NamedTuple):
+    """The exact metrics of the validation split, over the images of all ranks."""
+
+    metrics: dict[str, float]
+    """Metrics by name, in percent. The first one decides which weights are the best."""
+    samples: int
+    """Number of images."""
+
+    @property
+    def main(self) -> float:
+        """Return the metric that decides which weights are the best."""
+        return next(iter(self.metrics.values()))
+
+
+class Task(ABC):
+    """The metrics of a task. A task has no state: ``summarize`` gets all that ``see`` returned."""
+
+    titles: ClassVar[dict[str, str]]
+    """Titles of the metrics of validation, by their name in files; the first is the main one."""
+    training_metric: ClassVar[str]
+    """Name of the metric of a training batch in the journal."""
+    one_class: ClassVar[bool] = False
+    """Whether an image has a single class, in ``labels_B``; losses that read it need such a task."""
+    targets: ClassVar[frozenset[str]] = frozenset()
+    """Names in ``batch.targets`` of this task's batches; losses that read others need another task."""
+
+    @property
+    def metric(self) -> str:
+        """Return the name of the main metric."""
+        return next(iter(self.titles))
+
+    @property
+    def title(self) -> str:
+        """Return the title of the main metric."""
+        return self.titles[self.metric]
+
+    def blank_targets(self, rows: int, num_classes: int) -> dict[str, Tensor]:
+        """Return targets of a batch without any content, on torch's default device, for a trial of the losses."""
+        return {}
+
+    @abstractmethod
+    def measure_batch(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return the training metric of a batch of one rank, a scalar in percent; it must be cheap."""
+
+    @abstractmethod
+    def see(self, outputs: Outputs, batch: Batch) -> Seen:
+        """Return what the metrics need of a validation batch, on the device. Rows of label −1 are padding."""
+
+    @abstractmethod
+    def summarize(self, seen: Iterable[Seen]) -> Evaluation:
+        """Return the metrics of all batches of all ranks; every rank calls it with equally many batches."""
+
+    @abstractmethod
+    def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
+        """Return int64 [2]: the decisions in which two networks agree about the images, and all decisions."""

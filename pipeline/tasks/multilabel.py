@@ -1,0 +1,86 @@
+"""Multi-label classification: an image has any number of the classes.   B batch, N images, K classes.
+
+The metrics are those of Chen et al., "Multi-label image recognition with graph convolutional networks", CVPR 2019:
+mean average precision, and F1 over all decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.distributed.collectives import gather_rows
+from pipeline.tasks._base import Evaluation, Seen, Task
+
+LABELS = "labels_BK"
+"""Name of the targets: uint8 [B, K], 1 for each class of the image, else 0."""
+
+
+class MultiLabel(Task):
+    """Mean average precision of the classes' scores, and F1 of the decisions at probability one half."""
+
+    titles: ClassVar[dict[str, str]] = {"map": "mAP", "f1": "F1"}
+    training_metric = "f1"
+    targets = frozenset({LABELS})
+
+    def blank_targets(self, rows: int, num_classes: int) -> dict[str, Tensor]:
+        """Return labels of images without any class."""
+        return {LABELS: torch.zeros(rows, num_classes, dtype=torch.uint8)}
+
+    def measure_batch(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return F1 over all decisions of the batch."""
+        return _f1(_count_decisions(outputs.logits_BK, batch.targets[LABELS]).float())
+
+    def see(self, outputs: Outputs, batch: Batch) -> Seen:
+        """Return ids, logits and labels of the images."""
+        return batch.ids_B, outputs.logits_BK.float(), batch.targets[LABELS]
+
+    def summarize(self, seen: Iterable[Seen]) -> Evaluation:
+        """Return mean average precision and F1."""
+        ids_N, logits_NK, labels_NK = (gather_rows(torch.cat(columns)) for columns in zip(*seen, strict=True))
+        # In the order of the ids, so that sums do not depend on the number of ranks. Padding has id −1.
+        order = ids_N.argsort()[int((ids_N < 0).sum()) :]
+        logits_NK, labels_NK = logits_NK[order], labels_NK[order]
+        f1 = _f1(_count_decisions(logits_NK, labels_NK).double())
+        return Evaluation({"map": 100 * mean_average_precision(logits_NK, labels_NK), "f1": f1.item()}, len(order))
+
+    def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
+        """Return the number of pairs of image and class about which both decide alike, and that of all pairs."""
+        real_B1 = (batch.labels_B >= 0)[:, None]
+        same_BK = ((a.logits_BK > 0) == (b.logits_BK > 0)) & real_B1
+        return torch.stack([same_BK.sum(), real_B1.sum() * same_BK.shape[1]])
+
+
+def mean_average_precision(scores_NK: Tensor, labels_NK: Tensor) -> float:
+    """Return the mean of the classes' average precision, between 0 and 1; classes without an image are left out.
+
+    Average precision is Σ (Rₙ − Rₙ₋₁)·Pₙ over the distinct scores as thresholds, without interpolation. So images of
+    equal score count together, in any order. Returns 0 if no class has an image.
+    """
+    scores_NK, order_NK = scores_NK.sort(0, descending=True)
+    hits_NK = labels_NK.gather(0, order_NK).double()
+    ranks_N1 = torch.arange(1, len(scores_NK) + 1, device=scores_NK.device)[:, None]
+    # The last row of each group of equal scores holds the group's precision.
+    last_NK = torch.ones_like(scores_NK, dtype=torch.bool)
+    last_NK[:-1] = scores_NK[1:] != scores_NK[:-1]
+    ends_NK = torch.where(last_NK, ranks_N1 - 1, len(scores_NK)).flip(0).cummin(0).values.flip(0)
+    precision_NK = (hits_NK.cumsum(0) / ranks_N1).gather(0, ends_NK)
+    images_K = hits_NK.sum(0)
+    average_K = (hits_NK * precision_NK).sum(0) / images_K.clamp(min=1)
+    return average_K[images_K > 0].sum().item() / max(int((images_K > 0).sum()), 1)
+
+
+def _count_decisions(logits_NK: Tensor, labels_NK: Tensor) -> Tensor:
+    """Return int64 [3]: classes found, classes that were predicted, classes of the images."""
+    predicted_NK, real_NK = logits_NK > 0, labels_NK > 0
+    return torch.stack([(predicted_NK & real_NK).sum(), predicted_NK.sum(), real_NK.sum()])
+
+
+def _f1(counts_3: Tensor) -> Tensor:
+    """Return F1 in percent, the harmonic mean of precision and recall; 0 if there is neither class nor decision."""
+    found, predicted, real = counts_3.unbind()
+    return 100 * 2 * found / (predicted + real).clamp(min=1)

@@ -1,0 +1,115 @@
+"""Every task: what its metrics are, the same for any batches and on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from gloo_ranks import Ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.batch import Batch, Outputs
+from pipeline.tasks._base import Evaluation
+from pipeline.tasks._registry import find_task, known_tasks
+from pipeline.tasks.multilabel import LABELS, MultiLabel, mean_average_precision
+
+every_task = pytest.mark.parametrize("name", known_tasks())
+IMAGES, CLASSES = 31, 7
+
+
+def split(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits of few distinct values, one class of each image, and several classes of each image."""
+    draws = torch.Generator().manual_seed(seed)
+    logits_NK = torch.randint(-4, 5, (IMAGES, CLASSES), generator=draws) / 2
+    labels_N = torch.randint(CLASSES, (IMAGES,), generator=draws)
+    return logits_NK, labels_N, (torch.rand(IMAGES, CLASSES, generator=draws) < 0.3).to(torch.uint8)
+
+
+def batches(rows: np.ndarray, size: int) -> Iterator[tuple[Outputs, Batch]]:
+    """Yield those rows of the split in batches; a row beyond the split is padding, a copy of the last image."""
+    logits_NK, labels_N, several_NK = split()
+    for start in range(0, len(rows), size):
+        part = torch.from_numpy(rows[start : start + size])
+        real_B, row_B = part < IMAGES, part.clamp(max=IMAGES - 1)
+        labels_B, ids_B = (torch.where(real_B, x, -1) for x in (labels_N[row_B], row_B))
+        targets = {LABELS: several_NK[row_B]}
+        yield Outputs(logits_NK[row_B], {}), Batch(torch.empty(len(part), 0), labels_B, ids_B, {}, targets)
+
+
+def evaluation(rank: int, world: int, name: str, size: int) -> Evaluation:
+    """Return a task's metrics over a rank's share of the split, with padding where ranks are uneven."""
+    rows = np.arange(-(-IMAGES // world)) * world + rank
+    task = find_task(name)
+    return task.summarize(task.see(*batch) for batch in batches(rows, size))
+
+
+@every_task
+def test_metrics_are_those_of_the_whole_split_for_any_batches_and_ranks(name: str, ranks: Ranks):
+    whole = evaluation(0, 1, name, IMAGES)
+    assert whole.samples == IMAGES
+    assert [evaluation(0, 1, name, size) for size in (1, 8)] == [whole, whole]
+    assert set(map(str, ranks(evaluation, name, 4))) == {str(whole)}
+
+
+@every_task
+def test_a_task_measures_what_it_names_and_a_perfect_network_reaches_a_hundred(name: str):
+    task, (_, labels_N, several_NK) = find_task(name), split()
+    perfect_NK = (several_NK if LABELS in task.targets else torch.nn.functional.one_hot(labels_N, CLASSES)) - 0.5
+    ids_N = torch.arange(IMAGES)
+    batch = Batch(torch.empty(IMAGES, 0), labels_N, ids_N, {}, {LABELS: several_NK})
+    found = task.summarize([task.see(Outputs(perfect_NK, {}), batch)])
+    assert list(found.metrics) == list(task.titles)
+    assert set(found.metrics.values()) == {100.0}
+    assert found.main == found.metrics[task.metric]
+    assert task.measure_batch(Outputs(perfect_NK, {}), batch).item() == pytest.approx(100)
+
+
+@every_task
+def test_networks_agree_with_themselves_and_padding_is_no_decision(name: str):
+    task = find_task(name)
+    ((outputs, batch),) = batches(np.arange(IMAGES + 2), IMAGES + 2)
+    same, decisions = task.agreement(outputs, outputs, batch).tolist()
+    assert same == decisions == IMAGES * (1 if task.one_class else CLASSES)
+    other = Outputs(-outputs.logits - 0.25, {})
+    assert task.agreement(outputs, other, batch)[0] < decisions
+
+
+def average_precision(scores: list[float], labels: list[int]) -> float:
+    """Return Σ (Rₙ − Rₙ₋₁)·Pₙ over the distinct scores as thresholds, the highest first, from the definition."""
+    total, before, result = sum(labels), 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        kept = [label for score, label in zip(scores, labels, strict=True) if score >= threshold]
+        recall, precision = sum(kept) / total, sum(kept) / len(kept)
+        result, before = result + (recall - before) * precision, recall
+    return result
+
+
+@given(seed=st.integers(0, 10_000), images=st.integers(1, 40), values=st.integers(1, 50), share=st.floats(0, 1))
+def test_mean_average_precision_is_its_definition_also_with_equal_scores(
+    seed: int, images: int, values: int, share: float
+):
+    draws = np.random.default_rng(seed)
+    scores_NK, labels_NK = draws.integers(values, size=(images, 4)) / 8, draws.random((images, 4)) < share
+    known = [
+        average_precision(scores_NK[:, k].tolist(), labels_NK[:, k].tolist()) for k in range(4) if labels_NK[:, k].any()
+    ]
+    found = mean_average_precision(torch.from_numpy(scores_NK), torch.from_numpy(labels_NK.astype(np.uint8)))
+    assert found == pytest.approx(np.mean(known) if known else 0, abs=1e-12)
+
+
+def test_f1_counts_all_decisions_together():
+    logits_BK = torch.tensor([[1.0, -1.0, 2.0], [-1.0, -1.0, -1.0]])
+    labels_BK = torch.tensor([[1, 1, 0], [0, 0, 1]], dtype=torch.uint8)
+    zeros_B = torch.zeros(2).long()
+    batch = Batch(torch.empty(2, 0), zeros_B, zeros_B, {}, {LABELS: labels_BK})
+    # One class is found, two are predicted, and the images have three.
+    assert MultiLabel().measure_batch(Outputs(logits_BK, {}), batch).item() == pytest.approx(100 * 2 * 1 / (2 + 3))
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no task 'segmenting'; known are classification, multilabel"):
+        find_task("segmenting")
