@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.augmentations._registry import Augmentations
 from pipeline.data.holdout import Holdout
 from pipeline.frozen_model import FrozenModel
 
@@ -59,12 +60,15 @@ class Config(FrozenModel):
     """``pad``: pixels added on each side."""
     flip: Probability = 0.5
     """Probability of mirroring left to right."""
+    augment: Augmentations = ()
+    """Augmentations of training images after crop and flip, in this order, such as
+    ``[{randaugment: {ops: 2, magnitude: 9}}, {erasing: {probability: 0.25}}]``; docs/augmentation.md."""
     mean: tuple[float, float, float]
     """Per-channel mean of red, green and blue, for pixel values in 0 … 1."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Per-channel standard deviation, for pixel values in 0 … 1."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of crops and flips."""
+    """Seed of crops, flips and augmentations."""
     order_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of the order of the samples; null is the recipe's ``seed``. Runs with the same value see the same batches,
     whatever their ``seed``."""
@@ -118,8 +122,9 @@ class Config(FrozenModel):
 
     @property
     def for_validation(self) -> Config:
-        """Return the settings with which validation images are decoded: their ``size`` is that of validation."""
-        return self.model_copy(update={"size": self.validation_size or self.size, "validation_size": None})
+        """Return the settings with which validation images are decoded: of their own size, without augmentation."""
+        changed = {"size": self.validation_size or self.size, "validation_size": None, "augment": ()}
+        return self.model_copy(update=changed)
 
     def view(self, epoch: int, repetition: int = 0) -> int:
         """Return the view in which an epoch has an image for the ``repetition``-th time, counted from 0."""

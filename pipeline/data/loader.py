@@ -173,6 +173,8 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
     crop_keys = ("pad",) if config.crop == "pad" else ("scale", "ratio")
     keys = ("size", "crop", *crop_keys, "flip", "mean", "std", "seed")
     values = {key: getattr(config, key) for key in keys}
+    if config.augment:  # caches that were written before this key have none
+        values["augment"] = config.model_dump(mode="json", include={"augment"})["augment"]
     return {**values, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
 
 

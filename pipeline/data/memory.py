@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
+from pipeline.data.augmenter import Augmenter
 from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest, describe_sample
 from shards.read import SplitReader
@@ -48,7 +49,7 @@ class MemoryDecoder:
         images_NHWC = torch.from_numpy(decode_split(reader, config.size)).to(device)
         # F.pad counts from the last dimension: no padding of C, ``pad`` on both sides of W and of H.
         self._pixels_PC = F.pad(images_NHWC, (0, 0, *[config.pad] * 4)).flatten(0, 2)
-        self._mean_C, self._std_C = (255 * torch.tensor(values, device=device) for values in (config.mean, config.std))
+        self._augmenter = Augmenter(config, device)
         along = torch.arange(config.size, device=device)
         plain_HW = along[:, None] * self._side + along
         self._offsets_2HW = torch.stack([plain_HW, plain_HW.flip(1)])
@@ -57,9 +58,10 @@ class MemoryDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batches of each request, with images [B, C, H, W] in float32."""
         for request in requests:
-            for table_4B in self._table(request).split(request.batch, dim=1):
+            for number, table_4B in enumerate(self._table(request).split(request.batch, dim=1)):
                 ids_B, labels_B, firsts_B, flips_B = table_4B.unbind()
-                yield Batch(self._images(firsts_B, flips_B), labels_B, ids_B, {})
+                drawn = request.drawn_of(number)
+                yield Batch(self._augmenter(self._pixels(firsts_B, flips_B), drawn), labels_B, ids_B, {})
 
     def _table(self, request: SampleRequest) -> Tensor:
         """Return each row's id, label, first pixel of its crop, and 1 if it is mirrored, as int64 [4, R]."""
@@ -70,14 +72,11 @@ class MemoryDecoder:
             table_4R = table_4R.pin_memory()
         return table_4R.to(self._device, non_blocking=True)
 
-    def _images(self, firsts_B: Tensor, flips_B: Tensor) -> Tensor:
-        """Gather, mirror and normalise the crops that begin at those pixels."""
+    def _pixels(self, firsts_B: Tensor, flips_B: Tensor) -> Tensor:
+        """Gather and mirror the crops that begin at those pixels, uint8 [B, H, W, C]."""
         # One flat index per pixel takes a third of the time of indexing by image, row and column.
         numbers_BHW = self._offsets_2HW.index_select(0, flips_B).add_(firsts_B[:, None, None])
-        pixels_BHWC = self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
-        # The difference is computed in float32, like that of pixels that were converted before.
-        images_BCHW = pixels_BHWC.sub(self._mean_C).div_(self._std_C).permute(0, 3, 1, 2)
-        return images_BCHW if self._config.channels_last else images_BCHW.contiguous()
+        return self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
 
 
 def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:

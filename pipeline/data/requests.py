@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
+from pipeline.data.augmenter import Augmenter, Drawn
 from pipeline.data.config import Config
+from pipeline.data.read_ahead import CPU
 from shards.read import SplitReader
 
 Columns = Callable[[int], Mapping[str, NDArray]]
@@ -64,6 +67,12 @@ class SampleRequest(NamedTuple):
     labels_B: Tensor
     batch: int
     """Number of rows of each batch; the last may have fewer."""
+    drawn: Drawn = ()
+    """Draws of ``data.augment``; empty for images that are not augmented."""
+
+    def drawn_of(self, number: int) -> Drawn:
+        """Return the draws of the images of a batch, by its number in the request."""
+        return tuple(each[number * self.batch : (number + 1) * self.batch] for each in self.drawn)
 
     def to_batch(self, images_BCHW: Tensor, device: torch.device) -> Batch:
         """Return the batch of a request for a single one, whose images are on ``device``."""
@@ -131,6 +140,10 @@ class BatchSampler:
     """Whether requests carry the encoded images."""
     pin: bool = False
     """Whether host tensors are pinned, for a GPU."""
+
+    @cached_property
+    def _augmenter(self) -> Augmenter:
+        return Augmenter(self.config, CPU)
 
     @property
     def micro_batch(self) -> int:
@@ -216,6 +229,7 @@ class BatchSampler:
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
+            self._augmenter.draw(samples["id"], view),
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:

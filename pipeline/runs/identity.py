@@ -48,6 +48,7 @@ _OPTIONS = {
     "arguments": {},
     "freeze": [],
     "rates": {},
+    "augment": [],
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

@@ -1,0 +1,278 @@
+"""Operations on the pixels of uint8 images [N, H, W, C], each with the numbers of Pillow.
+
+They have the same result on every device. They are integer arithmetic, or single float32 and float64 operations, which
+IEEE 754 defines to the last bit. Source: Pillow's ``ImageEnhance``, ``ImageOps`` and ``Image.transform``, which
+torchvision's and timm's augmentations of PIL images use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FloatArray = NDArray[np.float64]
+Kernel = Callable[[Tensor, Tensor], Tensor]
+"""A function of images [N, H, W, C] and parameters [N, P], on a device."""
+Fill = tuple[int, int, int]
+"""Red, green and blue of what comes from outside an image."""
+
+
+def adjust_brightness(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
+    """Return the images between black (factor 0) and themselves (1), or beyond."""
+    return _blended(torch.zeros((), device=images_NHWC.device), images_NHWC, factors_NP)
+
+
+def adjust_saturation(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
+    """Return the images between grey (factor 0) and themselves (1), or beyond: their saturation is scaled."""
+    return _blended(_luminance(images_NHWC)[..., None].float(), images_NHWC, factors_NP)
+
+
+def adjust_contrast(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
+    """Return the images between their mean grey (factor 0) and themselves (1), or beyond."""
+    grey_NHW = _luminance(images_NHWC)
+    count = grey_NHW[0].numel()
+    # Rounded to the nearest, in integers.
+    mean_N = (2 * grey_NHW.sum((1, 2)) + count) // (2 * count)
+    return _blended(mean_N[:, None, None, None].float(), images_NHWC, factors_NP)
+
+
+def adjust_sharpness(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
+    """Return the images between a smoothed copy (factor 0) and themselves (1), or beyond; their border stays."""
+    wide_NHWC = images_NHWC.int()
+    rows = wide_NHWC[:, :-2] + wide_NHWC[:, 1:-1] + wide_NHWC[:, 2:]
+    inner = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide_NHWC[:, 1:-1, 1:-1]
+    smooth_NHWC = images_NHWC.clone()
+    # inner / 13 rounded to the nearest: (2 inner + 13) / 26 rounded down, with 40330 / 2**20 for 1 / 26.
+    smooth_NHWC[:, 1:-1, 1:-1] = ((2 * inner + 13) * 40330 >> 20).to(torch.uint8)
+    return _blended(smooth_NHWC.float(), images_NHWC, factors_NP)
+
+
+def posterize(images_NHWC: Tensor, masks_NP: Tensor) -> Tensor:
+    """Return the images with only those bits of every pixel that a mask has."""
+    return images_NHWC & _per_image(masks_NP, torch.uint8)
+
+
+def solarize(images_NHWC: Tensor, thresholds_NP: Tensor) -> Tensor:
+    """Return the images with pixels of at least the threshold, a whole number, inverted."""
+    return torch.where(images_NHWC < _per_image(thresholds_NP, torch.int16), images_NHWC, 255 - images_NHWC)
+
+
+def solarize_add(images_NHWC: Tensor, amounts_NP: Tensor) -> Tensor:
+    """Return the images with an amount, a whole number, added to pixels below 128."""
+    added_NHWC = (images_NHWC + _per_image(amounts_NP, torch.int16)).clamp_(max=255).to(torch.uint8)
+    return torch.where(images_NHWC < 128, added_NHWC, images_NHWC)
+
+
+def invert(images_NHWC: Tensor, _: Tensor) -> Tensor:
+    """Return the images as negatives."""
+    return 255 - images_NHWC
+
+
+def autocontrast(images_NHWC: Tensor, _: Tensor) -> Tensor:
+    """Return the images with each channel stretched to 0 … 255; a channel of one value stays."""
+    low_N11C, high_N11C = (reduce((1, 2), keepdim=True).double() for reduce in (images_NHWC.amin, images_NHWC.amax))
+    span_N11C = high_N11C - low_N11C
+    # A number divided by a tensor would be its product with the rounded reciprocal.
+    scale_N11C = torch.full_like(span_N11C, 255.0) / span_N11C.clamp(min=1)
+    stretched_NHWC = images_NHWC * scale_N11C + -low_N11C * scale_N11C
+    return torch.where(span_N11C > 0, stretched_NHWC.clamp_(0, 255).to(torch.uint8), images_NHWC)
+
+
+def equalize(images_NHWC: Tensor, _: Tensor) -> Tensor:
+    """Return the images with the histogram of each channel equalised."""
+    count, height, width, channels = images_NHWC.shape
+    device = images_NHWC.device
+    tables = 256 * torch.arange(count * channels, device=device).view(count, 1, 1, channels)
+    numbers = (images_NHWC + tables).flatten()
+    ones = torch.ones((), dtype=torch.int64, device=device).expand(len(numbers))
+    histogram = torch.zeros(256 * count * channels, dtype=torch.int64, device=device).scatter_add_(0, numbers, ones)
+    counts = histogram.view(count * channels, 256)
+    brightest = images_NHWC.amax((1, 2)).long().view(-1, 1)
+    steps = (height * width - counts.gather(1, brightest)) // 255
+    below = counts.cumsum(1) - counts
+    levels = ((steps // 2 + below) // steps.clamp(min=1)).clamp_(max=255)
+    levels = torch.where(steps > 0, levels, torch.arange(256, device=device))
+    return levels.to(torch.uint8).flatten().index_select(0, numbers).view_as(images_NHWC)
+
+
+def adjust_hue(images_NHWC: Tensor, steps_NP: Tensor) -> Tensor:
+    """Return the images with their hue turned by a whole number of the circle's 256 steps, in Pillow's 8-bit HSV."""
+    hue_NHW, saturation_NHW, value_NHW = _to_hsv(images_NHWC)
+    return _to_rgb((hue_NHW + steps_NP[:, :1, None].int()) & 255, saturation_NHW, value_NHW)
+
+
+def affine(images_NHWC: Tensor, parameters_NP: Tensor) -> Tensor:
+    """Return the images moved, the nearest pixel taken.
+
+    Parameters are a matrix, from a pixel to where it comes from, in fixed point with 16 bits. The last are the colour
+    of pixels that come from outside.
+    """
+    count, height, width, channels = images_NHWC.shape
+    device = images_NHWC.device
+    xx, xy, x0, yx, yy, y0 = parameters_NP[:, :_MATRIX].long().T[:, :, None, None]
+    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    x_NHW = (xx * columns + (xy * rows + x0)) >> 16
+    y_NHW = (yx * columns + (yy * rows + y0)) >> 16
+    inside_NHW = (x_NHW >= 0) & (x_NHW < width) & (y_NHW >= 0) & (y_NHW < height)
+    firsts_N11 = height * width * torch.arange(count, device=device)[:, None, None]
+    numbers_NHW = (firsts_N11 + y_NHW * width + x_NHW).mul_(inside_NHW)
+    moved_NHWC = images_NHWC.reshape(-1, channels).index_select(0, numbers_NHW.flatten()).view_as(images_NHWC)
+    fill_N11C = parameters_NP[:, None, None, _MATRIX:].to(torch.uint8)
+    return torch.where(inside_NHW[..., None], moved_NHWC, fill_N11C)
+
+
+def _per_image(parameters_NP: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the first parameter of each image, to be used with images [N, H, W, C]."""
+    return parameters_NP[:, :1, None, None].to(dtype)
+
+
+def _luminance(images_NHWC: Tensor) -> Tensor:
+    """Return the grey of ITU-R 601 as Pillow rounds it, int32 [N, H, W]."""
+    red, green, blue = images_NHWC.int().unbind(-1)
+    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+
+
+def _blended(other: Tensor, images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
+    """Return ``other + factor · (images − other)``, cut to uint8."""
+    # One operation at a time: a fused multiply-add would round differently.
+    moved = (images_NHWC - other).mul_(_per_image(factors_NP, torch.float32)).add_(other)
+    return moved.clamp_(0, 255).to(torch.uint8)
+
+
+def _to_hsv(images_NHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hue, saturation and value as int32 of 0 … 255, [N, H, W] each."""
+    value, least = images_NHWC.amax(-1).int(), images_NHWC.amin(-1).int()
+    span = value - least
+    divisor = span.clamp(min=1).float()
+    red, green, blue = ((value - channel).float() / divisor for channel in images_NHWC.int().unbind(-1))
+    red_is_most, green_is_most = images_NHWC[..., 0] == value, images_NHWC[..., 1] == value
+    beside = torch.where(green_is_most, 2.0 + red.double() - blue, 4.0 + green.double() - red).float()
+    sixths = torch.where(red_is_most, blue - green, beside)
+    circle = (sixths.double() / 6.0 + 1.0).fmod_(1.0).float()
+    hue = (circle.double() * 255.0).int().clamp_(0, 255)
+    saturation = ((span.float() / value.clamp(min=1).float()).double() * 255.0).int().clamp_(0, 255)
+    return torch.where(span > 0, hue, 0), torch.where(span > 0, saturation, 0), value
+
+
+def _to_rgb(hue_NHW: Tensor, saturation_NHW: Tensor, value_NHW: Tensor) -> Tensor:
+    """Return uint8 images [N, H, W, C] of hues, saturations and values of 0 … 255."""
+    sixths = hue_NHW.double() * 6.0 / 255.0
+    sector = sixths.floor()
+    rest = (sixths - sector).float().double()
+    share = (saturation_NHW.float() / 255.0).double()
+    value = value_NHW.double()
+    low, falling, rising = (
+        (value * (1.0 - part) + 0.5).floor().clamp_(0, 255).to(torch.uint8)
+        for part in (share, share * rest, share * (1.0 - rest))
+    )
+    value = value_NHW.to(torch.uint8)
+    choices = torch.stack([value, falling, low, low, rising, value], dim=-1)
+    # The sectors in turn: red, green and blue run through one circle of six, each two sectors apart.
+    places = sector.long()[..., None] + torch.tensor([0, 4, 2], device=hue_NHW.device)
+    return choices.gather(-1, places % 6)
+
+
+def _plain(values_N: FloatArray, _: int) -> FloatArray:
+    return values_N[:, None]
+
+
+def _factors(values_N: FloatArray, _: int) -> FloatArray:
+    return 1 + values_N[:, None]
+
+
+def _masks(bits_N: FloatArray, _: int) -> FloatArray:
+    """Return the masks of the upper bits."""
+    return 256 - 2 ** (8 - bits_N[:, None])
+
+
+def _thresholds(values_N: FloatArray, _: int) -> FloatArray:
+    # A whole pixel is below a threshold if it is below the next whole number.
+    return np.ceil(values_N[:, None])
+
+
+def _hue_steps(turns_N: FloatArray, _: int) -> FloatArray:
+    # As torchvision: the turn, −0.5 … 0.5 of the circle, is cut to steps of 1 / 255, while hues wrap at 256.
+    return np.trunc(turns_N[:, None] * 255)
+
+
+def _shear_x(values_N: FloatArray, _: int) -> FloatArray:
+    return _fixed_point(1, values_N, 0, 0, 1, 0)
+
+
+def _shear_y(values_N: FloatArray, _: int) -> FloatArray:
+    return _fixed_point(1, 0, 0, values_N, 1, 0)
+
+
+def _translate_x(values_N: FloatArray, _: int) -> FloatArray:
+    return _fixed_point(1, 0, -values_N, 0, 1, 0)
+
+
+def _translate_y(values_N: FloatArray, _: int) -> FloatArray:
+    return _fixed_point(1, 0, 0, 0, 1, -values_N)
+
+
+def _rotate(degrees_N: FloatArray, size: int) -> FloatArray:
+    """Return the matrices of rotations about the centre, counter-clockwise."""
+    angles_N = np.radians(-(degrees_N % 360.0))
+    cos, sin = (np.round(turn(angles_N), 15).astype(np.float64) for turn in (np.cos, np.sin))
+    centre = size / 2
+    x0 = cos * -centre + sin * -centre + centre
+    y0 = -sin * -centre + cos * -centre + centre
+    return _fixed_point(cos, sin, x0, -sin, cos, y0)
+
+
+def _fixed_point(*matrix: FloatArray | float) -> FloatArray:
+    """Return a matrix [N, 6] as multiples of 1 / 65536, for pixels that are named by their corner, not their centre."""
+    xx, xy, x0, yx, yy, y0 = np.broadcast_arrays(*(np.asarray(column, np.float64) for column in matrix))
+    centred = np.stack([xx, xy, x0 + xx * 0.5 + xy * 0.5, yx, yy, y0 + yx * 0.5 + yy * 0.5], axis=1)
+    return np.floor(centred * 65536 + 0.5)
+
+
+class Operation(NamedTuple):
+    """An operation on pixels."""
+
+    kernel: Kernel
+    prepare: Callable[[FloatArray, int], FloatArray] = _plain
+    """Function of values [N] and the side of the images that returns parameters [N, …], on the host."""
+
+
+OPERATIONS = {
+    "identity": Operation(lambda images, _: images),
+    "shear_x": Operation(affine, _shear_x),
+    "shear_y": Operation(affine, _shear_y),
+    "translate_x": Operation(affine, _translate_x),
+    "translate_y": Operation(affine, _translate_y),
+    "rotate": Operation(affine, _rotate),
+    "brightness": Operation(adjust_brightness, _factors),
+    "color": Operation(adjust_saturation, _factors),
+    "contrast": Operation(adjust_contrast, _factors),
+    "sharpness": Operation(adjust_sharpness, _factors),
+    "posterize": Operation(posterize, _masks),
+    "solarize": Operation(solarize, _thresholds),
+    "solarize_add": Operation(solarize_add),
+    "autocontrast": Operation(autocontrast),
+    "equalize": Operation(equalize),
+    "invert": Operation(invert),
+    "hue": Operation(adjust_hue, _hue_steps),
+}
+"""The operations by name. A value v of ``brightness``, ``color``, ``contrast`` and ``sharpness`` is a factor 1 + v."""
+CODES = {name: code for code, name in enumerate(OPERATIONS)}
+"""Numbers of the operations, as draws name them."""
+_MATRIX = 6
+
+
+def operation_table(name: str, values_N: FloatArray, size: int, fill: Fill) -> FloatArray:
+    """Return the parameters [N, P] of an operation with those values, for images of side ``size``.
+
+    Every operation has equally many. The last three are the colour of what comes from outside an image.
+    """
+    found = OPERATIONS[name].prepare(values_N, size)
+    table = np.zeros((len(values_N), _MATRIX + len(fill)))
+    table[:, : found.shape[1]] = found
+    table[:, _MATRIX:] = fill
+    return table
