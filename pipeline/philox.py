@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     FLIP = 2
     PAD = 3
     HOLDOUT = 4
+    PARTNER = 5
+    """Which image is mixed into another, and whether by mixup or CutMix."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

@@ -38,14 +38,19 @@ class SampleDraws:
         return uniforms(self.ids_R, self.view, draw, seed=self.seed)
 
 
+AugmentationKind = Literal["pixels", "floats", "mixtures"]
+"""The kinds of augmentations, in the order in which they are applied."""
+
+
 class Augmentation(ABC):
     """The base class of an augmentation, for square images of side ``size``."""
 
     class Config(FrozenModel):
         """The keys of the augmentation in a recipe."""
 
-    kind: ClassVar[Literal["pixels", "floats"]]
-    """``pixels``: it changes uint8 images [B, H, W, C]. ``floats``: normalised float32 images [B, C, H, W], later."""
+    kind: ClassVar[AugmentationKind]
+    """What the augmentation changes. ``pixels``: uint8 images [B, H, W, C]. ``floats``: normalised float32 images
+    [B, C, H, W], later. ``mixtures``: the same, with the partners of mixed images behind them, at last."""
 
     def __init__(self, config: Any, size: int) -> None:
         self.config = config

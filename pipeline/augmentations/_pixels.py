@@ -5,13 +5,13 @@ S is the number of operations that an image gets.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.augmentations._base import Augmentation, send
+from pipeline.augmentations._base import Augmentation, AugmentationKind, send
 from pipeline.augmentations._operations import CODES, OPERATIONS, Fill, FloatArray, Kernel, operation_table
 
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -20,7 +20,7 @@ Level = Annotated[int, Field(ge=0, le=255)]
 class PixelAugmentation(Augmentation):
     """An augmentation whose ``draw`` returns [R, S, 2]: the number of an operation (``CODES``) and its value."""
 
-    kind: ClassVar[Literal["pixels", "floats"]] = "pixels"
+    kind: ClassVar[AugmentationKind] = "pixels"
 
     def apply(self, images: Tensor, drawn: FloatArray) -> Tensor:
         """Return the images [B, H, W, C] after their operations, one after another. It overwrites its input."""

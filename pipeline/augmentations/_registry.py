@@ -88,6 +88,22 @@ def _check_form(value: Any) -> Any:
     return value
 
 
+def _fitting(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+    return _mixtures_fit(_pixels_first(entries))
+
+
+def _mixtures_fit(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+    mixing = [entry.name for entry in entries if find_augmentation(entry.name).kind == "mixtures"]
+    if repeated := [name for name in mixing if mixing.count(name) > 1]:
+        raise ValueError(f"{repeated[0]} is given more than once; an image is mixed once, with one other")
+    switched = [entry.name for entry in entries if getattr(entry.config, "switch", None) is not None]
+    if switched and len(mixing) == 1:
+        raise ValueError(f"{switched[0]}.switch is for a recipe that mixes in two ways; remove it, or add the other")
+    if mixing != [entry.name for entry in entries[len(entries) - len(mixing) :]]:
+        raise ValueError(f"{mixing[0]} mixes finished images; move it behind all others")
+    return entries
+
+
 def _pixels_first(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
     kinds = [find_augmentation(entry.name).kind for entry in entries]
     for before, after in zip(range(len(kinds)), range(1, len(kinds)), strict=False):
@@ -99,7 +115,7 @@ def _pixels_first(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
     return entries
 
 
-Augmentations = Annotated[tuple[AugmentationEntry, ...], BeforeValidator(_check_form), AfterValidator(_pixels_first)]
+Augmentations = Annotated[tuple[AugmentationEntry, ...], BeforeValidator(_check_form), AfterValidator(_fitting)]
 """Type of the key ``data.augment``."""
 
 

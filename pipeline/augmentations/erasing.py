@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from pipeline.augmentations._base import Augmentation, SampleDraws, send
+from pipeline.augmentations._base import Augmentation, AugmentationKind, SampleDraws, send
 
 _ATTEMPTS = 10
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -19,7 +19,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Erasing(Augmentation):
     """Erases a box of an image: its normalised values become 0, which is the mean of the data."""
 
-    kind: ClassVar[Literal["pixels", "floats"]] = "floats"
+    kind: ClassVar[AugmentationKind] = "floats"
 
     class Config(Augmentation.Config):
         """Random erasing: a box of the image becomes the mean of the data."""

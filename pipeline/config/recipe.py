@@ -195,6 +195,21 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _losses_take_mixed_images(self) -> Recipe:
+        if not self.data.mixes:
+            return self
+        if not find_task(self.task).one_class:
+            raise ValueError(f"data.augment mixes images by their class, which those of task: {self.task} have not")
+        refusing = [name for name, spec in self.losses.items() if spec.refuses_mixed]
+        if refusing:
+            own = ", or set mixed_labels of the loss" if ":" in refusing[0] else ""
+            raise ValueError(
+                f"the loss {refusing[0]!r} reads the class of an image, but data.augment mixes images of two classes; "
+                f"remove the loss, or mixup and cutmix{own}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_ends(self) -> Recipe:
         if self.schedule.warmup_epochs > self.epochs:
             warmup = f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g}"

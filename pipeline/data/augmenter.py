@@ -21,12 +21,16 @@ Drawn = tuple[NDArray[np.float64], ...]
 
 
 class Augmenter:
-    """The augmentations of a recipe. They follow crop and flip: first those of pixels, then those of floats."""
+    """The augmentations of a recipe. They follow crop and flip: first those of pixels, then those of floats.
+
+    What mixes images is the ``Mixer``'s.
+    """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._augmentations = build_augmentations(config.augment, config.size)
+        augmentations = build_augmentations(config.augment, config.size)
+        self._augmentations = [each for each in augmentations if each.kind != "mixtures"]  # those come last
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.augmentations._registry import Augmentations
+from pipeline.augmentations._registry import Augmentations, find_augmentation
 from pipeline.data.holdout import Holdout
 from pipeline.frozen_model import FrozenModel
 
@@ -125,6 +125,11 @@ class Config(FrozenModel):
         """Return the settings with which validation images are decoded: of their own size, without augmentation."""
         changed = {"size": self.validation_size or self.size, "validation_size": None, "augment": ()}
         return self.model_copy(update=changed)
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether training images are mixed with others, so that they have two classes."""
+        return any(find_augmentation(entry.name).kind == "mixtures" for entry in self.augment)
 
     def view(self, epoch: int, repetition: int = 0) -> int:
         """Return the view in which an epoch has an image for the ``repetition``-th time, counted from 0."""

@@ -19,6 +19,7 @@ from pipeline.data import augment, memory, synthetic
 from pipeline.data.config import Config
 from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
+from pipeline.data.mixer import partners
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
 from shards.manifest import Manifest
@@ -175,6 +176,8 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
     values = {key: getattr(config, key) for key in keys}
     if config.augment:  # caches that were written before this key have none
         values["augment"] = config.model_dump(mode="json", include={"augment"})["augment"]
+    if config.mixes:
+        values["partners"] = partners(config)
     return {**values, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
 
 
@@ -220,7 +223,7 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
 
 def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch.device) -> dict[str, Decoder]:
     """Return a decoder for each split."""
-    config, batches = plan.config, {"train": plan.micro_batch, "val": plan.validation_batch}
+    config, batches = plan.config, {"train": plan.decoded_rows, "val": plan.validation_batch}
     configs = {"train": config, "val": config.for_validation}
     if config.loader == "synthetic":
         return {split: synthetic.SyntheticDecoder(configs[split], batches[split], device) for split in plan.readers}

@@ -3,8 +3,8 @@
 The augmentation and the order of samples are those of the other decoders. A request is a table of many batches, which
 is sent to the device once. A batch is then a slice of it and the gather of its pixels.
 
-Shape suffixes: R rows of a request, B of a batch, N of a split, P pixels of all padded images. H, W and C are as
-stored.
+Shape suffixes: R rows of a request, B of a batch, D images that are gathered for it, N of a split. P pixels of all
+padded images; H, W and C are as stored.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.augmentations._base import send
 from pipeline.batch import Batch
 from pipeline.data.augmenter import Augmenter
 from pipeline.data.config import Config
@@ -58,25 +59,38 @@ class MemoryDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batches of each request, with images [B, C, H, W] in float32."""
         for request in requests:
-            for number, table_4B in enumerate(self._table(request).split(request.batch, dim=1)):
-                ids_B, labels_B, firsts_B, flips_B = table_4B.unbind()
-                drawn = request.drawn_of(number)
-                yield Batch(self._augmenter(self._pixels(firsts_B, flips_B), drawn), labels_B, ids_B, {})
+            table_4R = self._table(request)
+            for rows, partners in request.rows_of_batches():
+                ids_B, labels_B, _, _ = table_4R[:, rows].unbind()
+                _, _, firsts_D, flips_D = _columns(table_4R, rows, partners).unbind()
+                drawn = tuple(np.concatenate([each[rows], each[partners]]) for each in request.drawn)
+                images = self._augmenter(self._pixels(firsts_D, flips_D), drawn)
+                batch = Batch(images, labels_B, ids_B, {})
+                yield request.mixture.of(rows)(batch) if request.mixture else batch
 
     def _table(self, request: SampleRequest) -> Tensor:
-        """Return each row's id, label, first pixel of its crop, and 1 if it is mirrored, as int64 [4, R]."""
+        """Return each row's id, label, first pixel of its crop, and 1 if it is mirrored, as int64 [4, R].
+
+        A partner of a mixed image has the id and label −1.
+        """
         tops_R, lefts_R = (request.geometry.crops_B2 + self._config.pad).T
         firsts_R = (request.rows_B * self._side + tops_R) * self._side + lefts_R
-        table_4R = torch.from_numpy(np.stack([request.ids_B, request.labels_B, firsts_R, request.geometry.flips_B]))
-        if self._device.type == "cuda":  # a copy from unpinned memory would wait for all queued work of the GPU
-            table_4R = table_4R.pin_memory()
-        return table_4R.to(self._device, non_blocking=True)
+        table_4R = np.full((4, len(firsts_R)), -1)
+        table_4R[:2, : len(request.ids_B)] = request.ids_B, request.labels_B
+        table_4R[2:] = firsts_R, request.geometry.flips_B
+        return send(table_4R, self._device)
 
     def _pixels(self, firsts_B: Tensor, flips_B: Tensor) -> Tensor:
         """Gather and mirror the crops that begin at those pixels, uint8 [B, H, W, C]."""
         # One flat index per pixel takes a third of the time of indexing by image, row and column.
         numbers_BHW = self._offsets_2HW.index_select(0, flips_B).add_(firsts_B[:, None, None])
         return self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
+
+
+def _columns(table_4R: Tensor, rows: slice, partners: slice) -> Tensor:
+    """Return the columns of the images to gather for a batch, a view unless some have partners."""
+    own = table_4R[:, rows]
+    return own if partners.start == partners.stop else torch.cat([own, table_4R[:, partners]], dim=1)
 
 
 def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:

@@ -23,6 +23,7 @@ from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
 from pipeline.data.augmenter import Augmenter, Drawn
 from pipeline.data.config import Config
+from pipeline.data.mixer import Mixer, Mixture
 from pipeline.data.read_ahead import CPU
 from shards.read import SplitReader
 
@@ -59,7 +60,8 @@ class SampleRequest(NamedTuple):
     """
 
     rows_B: NDArray[np.int64]
-    """Row numbers in the split's sample table."""
+    """Row numbers in the split's sample table. Those of the partners of mixed images are behind those of the batches;
+    so are their geometry, encoded images and draws."""
     geometry: Geometry
     encoded: list[NDArray[np.uint8]]
     """The encoded images, in memory; empty for a loader that does not decode."""
@@ -69,15 +71,22 @@ class SampleRequest(NamedTuple):
     """Number of rows of each batch; the last may have fewer."""
     drawn: Drawn = ()
     """Draws of ``data.augment``; empty for images that are not augmented."""
+    mixture: Mixture | None = None
+    """How the images are mixed; None if they are not."""
 
-    def drawn_of(self, number: int) -> Drawn:
-        """Return the draws of the images of a batch, by its number in the request."""
-        return tuple(each[number * self.batch : (number + 1) * self.batch] for each in self.drawn)
+    def rows_of_batches(self) -> Iterator[tuple[slice, slice]]:
+        """Yield the rows of each batch, and those of its images' partners."""
+        count = len(self.ids_B)
+        for start in range(0, count, self.batch):
+            rows = slice(start, min(start + self.batch, count))
+            partners = self.mixture.partners_of(rows) if self.mixture else slice(0, 0)
+            yield rows, slice(count + partners.start, count + partners.stop)
 
     def to_batch(self, images_BCHW: Tensor, device: torch.device) -> Batch:
-        """Return the batch of a request for a single one, whose images are on ``device``."""
+        """Return the batch of a request for a single one, whose images, with the partners', are on ``device``."""
         labels_B, ids_B = (x.to(device, non_blocking=True) for x in (self.labels_B, self.ids_B))
-        return Batch(images_BCHW, labels_B, ids_B, {})
+        batch = Batch(images_BCHW, labels_B, ids_B, {})
+        return self.mixture(batch) if self.mixture else batch
 
 
 def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Geometry:
@@ -145,10 +154,20 @@ class BatchSampler:
     def _augmenter(self) -> Augmenter:
         return Augmenter(self.config, CPU)
 
+    @cached_property
+    def _mixer(self) -> Mixer:
+        reader = self.readers["train"]
+        return Mixer(self.config, reader.samples, self.rows["train"], reader.manifest.num_classes)
+
     @property
     def micro_batch(self) -> int:
         """Return the number of rows of a training request."""
         return rows_per_rank(self.batch, self.world, self.accumulation)
+
+    @property
+    def decoded_rows(self) -> int:
+        """Return the largest number of images of a training request of one batch, with those that are mixed in."""
+        return self.micro_batch * (2 if self.config.mixes else 1)
 
     @property
     def validation_batch(self) -> int:
@@ -221,15 +240,21 @@ class BatchSampler:
     def _training_request(
         self, rows: NDArray[np.int64], view: ArrayLike, batch: int, pool: ThreadPoolExecutor
     ) -> SampleRequest:
-        samples = self.readers["train"].samples[rows]
+        samples, views = self.readers["train"].samples[rows], np.broadcast_to(view, len(rows))
+        mixture, decoded, decoded_rows = self._mixer.draw(samples["id"], views), samples, rows
+        if mixture:
+            decoded_rows = np.concatenate([rows, mixture.partners_P])
+            decoded = self.readers["train"].samples[decoded_rows]
+            views = np.concatenate([views, views[mixture.places_P]])
         return SampleRequest(
-            rows,
-            training_geometry(self.config, samples, view),
-            self._encoded("train", rows, pool),
+            decoded_rows,
+            training_geometry(self.config, decoded, views),
+            self._encoded("train", decoded_rows, pool),
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
-            self._augmenter.draw(samples["id"], view),
+            self._augmenter.draw(decoded["id"], views),
+            mixture,
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:

@@ -112,6 +112,39 @@ def test_an_epoch_with_every_image_twice_reads_two_views_of_the_cache(written: P
     assert_same_run(place / "live", place / "cached", epochs=1, repeat=2)
 
 
+MIXING = "data.augment=[{trivialaugment: {}}, {mixup: {alpha: 0.8}}, {cutmix: {alpha: 1.0, probability: 0.5}}]"
+
+
+@pytest.mark.parametrize("method", ["kd", "all"])
+def test_mixed_images_have_the_answers_of_the_live_teacher(
+    method: str, place: Path, run_cache: Command, run_train: Command
+):
+    words = [f"{method}.yaml", MIXING, "data.repeat=2"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_cache(*words, "teacher.cache=mixed")
+    run_train(*words, "teacher.cache=mixed", "folder=cached", "stop.steps=7")
+    run_train(*words, "teacher.cache=mixed", "folder=cached")
+    assert_same_run(place / "live", place / "cached", repeat=2)
+
+
+def test_two_ranks_learn_the_same_from_a_cache_of_mixed_images(place: Path, run_cache: Command, ranks: Ranks):
+    ranks(rounded_teacher.train, place, ["all.yaml", MIXING, "folder=live"])
+    run_cache("all.yaml", MIXING, "teacher.cache=mixed")
+    ranks(training_on_ranks.train, place, ["all.yaml", MIXING, "teacher.cache=mixed", "folder=cached"])
+    assert_same_run(place / "live", place / "cached")
+
+
+def test_a_cache_of_other_mixtures_is_refused(written: Path, place: Path, run_cache: Command, run_train: Command):
+    with pytest.raises(RecipeError, match=r"different settings: data\.augment"):
+        run_train("kd.yaml", MIXING, f"teacher.cache={written}")
+    run_cache("kd.yaml", MIXING, "teacher.cache=mixed")
+    with pytest.raises(
+        RecipeError, match=r"different settings: data\.partners \(all training images, here all but 0\.5"
+    ):
+        run_train("kd.yaml", MIXING, "teacher.cache=mixed", "data.holdout.share=0.5")
+
+
 def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path, run_train: Command):
     for file in copied.glob("view-01.*"):
         file.unlink()

@@ -129,10 +129,11 @@ def test_seeds_whose_losses_read_only_logits_share_those_of_every_view(
     assert {folder: outcome(folder) for folder in alone} == alone
 
 
-def test_seeds_that_see_every_image_twice_an_epoch_learn_what_they_learn_alone(
-    run_train: Train, side: Compare, place: Path
+@pytest.mark.parametrize("key", ["data.repeat=2", "data.augment=[{mixup: {alpha: 1.0}}, {cutmix: {alpha: 1.0}}]"])
+def test_seeds_with_repeated_or_mixed_images_learn_what_they_learn_alone(
+    key: str, run_train: Train, side: Compare, place: Path
 ):
-    words = ("epochs=1", "data.repeat=2", "data.views=3")
+    words = ("epochs=1", key, "data.views=3")
     for seed in (0, 1):
         run_train("kd.yaml", f"seed={seed}", *words)
     alone = {folder: outcome(folder) for folder in folders(place)}
