@@ -172,8 +172,8 @@ def _to_rgb(hue_NHW: Tensor, saturation_NHW: Tensor, value_NHW: Tensor) -> Tenso
     )
     value = value_NHW.to(torch.uint8)
     choices = torch.stack([value, falling, low, low, rising, value], dim=-1)
-    # The sectors in turn: red, green and blue run through one circle of six, each two sectors apart.
-    places = sector.long()[..., None] + torch.tensor([0, 4, 2], device=hue_NHW.device)
+    # Red, green and blue run through the same circle of six sectors, each two behind the one before.
+    places = sector.long()[..., None] + 4 * torch.arange(3, device=hue_NHW.device)
     return choices.gather(-1, places % 6)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from scipy import stats
+from torchvision.transforms import v2
 
 from pipeline.augmentations._base import SampleDraws
 from pipeline.augmentations._mixing import UNMIXED, mix_images, mix_labels, symmetric_beta
@@ -144,6 +145,29 @@ def test_shares_of_classes_sum_to_one_and_the_larger_ones_class_is_the_label(see
         np.testing.assert_allclose(soft_BK[row].numpy(), expected, rtol=0, atol=1e-7)
         assert found_B[row] == (labels[row] if share >= 0.5 else others[row])
         assert soft_BK[row, found_B[row]] == soft_BK[row].max()
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_pixels_and_shares_are_those_of_torchvision_for_its_pairs_of_neighbours(name: str):
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 3, 3, 1, 4, 2])
+    (row,) = drawn_of({name: {"alpha": 1.0}}, 16)[5:6]
+    share, _, top, left, bottom, right = row.tolist()
+    theirs = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](num_classes=5)
+    box = tuple(map(int, (left, top, right, bottom)))
+    params = {"labels": labels, "batch_size": 6, "lam": share, "lam_adjusted": share, "box": box}
+    drawn_R6 = np.tile(row, (6, 1))
+    ours = mix_images(torch.cat([images, images.roll(1, 0)]), drawn_R6)
+    assert torch.equal(ours, theirs.transform(images, params))
+    _, soft_BK = mix_labels(labels, drawn_R6, labels.roll(1, 0).numpy(), 5)
+    torch.testing.assert_close(soft_BK, theirs.transform(labels, params), rtol=0, atol=1e-7)
+
+
+def test_cutmixs_shares_have_torchvisions_distribution():
+    torch.manual_seed(0)
+    theirs, image = v2.CutMix(num_classes=5, alpha=1.0), [torch.zeros(1, 3, 32, 32)]
+    shares = [theirs.make_params(image)["lam_adjusted"] for _ in range(4000)]
+    assert stats.ks_2samp(shares, drawn_of({"cutmix": {"alpha": 1.0}})[:, 0]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(

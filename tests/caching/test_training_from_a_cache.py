@@ -49,6 +49,26 @@ def test_each_method_learns_the_same_as_from_the_live_teacher(
     assert_same_run(place / "live", place / "cached")
 
 
+AUGMENT = (
+    "data.augment=[{randaugment: {ops: 2, magnitude: 9}}, {color_jitter: {hue: 0.1}}, {erasing: {probability: 0.5}}]"
+)
+
+
+def test_augmented_views_are_answered_as_the_live_teacher_answers_them(
+    place: Path, run_cache: Command, run_train: Command
+):
+    words = ["kd.yaml", AUGMENT, "data.views=2"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "epochs=3", "folder=live"])
+    run_cache(*words, "teacher.cache=cache")
+    run_train(*words, "epochs=3", "teacher.cache=cache", "folder=cached")
+    assert_same_run(place / "live", place / "cached", epochs=3)
+    plain = ["kd.yaml", "data.views=2", "teacher.cache=cache"]
+    for changed in ("data.augment=[]", AUGMENT.replace("0.5", "0.4"), "data.augment=[{trivialaugment: {}}]"):
+        with pytest.raises(RecipeError, match=r"different settings: data\.augment"):
+            run_train(*plain, changed)
+
+
 def test_rounding_to_float16_is_what_differs_from_the_live_teacher(written: Path, place: Path, run_train: Command):
     run_train("kd.yaml", "folder=live")
     run_train("kd.yaml", f"teacher.cache={written}", "folder=cached")
@@ -135,6 +155,19 @@ def test_two_ranks_learn_the_same_from_a_cache_of_mixed_images(place: Path, run_
     assert_same_run(place / "live", place / "cached")
 
 
+def test_partners_of_a_cache_are_those_of_the_run_that_holds_images_out(
+    place: Path, run_cache: Command, run_train: Command
+):
+    words = ["kd.yaml", MIXING, "data.holdout.share=0.3"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_cache(*words, "teacher.cache=mixed")
+    run_train(*words, "teacher.cache=mixed", "folder=cached")
+    live, cached = (trace(place / name / "journal.jsonl") for name in ("live", "cached"))
+    assert live == cached
+    assert len(live) == 2 * (3 + 1)  # three steps of 40 images and an evaluation, twice
+
+
 def test_a_cache_of_other_mixtures_is_refused(written: Path, place: Path, run_cache: Command, run_train: Command):
     with pytest.raises(RecipeError, match=r"different settings: data\.augment"):
         run_train("kd.yaml", MIXING, f"teacher.cache={written}")
@@ -157,6 +190,7 @@ def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path,
     ("words", "told"),
     [
         (["data.scale=[0.2, 1.0]"], r"different settings: data\.scale \(\[0\.5, 1\.0\], here \[0\.2, 1\.0\]\)"),
+        (["data.augment=[{trivialaugment: {}}]"], r"different settings: data\.augment"),
         (["data.seed=1"], r"different settings: data\.seed"),
         (["teacher.weights=other.safetensors"], r"different settings: teacher\.network\.weights"),
         (["teacher.mean=[0.1, 0.1, 0.1]"], r"different settings: teacher\.network\.mean"),

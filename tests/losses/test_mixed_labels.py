@@ -49,6 +49,17 @@ def test_cross_entropy_is_the_oracles_with_each_one_hot_smoothed_before_it_is_mi
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_timms_of_the_targets_that_timm_mixes(smoothing: float):
+    mixup = pytest.importorskip("timm.data.mixup")
+    loss = pytest.importorskip("timm.loss").SoftTargetCrossEntropy()
+    logits_BK, labels_B = torch.randn(4, CLASSES, dtype=torch.float64), torch.tensor([3, 0, 2, 2])
+    theirs = loss(logits_BK, mixup.mixup_target(labels_B, CLASSES, lam=0.3, smoothing=smoothing).double())
+    soft_BK = soft_of(labels_B, labels_B.flip(0), torch.full((4,), 0.3).double())  # timm's partner is the mirrored row
+    ours = cross_entropy(logits_BK, {"soft_BK": soft_BK}, labels_B, smoothing)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
 def test_the_gradient_of_soft_cross_entropy_is_that_of_differences():
     draw = torch.Generator().manual_seed(0)
     logits_BK = torch.randn(4, CLASSES, dtype=torch.float64, generator=draw).requires_grad_()
