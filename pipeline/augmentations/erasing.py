@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from pipeline.augmentations._base import Augmentation, SampleDraws, send
+from pipeline.augmentations._base import Augmentation, SampleDraws
 
 _ATTEMPTS = 10
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -56,14 +55,7 @@ class Erasing(Augmentation):
 
     def apply(self, images: Tensor, drawn: NDArray[np.float64]) -> Tensor:
         """Return the images [B, C, H, W] with their boxes erased. It overwrites its input."""
-        rows_N = np.flatnonzero(drawn[:, 2] * drawn[:, 3])
-        if not len(rows_N):
-            return images
-        table = send(np.insert(drawn[rows_N], 0, rows_N, axis=1).astype(np.int64), images.device)
-        rows, top, left, height, width = table.T[:, :, None]
-        along = torch.arange(self.size, device=images.device)
-        in_rows_NH = (along >= top) & (along < top + height)
-        in_columns_NW = (along >= left) & (along < left + width)
-        box_N1HW = (in_rows_NH[:, :, None] & in_columns_NW[:, None])[:, None]
-        taken_NCHW = images.index_select(0, rows[:, 0])
-        return images.index_copy_(0, rows[:, 0], taken_NCHW.masked_fill_(box_N1HW, 0.0))
+        for image, (top, left, height, width) in zip(images, drawn.astype(np.int64).tolist(), strict=True):
+            if height * width:
+                image[:, top : top + height, left : left + width] = 0.0
+        return images
