@@ -42,8 +42,8 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
     return np.stack([x0, x1, x2, x3]).astype(np.uint32)
 
 
-def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
-    """Return four random words for each (id, draw), as [4, …]. ``ids`` and ``draw`` broadcast.
+def random_words(ids: ArrayLike, view: ArrayLike, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
+    """Return four random words for each (id, view, draw), as [4, …]; the three broadcast.
 
     ``seed`` and ids have 64 bits, ``view`` and ``draw`` 32.
     """
@@ -52,6 +52,6 @@ def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> ND
     return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
 
 
-def uniforms(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.float64]:
-    """Return four uniform numbers in [0, 1) for each (id, draw), as [4, …]."""
+def uniforms(ids: ArrayLike, view: ArrayLike, draw: ArrayLike, *, seed: int) -> NDArray[np.float64]:
+    """Return four uniform numbers in [0, 1) for each (id, view, draw), as [4, …]."""
     return np.ldexp(random_words(ids, view, draw, seed=seed).astype(np.float64), -32)

@@ -26,7 +26,8 @@ class SampleDraws:
     """The random numbers of one augmentation for some images, as a function of (seed, id, view, position)."""
 
     ids_R: NDArray[np.int64]
-    view: int
+    view: int | NDArray[np.int64]
+    """View of all images, or of each."""
     seed: int
     position: int
     """Position of the augmentation in ``data.augment``."""

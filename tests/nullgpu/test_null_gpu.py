@@ -115,6 +115,7 @@ def test_no_augmentation_waits_for_the_gpu(environment: dict[str, str], place: P
         {"trivialaugment": {}},
         {"randaugment": {"ops": 9, "magnitude": 9, "magnitude_std": 0.5, "increasing": True}},
         {"erasing": {"probability": 0.9}},
+        {"erasing": {"probability": 0.9, "value": "noise"}},
     ]
     (found,) = watched(environment, place, "kd:fp32", words=(f"data.augment={json.dumps(augment)}",)).values()
     assert "error" not in found
