@@ -45,7 +45,7 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
 
 
 def random_words(ids: ArrayLike, view: ArrayLike, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
-    """Return four random words for each (id, view, draw), as [4, …]. The three broadcast.
+    """Return four random words for each (id, view, draw), as [4, …]; the three broadcast.
 
     ``seed`` and ids have 64 bits, ``view`` and ``draw`` 32.
     """

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.frozen_model import FrozenModel
@@ -26,8 +26,8 @@ class SampleDraws:
     """The random numbers of one augmentation for some images, as a function of (seed, id, view, position)."""
 
     ids_R: NDArray[np.int64]
-    view: ArrayLike
-    """A view of all images, or one of each."""
+    view: int | NDArray[np.int64]
+    """View of all images, or of each."""
     seed: int
     position: int
     """Position of the augmentation in ``data.augment``."""

@@ -51,28 +51,35 @@ def symmetric_beta(uniforms_4R: NDArray[np.float64], alpha: float) -> NDArray[np
 
 
 def mix_images(images: Tensor, drawn: NDArray[np.float64]) -> Tensor:
-    """Return B images of [B + P, C, H, W]: the batch's, which are overwritten, mixed with the partners behind them.
+    """Return B images of [B + P, C, H, W]: the batch's, mixed with the partners behind them. All are overwritten.
 
     A pixel becomes w·own + (1 − w)·partner, each product and the sum rounded to float32. w is the row's weight, and 0
     in its box. So a pixel with a weight of 0 or 1 is exactly that of one image.
     """
-    own, places_P = images[: len(drawn)], np.flatnonzero(drawn[:, 0] < 1)
+    own, partners, places_P = images[: len(drawn)], images[len(drawn) :], np.flatnonzero(drawn[:, 0] < 1)
     if not len(places_P):
         return own
-    sent = send(np.concatenate([places_P[:, None], drawn[places_P, 1:]], axis=1), images.device)
-    rows_P = sent[:, 0].long()
-    weights_P1HW = _weights(sent[:, 1:], *images.shape[2:])
-    mixed = own.index_select(0, rows_P).mul_(weights_P1HW)
-    own.index_copy_(0, rows_P, mixed.add_(images[len(drawn) :] * (1 - weights_P1HW)))
+    weights_B1HW = _weights(drawn, images.shape[2], images.shape[3], images.device)
+    rows_P = send(places_P, images.device)
+    # All in place: on a CPU, memory for another image takes longer than the sum.
+    own.mul_(weights_B1HW)
+    partners.mul_(1 - weights_B1HW.index_select(0, rows_P))
+    # Pixel by pixel as in memory, because otherwise torch would copy the images to another memory format and back.
+    is_last = images.is_contiguous(memory_format=torch.channels_last)
+    to, of = (x.permute(0, 2, 3, 1) if is_last else x for x in (own, partners))
+    to.index_add_(0, rows_P, of)
     return own
 
 
-def _weights(table_P5: Tensor, height: int, width: int) -> Tensor:
-    """Return the weight of the own image in each pixel, float32 [P, 1, H, W]."""
-    weight, top, left, bottom, right = table_P5[:, :, None, None].unbind(1)
-    y_H1, x_W = torch.arange(height, device=weight.device)[:, None], torch.arange(width, device=weight.device)
-    inside_PHW = (y_H1 >= top) & (y_H1 < bottom) & (x_W >= left) & (x_W < right)
-    return weight.float().masked_fill(inside_PHW, 0.0).unsqueeze(1)
+def _weights(drawn: NDArray[np.float64], height: int, width: int, device: torch.device) -> Tensor:
+    """Return the weight of the own image in each pixel, float32 [B, 1, H, W], or [B, 1, 1, 1] without boxes."""
+    weight_B11, top, left, bottom, right = send(drawn[:, 1:], device)[:, :, None, None].unbind(1)
+    weights_B111 = weight_B11.float().unsqueeze(1)
+    if not drawn[:, 2:].any():
+        return weights_B111
+    y_H1, x_W = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    inside_BHW = (y_H1 >= top) & (y_H1 < bottom) & (x_W >= left) & (x_W < right)
+    return torch.where(inside_BHW.unsqueeze(1), 0.0, weights_B111)
 
 
 def mix_labels(

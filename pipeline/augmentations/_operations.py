@@ -24,32 +24,38 @@ Fill = tuple[int, int, int]
 
 def adjust_brightness(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
     """Return the images between black (factor 0) and themselves (1), or beyond."""
-    return _blended(torch.zeros((), device=images_NHWC.device), images_NHWC, factors_NP)
+    images = images_NHWC.float()
+    return _blended(images.new_zeros(()), images, factors_NP)
 
 
 def adjust_saturation(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
-    """Return the images between grey (factor 0) and themselves (1), or beyond: their saturation is scaled."""
-    return _blended(_luminance(images_NHWC)[..., None].float(), images_NHWC, factors_NP)
+    """Return the images between grey (factor 0) and themselves (1), or beyond."""
+    images = images_NHWC.float()
+    # Expanded once, because arithmetic on a single channel beside three is slow.
+    grey_NHWC = _luminance(images)[..., None].expand_as(images).contiguous()
+    return _blended(grey_NHWC, images, factors_NP)
 
 
 def adjust_contrast(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
     """Return the images between their mean grey (factor 0) and themselves (1), or beyond."""
-    grey_NHW = _luminance(images_NHWC)
+    images = images_NHWC.float()
+    grey_NHW = _luminance(images)
     count = grey_NHW[0].numel()
     # Rounded to the nearest, in integers.
-    mean_N = (2 * grey_NHW.sum((1, 2)) + count) // (2 * count)
-    return _blended(mean_N[:, None, None, None].float(), images_NHWC, factors_NP)
+    mean_N = (2 * grey_NHW.int().sum((1, 2)) + count) // (2 * count)
+    return _blended(mean_N[:, None, None, None].float(), images, factors_NP)
 
 
 def adjust_sharpness(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
     """Return the images between a smoothed copy (factor 0) and themselves (1), or beyond; their border stays."""
-    wide_NHWC = images_NHWC.int()
+    wide_NHWC = images_NHWC.short()
     rows = wide_NHWC[:, :-2] + wide_NHWC[:, 1:-1] + wide_NHWC[:, 2:]
     inner = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide_NHWC[:, 1:-1, 1:-1]
-    smooth_NHWC = images_NHWC.clone()
-    # inner / 13 rounded to the nearest: (2 inner + 13) / 26 rounded down, with 40330 / 2**20 for 1 / 26.
-    smooth_NHWC[:, 1:-1, 1:-1] = ((2 * inner + 13) * 40330 >> 20).to(torch.uint8)
-    return _blended(smooth_NHWC.float(), images_NHWC, factors_NP)
+    images = images_NHWC.float()
+    smooth = images.clone()
+    # A thirteenth of the sum, to the nearest. No quotient is within 1 / 26 of a whole number, so it may be rounded.
+    smooth[:, 1:-1, 1:-1] = ((2 * inner + 13).float() / 26).floor_()
+    return _blended(smooth, images, factors_NP)
 
 
 def posterize(images_NHWC: Tensor, masks_NP: Tensor) -> Tensor:
@@ -59,13 +65,13 @@ def posterize(images_NHWC: Tensor, masks_NP: Tensor) -> Tensor:
 
 def solarize(images_NHWC: Tensor, thresholds_NP: Tensor) -> Tensor:
     """Return the images with pixels of at least the threshold, a whole number, inverted."""
-    return torch.where(images_NHWC < _per_image(thresholds_NP, torch.int16), images_NHWC, 255 - images_NHWC)
+    inverted_NHWC = images_NHWC >= _per_image(thresholds_NP, torch.int16)
+    return images_NHWC ^ inverted_NHWC.to(torch.uint8).mul_(255)
 
 
 def solarize_add(images_NHWC: Tensor, amounts_NP: Tensor) -> Tensor:
-    """Return the images with an amount, a whole number, added to pixels below 128."""
-    added_NHWC = (images_NHWC + _per_image(amounts_NP, torch.int16)).clamp_(max=255).to(torch.uint8)
-    return torch.where(images_NHWC < 128, added_NHWC, images_NHWC)
+    """Return the images with an amount, a whole number of 0 … 128, added to pixels below 128."""
+    return images_NHWC + _per_image(amounts_NP, torch.uint8) * (images_NHWC < 128)
 
 
 def invert(images_NHWC: Tensor, _: Tensor) -> Tensor:
@@ -75,29 +81,26 @@ def invert(images_NHWC: Tensor, _: Tensor) -> Tensor:
 
 def autocontrast(images_NHWC: Tensor, _: Tensor) -> Tensor:
     """Return the images with each channel stretched to 0 … 255; a channel of one value stays."""
-    low_N11C, high_N11C = (reduce((1, 2), keepdim=True).double() for reduce in (images_NHWC.amin, images_NHWC.amax))
-    span_N11C = high_N11C - low_N11C
+    low, high = (x.double().view(-1, 1) for x in (images_NHWC.amin(1).amin(1), images_NHWC.amax(1).amax(1)))
     # A number divided by a tensor would be its product with the rounded reciprocal.
-    scale_N11C = torch.full_like(span_N11C, 255.0) / span_N11C.clamp(min=1)
-    stretched_NHWC = images_NHWC * scale_N11C + -low_N11C * scale_N11C
-    return torch.where(span_N11C > 0, stretched_NHWC.clamp_(0, 255).to(torch.uint8), images_NHWC)
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)
+    levels = torch.arange(256, device=images_NHWC.device)
+    stretched = (levels * scale + -low * scale).clamp_(0, 255).long()
+    return _looked_up(torch.where(high > low, stretched, levels), _channel_numbers(images_NHWC), images_NHWC)
 
 
 def equalize(images_NHWC: Tensor, _: Tensor) -> Tensor:
     """Return the images with the histogram of each channel equalised."""
     count, height, width, channels = images_NHWC.shape
-    device = images_NHWC.device
-    tables = 256 * torch.arange(count * channels, device=device).view(count, 1, 1, channels)
-    numbers = (images_NHWC + tables).flatten()
+    device, numbers = images_NHWC.device, _channel_numbers(images_NHWC)
     ones = torch.ones((), dtype=torch.int64, device=device).expand(len(numbers))
-    histogram = torch.zeros(256 * count * channels, dtype=torch.int64, device=device).scatter_add_(0, numbers, ones)
-    counts = histogram.view(count * channels, 256)
-    brightest = images_NHWC.amax((1, 2)).long().view(-1, 1)
+    histogram = torch.zeros(256 * count * channels, dtype=torch.int64, device=device)
+    counts = histogram.scatter_add_(0, numbers.long(), ones).view(count * channels, 256)
+    brightest = images_NHWC.amax(1).amax(1).long().view(-1, 1)
     steps = (height * width - counts.gather(1, brightest)) // 255
     below = counts.cumsum(1) - counts
-    levels = ((steps // 2 + below) // steps.clamp(min=1)).clamp_(max=255)
-    levels = torch.where(steps > 0, levels, torch.arange(256, device=device))
-    return levels.to(torch.uint8).flatten().index_select(0, numbers).view_as(images_NHWC)
+    equalized = ((steps // 2 + below) // steps.clamp(min=1)).clamp_(max=255)
+    return _looked_up(torch.where(steps > 0, equalized, torch.arange(256, device=device)), numbers, images_NHWC)
 
 
 def adjust_hue(images_NHWC: Tensor, steps_NP: Tensor) -> Tensor:
@@ -114,16 +117,23 @@ def affine(images_NHWC: Tensor, parameters_NP: Tensor) -> Tensor:
     """
     count, height, width, channels = images_NHWC.shape
     device = images_NHWC.device
-    xx, xy, x0, yx, yy, y0 = parameters_NP[:, :_MATRIX].long().T[:, :, None, None]
-    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    # Numbers of 32 bits take a fraction of the time of 64; sums of larger images do not fit.
+    dtype = torch.int32 if max(height, width) <= 4096 and count * (height * width + 1) < 2**31 else torch.int64
+    xx, xy, x0, yx, yy, y0 = parameters_NP[:, :_MATRIX].to(dtype).T[:, :, None, None]
+    rows, columns = (
+        torch.arange(height, dtype=dtype, device=device)[:, None],
+        torch.arange(width, dtype=dtype, device=device),
+    )
     x_NHW = (xx * columns + (xy * rows + x0)) >> 16
     y_NHW = (yx * columns + (yy * rows + y0)) >> 16
     inside_NHW = (x_NHW >= 0) & (x_NHW < width) & (y_NHW >= 0) & (y_NHW < height)
-    firsts_N11 = height * width * torch.arange(count, device=device)[:, None, None]
-    numbers_NHW = (firsts_N11 + y_NHW * width + x_NHW).mul_(inside_NHW)
-    moved_NHWC = images_NHWC.reshape(-1, channels).index_select(0, numbers_NHW.flatten()).view_as(images_NHWC)
-    fill_N11C = parameters_NP[:, None, None, _MATRIX:].to(torch.uint8)
-    return torch.where(inside_NHW[..., None], moved_NHWC, fill_N11C)
+    # Behind the pixels of all images stand their colours of outside, one for each image.
+    fill_NC = parameters_NP[:, _MATRIX:].to(torch.uint8)
+    pixels_PC = torch.cat([images_NHWC.reshape(-1, channels), fill_NC])
+    image_N11 = torch.arange(count, dtype=dtype, device=device)[:, None, None]
+    number_NHW = y_NHW.mul_(width).add_(x_NHW).add_(height * width * image_N11)
+    number_NHW = torch.where(inside_NHW, number_NHW, count * height * width + image_N11)
+    return pixels_PC.index_select(0, number_NHW.flatten()).view_as(images_NHWC)
 
 
 def _per_image(parameters_NP: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,16 +141,31 @@ def _per_image(parameters_NP: Tensor, dtype: torch.dtype) -> Tensor:
     return parameters_NP[:, :1, None, None].to(dtype)
 
 
-def _luminance(images_NHWC: Tensor) -> Tensor:
-    """Return the grey of ITU-R 601 as Pillow rounds it, int32 [N, H, W]."""
-    red, green, blue = images_NHWC.int().unbind(-1)
-    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+def _channel_numbers(images_NHWC: Tensor) -> Tensor:
+    """Return the place of each pixel's value in tables of 256 values for each channel of each image, int32 and flat."""
+    count, height, width, channels = images_NHWC.shape
+    firsts = 256 * torch.arange(count * channels, dtype=torch.int32, device=images_NHWC.device)
+    # Whole rows are added to whole rows: channels alone are too short for vector instructions.
+    firsts = firsts.view(count, 1, 1, channels).expand(count, 1, width, channels).reshape(count, 1, width * channels)
+    return (images_NHWC.reshape(count, height, width * channels) + firsts).flatten()
 
 
-def _blended(other: Tensor, images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
-    """Return ``other + factor · (images − other)``, cut to uint8."""
+def _looked_up(levels: Tensor, numbers: Tensor, like_NHWC: Tensor) -> Tensor:
+    """Return the value of each pixel in the tables ``levels`` [N · C, 256], as uint8 images."""
+    return levels.to(torch.uint8).flatten().index_select(0, numbers).view_as(like_NHWC)
+
+
+def _luminance(images: Tensor) -> Tensor:
+    """Return the grey of ITU-R 601 as Pillow rounds it, [N, H, W]. Input and result are whole numbers in float32."""
+    red, green, blue = images.unbind(-1)
+    # Sums stay below 2**24, so they are exact however they are rounded or fused.
+    return (19595 * red).add_(38470 * green).add_(7471 * blue).add_(0x8000).mul_(2.0**-16).floor_()
+
+
+def _blended(other: Tensor, images: Tensor, factors_NP: Tensor) -> Tensor:
+    """Return ``other + factor · (images − other)``, of float32, cut to uint8."""
     # One operation at a time: a fused multiply-add would round differently.
-    moved = (images_NHWC - other).mul_(_per_image(factors_NP, torch.float32)).add_(other)
+    moved = (images - other).mul_(_per_image(factors_NP, torch.float32)).add_(other)
     return moved.clamp_(0, 255).to(torch.uint8)
 
 
@@ -161,20 +186,21 @@ def _to_hsv(images_NHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _to_rgb(hue_NHW: Tensor, saturation_NHW: Tensor, value_NHW: Tensor) -> Tensor:
     """Return uint8 images [N, H, W, C] of hues, saturations and values of 0 … 255."""
-    sixths = hue_NHW.double() * 6.0 / 255.0
-    sector = sixths.floor()
-    rest = (sixths - sector).float().double()
-    share = (saturation_NHW.float() / 255.0).double()
-    value = value_NHW.double()
+    sixths = torch.arange(256, device=hue_NHW.device).double() * 6.0 / 255.0
+    sectors = sixths.floor()
+    rests = (sixths - sectors).float().double()
+    # Red, green and blue run through the same circle of six sectors, each two behind the one before.
+    turns = 4 * torch.arange(3, device=hue_NHW.device)
+    places = (sectors.long()[:, None] + turns) % 6
+    hues = hue_NHW.flatten()
+    rest, share = rests.index_select(0, hues).view(hue_NHW.shape), (saturation_NHW.float() / 255.0).double()
     low, falling, rising = (
-        (value * (1.0 - part) + 0.5).floor().clamp_(0, 255).to(torch.uint8)
+        (value_NHW * (1.0 - part)).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
         for part in (share, share * rest, share * (1.0 - rest))
     )
     value = value_NHW.to(torch.uint8)
     choices = torch.stack([value, falling, low, low, rising, value], dim=-1)
-    # Red, green and blue run through the same circle of six sectors, each two behind the one before.
-    places = sector.long()[..., None] + 4 * torch.arange(3, device=hue_NHW.device)
-    return choices.gather(-1, places % 6)
+    return choices.gather(-1, places.index_select(0, hues).view(*hue_NHW.shape, 3))
 
 
 def _plain(values_N: FloatArray, _: int) -> FloatArray:

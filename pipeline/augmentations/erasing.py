@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from pipeline.augmentations._base import Augmentation, AugmentationKind, SampleDraws, send
+from pipeline.augmentations._base import Augmentation, AugmentationKind, SampleDraws
+from pipeline.augmentations._noise import normal_noise
 
 _ATTEMPTS = 10
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Erasing(Augmentation):
-    """Erases a box of an image: its normalised values become 0, which is the mean of the data."""
+    """Erases a box of an image: its normalised values become 0, which is the mean of the data, or normal noise."""
 
     kind: ClassVar[AugmentationKind] = "floats"
 
     class Config(Augmentation.Config):
-        """Random erasing: a box of the image becomes the mean of the data."""
+        """Random erasing: a box of the image becomes the mean of the data, or noise."""
 
         probability: float = Field(ge=0, le=1)
         """Probability that an image has a box erased."""
@@ -30,6 +31,9 @@ class Erasing(Augmentation):
         """Smallest and largest share of the image's area."""
         ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 3.3)
         """Smallest and largest aspect ratio, height over width."""
+
+        value: Literal["mean", "noise"] = "mean"
+        """What a box becomes: the mean of the data, or normal noise at every pixel and channel, as timm's ``pixel``."""
 
         @model_validator(mode="after")
         def _ranges_rise(self) -> Erasing.Config:
@@ -39,7 +43,7 @@ class Erasing(Augmentation):
             return self
 
     def draw(self, draws: SampleDraws) -> NDArray[np.float64]:
-        """Return the boxes (top, left, height, width) that are erased, [R, 4]; zeros for none."""
+        """Return the boxes (top, left, height, width) to erase, or zeros, and the keys of their noise, [R, 6]."""
         # All attempts are drawn for all images at once, [attempts, R]. The first whose box fits counts.
         for_area, for_ratio, for_top, for_left = np.stack([draws.uniforms(1 + k) for k in range(_ATTEMPTS)], axis=1)
         (least, most), (flattest, tallest) = self.config.scale, np.log(self.config.ratio)
@@ -52,18 +56,20 @@ class Erasing(Augmentation):
         first = fits.argmax(axis=0), np.arange(fits.shape[1])
         boxes_R4 = np.stack([x[first] for x in (top, left, height, width)], axis=1)
         erased_R = fits.any(axis=0) & (draws.uniforms(0)[0] < self.config.probability)
-        return np.where(erased_R[:, None], boxes_R4, 0)
+        keys_R2 = np.ldexp(draws.uniforms(1 + _ATTEMPTS)[:2], 32).T
+        return np.concatenate([np.where(erased_R[:, None], boxes_R4, 0), keys_R2], axis=1)
 
     def apply(self, images: Tensor, drawn: NDArray[np.float64]) -> Tensor:
         """Return the images [B, C, H, W] with their boxes erased. It overwrites its input."""
-        rows_N = np.flatnonzero(drawn[:, 2] * drawn[:, 3])
-        if not len(rows_N):
-            return images
-        table = send(np.insert(drawn[rows_N], 0, rows_N, axis=1).astype(np.int64), images.device)
-        rows, top, left, height, width = table.T[:, :, None]
-        along = torch.arange(self.size, device=images.device)
-        in_rows_NH = (along >= top) & (along < top + height)
-        in_columns_NW = (along >= left) & (along < left + width)
-        box_N1HW = (in_rows_NH[:, :, None] & in_columns_NW[:, None])[:, None]
-        taken_NCHW = images.index_select(0, rows[:, 0])
-        return images.index_copy_(0, rows[:, 0], taken_NCHW.masked_fill_(box_N1HW, 0.0))
+        erased = drawn[drawn[:, 2] * drawn[:, 3] > 0]
+        values: Sequence[Tensor | float] = [0.0] * len(erased)
+        if self.config.value == "noise" and len(erased):
+            counts = (images.shape[1] * erased[:, 2] * erased[:, 3]).astype(np.int64).tolist()
+            values = normal_noise(erased[:, 4:], counts, images.device)
+        rows = np.flatnonzero(drawn[:, 2] * drawn[:, 3]).tolist()
+        for row, value, (top, left, height, width) in zip(
+            rows, values, erased[:, :4].astype(int).tolist(), strict=True
+        ):
+            box = images[row, :, top : top + height, left : left + width]
+            box[:] = value.view_as(box) if isinstance(value, Tensor) else value
+        return images

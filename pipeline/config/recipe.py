@@ -131,7 +131,7 @@ class Recipe(FrozenModel):
     accumulation: int = Field(default=1, gt=0, le=2**24)
     """Micro-batches per global batch. Batch statistics are those of a micro-batch over all ranks."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of initialisation, sample order and random draws; ``data.seed`` is that of crops and flips."""
+    """Seed of initialisation, sample order and random draws; ``data.seed`` is that of augmentation."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward passes, by autocast; the weights are float32."""
     optimizer: Optimizer = Optimizer()

@@ -14,8 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.philox import Purpose, random_words, uniforms
 
 AUGMENT_VERSION = "philox4x32-10, 1"
-"""Version of the random augmentation. Its number must rise whenever a change alters a sample's crop, flip or another of
-its augmentations."""
+"""Version of the random augmentation. Its number must rise whenever a change alters what is drawn for a sample."""
 
 _ATTEMPTS = 10
 

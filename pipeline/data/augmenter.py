@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.augmentations._base import SampleDraws
@@ -38,7 +38,7 @@ class Augmenter:
         mean_C, std_C = (255 * torch.tensor(x, device=self._device) for x in (self._config.mean, self._config.std))
         return mean_C, std_C
 
-    def draw(self, ids_R: NDArray[np.int64], view: ArrayLike) -> Drawn:
+    def draw(self, ids_R: NDArray[np.int64], view: int | NDArray[np.int64]) -> Drawn:
         """Return what happens to the images with those ids in a view, or in one of each.
 
         It is a function of seed, id and view alone.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.augmentations._base import SampleDraws
@@ -91,7 +91,7 @@ class Mixer:
         self._rows_N = rows_N
         self._classes = classes
 
-    def draw(self, ids_R: NDArray[np.int64], view: ArrayLike) -> Mixture | None:
+    def draw(self, ids_R: NDArray[np.int64], view: int | NDArray[np.int64]) -> Mixture | None:
         """Return the mixture of the images with those ids, in a view or in one of each; None without mixing."""
         if not self._mixings:
             return None

@@ -17,7 +17,10 @@ Augment = list[dict[str, Any]]
 EVERYTHING: Augment = [
     {"trivialaugment": {}},
     {"randaugment": {"ops": 3, "magnitude": 9, "magnitude_std": 0.5, "increasing": True, "probability": 0.5}},
+    {"autoaugment": {"policy": "svhn"}},
+    {"color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}},
     {"erasing": {"probability": 0.5}},
+    {"erasing": {"probability": 0.5, "value": "noise"}},
 ]
 
 

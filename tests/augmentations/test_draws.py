@@ -19,9 +19,11 @@ from torchvision.transforms import autoaugment as reference
 from torchvision.transforms import functional
 
 from pipeline.augmentations._base import Augmentation, SampleDraws
+from pipeline.augmentations._noise import normal_noise
 from pipeline.augmentations._operations import CODES
 from pipeline.augmentations._registry import AugmentationEntry, build_augmentations, known_augmentations
 from pipeline.augmentations.autoaugment import read_policy
+from pipeline.philox import philox4x32
 
 SIDE, COUNT = 64, 6000
 IMAGE = Image.new("RGB", (SIDE, SIDE))
@@ -194,7 +196,9 @@ def test_an_erased_image_is_torchvisions_erase_of_the_box(seed: int, side: int, 
     for layout in (torch.contiguous_format, torch.channels_last):
         boxes = drawn(augmentation, 6, seed=seed)
         found = augmentation.apply(images.contiguous(memory_format=layout).clone(), boxes)
-        for ours, image, (top, left, height, width) in zip(found, images, boxes.astype(int).tolist(), strict=True):
+        for ours, image, (top, left, height, width) in zip(
+            found, images, boxes[:, :4].astype(int).tolist(), strict=True
+        ):
             assert torch.equal(ours, functional.erase(image, top, left, height, width, torch.zeros(3, 1, 1)))
         assert found.is_contiguous(memory_format=layout)
 
@@ -208,3 +212,32 @@ def test_draws_differ_by_seed_view_and_position_and_not_by_the_batch(name: str) 
     ids = np.random.default_rng(0).permutation(200)
     parts = [augmentation.draw(SampleDraws(part, 0, 0, 0)) for part in (ids[:70], ids[70:71], ids[71:])]
     np.testing.assert_array_equal(np.concatenate(parts), found[0][ids])
+
+
+def test_the_noise_of_a_box_is_philox_of_the_images_key_through_the_normal_quantiles() -> None:
+    keys = np.array([[0, 0], [2**32 - 1, 5], [123456789, 2**31]], np.float64)
+    counts = [1, 80_000, 13]
+    found = normal_noise(keys, counts, torch.device("cpu"))
+    for noise, (key0, key1), count in zip(found, keys.astype(np.int64).tolist(), counts, strict=True):
+        counters = np.zeros((4, -(-count // 8)), np.uint32)
+        counters[0] = np.arange(counters.shape[1])
+        words = philox4x32(counters, (key0, key1)).T
+        halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(-1)[:count]
+        np.testing.assert_allclose(noise.numpy(), stats.norm.ppf((halves + 0.5) / 2**16), rtol=1e-6, atol=1e-7)
+    assert stats.kstest(found[1].numpy(), "norm").pvalue > 1e-3
+
+
+def test_erasing_with_noise_fills_the_same_boxes_with_numbers_of_each_image_and_view() -> None:
+    augmentation = built("erasing", probability=0.7, value="noise")
+    mean = built("erasing", probability=0.7)
+    boxes = drawn(augmentation, 12)
+    np.testing.assert_array_equal(boxes, drawn(mean, 12))
+    noisy, erased = (each.apply(torch.full((12, 3, SIDE, SIDE), 9.0), boxes) for each in (augmentation, mean))
+    assert torch.equal(noisy == 9, erased == 9)
+    boxes[:, :4] = 0, 0, 8, 8
+    first = [
+        tuple(image[:, :8, :8].flatten().tolist()) for image in augmentation.apply(torch.zeros(12, 3, 64, 64), boxes)
+    ]
+    assert len(set(first)) == 12
+    one = augmentation.apply(torch.zeros(1, 3, 64, 64), boxes[5:6])
+    assert tuple(one[0, :, :8, :8].flatten().tolist()) == first[5]

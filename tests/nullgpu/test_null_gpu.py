@@ -115,6 +115,7 @@ def test_no_augmentation_waits_for_the_gpu(environment: dict[str, str], place: P
         {"trivialaugment": {}},
         {"randaugment": {"ops": 9, "magnitude": 9, "magnitude_std": 0.5, "increasing": True}},
         {"erasing": {"probability": 0.9}},
+        {"erasing": {"probability": 0.9, "value": "noise"}},
         {"mixup": {"alpha": 0.8, "probability": 0.7}},
         {"cutmix": {"alpha": 1.0}},
     ]
