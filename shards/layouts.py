@@ -24,6 +24,8 @@ IMAGES = "images"
 """Tiny-ImageNet's folder between a class or a split and its images."""
 SUFFIXES = (".jpg", ".jpeg", ".png")
 ARCHIVE, FLAT, BY_CLASS, WITHIN_CLASS = "", "{file}", "{wnid}/{file}", "{wnid}/" + IMAGES + "/{file}"
+AS_LISTED = "{path}"
+"""The path in the split is the path in the folder."""
 
 
 class ImageLocation(NamedTuple):
@@ -35,7 +37,7 @@ class ImageLocation(NamedTuple):
     def path(self, path: str) -> Path:
         """Return the file on disk for a path in the split, ``<class>/<file>``."""
         wnid, _, file = path.partition("/")
-        return self.root / self.pattern.format(wnid=wnid, file=file)
+        return self.root / self.pattern.format(wnid=wnid, file=file, path=path)
 
 
 class Listing(NamedTuple):

@@ -85,6 +85,8 @@ class Split:
     max_width: _Side
     max_height: _Side
     left_out: tuple[LeftOut, ...] = ()
+    targets_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    """Digest of the table of targets, if images have any number of classes."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Manifest:
     """Everything else that the bytes depend on: seed, shard size, digest of the source's listing."""
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION
+    task: Literal["classification", "multilabel"] = "classification"
+    """Whether an image has one class, or any number of them. The file has this key only in the second case."""
     sha256: str = field(default="", compare=False)
     """Digest of the file that was read, which identifies the complete folder. It is not written to the file."""
 
@@ -121,7 +125,12 @@ class Manifest:
 
     def values(self) -> dict[str, Any]:
         """Return the keys and values of the file."""
-        return {key: value for key, value in asdict(self).items() if key != "sha256"}
+        values = {key: value for key, value in asdict(self).items() if key != "sha256"}
+        if self.task == "classification":  # its files are the same bytes as before there were other tasks
+            del values["task"]
+            for split in values["splits"].values():
+                del split["targets_sha256"]
+        return values
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -147,13 +156,15 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     """
     manifest = parse_document(content, location, Manifest, "copy it again, or prepare the shards again")
     for name, split in manifest.splits.items():
-        for key, message in _contradictions(name, split):
+        for key, message in _contradictions(name, split, manifest.task):
             raise DamagedFile(f"{location}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")
     return replace(manifest, sha256=hashlib.sha256(content).hexdigest())
 
 
-def _contradictions(name: str, split: Split) -> Iterator[tuple[str, str]]:
+def _contradictions(name: str, split: Split, task: str) -> Iterator[tuple[str, str]]:
     """Yield each key of a split that contradicts other keys, and a message about it."""
+    if bool(split.targets_sha256) != (task == "multilabel"):
+        yield "targets_sha256", f"a split of task: {task} has {'a' if split.targets_sha256 else 'no'} table of targets"
     if split.name != name:
         yield "name", f"the split's own name is '{split.name}'"
     if (total := sum(shard.nsamples for shard in split.shards)) != split.samples:

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ class ImageItem(NamedTuple):
     label: int
     size: int
     offset: int = -1
+    targets: bytes | None = None
+    """A byte for each class, 1 if the image has it, where it has any number of them; ``label`` is then 0."""
 
 
 class EncodedImage(NamedTuple):
@@ -68,6 +70,7 @@ class ShardTask(NamedTuple):
 
     path: Path
     image: str
+    multilabel: bool
     split: str
     ids: list[int]
     items: list[ImageItem]
@@ -107,7 +110,10 @@ def make_job(
         "samples_per_shard": options.samples_per_shard,
         "listing": {split: _listing_sha256(items) for split, items in listings.items()},
     }
-    return PreparationJob(Manifest(tool, image, tuple(classes), transform, plan), listings, source)
+    header = Manifest(tool, image, tuple(classes), transform, plan)
+    if any(item.targets is not None for items in listings.values() for item in items):
+        header = replace(header, task="multilabel")
+    return PreparationJob(header, listings, source)
 
 
 def printable(name: str) -> str:
@@ -127,6 +133,7 @@ def _listing_sha256(items: list[ImageItem]) -> str:
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.path}\0{item.label}\0{item.size}\n".encode(errors="surrogateescape"))
+        digest.update(item.targets or b"")
     return digest.hexdigest()
 
 
@@ -142,5 +149,13 @@ def plan_shards(
             path = folder / f"{split}-{number:06d}.tar"
             shard_items = [items[index] for index in ids]
             yield ShardTask(
-                path, job.header.image, split, ids.tolist(), shard_items, job.source, strict, records.get(path.name)
+                path,
+                job.header.image,
+                job.header.task == "multilabel",
+                split,
+                ids.tolist(),
+                shard_items,
+                job.source,
+                strict,
+                records.get(path.name),
             )

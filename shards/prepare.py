@@ -18,10 +18,10 @@ from shards.classes import without_images
 from shards.command import add_jobs, for_each, positive, print_above, progress_bar, seed
 from shards.journal import PREPARATION_JOURNAL, PreparationJournal, ShardRecord, check_same_job, describe
 from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
-from shards.plan import PreparationJob, ShardTask, Unusable, plan_shards, printable
+from shards.plan import ImageItem, PreparationJob, ShardTask, Unusable, plan_shards, printable
 from shards.read import SAMPLE_DTYPE, SplitReader
 from shards.scan import index_fits, is_on_record, scan_shard
-from shards.write import ShardWriter, index_path, write_samples
+from shards.write import ShardWriter, index_path, write_samples, write_targets
 
 
 class Finished(NamedTuple):
@@ -132,8 +132,8 @@ def _make_shards(
         finally:
             _remove_temporaries(folder)
     splits = {
-        split: _finish_split(folder, split, [finished[task.path.name] for task in tasks if task.split == split])
-        for split in job.listings
+        split: _finish_split(folder, split, [finished[task.path.name] for task in tasks if task.split == split], items)
+        for split, items in job.listings.items()
     }
     write_manifest(folder, replace(job.header, splits=splits))
 
@@ -150,7 +150,7 @@ def make_shard(task: ShardTask) -> Finished:
         if record.shard.nsamples == 0:
             return Finished(record, np.empty(0, SAMPLE_DTYPE))
         if is_on_record(task.path, record.shard):
-            scan = scan_shard(task.path, task.image)
+            scan = scan_shard(task.path, task.image, multilabel=task.multilabel)
             if index_fits(task.path, scan):
                 return Finished(record, scan.rows)
     return _write_shard(task)
@@ -161,7 +161,7 @@ def _write_shard(task: ShardTask) -> Finished:
     with ShardWriter(task.path, task.image) as writer:
         for number, item in zip(task.ids, task.items, strict=True):
             try:
-                writer.add(number, item.label, *task.source.load(task.split, item))
+                writer.add(number, item.label, *task.source.load(task.split, item), item.targets)
             except Unusable as reason:
                 if task.strict:
                     raise ValueError(f"{task.split}/{item.path} is not a usable image: {reason}") from None
@@ -173,12 +173,14 @@ def _write_shard(task: ShardTask) -> Finished:
     return Finished(ShardRecord(shard, tuple(left_out)), rows)
 
 
-def _finish_split(folder: Path, name: str, parts: list[Finished]) -> Split:
+def _finish_split(folder: Path, name: str, parts: list[Finished], items: list[ImageItem]) -> Split:
     left_out = sorted((entry for part in parts for entry in part.record.left_out), key=lambda entry: entry.id)
     parts = [part for part in parts if len(part.rows)]
     if not parts:
         raise ValueError(f"the split '{name}' has no usable image; the first of its files is {left_out[0].path}")
     samples, sha256 = write_samples(folder, name, [part.rows for part in parts])
+    # An id is an index in the listing.
+    targets = [of_row for number in samples["id"].tolist() if (of_row := items[number].targets) is not None]
     return Split(
         name=name,
         samples=len(samples),
@@ -188,6 +190,7 @@ def _finish_split(folder: Path, name: str, parts: list[Finished]) -> Split:
         max_width=int(samples["width"].max()),
         max_height=int(samples["height"].max()),
         left_out=tuple(left_out),
+        targets_sha256=write_targets(folder, name, targets) if targets else "",
     )
 
 
@@ -201,7 +204,6 @@ def _report(folder: Path, strict: bool) -> int:
             f"{name}: {split.samples:,} images in {len(split.shards):,} shards, {_gigabytes(size)}; "
             f"{len(split.left_out):,} files left out"
         )
-        labels = set(SplitReader(folder, name, manifest).samples["label"].tolist())
-        if message := without_images(labels, manifest.classes):
+        if message := without_images(SplitReader(folder, name, manifest).classes_in_use(), manifest.classes):
             print(f"{name}: {message}")
     return 0

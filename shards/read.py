@@ -9,7 +9,7 @@ import mmap
 import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BufferedReader
@@ -41,12 +41,18 @@ def samples_path(folder: Path, split: str) -> Path:
     return Path(folder) / f"{split}.samples.npy"
 
 
+def targets_path(folder: Path, split: str) -> Path:
+    """Return the path of a split's table of targets, which shards of several classes an image have."""
+    return Path(folder) / f"{split}.targets.npy"
+
+
 class SplitReader:
     """One split of a folder of shards.
 
     ``samples`` [N] is the sample table, read-only and memory-mapped. Its rows are in storage order, by shard and by
-    position in the shard. It is checked against its digest. Pass ``manifest`` if it has been read already. Raises
-    FileNotFoundError or ValueError if the folder is damaged or incomplete.
+    position in the shard. ``targets`` are the classes of each row's image, uint8 [N, K] with 1 for a class that it has.
+    It is None if every image has one class. Both are checked against their digests. Pass ``manifest`` if it has been
+    read already. Raises FileNotFoundError or ValueError if the folder is damaged or incomplete.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest | None = None) -> None:
@@ -57,7 +63,10 @@ class SplitReader:
                 f"{self.folder} contains no split '{split}', only {', '.join(sorted(self.manifest.splits))}"
             )
         self.split = self.manifest.splits[split]
-        self.samples = self._map_samples()
+        self.samples = self._map_table(samples_path(self.folder, split), _check_samples, load_samples)
+        self.targets: np.ndarray | None = None
+        if self.split.targets_sha256:
+            self.targets = self._map_table(targets_path(self.folder, split), _check_targets, load_targets)
         self._tars: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         allow_open_files(len(self.split.shards))
@@ -87,6 +96,12 @@ class SplitReader:
         labels[samples["id"]] = samples["label"]
         return labels
 
+    def classes_in_use(self) -> set[int]:
+        """Return the classes that have an image."""
+        if self.targets is None:
+            return set(np.unique(self.samples["label"]).tolist())
+        return set(np.flatnonzero(self.targets.any(axis=0)).tolist())
+
     def check_sizes(self) -> None:
         """Check the size of every tar: a quick test that finds an unfinished copy. Raises like ``bytes``."""
         for shard in self.split.shards:
@@ -95,15 +110,15 @@ class SplitReader:
                 raise FileNotFoundError(f"{path} is missing: {MANIFEST_ADVICE}")
             _check_size(path, path.stat(), shard)
 
-    def _map_samples(self) -> np.ndarray:
-        path = samples_path(self.folder, self.split.name)
+    def _map_table(self, path: Path, check: Callable[..., None], load: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """Return a table of the split, memory-mapped, after ``check`` of its digest and its values."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {MANIFEST_ADVICE}")
         status = path.stat()
         # A changed file has another of these, and is checked again.
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        _check_samples(path, stamp, self.split, self.manifest.num_classes)
-        return load_samples(path)
+        check(path, stamp, self.split, self.manifest.num_classes)
+        return load(path)
 
     def _map_tar(self, shard: int) -> np.ndarray | None:
         """Return a tar as memory-mapped bytes, mapped once; None if too few file descriptors would stay free."""
@@ -148,6 +163,17 @@ def load_samples(path: Path) -> np.ndarray:
     return samples
 
 
+def load_targets(path: Path) -> np.ndarray:
+    """Return a table of targets, memory-mapped; its values are not checked. Raises ValueError for any other file."""
+    try:
+        targets = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a table of targets ({error}): {MANIFEST_ADVICE}") from None
+    if targets.dtype != np.uint8 or targets.ndim != 2:
+        raise ValueError(f"{path} is not a table of targets: {MANIFEST_ADVICE}")
+    return targets
+
+
 def _check_size(path: Path, status: os.stat_result, shard: Shard) -> None:
     if status.st_size != shard.filesize:
         raise ValueError(
@@ -170,6 +196,19 @@ def _check_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes
         raise ValueError(f"{path} has {len(samples):,} rows, but {split.samples:,} in the manifest: {MANIFEST_ADVICE}")
     for row, column, reason in _wrong_rows(samples, split, num_classes):
         raise ValueError(f"{path}: {column} of row {row:,} is {samples[column][row]}, {reason}: {MANIFEST_ADVICE}")
+
+
+@lru_cache(maxsize=64)
+def _check_targets(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
+    """Check a table of targets against the manifest, once for each ``stamp``, as ``_check_samples`` does."""
+    if sha256_of(path) != split.targets_sha256:
+        raise ValueError(f"{path} has a sha256 that differs from the manifest: {MANIFEST_ADVICE}")
+    targets = load_targets(path)
+    if targets.shape != (split.samples, num_classes) or targets.max(initial=0) > 1:
+        raise ValueError(
+            f"{path} is not {split.samples:,} rows of {num_classes:,} zeros and ones, one for each sample and class: "
+            f"{MANIFEST_ADVICE}"
+        )
 
 
 def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator[tuple[int, str, str]]:

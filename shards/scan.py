@@ -19,6 +19,8 @@ class Scan(NamedTuple):
 
     rows: np.ndarray
     index_text: str
+    targets: list[bytes] = []  # noqa: RUF012
+    """The classes of each row's image, where it has any number of them."""
 
 
 def is_on_record(path: Path, shard: Shard) -> bool:
@@ -32,32 +34,34 @@ def index_fits(tar: Path, scan: Scan) -> bool:
     return path.is_file() and path.read_bytes() == scan.index_text.encode()
 
 
-def scan_shard(path: Path, image: str) -> Scan:
+def scan_shard(path: Path, image: str, *, multilabel: bool = False) -> Scan:
     """Return the rows and index text of a tar, from its headers and small members. Raises ValueError for damage."""
+    size = len(member_names(0, image, multilabel=multilabel))
     try:
         with path.open("rb") as file:
             members = list_members(path, file)
-            samples = [members[start : start + 4] for start in range(0, len(members), 4)]
-            rows = [_read_row(file, sample, image) for sample in samples]
+            samples = [members[start : start + size] for start in range(0, len(members), size)]
+            rows = [_read_row(file, sample, image, multilabel) for sample in samples]
+            targets = [_read(file, sample[-1]) for sample in samples] if multilabel else []
     except DamagedArchive:
         raise
     except (struct.error, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     lines = [" ".join(index_entry(*member) for member in sample) for sample in samples]
-    return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines))
+    return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines), targets)
 
 
-def _read_row(file: BinaryIO, sample: list[Member], image: str) -> tuple[int, ...]:
+def _read_row(file: BinaryIO, sample: list[Member], image: str, multilabel: bool) -> tuple[int, ...]:
     picture, *small = sample
-    if len(small) != 3:
+    if len(small) != 3 + multilabel:
         raise ValueError(f"the sample of {picture.name} is incomplete")
-    label, sample_id, sides = (_read(file, member) for member in small)
+    label, sample_id, sides = (_read(file, member) for member in small[:3])
     if len(label) != 4 or not label.isdigit():
         raise ValueError(f"{small[0].name} is not a label of four digits")
     row = (*struct.unpack("<q", sample_id), int(label), 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
     names = tuple(member.name for member in sample)
-    # The four members must belong to the same id, in the order in which they are written.
-    if names != member_names(row[0], image):
+    # All members must belong to the same id, in the order in which they are written.
+    if names != member_names(row[0], image, multilabel=multilabel):
         raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
     return row
 

@@ -29,7 +29,7 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 from shards.command import Parser, run_main
 from shards.manifest import MANIFEST, Manifest, parse_manifest, read_manifest, sync_path, write_atomically
-from shards.read import samples_path
+from shards.read import samples_path, targets_path
 from shards.remote import SourceFolder, connect_source, is_url
 from shards.write import index_path
 
@@ -100,6 +100,8 @@ def _files(manifest: Manifest) -> Iterator[File]:
     """Yield all files that a manifest lists, which excludes the manifest itself."""
     for split in manifest.splits.values():
         yield File(samples_path(Path(), split.name).name, sha256=split.samples_sha256)
+        if split.targets_sha256:
+            yield File(targets_path(Path(), split.name).name, sha256=split.targets_sha256)
         for shard in split.shards:
             yield File(shard.url, shard.filesize, shard.sha256)
             yield File(index_path(Path(shard.url)).name)

@@ -24,8 +24,8 @@ from shards.foreign import ForeignShard, foreign_shards, scan_foreign
 from shards.jpeg import decode_jpeg, ends_in_grey
 from shards.manifest import Manifest, Shard, Split, read_manifest, sha256_of
 from shards.plan import Unusable
-from shards.read import SAMPLE_DTYPE, load_samples, samples_path
-from shards.scan import index_fits, scan_shard
+from shards.read import SAMPLE_DTYPE, load_samples, load_targets, samples_path, targets_path
+from shards.scan import Scan, index_fits, scan_shard
 from shards.write import index_path
 
 NO_ROWS = np.empty(0, SAMPLE_DTYPE)
@@ -41,6 +41,10 @@ class VerifyTask(NamedTuple):
     expected: np.ndarray | None
     foreign: ForeignShard | None = None
     """How to read a tar that another tool wrote."""
+    num_targets: int | None = None
+    """Number of classes, if an image has any number of them."""
+    targets: np.ndarray | None = None
+    """The shard's rows of the table of targets (None: there is no such table, or it is unusable)."""
 
 
 class CheckedShard(NamedTuple):
@@ -51,6 +55,8 @@ class CheckedShard(NamedTuple):
     rows: np.ndarray
     grey: list[int]
     """Ids of images that end in plain grey."""
+    targets: list[bytes] = []  # noqa: RUF012
+    """The targets that its tar really contains."""
 
 
 def check_shard(task: VerifyTask) -> CheckedShard:
@@ -64,7 +70,8 @@ def check_shard(task: VerifyTask) -> CheckedShard:
     elif sha256_of(path) != shard.sha256:
         problems.append(f"{path} has a sha256 that differs from the manifest")
     try:
-        scan = scan_foreign(path, task.foreign) if task.foreign else scan_shard(path, task.image)
+        multilabel = task.num_targets is not None
+        scan = scan_foreign(path, task.foreign) if task.foreign else scan_shard(path, task.image, multilabel=multilabel)
     except ValueError as error:
         return CheckedShard(task, [*problems, str(error)], NO_ROWS, [])
     if len(scan.rows) != shard.nsamples:
@@ -74,9 +81,21 @@ def check_shard(task: VerifyTask) -> CheckedShard:
         problems.append(f"{index} does not fit its tar" if index.is_file() else f"{index} is missing")
     if task.expected is not None:
         problems += _check_rows(path, scan.rows, task.expected)
+    if task.num_targets is not None:
+        problems += _check_targets(path, scan, task.num_targets, task.targets)
     grey: list[int] = []
     problems += _check_images(path, scan.rows, task.foreign is not None, grey)
-    return CheckedShard(task, problems, scan.rows, grey)
+    return CheckedShard(task, problems, scan.rows, grey, scan.targets)
+
+
+def _check_targets(path: Path, scan: Scan, num_targets: int, expected: np.ndarray | None) -> Iterator[str]:
+    """Yield the problems of the targets of a tar."""
+    for number, targets in zip(scan.rows["id"], scan.targets, strict=True):
+        if len(targets) != num_targets or not set(targets) <= {0, 1}:
+            yield f"{path}: the labels of id {number} are not {num_targets:,} bytes of 0 or 1"
+            return
+    if expected is not None and b"".join(scan.targets) != expected.tobytes():
+        yield f"{path} and the table of targets disagree"
 
 
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
@@ -139,6 +158,39 @@ def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str
     return table, problems
 
 
+def check_targets_table(folder: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[str]]:
+    """Return a split's table of targets, None if there is none or it is unusable, and the problems of its file."""
+    path = targets_path(folder, split.name)
+    if not split.targets_sha256:
+        return None, []
+    if not path.is_file():
+        return None, [f"{path} is missing"]
+    problems = []
+    if sha256_of(path) != split.targets_sha256:
+        problems.append(f"{path} has a sha256 that differs from the manifest")
+    try:
+        table = load_targets(path)
+    except ValueError as error:
+        return None, [*problems, str(error)]
+    if table.shape != (split.samples, manifest.num_classes):
+        return None, [*problems, f"{path} has {table.shape[0]:,} rows of {table.shape[1]:,} classes"]
+    return table, problems
+
+
+def _tasks_of(
+    folder: Path, manifest: Manifest, split: Split, table: np.ndarray | None, targets: np.ndarray | None
+) -> Iterator[VerifyTask]:
+    """Yield the task of each shard of a split."""
+    foreign = foreign_shards(manifest, split) if manifest.is_foreign else {}
+    num_targets = manifest.num_classes if manifest.task == "multilabel" else None
+    ends = np.cumsum([shard.nsamples for shard in split.shards])
+    for number, (shard, end) in enumerate(zip(split.shards, ends.tolist(), strict=True)):
+        expected = None if table is None else table[table["shard"] == number]
+        own = None if targets is None else targets[end - shard.nsamples : end]
+        how = foreign.get(shard.url)
+        yield VerifyTask(folder, shard, manifest.image, split.name, expected, how, num_targets, own)
+
+
 def verify(folder: Path, jobs: int) -> list[str]:
     """Return all problems of a folder of shards; print the label histogram of each split."""
     manifest = read_manifest(folder)
@@ -146,10 +198,9 @@ def verify(folder: Path, jobs: int) -> list[str]:
     for split in manifest.splits.values():
         table, wrong = check_table(folder, split)
         problems += wrong
-        foreign = foreign_shards(manifest, split) if manifest.is_foreign else {}
-        for number, shard in enumerate(split.shards):
-            expected = None if table is None else table[table["shard"] == number]
-            tasks.append(VerifyTask(folder, shard, manifest.image, split.name, expected, foreign.get(shard.url)))
+        targets, wrong = check_targets_table(folder, split, manifest)
+        problems += wrong
+        tasks += _tasks_of(folder, manifest, split, table, targets)
     checked: dict[str, CheckedShard] = {}
     with progress_bar(sum(task.shard.nsamples for task in tasks), folder.name) as bar:
 
@@ -165,7 +216,8 @@ def verify(folder: Path, jobs: int) -> list[str]:
     for split in manifest.splits.values():
         rows = np.concatenate([NO_ROWS, *(result.rows for result in results if _is_in_split(result, split))])
         problems += check_split(manifest, split, rows)
-        _print_histogram(manifest, split, rows)
+        targets = [row for result in results if _is_in_split(result, split) for row in result.targets]
+        _print_histogram(manifest, split, rows, _images_by_class(manifest, rows, targets))
         _print_grey(
             split.name, sorted(number for result in results for number in result.grey if _is_in_split(result, split))
         )
@@ -184,9 +236,20 @@ def _print_grey(split: str, ids: list[int]) -> None:
         )
 
 
-def _print_histogram(manifest: Manifest, split: Split, rows: np.ndarray) -> None:
+def _images_by_class(manifest: Manifest, rows: np.ndarray, targets: list[bytes]) -> np.ndarray:
+    """Return the number of images of each class."""
+    if manifest.task == "multilabel":
+        counts = np.zeros(manifest.num_classes, np.int64)
+        for row in targets:
+            if len(row) == manifest.num_classes:
+                counts += np.frombuffer(row, np.uint8) > 0
+        return counts
     labels = rows["label"]
-    counts = np.unique(labels[(labels >= 0) & (labels < manifest.num_classes)], return_counts=True)[1]
+    return np.bincount(labels[(labels >= 0) & (labels < manifest.num_classes)], minlength=manifest.num_classes)
+
+
+def _print_histogram(manifest: Manifest, split: Split, rows: np.ndarray, counts: np.ndarray) -> None:
+    counts = counts[counts > 0]
     range_text = f"{counts.min():,} to {counts.max():,} images in a class" if len(counts) else "no images"
     classes = f"{len(counts):,} of {manifest.num_classes:,} classes"
     left_out = f"{len(split.left_out):,} files left out"

@@ -7,7 +7,8 @@ The bytes of a tar depend on its samples alone. A sample's key is its id, such a
 - ``00000042.id.i64``, the id, because a plain ``.id`` breaks webdataset's ``decode``,
 - ``00000042.wh.i32``, width and height in pixels.
 
-The last two are little-endian integers.
+The last two are little-endian integers. Where an image has any number of classes, there is a fifth member,
+``00000042.labels.u8``. It has a byte for each class: 1 if the image has it, else 0. The label in ``cls`` is then 0000.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from types import TracebackType
 import numpy as np
 
 from shards.manifest import Shard, free_bytes, sync_path, unwritable, write_atomically, writing
-from shards.read import SAMPLE_DTYPE, samples_path
+from shards.read import SAMPLE_DTYPE, samples_path, targets_path
 
 MAX_LABEL = 9_999
 MAX_ID = 99_999_999
@@ -50,16 +51,22 @@ class ShardWriter:
         self._index: list[str] = []
         self._rows: list[tuple[int, ...]] = []
 
-    def add(self, sample_id: int, label: int, image: bytes, width: int, height: int) -> None:
-        """Append a sample. Raises ValueError if the label or the id has too many digits."""
+    def add(
+        self, sample_id: int, label: int, image: bytes, width: int, height: int, targets: bytes | None = None
+    ) -> None:
+        """Append a sample, with ``targets`` if it has several classes.
+
+        Raises ValueError if the label or the id has too many digits.
+        """
         if not 0 <= label <= MAX_LABEL:
             raise ValueError(f"label {label} does not fit the four digits of a cls member")
         if not 0 <= sample_id <= MAX_ID:
             raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
         # The image is the first member, so its content begins one block, the header, after the current offset.
-        contents = (image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height))
+        contents = [image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height)]
+        contents += [] if targets is None else [targets]
         self._rows.append((sample_id, label, 0, self._offset + _BLOCK, len(image), width, height))
-        names = member_names(sample_id, self.image)
+        names = member_names(sample_id, self.image, multilabel=targets is not None)
         self._index.append(" ".join(self._add_member(*member) for member in zip(names, contents, strict=True)))
 
     def close(self) -> tuple[Shard, np.ndarray]:
@@ -104,9 +111,10 @@ class ShardWriter:
         self._offset += len(content)
 
 
-def member_names(sample_id: int, image: str) -> tuple[str, ...]:
+def member_names(sample_id: int, image: str, *, multilabel: bool = False) -> tuple[str, ...]:
     """Return the names of a sample's members, in their order; ``image`` is the image's extension."""
-    return tuple(f"{sample_id:08d}.{extension}" for extension in (image, "cls", "id.i64", "wh.i32"))
+    extensions = (image, "cls", "id.i64", "wh.i32", *(["labels.u8"] if multilabel else []))
+    return tuple(f"{sample_id:08d}.{extension}" for extension in extensions)
 
 
 def index_entry(name: str, offset: int, size: int) -> str:
@@ -128,8 +136,18 @@ def write_samples(folder: Path, split: str, tables: list[np.ndarray]) -> tuple[n
     """Write the sample table of a split from the rows of its shards, in order; return the table and its sha256."""
     samples = np.concatenate(tables) if tables else np.empty(0, SAMPLE_DTYPE)
     samples["shard"] = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    return samples, _write_table(samples_path(folder, split), samples)
+
+
+def write_targets(folder: Path, split: str, rows: list[bytes]) -> str:
+    """Write the table of targets of a split, a row for each row of its sample table; return the file's sha256."""
+    return _write_table(targets_path(folder, split), np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1))
+
+
+def _write_table(path: Path, table: np.ndarray) -> str:
+    """Write a table as an array file, and return its sha256."""
     buffer = io.BytesIO()
-    np.save(buffer, samples, allow_pickle=False)
+    np.save(buffer, table, allow_pickle=False)
     content = buffer.getvalue()
-    write_atomically(samples_path(folder, split), content)
-    return samples, hashlib.sha256(content).hexdigest()
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()

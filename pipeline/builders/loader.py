@@ -8,6 +8,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config
 from pipeline.data.loader import Loader, create_loader
 from pipeline.distributed import collectives
+from pipeline.errors import RecipeError
+from pipeline.tasks._registry import find_task
+from pipeline.tasks.multilabel import LABELS
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from shards.manifest import Manifest
 
@@ -19,7 +22,11 @@ def build_loader(
     splits: tuple[str, ...],
     teacher: AnyTeacher | None = None,
 ) -> Loader:
-    """Return this rank's loader of those splits. It also reads the cached outputs of ``teacher`` ahead of use."""
+    """Return this rank's loader of those splits. It also reads the cached outputs of ``teacher`` ahead of use.
+
+    Raises RecipeError if the shards are of another task.
+    """
+    check_task(recipe, manifest)
     return create_loader(
         recipe.data,
         batch=recipe.batch,
@@ -32,6 +39,17 @@ def build_loader(
         splits=splits,
         manifest=manifest,
     )
+
+
+def check_task(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise RecipeError if the images of the shards do not have the targets of the recipe's task."""
+    several = manifest.task == "multilabel"
+    if several != (LABELS in find_task(recipe.task).targets):
+        content = "have any number of classes each" if several else "have one class each"
+        raise RecipeError(
+            f"task: {recipe.task}: the images in data.path: {recipe.data.path} {content}; set task: {manifest.task}, "
+            f"{'or' if several else 'or prepare shards with shards/prepare_multilabel.py, or'} give another data.path"
+        )
 
 
 def training_splits(config: Config, manifest: Manifest) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 
 from pipeline.batch import Batch, Progress
+from pipeline.builders.loader import check_task
 from pipeline.builders.meta import (
     FakeModel,
     NetworkSummary,
@@ -28,6 +30,7 @@ from pipeline.losses._base import Facts
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
+from shards.manifest import MANIFEST, read_manifest
 
 _SAMPLE_ROWS = 32
 """Rows of the batch if losses run on the CPU, where the feature maps of a full batch would need memory."""
@@ -105,6 +108,8 @@ def summarize(loaded: LoadedRecipe) -> Report:
     Raises RecipeError for networks, taps and losses that training would refuse.
     """
     recipe = loaded.recipe
+    if (Path(recipe.data.path) / MANIFEST).is_file():
+        check_task(recipe, read_manifest(Path(recipe.data.path)))
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
     with error_context("optimizer.rates"):
         rate_multipliers(built.student[1].model, recipe.optimizer.rates)  # for its errors

@@ -184,6 +184,16 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _teacher_fits_the_task(self) -> Recipe:
+        if self.teacher is None or find_task(self.task).one_class:
+            return self
+        # Both are about a softmax over the classes.
+        keys = {"expect_top1": self.teacher.expect_top1 is not None, "members": bool(self.teacher.members)}
+        if found := [key for key, given in keys.items() if given]:
+            raise ValueError(f"teacher.{found[0]} needs images of one class, and this is task: {self.task}; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _losses_need_no_removed_head(self) -> Recipe:
         readers = [name for name, spec in self.losses.items() if spec.reads_teachers_head]
         if readers and self.teacher and self.teacher.head:

@@ -60,12 +60,13 @@ class MemoryDecoder:
         """Yield the batches of each request, with images [B, C, H, W] in float32."""
         for request in requests:
             table_4R = self._table(request)
+            targets = {name: send(x.numpy(), self._device) for name, x in request.targets.items()}
             for rows, partners in request.rows_of_batches():
                 ids_B, labels_B, _, _ = table_4R[:, rows].unbind()
                 _, _, firsts_D, flips_D = _columns(table_4R, rows, partners).unbind()
                 drawn = tuple(np.concatenate([each[rows], each[partners]]) for each in request.drawn)
                 images = self._augmenter(self._pixels(firsts_D, flips_D), drawn)
-                batch = Batch(images, labels_B, ids_B, {})
+                batch = Batch(images, labels_B, ids_B, {}, {name: x[rows] for name, x in targets.items()})
                 yield request.mixture.of(rows)(batch) if request.mixture else batch
 
     def _table(self, request: SampleRequest) -> Tensor:

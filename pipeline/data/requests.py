@@ -25,6 +25,7 @@ from pipeline.data.augmenter import Augmenter, Drawn
 from pipeline.data.config import Config
 from pipeline.data.mixer import Mixer, Mixture
 from pipeline.data.read_ahead import CPU
+from pipeline.tasks.multilabel import LABELS
 from shards.read import SplitReader
 
 Columns = Callable[[int], Mapping[str, NDArray]]
@@ -69,6 +70,8 @@ class SampleRequest(NamedTuple):
     labels_B: Tensor
     batch: int
     """Number of rows of each batch; the last may have fewer."""
+    targets: dict[str, Tensor] = {}  # noqa: RUF012
+    """The task's targets, if the shards have any besides the labels."""
     drawn: Drawn = ()
     """Draws of ``data.augment``; empty for images that are not augmented."""
     mixture: Mixture | None = None
@@ -85,7 +88,8 @@ class SampleRequest(NamedTuple):
     def to_batch(self, images_BCHW: Tensor, device: torch.device) -> Batch:
         """Return the batch of a request for a single one, whose images, with the partners', are on ``device``."""
         labels_B, ids_B = (x.to(device, non_blocking=True) for x in (self.labels_B, self.ids_B))
-        batch = Batch(images_BCHW, labels_B, ids_B, {})
+        targets = {name: x.to(device, non_blocking=True) for name, x in self.targets.items()}
+        batch = Batch(images_BCHW, labels_B, ids_B, {}, targets)
         return self.mixture(batch) if self.mixture else batch
 
 
@@ -253,6 +257,7 @@ class BatchSampler:
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
+            self._targets("train", rows),
             self._augmenter.draw(decoded["id"], views),
             mixture,
         )
@@ -269,7 +274,12 @@ class BatchSampler:
             self._host(np.where(real, samples["id"], -1)),
             self._host(np.where(real, samples["label"], -1).astype(np.int64)),
             self.validation_batch,
+            self._targets("val", rows),
         )
+
+    def _targets(self, split: str, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        table = self.readers[split].targets
+        return {} if table is None else {LABELS: self._host(table[rows])}
 
     def _encoded(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
         if not self.encoded:

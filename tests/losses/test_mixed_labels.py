@@ -80,7 +80,7 @@ def test_whole_images_have_the_cross_entropy_of_their_labels():
 def test_a_loss_takes_of_mixed_images_what_it_says(name: str):
     case, spec = example(name), SPECS[name]
     soft_BK = torch.rand(len(case.batch.labels_B), CLASSES, dtype=torch.float64).softmax(1)
-    mixed = case._replace(batch=case.batch._replace(targets={"soft_BK": soft_BK})).parts()
+    mixed = case._replace(batch=case.batch._replace(targets=case.batch.targets | {"soft_BK": soft_BK})).parts()
     reads_soft = any(value != mixed[part] for part, value in case.parts().items())
     assert reads_soft == (spec.loss.mixed_labels == "soft")
 

@@ -19,6 +19,7 @@ from pipeline.batch import Batch, Outputs, Progress
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
+from pipeline.tasks.multilabel import LABELS
 
 NAMES = known_losses()
 # Past every warm-up.
@@ -67,7 +68,8 @@ class Example(NamedTuple):
             features = {stage: x.detach()[rows].requires_grad_() for stage, x in outputs.features.items()}
             return Outputs(outputs.logits_BK.detach()[rows].requires_grad_(), features)
 
-        batch = Batch(*(x[rows] for x in self.batch[:3]), {})
+        targets = {name: x[rows] for name, x in self.batch.targets.items()}
+        batch = Batch(*(x[rows] for x in self.batch[:3]), {}, targets)
         return Example(self.loss, of(self.student), of(self.teacher), batch)
 
 
@@ -134,7 +136,9 @@ def example(
 
         return Outputs(made((CLASSES,)), {stage: made(shape) for stage, shape in shapes.items()})
 
-    batch = Batch(torch.zeros(rows, 3, 4, 4, dtype=dtype), torch.from_numpy(labels), torch.arange(rows), {})
+    several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
+    targets = {LABELS: several} if spec.targets else {}
+    batch = Batch(torch.zeros(rows, 3, 4, 4, dtype=dtype), torch.from_numpy(labels), torch.arange(rows), {}, targets)
     return Example(loss, outputs(student_shapes), outputs(teacher_shapes), batch)
 
 
@@ -161,6 +165,7 @@ class Inputs(NamedTuple):
     labels_by_id: list[int]
     seed: int
     """torch's seed before the loss draws."""
+    targets: dict[str, list[list[int]]]
 
 
 def inputs_of(case: Example, seed: int) -> Inputs:
@@ -175,6 +180,7 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         case.batch.ids_B.tolist(),
         [] if case.loss.facts.labels_by_id is None else case.loss.facts.labels_by_id.tolist(),
         seed,
+        {name: x.tolist() for name, x in case.batch.targets.items()},
     )
 
 

@@ -7,9 +7,7 @@ from typing import Any
 from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
 
-METHODS = [name for name in known_methods() if not name.endswith("_paper_literal")]
-"""All methods but those that have another's losses with another training strategy."""
-WITHOUT_TEACHER = ("ce", "ab")
+WITHOUT_TEACHER = ("ce", "ab", "bce")
 
 
 def losses_of(method: str) -> dict[str, Any]:
@@ -17,9 +15,17 @@ def losses_of(method: str) -> dict[str, Any]:
     return compose(RecipeSource(method_file(method)))["losses"]
 
 
+ALL = [name for name in known_methods() if not name.endswith("_paper_literal")]
+"""All methods but those that have another's losses with another training strategy."""
+MULTILABEL = [name for name in ALL if "bce" in losses_of(name)]
+"""The methods for images of any number of classes."""
+METHODS = [name for name in ALL if name not in MULTILABEL]
+"""The methods for images of one class."""
+
+
 def config_of(loss: str) -> dict[str, Any]:
     """Return the config of a loss: that of the method of its name, or else of another method that uses it."""
-    names = sorted(METHODS, key=lambda name: (name != loss, name))
+    names = sorted(ALL, key=lambda name: (name != loss, name))
     found = next((losses[loss] for losses in map(losses_of, names) if loss in losses), None)
     assert found is not None, f"no method under configs/methods/ uses the loss {loss}"
     return found
