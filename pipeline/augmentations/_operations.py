@@ -21,6 +21,9 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 Fill = tuple[int, int, int]
 """Red, green and blue of what comes from outside an image."""
 
+_LARGEST_IN_32_BITS = 4096
+"""Side in pixels of an image whose coordinates, in fixed point with 16 bits, surely fit into 32 bits."""
+
 
 def adjust_brightness(images_NHWC: Tensor, factors_NP: Tensor) -> Tensor:
     """Return the images between black (factor 0) and themselves (1), or beyond."""
@@ -118,7 +121,8 @@ def affine(images_NHWC: Tensor, parameters_NP: Tensor) -> Tensor:
     count, height, width, channels = images_NHWC.shape
     device = images_NHWC.device
     # Numbers of 32 bits take a fraction of the time of 64; sums of larger images do not fit.
-    dtype = torch.int32 if max(height, width) <= 4096 and count * (height * width + 1) < 2**31 else torch.int64
+    fits = max(height, width) <= _LARGEST_IN_32_BITS and count * (height * width + 1) < 2**31
+    dtype = torch.int32 if fits else torch.int64
     xx, xy, x0, yx, yy, y0 = parameters_NP[:, :_MATRIX].to(dtype).T[:, :, None, None]
     rows, columns = (
         torch.arange(height, dtype=dtype, device=device)[:, None],

@@ -5,6 +5,8 @@ Shape suffixes: R rows of a request, B of a batch, C channels, H W space.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -50,14 +52,17 @@ class Augmenter:
 
     def __call__(self, pixels_BHWC: Tensor, drawn: Drawn) -> Tensor:
         """Return the augmented, normalised images [B, C, H, W] in float32. It may overwrite the pixels."""
-        steps = list(zip(self._augmentations, drawn, strict=bool(drawn)))
-        for augmentation, each in steps:
-            if augmentation.kind == "pixels":
-                pixels_BHWC = augmentation.apply(pixels_BHWC, each)
-        images_BCHW = self.normalized(pixels_BHWC)
-        for augmentation, each in steps:
-            if augmentation.kind == "floats":
-                images_BCHW = augmentation.apply(images_BCHW, each)
+        if not drawn:
+            return self.normalized(pixels_BHWC)
+        steps = list(zip(self._augmentations, drawn, strict=True))
+        with _one_thread(self._device):
+            for augmentation, each in steps:
+                if augmentation.kind == "pixels":
+                    pixels_BHWC = augmentation.apply(pixels_BHWC, each)
+            images_BCHW = self.normalized(pixels_BHWC)
+            for augmentation, each in steps:
+                if augmentation.kind == "floats":
+                    images_BCHW = augmentation.apply(images_BCHW, each)
         return images_BCHW
 
     def normalized(self, pixels_BHWC: Tensor) -> Tensor:
@@ -66,3 +71,17 @@ class Augmenter:
         # The difference is computed in float32, like that of pixels that were converted before.
         images_BCHW = pixels_BHWC.sub(mean_C).div_(std_C).permute(0, 3, 1, 2)
         return images_BCHW if self._config.channels_last else images_BCHW.contiguous()
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Compute on one thread if ``device`` is the CPU: threads that decode would keep those of short kernels waiting."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -122,3 +122,11 @@ def test_an_augmentation_that_leaves_all_images_alone_changes_nothing_but_roundi
     for ours, theirs in zip(everything(open_loader(one)), everything(open_loader(other)), strict=True):
         torch.testing.assert_close(ours.images_BCHW, theirs.images_BCHW, atol=1e-5, rtol=0)
         assert ours.images_BCHW.stride() == theirs.images_BCHW.stride()
+
+
+@pytest.mark.gpu
+def test_a_gpu_augments_to_the_bits_of_the_cpu(small_shards: Path) -> None:
+    config = config_of(small_shards, loader="memory", crop="pad", augment=EVERYTHING)
+    on_cpu, on_gpu = (open_loader(config, batch=6, device=torch.device(name)) for name in ("cpu", "cuda"))
+    for ours, theirs in zip(everything(on_gpu), everything(on_cpu), strict=True):
+        assert torch.equal(ours.images_BCHW.cpu(), theirs.images_BCHW)

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
+from pipeline.augmentations import _operations
 from pipeline.augmentations._operations import OPERATIONS, operation_table
 
 thorough = settings(derandomize=True, deadline=None, max_examples=60)
@@ -102,3 +103,27 @@ def test_every_colour_is_turned_and_mixed_as_pillow_does() -> None:
         found = OPERATIONS[name].kernel(torch.from_numpy(colours), torch.from_numpy(table))
         expected = REFERENCES[name][0](Image.fromarray(colours[0]), value)
         np.testing.assert_array_equal(found[0].numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", ["shear_x", "rotate", "translate_y"])
+def test_large_images_are_moved_in_64_bits_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = drawn_images(0, 5, 61)
+    values = [-0.7, 0.0, 0.3, 0.99, 13.0]
+    expected = ours(name, images, values)
+    monkeypatch.setattr(_operations, "_LARGEST_IN_32_BITS", 60)
+    np.testing.assert_array_equal(ours(name, images, values), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_gpu_gives_the_bits_of_the_cpu(name: str) -> None:
+    low, high = {"posterize": (1, 8), "solarize": (0, 256), "solarize_add": (0, 128), "hue": (-0.5, 0.5)}.get(
+        name, (-1, 1)
+    )
+    images = drawn_images(1, 40, 57)
+    table = operation_table(name, np.linspace(low, high, 40).round(2 if high <= 1 else 0), 57, FILL)
+    on_cpu, on_gpu = (
+        OPERATIONS[name].kernel(torch.from_numpy(images).to(device), torch.from_numpy(table).to(device)).cpu()
+        for device in ("cpu", "cuda")
+    )
+    assert torch.equal(on_cpu, on_gpu)

@@ -24,7 +24,9 @@ from pipeline.training.journal import trace
 Train = Callable[..., None]
 Compare = Callable[..., None]
 METHODS = ("ce", "kd", "ddkd")
-LOADERS = {"dali": {}, "memory": {"loader": "memory", "crop": "pad", "size": 24}}
+MEMORY = {"loader": "memory", "crop": "pad", "size": 24}
+AUGMENT = [{"randaugment": {"ops": 2, "magnitude": 9}}, {"erasing": {"probability": 0.5, "value": "noise"}}]
+LOADERS = {"dali": {}, "memory": MEMORY, "augmented": {**MEMORY, "augment": AUGMENT}}
 SPEEDS = ("images_per_second", "seconds", "side")
 
 
