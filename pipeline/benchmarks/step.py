@@ -40,7 +40,8 @@ def measure_step(
     Warm-up is rounded up to complete lines. Epochs may end meanwhile: a line with an evaluation in it is left out.
     """
     recipe = loaded.recipe
-    in_epoch = training_images(recipe.data.path, manifest, recipe.data.holdout) // recipe.batch
+    images = training_images(recipe.data.path, manifest, recipe.data.holdout)
+    in_epoch = images * recipe.data.repeat // recipe.batch
     if steps > in_epoch:
         raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
     # Warm-up contains the steps before the graph's capture, and the first step, which the journal writes by itself.

@@ -23,6 +23,7 @@ from pipeline.builders.teacher import check_head, teacher_specs
 from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
 from pipeline.data.holdout import used_rows
+from pipeline.data.mixer import unmixed_targets
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context, one_line
@@ -170,6 +171,12 @@ def _initial_norms(norms: dict[str, NormParameters]) -> dict[str, NormParameters
         return {k: NormParameters(torch.ones(n.weight_C.shape), torch.zeros(n.bias_C.shape)) for k, n in norms.items()}
 
 
+def trial_targets(recipe: Recipe, labels_B: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """Return targets of images with those labels, for a trial of the losses: the task's, and those of mixed images."""
+    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes)
+    return blank | unmixed_targets(recipe.data, labels_B, num_classes)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Return the number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -199,7 +206,7 @@ def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     rows, size = recipe.batch // recipe.accumulation, recipe.data.size
     zeros_B = torch.zeros(rows, dtype=torch.int64)
     task = find_task(recipe.task)
-    targets = task.blank_targets(rows, parts.facts.num_classes)
+    targets = trial_targets(recipe, zeros_B, parts.facts.num_classes)
     batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {}, targets)
     teacher = FakeModel(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
     distiller = Distiller(parts.student[1], recipe.losses, parts.facts, task).to("meta")

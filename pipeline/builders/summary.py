@@ -9,7 +9,15 @@ import torch
 
 from pipeline.batch import Batch, Progress
 from pipeline.builders.loader import check_task
-from pipeline.builders.meta import FakeModel, NetworkSummary, ProbedModels, count_parameters, probe, probe_models
+from pipeline.builders.meta import (
+    FakeModel,
+    NetworkSummary,
+    ProbedModels,
+    count_parameters,
+    probe,
+    probe_models,
+    trial_targets,
+)
 from pipeline.config.measured import count_seeds, mean_and_deviation, measured
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.config.source import RecipeSource
@@ -159,7 +167,7 @@ def _run_losses(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dic
     # Images of one pixel: the FakeModels only look at the number of rows.
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     task = find_task(recipe.task)
-    batch = Batch(images_BCHW, zeros_B, zeros_B, {}, task.blank_targets(rows, facts.num_classes))
+    batch = Batch(images_BCHW, zeros_B, zeros_B, {}, trial_targets(recipe, zeros_B, facts.num_classes))
     student = cast(FeatureTaps, FakeModel(facts.student_shapes))
     answers = FakeModel(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
     with error_context("losses"), FlopCounter() as counted:

@@ -189,8 +189,8 @@ def check_head(recipe: Recipe, cache: Cache) -> None:
 
 
 def views_read(recipe: Recipe, cache: Cache) -> int:
-    """Return the number of the cache's views that the run reads: at most one per epoch."""
-    return min(recipe.data.views or cache.header.views, recipe.epochs)
+    """Return the number of the cache's views that the run reads: at most ``data.repeat`` per epoch."""
+    return min(recipe.data.views or cache.header.views, recipe.epochs * recipe.data.repeat)
 
 
 def provenance(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any]:

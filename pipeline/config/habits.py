@@ -13,7 +13,11 @@ _KEYS = {
     "checkpoints.keep": "checkpoint_hist keep_checkpoints save_total_limit",
     "clip": "clip_grad clip_grad_norm clip_norm grad_clip grad_clip_norm gradient_clip gradient_clip_val "
     "gradient_clipping max_grad_norm max_norm",
+    "data.augment": "aa augment augmentation augmentations auto_augment autoaugment color_jitter colorjitter cutmix "
+    "cutmix_alpha cutmix_prob cutout mixup mixup_alpha mixup_prob mixup_switch_prob "
+    "erasing rand_augment randaugment random_erasing reprob trivial_augment trivialaugment trivial_augment_wide",
     "data.channels_last": "memory_format",
+    "data.repeat": "aug_repeats ra_reps ra_sampler repeated_aug repeated_augmentation",
     "data.classes": "n_classes nb_classes num_class num_classes",
     "data.crop": "random_crop random_resized_crop",
     "data.flip": "hflip horizontal_flip random_flip",
@@ -64,9 +68,6 @@ _ANSWERS = {
     "the launcher starts the processes: torchrun --nproc_per_node N, or accelerate launch --num_processes N": "ddp "
     "devices dist_backend dist_url distributed gpu gpus local_rank n_gpus nnodes nproc nproc_per_node num_devices "
     "num_gpus num_nodes num_processes rank world_size",
-    "there is no such augmentation yet; there are data.crop, data.scale, data.ratio, data.pad and data.flip": "aa "
-    "augment augmentation auto_augment autoaugment color_jitter colorjitter cutmix cutmix_alpha cutout mixup "
-    "mixup_alpha rand_augment randaugment random_erasing reprob trivial_augment",
     "the same command continues an interrupted run; student.start.weights is for other initial weights": "auto_resume "
     "ckpt ckpt_path load_from resume resume_from resume_from_checkpoint",
     "every epoch ends with a validation": "check_val_every_n_epoch eval_every eval_freq eval_interval eval_steps "

@@ -131,7 +131,7 @@ class Recipe(FrozenModel):
     accumulation: int = Field(default=1, gt=0, le=2**24)
     """Micro-batches per global batch. Batch statistics are those of a micro-batch over all ranks."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of initialisation, sample order and random draws; ``data.seed`` is that of crops and flips."""
+    """Seed of initialisation, sample order and random draws; ``data.seed`` is that of augmentation."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward passes, by autocast; the weights are float32."""
     optimizer: Optimizer = Optimizer()
@@ -201,6 +201,21 @@ class Recipe(FrozenModel):
             raise ValueError(
                 f"the loss {readers[0]!r} reads what the teacher's head computes, but teacher.head is none; "
                 f"remove the loss or the key{own}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_take_mixed_images(self) -> Recipe:
+        if not self.data.mixes:
+            return self
+        if not find_task(self.task).one_class:
+            raise ValueError(f"data.augment mixes images by their class, which those of task: {self.task} have not")
+        refusing = [name for name, spec in self.losses.items() if spec.refuses_mixed]
+        if refusing:
+            own = ", or set mixed_labels of the loss" if ":" in refusing[0] else ""
+            raise ValueError(
+                f"the loss {refusing[0]!r} reads the class of an image, but data.augment mixes images of two classes; "
+                f"remove the loss, or mixup and cutmix{own}"
             )
         return self
 

@@ -1,8 +1,7 @@
 """The order of an epoch, crops and flips, as pure functions of (seed, epoch or view, id).
 
 Every random number comes from a counter, not from the state of a generator. So a sample's augmentation does not depend
-on its batch, its rank or earlier draws. A run can resume at any step and on any number of ranks. Source: Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+on its batch, its rank or earlier draws. A run can resume at any step and on any number of ranks.
 
 Boxes are (top, left, height, width) in pixels. Shape suffixes: B rows of a batch, N samples of a split.
 """
@@ -12,42 +11,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipeline.philox import Purpose, random_words, uniforms
+
 AUGMENT_VERSION = "philox4x32-10, 1"
-"""Version of the random augmentation. Its number must rise whenever a change alters a sample's crop or flip."""
+"""Version of the random augmentation. Its number must rise whenever a change alters what is drawn for a sample."""
 
-# The purpose of a draw is part of its counter: an order and a crop of one seed must not share random numbers.
-# Attempt i at a crop uses _CROP + i, so _CROP must stay the largest.
-_ORDER, _SHARDS, _FLIP, _PAD, _HOLDOUT, _CROP = 0, 1, 2, 3, 4, 16
 _ATTEMPTS = 10
-
-
-def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Return Philox4x32-10 of each column of ``counter`` [4, …]: four random 32-bit words per column, as [4, …]."""
-    # 64-bit words, because each round needs the upper half of a 32-bit by 32-bit product.
-    mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    x0, x1, x2, x3 = counter.astype(np.uint64)
-    key0, key1 = key
-    for _ in range(10):
-        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
-        x0, x1 = (product1 >> shift) ^ x1 ^ np.uint64(key0), product1 & mask
-        x2, x3 = (product0 >> shift) ^ x3 ^ np.uint64(key1), product0 & mask
-        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([x0, x1, x2, x3]).astype(np.uint32)
-
-
-def random_words(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.uint32]:
-    """Return four random words for each (id, draw), as [4, …]. ``ids`` and ``draw`` broadcast.
-
-    ``seed`` and ids have 64 bits, ``view`` and ``draw`` 32.
-    """
-    ids_64, view_64, draw_64 = np.broadcast_arrays(*(np.asarray(x, np.int64) for x in (ids, view, draw)))
-    counter = np.stack([draw_64, view_64, ids_64, ids_64 >> 32]).astype(np.uint32)
-    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
-
-
-def uniforms(ids: ArrayLike, view: int, draw: ArrayLike, *, seed: int) -> NDArray[np.float64]:
-    """Return four uniform numbers in [0, 1) for each (id, draw), as [4, …]."""
-    return np.ldexp(random_words(ids, view, draw, seed=seed).astype(np.float64), -32)
 
 
 def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int = 0) -> NDArray[np.int64]:
@@ -57,17 +26,17 @@ def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int 
     are shuffled, then the samples within groups of ``shuffle_shards`` shards. This keeps reads local on cold storage.
     """
     shards_N = np.asarray(shards_N)
-    keys_N = _sort_keys(np.arange(len(shards_N)), _ORDER, seed, epoch)
+    keys_N = _sort_keys(np.arange(len(shards_N)), Purpose.ORDER, seed, epoch)
     if shuffle_shards == 0 or len(shards_N) == 0:
         return np.argsort(keys_N, kind="stable")
-    shard_order = np.argsort(_sort_keys(np.arange(shards_N.max() + 1), _SHARDS, seed, epoch), kind="stable")
+    shard_order = np.argsort(_sort_keys(np.arange(shards_N.max() + 1), Purpose.SHARDS, seed, epoch), kind="stable")
     # np.lexsort sorts by its last key first: by the group of shards, then by the random key.
     return np.lexsort([keys_N, shard_order[shards_N] // shuffle_shards])
 
 
 def holdout_keys(ids_N: ArrayLike, *, seed: int) -> NDArray[np.uint64]:
     """Return a random 64-bit number of each id, [N], in whose order images are held out."""
-    return _sort_keys(ids_N, _HOLDOUT, seed, 0)
+    return _sort_keys(ids_N, Purpose.HOLDOUT, seed, 0)
 
 
 def _sort_keys(numbers_N: ArrayLike, draw: int, seed: int, epoch: int) -> NDArray[np.uint64]:
@@ -75,6 +44,15 @@ def _sort_keys(numbers_N: ArrayLike, draw: int, seed: int, epoch: int) -> NDArra
     # Not NumPy's own shuffle, which may give another order in another release.
     high, low, _, _ = random_words(numbers_N, epoch, draw, seed=seed).astype(np.uint64)
     return high << np.uint64(32) | low
+
+
+def repeated(order_N: NDArray[np.int64], times: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return an epoch's rows, each ``times`` times in a row, and how often each of them came before; both [N · times].
+
+    So the views of an image are in one global batch, if ``times`` divides its size, and on different ranks. Source:
+    Hoffer et al., "Augment your batch", CVPR 2020, and Berman et al., "MultiGrain", arXiv:1902.05509.
+    """
+    return np.repeat(order_N, times), np.tile(np.arange(times), len(order_N))
 
 
 def global_batches(order_N: NDArray[np.int64], first: int, end: int, batch: int) -> NDArray[np.int64]:
@@ -92,7 +70,7 @@ def rank_rows(rows: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int6
 
 def random_resized_crop(
     ids_B: ArrayLike,
-    view: int,
+    view: ArrayLike,
     widths_B: ArrayLike,
     heights_B: ArrayLike,
     *,
@@ -103,7 +81,7 @@ def random_resized_crop(
     """Return the boxes [B, 4] of torchvision's RandomResizedCrop: ten attempts at area and ratio, else the centre."""
     # All attempts are drawn for all images at once. Counters have no state, so unused draws affect no later one.
     widths_B, heights_B = np.asarray(widths_B, np.int64), np.asarray(heights_B, np.int64)
-    draws = _CROP + np.arange(_ATTEMPTS)[:, None]
+    draws = Purpose.CROP + np.arange(_ATTEMPTS)[:, None]
     for_area, for_ratio, for_top, for_left = uniforms(ids_B, view, draws, seed=seed)  # [attempts, B] each
     area = widths_B * heights_B * (scale[0] + (scale[1] - scale[0]) * for_area)
     aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * for_ratio)
@@ -125,15 +103,15 @@ def _centre_box(widths_B: NDArray, heights_B: NDArray, ratio: tuple[float, float
     return np.stack([(heights_B - height) // 2, (widths_B - width) // 2, height, width], axis=1)
 
 
-def pad_crop(ids_B: ArrayLike, view: int, *, seed: int, pad: int) -> NDArray[np.int64]:
+def pad_crop(ids_B: ArrayLike, view: ArrayLike, *, seed: int, pad: int) -> NDArray[np.int64]:
     """Return the (top, left) [B, 2] of a crop of the original size from the image padded by ``pad``: 0 … 2·pad."""
-    for_top, for_left, _, _ = uniforms(ids_B, view, _PAD, seed=seed)
+    for_top, for_left, _, _ = uniforms(ids_B, view, Purpose.PAD, seed=seed)
     return np.floor(np.stack([for_top, for_left], axis=1) * (2 * pad + 1)).astype(np.int64)
 
 
-def flips(ids_B: ArrayLike, view: int, *, seed: int, probability: float) -> NDArray[np.bool_]:
+def flips(ids_B: ArrayLike, view: ArrayLike, *, seed: int, probability: float) -> NDArray[np.bool_]:
     """Return a mask [B] of the images that are mirrored left to right."""
-    return uniforms(ids_B, view, _FLIP, seed=seed)[0] < probability
+    return uniforms(ids_B, view, Purpose.FLIP, seed=seed)[0] < probability
 
 
 def resize_and_centre_crop(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.augmentations._registry import Augmentations, find_augmentation
 from pipeline.data.holdout import Holdout
 from pipeline.frozen_model import FrozenModel
 
@@ -13,6 +14,8 @@ MAX_PIXELS = 2**14
 """Largest side of an image, in pixels."""
 MAX_VIEWS = 100_000
 """Largest number of augmented views."""
+MAX_REPEAT = 1000
+"""Largest number of times that an epoch has an image."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 
@@ -57,12 +60,15 @@ class Config(FrozenModel):
     """``pad``: pixels added on each side."""
     flip: Probability = 0.5
     """Probability of mirroring left to right."""
+    augment: Augmentations = ()
+    """Augmentations of training images after crop and flip, in this order, such as
+    ``[{randaugment: {ops: 2, magnitude: 9}}, {erasing: {probability: 0.25}}]``; docs/augmentation.md."""
     mean: tuple[float, float, float]
     """Per-channel mean of red, green and blue, for pixel values in 0 … 1."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Per-channel standard deviation, for pixel values in 0 … 1."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of crops and flips."""
+    """Seed of crops, flips and augmentations."""
     order_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of the order of the samples; null is the recipe's ``seed``. Runs with the same value see the same batches,
     whatever their ``seed``."""
@@ -73,6 +79,9 @@ class Config(FrozenModel):
     test images. Recipes that this one compares with, or starts from, get the same. A teacher keeps its own."""
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     """Number of augmented views of every image, used in turn; null draws a new view every epoch."""
+    repeat: int = Field(default=1, gt=0, le=MAX_REPEAT)
+    """Times that an epoch has every image, each in a view of its own and all in one global batch. An epoch is as many
+    times longer."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
     run may continue with another. A library may choose other kernels for another size, whose logits differ in their
@@ -113,9 +122,16 @@ class Config(FrozenModel):
 
     @property
     def for_validation(self) -> Config:
-        """Return the settings with which validation images are decoded: their ``size`` is that of validation."""
-        return self.model_copy(update={"size": self.validation_size or self.size, "validation_size": None})
+        """Return the settings with which validation images are decoded: of their own size, without augmentation."""
+        changed = {"size": self.validation_size or self.size, "validation_size": None, "augment": ()}
+        return self.model_copy(update=changed)
 
-    def view(self, epoch: int) -> int:
-        """Return the view of the images that an epoch uses."""
-        return epoch if self.views is None else epoch % self.views
+    @property
+    def mixes(self) -> bool:
+        """Return whether training images are mixed with others, so that they have two classes."""
+        return any(find_augmentation(entry.name).kind == "mixtures" for entry in self.augment)
+
+    def view(self, epoch: int, repetition: int = 0) -> int:
+        """Return the view in which an epoch has an image for the ``repetition``-th time, counted from 0."""
+        number = epoch * self.repeat + repetition
+        return number if self.views is None else number % self.views

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline import nvjpeg
 from pipeline.batch import Batch
+from pipeline.data.augmenter import Augmenter
 from pipeline.data.config import Config
 from pipeline.data.jpeg_engine import uses_engine
 from pipeline.data.loader_settings import LoaderSettings
@@ -92,6 +93,7 @@ class DaliDecoder:
         self._config = config
         self._device = device
         self._batch = batch
+        self._augmenter = Augmenter(config, device)
         # The engine gets as many images of every batch as the first batch had (nvImageCodec, ``assigned_batch_size_``).
         self._fills_next = uses_engine(config, device)
         # DALI pulls its inputs from a callback that is fixed when the graph is built. A new stream therefore replaces
@@ -114,7 +116,7 @@ class DaliDecoder:
             request = self._in_flight.popleft().request
             if len(images) > len(request.rows_B):  # the engine's first batch
                 images = images[: len(request.rows_B)]
-            yield request.to_batch(images, self._device)
+            yield request.to_batch(self._finished(images, request), self._device)
             if self._requests is not requests:
                 raise RuntimeError("another stream of this loader has begun; use one stream at a time")
 
@@ -147,6 +149,12 @@ class DaliDecoder:
                 f"data.path: {describe_sample(self._reader, row)} cannot be decoded; "
                 f"shards/verify.py {self._reader.folder} lists what is wrong"
             ) from error
+        return images
+
+    def _finished(self, images: Tensor, request: SampleRequest) -> Tensor:
+        """Return the images of the graph as those of a batch, [B, C, H, W]."""
+        if self._config.augment:
+            return self._augmenter(images, request.drawn)
         # With channels_last DALI returns NHWC; the permuted view has shape NCHW and memory format channels_last.
         return images.permute(0, 3, 1, 2) if self._config.channels_last else images
 
@@ -180,7 +188,10 @@ class DaliDecoder:
 def create_pipeline(
     source: Callable[[], Inputs], config: Config, batch: int, settings: LoaderSettings, device: torch.device
 ) -> Pipeline:
-    """Return a DALI pipeline that turns the inputs from ``source`` into normalised images. Its first run builds it."""
+    """Return a DALI pipeline that turns the inputs from ``source`` into normalised images. Its first run builds it.
+
+    With ``data.augment`` it ends before normalisation, with the images as uint8 [H, W, C].
+    """
     pipeline = new_pipeline(batch, settings, device)
     with pipeline:
         # ``no_copy`` saves a copy of every encoded image; ``InFlight`` keeps the arrays alive in return.
@@ -202,7 +213,10 @@ def create_pipeline(
         images = fn.slice(
             images, start=crops, shape=(config.size, config.size), axes=(0, 1), out_of_bounds_policy="pad"
         )
-        pipeline.set_outputs(normalized(images, flips, config))
+        if config.augment:
+            pipeline.set_outputs(fn.flip(images, horizontal=flips))
+        else:
+            pipeline.set_outputs(normalized(images, flips, config))
     return pipeline
 
 
@@ -234,7 +248,7 @@ def normalized(images: Any, flips: Any, config: Config) -> Any:
 
 
 def run(pipeline: Pipeline, device: torch.device) -> Tensor:
-    """Return the next images of a pipeline, in its own layout. Raises StopIteration after the last."""
+    """Return the next images of a pipeline, in its own layout and dtype. Raises StopIteration after the last."""
     if device.type != "cuda":
         (images,) = pipeline.run()
         return torch.from_dlpack(images.as_tensor())
@@ -243,7 +257,7 @@ def run(pipeline: Pipeline, device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device)
     (images,) = pipeline.run(stream)
     dense = images.as_tensor()
-    copy = torch.empty(dense.shape(), dtype=torch.float32, device=device)
+    copy = torch.empty(dense.shape(), dtype=_dali.plugin.pytorch.to_torch_type[dense.dtype], device=device)
     return feed_ndarray(dense, copy, cuda_stream=stream)
 
 

@@ -19,6 +19,7 @@ from pipeline.data import augment, memory, synthetic
 from pipeline.data.config import Config
 from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
+from pipeline.data.mixer import partners
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
 from shards.manifest import Manifest
@@ -153,9 +154,10 @@ def create_loader(
     opened = {source: _open(config, source, manifest) for source in dict.fromkeys(sources.values())}
     readers = {split: opened[source] for split, source in sources.items()}
     rows = {split: used_rows(reader, config.holdout, split) for split, reader in readers.items()}
-    if "train" in rows and len(rows["train"]) < batch:
+    if "train" in rows and len(rows["train"]) * config.repeat < batch:
+        times = f"{config.repeat} × " if config.repeat > 1 else ""
         raise ValueError(
-            f"data.path: {config.path} has {len(rows['train'])} training samples, fewer than one global "
+            f"data.path: {config.path} has {times}{len(rows['train'])} training samples, fewer than one global "
             f"batch: {batch}; lower batch or prepare more samples"
         )
     encoded, pin = config.loader == "dali", device.type == "cuda"
@@ -172,6 +174,10 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
     crop_keys = ("pad",) if config.crop == "pad" else ("scale", "ratio")
     keys = ("size", "crop", *crop_keys, "flip", "mean", "std", "seed")
     values = {key: getattr(config, key) for key in keys}
+    if config.augment:  # caches that were written before this key have none
+        values["augment"] = config.model_dump(mode="json", include={"augment"})["augment"]
+    if config.mixes:
+        values["partners"] = partners(config)
     return {**values, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
 
 
@@ -217,7 +223,7 @@ def _check_sides(config: Config, reader: SplitReader) -> None:
 
 def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch.device) -> dict[str, Decoder]:
     """Return a decoder for each split."""
-    config, batches = plan.config, {"train": plan.micro_batch, "val": plan.validation_batch}
+    config, batches = plan.config, {"train": plan.decoded_rows, "val": plan.validation_batch}
     configs = {"train": config, "val": config.for_validation}
     if config.loader == "synthetic":
         return {split: synthetic.SyntheticDecoder(configs[split], batches[split], device) for split in plan.readers}

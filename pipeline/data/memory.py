@@ -3,8 +3,8 @@
 The augmentation and the order of samples are those of the other decoders. A request is a table of many batches, which
 is sent to the device once. A batch is then a slice of it and the gather of its pixels.
 
-Shape suffixes: R rows of a request, B of a batch, N of a split, P pixels of all padded images. H, W and C are as
-stored.
+Shape suffixes: R rows of a request, B of a batch, D images that are gathered for it, N of a split. P pixels of all
+padded images; H, W and C are as stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.augmentations._base import send
 from pipeline.batch import Batch
+from pipeline.data.augmenter import Augmenter
 from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest, describe_sample
 from shards.read import SplitReader
@@ -48,7 +50,7 @@ class MemoryDecoder:
         images_NHWC = torch.from_numpy(decode_split(reader, config.size)).to(device)
         # F.pad counts from the last dimension: no padding of C, ``pad`` on both sides of W and of H.
         self._pixels_PC = F.pad(images_NHWC, (0, 0, *[config.pad] * 4)).flatten(0, 2)
-        self._mean_C, self._std_C = (255 * torch.tensor(values, device=device) for values in (config.mean, config.std))
+        self._augmenter = Augmenter(config, device)
         along = torch.arange(config.size, device=device)
         plain_HW = along[:, None] * self._side + along
         self._offsets_2HW = torch.stack([plain_HW, plain_HW.flip(1)])
@@ -57,33 +59,39 @@ class MemoryDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batches of each request, with images [B, C, H, W] in float32."""
         for request in requests:
-            targets = {name: self._sent(x).split(request.batch) for name, x in request.targets.items()}
-            for number, table_4B in enumerate(self._table(request).split(request.batch, dim=1)):
-                ids_B, labels_B, firsts_B, flips_B = table_4B.unbind()
-                of_batch = {name: parts[number] for name, parts in targets.items()}
-                yield Batch(self._images(firsts_B, flips_B), labels_B, ids_B, {}, of_batch)
+            table_4R = self._table(request)
+            targets = {name: send(x.numpy(), self._device) for name, x in request.targets.items()}
+            for rows, partners in request.rows_of_batches():
+                ids_B, labels_B, _, _ = table_4R[:, rows].unbind()
+                _, _, firsts_D, flips_D = _columns(table_4R, rows, partners).unbind()
+                drawn = tuple(np.concatenate([each[rows], each[partners]]) for each in request.drawn)
+                images = self._augmenter(self._pixels(firsts_D, flips_D), drawn)
+                batch = Batch(images, labels_B, ids_B, {}, {name: x[rows] for name, x in targets.items()})
+                yield request.mixture.of(rows)(batch) if request.mixture else batch
 
     def _table(self, request: SampleRequest) -> Tensor:
-        """Return each row's id, label, first pixel of its crop, and 1 if it is mirrored, as int64 [4, R]."""
+        """Return each row's id, label, first pixel of its crop, and 1 if it is mirrored, as int64 [4, R].
+
+        A partner of a mixed image has the id and label −1.
+        """
         tops_R, lefts_R = (request.geometry.crops_B2 + self._config.pad).T
         firsts_R = (request.rows_B * self._side + tops_R) * self._side + lefts_R
-        rows_4R = np.stack([request.ids_B, request.labels_B, firsts_R, request.geometry.flips_B])
-        return self._sent(torch.from_numpy(rows_4R))
+        table_4R = np.full((4, len(firsts_R)), -1)
+        table_4R[:2, : len(request.ids_B)] = request.ids_B, request.labels_B
+        table_4R[2:] = firsts_R, request.geometry.flips_B
+        return send(table_4R, self._device)
 
-    def _sent(self, x: Tensor) -> Tensor:
-        """Return a tensor of the host on the device."""
-        if self._device.type == "cuda":  # a copy from unpinned memory would wait for all queued work of the GPU
-            x = x.pin_memory()
-        return x.to(self._device, non_blocking=True)
-
-    def _images(self, firsts_B: Tensor, flips_B: Tensor) -> Tensor:
-        """Gather, mirror and normalise the crops that begin at those pixels."""
+    def _pixels(self, firsts_B: Tensor, flips_B: Tensor) -> Tensor:
+        """Gather and mirror the crops that begin at those pixels, uint8 [B, H, W, C]."""
         # One flat index per pixel takes a third of the time of indexing by image, row and column.
         numbers_BHW = self._offsets_2HW.index_select(0, flips_B).add_(firsts_B[:, None, None])
-        pixels_BHWC = self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
-        # The difference is computed in float32, like that of pixels that were converted before.
-        images_BCHW = pixels_BHWC.sub(self._mean_C).div_(self._std_C).permute(0, 3, 1, 2)
-        return images_BCHW if self._config.channels_last else images_BCHW.contiguous()
+        return self._pixels_PC.index_select(0, numbers_BHW.flatten()).view(*numbers_BHW.shape, 3)
+
+
+def _columns(table_4R: Tensor, rows: slice, partners: slice) -> Tensor:
+    """Return the columns of the images to gather for a batch, a view unless some have partners."""
+    own = table_4R[:, rows]
+    return own if partners.start == partners.stop else torch.cat([own, table_4R[:, partners]], dim=1)
 
 
 def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:

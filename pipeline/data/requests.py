@@ -11,16 +11,20 @@ import mmap
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
+from pipeline.data.augmenter import Augmenter, Drawn
 from pipeline.data.config import Config
+from pipeline.data.mixer import Mixer, Mixture
+from pipeline.data.read_ahead import CPU
 from pipeline.tasks.multilabel import LABELS
 from shards.read import SplitReader
 
@@ -57,7 +61,8 @@ class SampleRequest(NamedTuple):
     """
 
     rows_B: NDArray[np.int64]
-    """Row numbers in the split's sample table."""
+    """Row numbers in the split's sample table. Those of the partners of mixed images are behind those of the batches;
+    so are their geometry, encoded images and draws."""
     geometry: Geometry
     encoded: list[NDArray[np.uint8]]
     """The encoded images, in memory; empty for a loader that does not decode."""
@@ -67,16 +72,29 @@ class SampleRequest(NamedTuple):
     """Number of rows of each batch; the last may have fewer."""
     targets: dict[str, Tensor] = {}  # noqa: RUF012
     """The task's targets, if the shards have any besides the labels."""
+    drawn: Drawn = ()
+    """Draws of ``data.augment``; empty for images that are not augmented."""
+    mixture: Mixture | None = None
+    """How the images are mixed; None if they are not."""
+
+    def rows_of_batches(self) -> Iterator[tuple[slice, slice]]:
+        """Yield the rows of each batch, and those of its images' partners."""
+        count = len(self.ids_B)
+        for start in range(0, count, self.batch):
+            rows = slice(start, min(start + self.batch, count))
+            partners = self.mixture.partners_of(rows) if self.mixture else slice(0, 0)
+            yield rows, slice(count + partners.start, count + partners.stop)
 
     def to_batch(self, images_BCHW: Tensor, device: torch.device) -> Batch:
-        """Return the batch of a request for a single one, whose images are on ``device``."""
+        """Return the batch of a request for a single one, whose images, with the partners', are on ``device``."""
         labels_B, ids_B = (x.to(device, non_blocking=True) for x in (self.labels_B, self.ids_B))
         targets = {name: x.to(device, non_blocking=True) for name, x in self.targets.items()}
-        return Batch(images_BCHW, labels_B, ids_B, {}, targets)
+        batch = Batch(images_BCHW, labels_B, ids_B, {}, targets)
+        return self.mixture(batch) if self.mixture else batch
 
 
-def training_geometry(config: Config, samples_B: NDArray, view: int) -> Geometry:
-    """Return the random geometry of rows of a sample table for one view."""
+def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Geometry:
+    """Return the random geometry of rows of a sample table, for one view or a view of each row."""
     ids, widths, heights = samples_B["id"], samples_B["width"], samples_B["height"]
     flips = augment.flips(ids, view, seed=config.seed, probability=config.flip)
     if config.crop == "pad":
@@ -136,10 +154,24 @@ class BatchSampler:
     pin: bool = False
     """Whether host tensors are pinned, for a GPU."""
 
+    @cached_property
+    def _augmenter(self) -> Augmenter:
+        return Augmenter(self.config, CPU)
+
+    @cached_property
+    def _mixer(self) -> Mixer:
+        reader = self.readers["train"]
+        return Mixer(self.config, reader.samples, self.rows["train"], reader.manifest.num_classes)
+
     @property
     def micro_batch(self) -> int:
         """Return the number of rows of a training request."""
         return rows_per_rank(self.batch, self.world, self.accumulation)
+
+    @property
+    def decoded_rows(self) -> int:
+        """Return the largest number of images of a training request of one batch, with those that are mixed in."""
+        return self.micro_batch * (2 if self.config.mixes else 1)
 
     @property
     def validation_batch(self) -> int:
@@ -149,20 +181,20 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of complete global batches in an epoch."""
-        return len(self.rows["train"]) // self.batch
+        return len(self.rows["train"]) * self.config.repeat // self.batch
 
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
         """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for rows, view in self._parts(progress, epochs, self._request_rows(self.micro_batch)):
-                yield self._training_request(rows, view, self.micro_batch, pool)
+            for rows, views in self._parts(progress, epochs, self._request_rows(self.micro_batch)):
+                yield self._training_request(rows, views, self.micro_batch, pool)
 
     def extra(self, progress: Progress, epochs: int) -> Generator[dict[str, Tensor], None, None]:
         """Yield the rows of ``columns`` by name for each micro-batch of ``training``, on the host."""
         ids_N = self.readers["train"].samples["id"]
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for rows, view in self._parts(progress, epochs, self.micro_batch):
-                yield self._extra(ids_N[rows], view, pool)
+            for rows, views in self._parts(progress, epochs, self.micro_batch):
+                yield self._extra(ids_N[rows], views, pool)
 
     def views(self, parts: Iterable[tuple[NDArray[np.int64], int]]) -> Generator[SampleRequest, None, None]:
         """Yield a request for each (rows of the training split, view)."""
@@ -188,30 +220,46 @@ class BatchSampler:
         # Draws for 64 rows at a time take thirty times as long as for all of an epoch.
         return max(_TABLE_ROWS // batch, 1) * batch if self.config.loader == "memory" else batch
 
-    def _parts(self, progress: Progress, epochs: int, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """Yield this rank's rows in the order of training, up to ``size`` of an epoch at a time, and their view."""
+    def _parts(
+        self, progress: Progress, epochs: int, size: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield this rank's rows in the order of training, up to ``size`` of an epoch at a time, and their views."""
         used = self.rows["train"]
         shards = self.readers["train"].samples["shard"][used]
         for epoch in range(progress.epoch, epochs):
             order = used[augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)]
+            views = np.array([self.config.view(epoch, repetition) for repetition in range(self.config.repeat)])
+            numbers, repetitions = augment.repeated(order, self.config.repeat)
             first = progress.step_in_epoch if epoch == progress.epoch else 0
-            rest = augment.global_batches(order, first, self.steps_per_epoch, self.batch)
-            rows = augment.rank_rows(rest, self.rank, self.world)
-            for start in range(0, len(rows), size):
-                yield rows[start : start + size], self.config.view(epoch)
+            ours = [self._share(column, first) for column in (numbers, views[repetitions])]
+            for start in range(0, len(ours[0]), size):
+                rows_B, views_B = (column[start : start + size] for column in ours)
+                yield rows_B, views_B
+
+    def _share(self, column: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+        """Return this rank's part of a column of an epoch, from step ``first`` on."""
+        rest = augment.global_batches(column, first, self.steps_per_epoch, self.batch)
+        return augment.rank_rows(rest, self.rank, self.world)
 
     def _training_request(
-        self, rows: NDArray[np.int64], view: int, batch: int, pool: ThreadPoolExecutor
+        self, rows: NDArray[np.int64], view: ArrayLike, batch: int, pool: ThreadPoolExecutor
     ) -> SampleRequest:
-        samples = self.readers["train"].samples[rows]
+        samples, views = self.readers["train"].samples[rows], np.broadcast_to(view, len(rows))
+        mixture, decoded, decoded_rows = self._mixer.draw(samples["id"], views), samples, rows
+        if mixture:
+            decoded_rows = np.concatenate([rows, mixture.partners_P])
+            decoded = self.readers["train"].samples[decoded_rows]
+            views = np.concatenate([views, views[mixture.places_P]])
         return SampleRequest(
-            rows,
-            training_geometry(self.config, samples, view),
-            self._encoded("train", rows, pool),
+            decoded_rows,
+            training_geometry(self.config, decoded, views),
+            self._encoded("train", decoded_rows, pool),
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
             self._targets("train", rows),
+            self._augmenter.draw(decoded["id"], views),
+            mixture,
         )
 
     def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
@@ -241,20 +289,19 @@ class BatchSampler:
         list(pool.map(_read_into_memory, [views[start::_READS_AT_ONCE] for start in range(_READS_AT_ONCE)]))
         return views
 
-    def _extra(self, ids: NDArray[np.int64], view: int, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
-        columns = self.columns(view) if self.columns else {}
-        if short := [name for name, column in columns.items() if len(column) <= ids.max()]:
-            raise ValueError(f"{short[0]} has {len(columns[short[0]])} rows, but id {ids.max()} is requested")
-        extra = {name: self._empty(len(ids), column) for name, column in columns.items()}
-
-        def take(part: slice) -> None:
-            for name, column in columns.items():
-                # mode="clip" writes directly into ``out``; the default mode="raise" copies through a buffer.
-                # The ids were checked above, so that nothing is clipped.
-                column.take(ids[part], axis=0, out=extra[name].numpy()[part], mode="clip")
-
+    def _extra(self, ids: NDArray[np.int64], views: NDArray[np.int64], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
+        if self.columns is None:
+            return {}
+        # Rows of one view are taken together. With ``repeat``, a batch has several.
+        of_views = {view: self.columns(view) for view in np.unique(views).tolist()}
+        first = next(iter(of_views.values()))
+        if short := [name for name, column in first.items() if len(column) <= ids.max()]:
+            raise ValueError(f"{short[0]} has {len(first[short[0]])} rows, but id {ids.max()} is requested")
+        extra = {name: self._empty(len(ids), column) for name, column in first.items()}
         size = -(-len(ids) // _READS_AT_ONCE)
-        list(pool.map(take, [slice(start, start + size) for start in range(0, len(ids), size)]))
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        arrays = {name: tensor.numpy() for name, tensor in extra.items()}
+        list(pool.map(lambda part: _take(of_views, ids[part], views[part], _rows_of(arrays, part)), parts))
         return extra
 
     def _host(self, array: NDArray) -> Tensor:
@@ -267,6 +314,25 @@ class BatchSampler:
         """Return an uninitialised host tensor with ``rows`` rows of the shape and dtype of an array's rows."""
         dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
         return torch.empty((rows, *like.shape[1:]), dtype=dtype, pin_memory=self.pin)
+
+
+def _rows_of(arrays: Mapping[str, NDArray], part: slice) -> dict[str, NDArray]:
+    """Return those rows of each array, as views."""
+    return {name: array[part] for name, array in arrays.items()}
+
+
+def _take(
+    of_views: Mapping[int, Mapping[str, NDArray]], ids_B: NDArray, views_B: NDArray, out: Mapping[str, NDArray]
+) -> None:
+    """Write the columns' rows of those ids, each at its view, into ``out``; all ids have a row."""
+    for view, columns in of_views.items():
+        at = np.flatnonzero(views_B == view)
+        for name, column in columns.items():
+            # mode="clip" writes directly into ``out``; the default mode="raise" copies through a buffer.
+            if len(at) == len(ids_B):
+                column.take(ids_B, axis=0, out=out[name], mode="clip")
+            elif len(at):
+                out[name][at] = column.take(ids_B[at], axis=0, mode="clip")
 
 
 def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:

@@ -34,4 +34,6 @@ class SyntheticDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batch of each request, with one image per row, [B, C, H, W] in float32."""
         for request in requests:
-            yield request.to_batch(self._images_BCHW[: len(request.rows_B)], self._device)
+            images_BCHW = self._images_BCHW[: len(request.rows_B)]
+            # A copy, because mixing overwrites its images.
+            yield request.to_batch(images_BCHW.clone() if request.mixture else images_BCHW, self._device)

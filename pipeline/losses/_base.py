@@ -92,6 +92,9 @@ class Loss(nn.Module):
     needs_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = True
     """Whether the loss reads ``batch.labels_B``, an image's only class, which a task with several has not."""
+    mixed_labels: ClassVar[Literal["soft", "dominant"] | None] = None
+    """What a loss that reads labels takes of an image that is mixed from two. ``soft``: the shares of both classes,
+    which are ``batch.targets["soft_BK"]``. ``dominant``: ``labels_B``, the class of the larger share. None refuses."""
     targets: ClassVar[frozenset[str]] = frozenset()
     """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
 

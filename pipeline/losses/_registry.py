@@ -39,7 +39,13 @@ class LossSpec:
     @property
     def reads_labels(self) -> bool:
         """Return whether this loss or an inner one reads an image's only class."""
-        return _reads_labels(self.loss) or any(spec.reads_labels for spec in self._inner)
+        return _declared(self.loss, "reads_labels", True) or any(spec.reads_labels for spec in self._inner)
+
+    @property
+    def refuses_mixed(self) -> bool:
+        """Return whether this loss or an inner one reads a class, but cannot learn from an image of two."""
+        own = _declared(self.loss, "reads_labels", True) and _declared(self.loss, "mixed_labels", None) is None
+        return own or any(spec.refuses_mixed for spec in self._inner)
 
     @property
     def targets(self) -> frozenset[str]:
@@ -51,14 +57,14 @@ class LossSpec:
         return [value for _, value in self.config if isinstance(value, LossSpec)]
 
 
-def _reads_labels(loss: type[Loss]) -> bool:
-    """Return what the class says of the labels, which does not hold for a subclass that computes something else."""
+def _declared(loss: type[Loss], name: str, default: Any) -> Any:
+    """Return an attribute of a loss's class, but ``default`` for a subclass that computes something else."""
     for base in loss.__mro__:
-        if "reads_labels" in vars(base):
-            return base.reads_labels  # type: ignore[attr-defined]
+        if name in vars(base):
+            return vars(base)[name]
         if {"forward", "parts"} & vars(base).keys():
-            return True
-    return True
+            return default
+    return default
 
 
 def known_losses() -> list[str]:

@@ -34,7 +34,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.distributed.collectives import all_reduce_mean, gather_rows
+from pipeline.distributed.collectives import all_reduce_mean, gather_rows, world_size
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._stages import StageChoice, stage_names, stage_taps
 from pipeline.precision import checkpointed
@@ -104,6 +104,15 @@ def update_bank_(bank_ND: Tensor, ids_B: Tensor, embeddings_BD: Tensor, momentum
     old_BD = bank_ND[ids_B]
     new_BD = F.normalize(momentum * old_BD + (1 - momentum) * embeddings_BD[last_B].to(bank_ND.dtype))
     bank_ND.index_copy_(0, ids_B, torch.where(new_BD.isfinite().all(1, keepdim=True), new_BD, old_BD))
+
+
+def in_global_order(gathered: Tensor) -> Tensor:
+    """Return the rows of all ranks, which are gathered rank by rank, in the order of the global batch.
+
+    A rank has every ``world_size()``-th row. With ``data.repeat``, an id is several times in a batch. The embedding
+    that counts must then be the same one for any number of ranks.
+    """
+    return gathered.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)
 
 
 class NegativeSampler(nn.Module):
@@ -235,8 +244,9 @@ class CRD(Loss):
         """Store the normalisers, and update the banks with the global batch's embeddings, equally on every rank."""
         if not self.pending:
             return
-        ids_B = gather_rows(torch.cat([micro.ids_B for micro in self.pending]), equal=True)
-        of_both_B2D = gather_rows(torch.cat([micro.embeddings_B2D for micro in self.pending]), equal=True)
+        ids_B = in_global_order(gather_rows(torch.cat([micro.ids_B for micro in self.pending]), equal=True))
+        both_B2D = torch.cat([micro.embeddings_B2D for micro in self.pending])
+        of_both_B2D = in_global_order(gather_rows(both_B2D, equal=True))
         of_student_BD, of_teacher_BD = of_both_B2D.chunk(2, 1)
         update_bank_(self.student_bank, ids_B, of_student_BD, self.config.momentum)
         update_bank_(self.teacher_bank, ids_B, of_teacher_BD, self.config.momentum)

@@ -39,7 +39,12 @@ def split_at_label(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]
 
 
 class DKD(Loss):
-    """KD with separate weights for the label's class and the other classes. It needs hard labels."""
+    """KD with separate weights for the label's class and the other classes.
+
+    It needs hard labels: of a mixed image it takes the class of the larger share.
+    """
+
+    mixed_labels = "dominant"
 
     class Config(Loss.Config):
         """The config of DKD, such as ``{alpha: 1.0, beta: 8.0, temperature: 4.0, ramp: {linear_epochs: 20}}``."""

@@ -103,6 +103,7 @@ def _view_logits(members: Sequence[ConcurrentRun]) -> dict[AnyTeacher, ViewLogit
         if teacher is None or config is None or isinstance(teacher, EMATeacher | CachedTeacher):
             continue
         loaders = {other.loader for other in sessions if other.teacher is teacher}
-        if len(loaders) > 1 and session.recipe.data.loader != "dali":
+        # With ``repeat``, a batch has images of several views.
+        if len(loaders) > 1 and session.recipe.data.loader != "dali" and session.recipe.data.repeat == 1:
             found[teacher] = ViewLogits(teacher, session.loader, config.batch or 1)
     return found

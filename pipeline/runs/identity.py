@@ -34,6 +34,7 @@ _OPTIONS = {
     "task": "classification",
     "order_seed": None,
     "holdout": None,
+    "repeat": 1,
     "validation_size": None,
     "size": None,
     "hw_decoder_load": 0,
@@ -52,6 +53,7 @@ _OPTIONS = {
     "power": None,
     "unit": "step",
     "warmup": False,
+    "augment": [],
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

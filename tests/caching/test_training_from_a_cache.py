@@ -29,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., None]
 
 
-def assert_same_run(one: Path, other: Path, epochs: int = 2) -> None:
+def assert_same_run(one: Path, other: Path, epochs: int = 2, repeat: int = 1) -> None:
     """Compare the lines of the journal, and every weight of the student."""
     lines = trace(one / "journal.jsonl")
-    assert len(lines) == 6 * epochs  # five steps and an evaluation each
+    assert len(lines) == (5 * repeat + 1) * epochs  # five steps and an evaluation each
     assert lines == trace(other / "journal.jsonl")
     weights, others = load_file(one / "student.safetensors"), load_file(other / "student.safetensors")
     assert all(weights[key].equal(others[key]) for key in weights)
@@ -47,6 +47,26 @@ def test_each_method_learns_the_same_as_from_the_live_teacher(
     (place / "teacher.safetensors").unlink()  # the cache takes its place
     run_train(f"{method}.yaml", f"teacher.cache={written}", "folder=cached")
     assert_same_run(place / "live", place / "cached")
+
+
+AUGMENT = (
+    "data.augment=[{randaugment: {ops: 2, magnitude: 9}}, {color_jitter: {hue: 0.1}}, {erasing: {probability: 0.5}}]"
+)
+
+
+def test_augmented_views_are_answered_as_the_live_teacher_answers_them(
+    place: Path, run_cache: Command, run_train: Command
+):
+    words = ["kd.yaml", AUGMENT, "data.views=2"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "epochs=3", "folder=live"])
+    run_cache(*words, "teacher.cache=cache")
+    run_train(*words, "epochs=3", "teacher.cache=cache", "folder=cached")
+    assert_same_run(place / "live", place / "cached", epochs=3)
+    plain = ["kd.yaml", "data.views=2", "teacher.cache=cache"]
+    for changed in ("data.augment=[]", AUGMENT.replace("0.5", "0.4"), "data.augment=[{trivialaugment: {}}]"):
+        with pytest.raises(RecipeError, match=r"different settings: data\.augment"):
+            run_train(*plain, changed)
 
 
 def test_rounding_to_float16_is_what_differs_from_the_live_teacher(written: Path, place: Path, run_train: Command):
@@ -103,6 +123,61 @@ def test_more_epochs_than_views_see_the_views_again(written: Path, place: Path, 
     assert_same_run(place / "live", place / "cached", epochs=3)
 
 
+def test_an_epoch_with_every_image_twice_reads_two_views_of_the_cache(written: Path, place: Path, run_train: Command):
+    words = ["kd.yaml", "epochs=1", "data.repeat=2"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_train(*words, f"teacher.cache={written}", "folder=cached", "stop.steps=7")
+    run_train(*words, f"teacher.cache={written}", "folder=cached")
+    assert_same_run(place / "live", place / "cached", epochs=1, repeat=2)
+
+
+MIXING = "data.augment=[{trivialaugment: {}}, {mixup: {alpha: 0.8}}, {cutmix: {alpha: 1.0, probability: 0.5}}]"
+
+
+@pytest.mark.parametrize("method", ["kd", "all"])
+def test_mixed_images_have_the_answers_of_the_live_teacher(
+    method: str, place: Path, run_cache: Command, run_train: Command
+):
+    words = [f"{method}.yaml", MIXING, "data.repeat=2"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_cache(*words, "teacher.cache=mixed")
+    run_train(*words, "teacher.cache=mixed", "folder=cached", "stop.steps=7")
+    run_train(*words, "teacher.cache=mixed", "folder=cached")
+    assert_same_run(place / "live", place / "cached", repeat=2)
+
+
+def test_two_ranks_learn_the_same_from_a_cache_of_mixed_images(place: Path, run_cache: Command, ranks: Ranks):
+    ranks(rounded_teacher.train, place, ["all.yaml", MIXING, "folder=live"])
+    run_cache("all.yaml", MIXING, "teacher.cache=mixed")
+    ranks(training_on_ranks.train, place, ["all.yaml", MIXING, "teacher.cache=mixed", "folder=cached"])
+    assert_same_run(place / "live", place / "cached")
+
+
+def test_partners_of_a_cache_are_those_of_the_run_that_holds_images_out(
+    place: Path, run_cache: Command, run_train: Command
+):
+    words = ["kd.yaml", MIXING, "data.holdout.share=0.3"]
+    with one_core():
+        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    run_cache(*words, "teacher.cache=mixed")
+    run_train(*words, "teacher.cache=mixed", "folder=cached")
+    live, cached = (trace(place / name / "journal.jsonl") for name in ("live", "cached"))
+    assert live == cached
+    assert len(live) == 2 * (3 + 1)  # three steps of 40 images and an evaluation, twice
+
+
+def test_a_cache_of_other_mixtures_is_refused(written: Path, place: Path, run_cache: Command, run_train: Command):
+    with pytest.raises(RecipeError, match=r"different settings: data\.augment"):
+        run_train("kd.yaml", MIXING, f"teacher.cache={written}")
+    run_cache("kd.yaml", MIXING, "teacher.cache=mixed")
+    with pytest.raises(
+        RecipeError, match=r"different settings: data\.partners \(all training images, here all but 0\.5"
+    ):
+        run_train("kd.yaml", MIXING, "teacher.cache=mixed", "data.holdout.share=0.5")
+
+
 def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path, run_train: Command):
     for file in copied.glob("view-01.*"):
         file.unlink()
@@ -115,6 +190,7 @@ def test_fewer_epochs_than_views_need_no_more_of_them(copied: Path, place: Path,
     ("words", "told"),
     [
         (["data.scale=[0.2, 1.0]"], r"different settings: data\.scale \(\[0\.5, 1\.0\], here \[0\.2, 1\.0\]\)"),
+        (["data.augment=[{trivialaugment: {}}]"], r"different settings: data\.augment"),
         (["data.seed=1"], r"different settings: data\.seed"),
         (["teacher.weights=other.safetensors"], r"different settings: teacher\.network\.weights"),
         (["teacher.mean=[0.1, 0.1, 0.1]"], r"different settings: teacher\.network\.mean"),

@@ -62,6 +62,8 @@ HINTS = {
     **{"save_freq": "checkpoints.every_epochs or checkpoints.every_steps", "print_freq": "journal.every_steps"},
     **{"compile": "student.compile or teacher.compile", "loss_type": "method=NAME, or losses", "flip": "data.flip"},
     **{"optimizer.lr": "schedule.rate", "optimizer.type": "optimizer.kind", "schedule.gamma": "schedule.factor"},
+    **{"randaugment": "data.augment", "data.auto_augment": "data.augment", "ra_reps": "data.repeat"},
+    **{"mixup": "data.augment", "data.cutmix": "data.augment", "mixup_switch_prob": "data.augment"},
     **{"data.batch": "batch", "data.batch_size": "batch", "data.num_workers": "data.threads", "data.name": "data.path"},
     **{"student.arch": "student.model", "student.pretrained": "student.start.weights"},
     **{"teacher.checkpoint": "teacher.weights", "checkpoints.steps": "checkpoints.every_steps"},
@@ -79,8 +81,6 @@ def test_a_name_of_other_code_is_answered_with_the_key(recipe: Path, name: str):
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        ("mixup", "there is no such augmentation yet; there are data.crop"),
-        ("data.cutmix", "there is no such augmentation yet"),
         ("gpus", "torchrun --nproc_per_node N, or accelerate launch --num_processes N"),
         ("local_rank", "the launcher starts the processes"),
         ("resume", "the same command continues an interrupted run"),

@@ -10,6 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
 
 from pipeline.data import augment
+from pipeline.philox import Purpose, philox4x32, uniforms
 
 quick = settings(derandomize=True, deadline=None, max_examples=25)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -25,19 +26,19 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 )
 def test_philox_gives_the_known_answers_of_random123(counter: str, key: str, words: str) -> None:
     numbers, (key0, key1), expected = ([int(word, 16) for word in text.split()] for text in (counter, key, words))
-    drawn = augment.philox4x32(np.array(numbers, np.uint32)[:, None], (key0, key1))
+    drawn = philox4x32(np.array(numbers, np.uint32)[:, None], (key0, key1))
     assert drawn[:, 0].tolist() == expected
 
 
 def test_uniforms_are_uniform_and_differ_by_seed_view_draw_and_id() -> None:
     ids = np.arange(20_000)
     draws = [
-        augment.uniforms(ids, 0, 0, seed=0),
-        augment.uniforms(ids, 0, 0, seed=1),
-        augment.uniforms(ids, 0, 0, seed=1 << 40),
-        augment.uniforms(ids, 1, 0, seed=0),
-        augment.uniforms(ids, 0, 1, seed=0),
-        augment.uniforms(ids + (1 << 40), 0, 0, seed=0),
+        uniforms(ids, 0, 0, seed=0),
+        uniforms(ids, 0, 0, seed=1),
+        uniforms(ids, 0, 0, seed=1 << 40),
+        uniforms(ids, 1, 0, seed=0),
+        uniforms(ids, 0, 1, seed=0),
+        uniforms(ids + (1 << 40), 0, 0, seed=0),
     ]
     numbers = np.concatenate(draws)
     assert numbers.min() >= 0
@@ -95,7 +96,7 @@ def test_random_resized_crop_takes_torchvisions_boxes_from_the_same_uniform_numb
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
     monkeypatch.setattr(torch, "randint", randint)
     for row in range(count):
-        blocks[:] = [augment.uniforms(ids[row], 5, augment._CROP + attempt, seed=9) for attempt in range(10)]
+        blocks[:] = [uniforms(ids[row], 5, Purpose.CROP + attempt, seed=9) for attempt in range(10)]
         drawn.clear()
         theirs = RandomResizedCrop.get_params(torch.empty(3, heights[row], widths[row]), list(SCALE), list(RATIO))
         assert ours[row].tolist() == list(theirs)

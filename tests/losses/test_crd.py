@@ -252,6 +252,25 @@ def test_ranks_keep_the_same_banks_and_those_of_one_process(several_ranks: Ranks
     assert not torch.equal(one["student_bank"], loss_of().student_bank)
 
 
+def bank_of_repeated_ids(rank: int, world: int) -> Tensor:
+    """Return a bank after a batch of 12 rows with every id three times; a rank has every ``world``-th row."""
+    loss = loss_of()
+    ids_B, embeddings_B2D = torch.tensor([3, 8, 4, 10]).repeat_interleave(3), drawn(12, 16)
+    for rows in (slice(0, 6), slice(6, 12)):  # micro-batches, each of consecutive rows of the rank
+        mine = torch.arange(rank, 12, world)[rows.start // world : rows.stop // world]
+        loss.pending.append(crd.Pending(ids_B[mine], embeddings_B2D[mine], torch.ones(2)))
+    loss.commit()
+    return loss.student_bank
+
+
+def test_of_the_views_of_an_image_in_a_batch_the_last_counts_on_any_number_of_ranks(several_ranks: Ranks):
+    alone, found = bank_of_repeated_ids(0, 1), several_ranks(bank_of_repeated_ids)
+    assert all(torch.equal(alone, bank) for bank in found)
+    expected = loss_of().student_bank
+    update_bank_(expected, torch.tensor([3, 8, 4, 10]), drawn(12, 16)[2::3, :8], 0.5)
+    assert torch.equal(alone, expected)
+
+
 def test_a_saved_state_goes_on_as_if_nothing_had_been():
     def run(stops: Callable[[int], bool]) -> dict[str, Tensor]:
         loss, optimizer = loss_of(), None

@@ -24,7 +24,9 @@ from pipeline.training.journal import trace
 Train = Callable[..., None]
 Compare = Callable[..., None]
 METHODS = ("ce", "kd", "ddkd")
-LOADERS = {"dali": {}, "memory": {"loader": "memory", "crop": "pad", "size": 24}}
+MEMORY = {"loader": "memory", "crop": "pad", "size": 24}
+AUGMENT = [{"randaugment": {"ops": 2, "magnitude": 9}}, {"erasing": {"probability": 0.5, "value": "noise"}}]
+LOADERS = {"dali": {}, "memory": MEMORY, "augmented": {**MEMORY, "augment": AUGMENT}}
 SPEEDS = ("images_per_second", "seconds", "side")
 
 
@@ -127,6 +129,19 @@ def test_seeds_whose_losses_read_only_logits_share_those_of_every_view(
     side(3, "kd.yaml", "seeds=0,1,2")
     assert sum(rows_of_teacher) == 2 * 60
     assert {folder: outcome(folder) for folder in alone} == alone
+
+
+@pytest.mark.parametrize("key", ["data.repeat=2", "data.augment=[{mixup: {alpha: 1.0}}, {cutmix: {alpha: 1.0}}]"])
+def test_seeds_with_repeated_or_mixed_images_learn_what_they_learn_alone(
+    key: str, run_train: Train, side: Compare, place: Path
+):
+    words = ("epochs=1", key, "data.views=3")
+    for seed in (0, 1):
+        run_train("kd.yaml", f"seed={seed}", *words)
+    alone = {folder: outcome(folder) for folder in folders(place)}
+    (place / "runs").rename(place / "alone")
+    side(2, "kd.yaml", "seeds=0,1", *words)
+    assert {folder: outcome(folder) for folder in folders(place)} == alone
 
 
 def test_methods_with_one_order_of_images_share_every_batch_and_the_teachers_outputs(

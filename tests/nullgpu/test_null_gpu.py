@@ -134,6 +134,23 @@ def test_runs_side_by_side_each_replay_their_own_graph_and_never_wait(
     assert (found["waits"], found["pageable"]) == (0, 0)
 
 
+def test_no_augmentation_waits_for_the_gpu(environment: dict[str, str], place: Path):
+    augment = [
+        {"color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}},
+        *({"autoaugment": {"policy": policy}} for policy in ("imagenet", "cifar10", "svhn")),
+        {"trivialaugment": {}},
+        {"randaugment": {"ops": 9, "magnitude": 9, "magnitude_std": 0.5, "increasing": True}},
+        {"erasing": {"probability": 0.9}},
+        {"erasing": {"probability": 0.9, "value": "noise"}},
+        {"mixup": {"alpha": 0.8, "probability": 0.7}},
+        {"cutmix": {"alpha": 1.0}},
+    ]
+    (found,) = watched(environment, place, "kd:fp32", words=(f"data.augment={json.dumps(augment)}",)).values()
+    assert "error" not in found
+    assert (found["waits"], found["pageable"]) == (0, 0)
+    assert (found["replayed"]["waits"], found["replayed"]["pageable"]) == (0, 0)
+
+
 def test_nothing_is_copied_from_memory_that_is_not_pinned(seen: dict[str, Any]):
     assert {method: seen[method]["pageable"] for method in METHODS} == dict.fromkeys(METHODS, 0)
 

@@ -17,8 +17,8 @@ ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "docto
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
-    {"batch", "errors", "frozen_model", "models", "network_arguments", "nvjpeg"},
-    {"distributed", "features", "precision", "run_reference"},
+    {"batch", "errors", "frozen_model", "models", "network_arguments", "nvjpeg", "philox"},
+    {"augmentations", "distributed", "features", "precision", "run_reference"},
     {"tasks"},
     {"data", "optim", "diffusion"},
     {"losses", "teachers", "plots"},
@@ -177,6 +177,7 @@ def unlisted_files_at_the_root(house: House) -> Iterator[str]:
         "frozen_model",
         "network_arguments",
         "nvjpeg",
+        "philox",
         "precision",
         "run_reference",
     }

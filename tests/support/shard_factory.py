@@ -95,6 +95,6 @@ def open_loader(config: Config, **keys: object) -> Loader:
 
 def join(batches: Iterable[Batch]) -> Batch:
     """Return the rows of several batches as one."""
-    images, labels, ids, extras, _ = zip(*batches, strict=True)
-    extra = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
-    return Batch(torch.cat(images), torch.cat(labels), torch.cat(ids), extra)
+    images, labels, ids, *mappings = zip(*batches, strict=True)
+    extra, targets = ({name: torch.cat([each[name] for each in found]) for name in found[0]} for found in mappings)
+    return Batch(torch.cat(images), torch.cat(labels), torch.cat(ids), extra, targets)

@@ -169,6 +169,19 @@ def test_statistics_are_those_of_the_same_micro_batches_on_any_number_of_ranks(
     assert one.losses[0] != pytest.approx(one_process.losses[0], rel=1e-3)
 
 
+def test_mixed_and_repeated_images_are_the_same_on_any_number_of_ranks(place: Path, several_ranks: Ranks, ranks: Ranks):
+    mixing = "data.augment=[{mixup: {alpha: 0.8}}, {cutmix: {alpha: 1.0, probability: 0.7}}]"
+    words = [mixing, "data.repeat=2", "epochs=1", "teacher.batch=6"]
+    whole = train(place, f"mixed_beside_{several_ranks.world}", *words)
+    assert len(whole.batches) == STEPS  # of 60 images, each twice
+    name = f"mixed_on_{several_ranks.world}"
+    first = train(place, f"{name}_begun", *words, "stop.steps=4", ranks=ranks)
+    shutil.copytree(first.folder, place / "runs" / name)
+    rest = train(place, name, *words, ranks=several_ranks)
+    assert first.batches + rest.batches == whole.batches
+    assert_equal_to_rounding(rest, whole)
+
+
 def test_held_out_images_and_a_teachers_own_size_are_the_same_on_any_number_of_ranks(
     place: Path, several_ranks: Ranks, ranks: Ranks
 ):
