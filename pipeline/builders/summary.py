@@ -133,7 +133,7 @@ def summarize(loaded: LoadedRecipe) -> Report:
         built.note,
         paper,
         ours or ("not measured yet" if paper else ""),
-        samples and recipe.epochs * samples,
+        samples and recipe.epochs * recipe.data.repeat * samples,
         _cache_size(recipe, built, cached),
     )
 

@@ -23,6 +23,9 @@ class Schedule(FrozenModel):
     """Learning rate after warm-up, for the recipe's global batch."""
     milestones: tuple[NonNegativeFloat, ...] = ()
     """``step``: epochs at which the rate is multiplied by ``factor``."""
+    every: PositiveFloat | None = None
+    """``step``: epochs between two multiplications by ``factor``, from the beginning of the run, instead of
+    ``milestones``."""
     factor: PositiveFloat = 0.1
     """``step``: factor of the rate at each milestone."""
     final_rate: NonNegativeFloat = 0.0
@@ -38,8 +41,8 @@ class Schedule(FrozenModel):
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Schedule:
-        if bool(self.milestones) != (self.kind == "step"):
-            raise ValueError("milestones need kind: step, and kind: step needs milestones")
+        if (bool(self.milestones) + (self.every is not None)) != (self.kind == "step"):
+            raise ValueError("kind: step needs either milestones or every, and no other kind has them")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must be in increasing order, got {list(self.milestones)}")
         return self
@@ -67,7 +70,8 @@ def learning_rate(schedule: Schedule, progress: Progress, epochs: float) -> floa
     if epoch < schedule.warmup_epochs:
         return schedule.warmup_rate + (schedule.rate - schedule.warmup_rate) * epoch / schedule.warmup_epochs
     if schedule.kind == "step":
-        return schedule.rate * schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones)
+        passed = sum(epoch >= milestone for milestone in schedule.milestones)
+        return schedule.rate * schedule.factor ** (math.floor(epoch / schedule.every) if schedule.every else passed)
     # The 1e-12 avoids a division by zero if the warm-up is as long as the run.
     done = min((epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-12), 1.0)
     if schedule.kind == "cosine":

@@ -51,6 +51,7 @@ _OPTIONS = {
     "betas": None,
     "eps": None,
     "power": None,
+    "every": None,
     "unit": "step",
     "warmup": False,
     "augment": [],

@@ -63,11 +63,25 @@ def constants(tree: Any) -> list[float]:
     return [tree] if isinstance(tree, float | int) and not isinstance(tree, bool) else []
 
 
-def test_a_pair_and_an_overlay_have_no_losses_of_their_own():
-    files = [*PAIR_FILES, *CONFIGS.glob(f"*/{OVERLAYS}/*.yaml")]
-    assert len(files) > 15
-    for path in files:
+def test_a_pair_has_no_losses_of_its_own_and_an_overlay_changes_the_labels_loss_alone():
+    overlays = sorted(CONFIGS.glob(f"*/{OVERLAYS}/*.yaml"))
+    assert len([*PAIR_FILES, *overlays]) > 15
+    for path in PAIR_FILES:
         assert "losses" not in yaml.safe_load(path.read_text()), path
+    for path in overlays:
+        assert yaml.safe_load(path.read_text()).get("losses", {}).keys() <= {"ce"}, path
+
+
+@pytest.mark.parametrize("overlay", sorted(path.stem for path in (CONFIGS / "imagenet" / OVERLAYS).glob("*.yaml")))
+@pytest.mark.parametrize("pair", ["r34_r18", "r50_mbv1", "swin_l_swin_t"])
+def test_every_overlay_of_imagenet_lies_over_every_pair(pair: str, overlay: str):
+    method = "ddkd" if overlay == "cached_ddkd" else "kd"
+    recipe = load_recipe(CONFIGS / "imagenet" / f"{pair}.yaml", [f"method={method}", f"with={overlay}"]).recipe
+    plain = load_recipe(CONFIGS / "imagenet" / f"{pair}.yaml", [f"method={method}"]).recipe
+    assert recipe != plain
+    seen = recipe.epochs * recipe.data.repeat
+    lengths = {"torchvision": 600, "b2": 450, "b3": 300, "deit": 300, "patient": 1200}
+    assert seen == lengths.get(overlay, 100)
 
 
 @pytest.mark.parametrize("method", ["ddkd", "ddkd_perception", "perception", "kd_perception", "review_dkd"])

@@ -93,7 +93,9 @@ def test_methods_and_overlays_that_a_page_names_exist(page: Path):
     text = page.read_text()
     named = {word for found in re.findall(r"\bmethods?=([a-z_,]+)", text) for word in found.split(",") if word}
     assert named <= methods
-    assert {word for found in re.findall(r"\bwith=([a-z_,]+)", text) for word in found.split(",") if word} <= overlays
+    assert {
+        word for found in re.findall(r"\bwith=([a-z0-9_,]+)", text) for word in found.split(",") if word
+    } <= overlays
 
 
 @page_by_page

@@ -55,6 +55,22 @@ def rates_of(scheduler: type[LRScheduler], rate: float, steps: int, **keys: Any)
     return found
 
 
+@given(every=st.sampled_from([0.5, 1.0, 2.4, 3.0]), factor=st.floats(0.5, 0.99), steps=st.integers(1, 20))
+def test_a_factor_every_so_many_epochs_is_timms(every: float, factor: float, steps: int):
+    """timm's scheduler for B2 counts whole epochs: factor to the power of ⌊epoch / every⌋, warm-up included."""
+    scheduler = pytest.importorskip("timm.scheduler").StepLRScheduler
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.048)
+    theirs = scheduler(
+        optimizer, decay_t=every, decay_rate=factor, warmup_t=3, warmup_lr_init=1e-6, warmup_prefix=False
+    )
+    keys = {"rate": 0.048, "factor": factor, "warmup_epochs": 3, "warmup_rate": 1e-6, "unit": "epoch"}
+    schedule = Schedule(kind="step", every=every, **keys)
+    for epoch in range(12):
+        theirs.step(epoch)
+        found = learning_rate(schedule, Progress(steps, step=epoch * steps), 12)
+        assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+
+
 @given(power=st.floats(0.3, 3), epochs=st.integers(1, 6), steps=st.integers(1, 9), rate=st.floats(1e-4, 10))
 def test_poly_is_torchs(power: float, epochs: int, steps: int, rate: float):
     ours = rates(Schedule(kind="poly", rate=rate, power=power), epochs, steps)
@@ -138,10 +154,15 @@ def test_keys_of_another_schedule_are_refused(keys: dict[str, Any], told: str):
 
 
 def test_milestones_and_step_belong_together():
-    with pytest.raises(ValidationError, match="milestones need kind: step"):
-        Schedule(kind="cosine", rate=0.1, milestones=(1,))
-    with pytest.raises(ValidationError, match="kind: step needs milestones"):
-        Schedule(kind="step", rate=0.1)
+    wrong: list[dict[str, Any]] = [
+        {"kind": "cosine", "milestones": (1,)},
+        {"kind": "cosine", "every": 2},
+        {"kind": "step"},
+        {"kind": "step", "milestones": (1,), "every": 2},
+    ]
+    for keys in wrong:
+        with pytest.raises(ValidationError, match="kind: step needs either milestones or every, and no other kind"):
+            Schedule(rate=0.1, **keys)
     with pytest.raises(ValidationError, match="must be in increasing order"):
         Schedule(kind="step", rate=0.1, milestones=(30, 20))
 
