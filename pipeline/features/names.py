@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 REASONS = {
     "map": "no known linear layer takes the average of a map",
     "embedding": "no known linear layer ends it",
+    "class_head": "it has no distillation token",
+    "token_head": "it has no distillation token",
 }
 """Why a network may lack a stage of that name."""
 

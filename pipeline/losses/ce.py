@@ -8,6 +8,17 @@ from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Loss
 
 
+def label_cross_entropy(logits_BK: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Return −(1/B)·Σ_i Σ_k y_ik log softmax(z_i)_k.
+
+    y_i is the label's one-hot vector, or for mixed images the shares of both classes. Each one-hot vector is smoothed
+    before it is mixed, as timm does; y is linear in both, so this equals smoothing the mixture.
+    """
+    soft_BK = batch.targets.get("soft_BK")
+    target = batch.labels_B if soft_BK is None else soft_BK.to(logits_BK.dtype)
+    return F.cross_entropy(logits_BK, target, label_smoothing=smoothing)
+
+
 class CrossEntropy(Loss):
     """Cross-entropy of the student's logits, averaged over the rows."""
 
@@ -21,11 +32,5 @@ class CrossEntropy(Loss):
         """Share of the target that is spread evenly over the classes."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss part ``ce``: −(1/B)·Σ_i Σ_k y_ik log softmax(z_i)_k.
-
-        y_i is the label's one-hot vector, or for mixed images the shares of both classes. Each one-hot vector is
-        smoothed before it is mixed, as timm does; y is linear in both, so this equals smoothing the mixture.
-        """
-        logits_BK, soft_BK = student.logits_BK, batch.targets.get("soft_BK")
-        target = batch.labels_B if soft_BK is None else soft_BK.to(logits_BK.dtype)
-        return {"ce": F.cross_entropy(logits_BK, target, label_smoothing=self.config.label_smoothing)}
+        """Return the loss part ``ce``."""
+        return {"ce": label_cross_entropy(student.logits_BK, batch, self.config.label_smoothing)}

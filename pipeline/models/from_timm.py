@@ -182,6 +182,8 @@ def _head(model: nn.Module) -> Paths:
     """Return the paths of the classifier's input and output, and of the map that is averaged for it."""
     # A network with a second head for distillation names two classifiers, so this is not always a text.
     classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier")
+    if isinstance(classifier, tuple) and len(classifier) == 2:  # of the class token and of the distillation token
+        return {"class_head": classifier[0], "token_head": classifier[1]}
     if not isinstance(classifier, str) or not isinstance(model.get_submodule(classifier), nn.Linear):
         return {}
     pool = _pool(model)

@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 import torch
 import yaml
+from methods import OF_TOKENS
 from resolved import run_of
 from torch import Tensor
 
@@ -27,7 +28,12 @@ from pipeline.losses._base import Loss
 CONFIGS = ROOT / "configs"
 IN_TABLES = [path for path in known_pairs() if load_tables().table_of(RecipeSource(path))]
 RECIPES = [
-    *(RecipeSource(CONFIGS / "cifar100" / "resnet56_resnet20.yaml", name) for name in known_methods()),
+    *(
+        RecipeSource(CONFIGS / "cifar100" / "resnet56_resnet20.yaml", name)
+        for name in known_methods()
+        if name not in OF_TOKENS
+    ),
+    *(RecipeSource(CONFIGS / "imagenet" / "regnety_deit_tiny.yaml", name) for name in OF_TOKENS),
     *table_cells(IN_TABLES, ()),
     *(RecipeSource(path, "ddkd") for path in known_pairs() if path not in IN_TABLES),
     *map(RecipeSource, sorted(CONFIGS.glob("*/teachers/*.yaml"))),

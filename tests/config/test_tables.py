@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from methods import MULTILABEL
+from methods import MULTILABEL, OF_TOKENS
 
 from pipeline.config.compose import compose
 from pipeline.config.recipe import load_recipe
@@ -42,7 +42,7 @@ def test_every_cell_that_a_paper_prints_has_its_recipe():
 
 def test_the_tables_name_every_method_and_every_network():
     stages_and_variants = {"ab_init", "ddkd_paper_literal", "perception_paper_literal"}
-    assert set(known_methods()) - TABLES.methods.keys() == stages_and_variants | {*MULTILABEL}
+    assert set(known_methods()) - TABLES.methods.keys() == stages_and_variants | {*MULTILABEL, *OF_TOKENS}
     assert TABLES.methods.keys() <= set(known_methods())
     for facts in TABLES.datasets.values():
         for table in facts.pairs.values():
@@ -69,13 +69,14 @@ def test_a_pair_has_no_losses_of_its_own_and_an_overlay_changes_the_labels_loss_
     for path in PAIR_FILES:
         assert "losses" not in yaml.safe_load(path.read_text()), path
     for path in overlays:
-        assert yaml.safe_load(path.read_text()).get("losses", {}).keys() <= {"ce"}, path
+        assert yaml.safe_load(path.read_text()).get("losses", {}).keys() <= {"ce", "deit"}, path
 
 
 @pytest.mark.parametrize("overlay", sorted(path.stem for path in (CONFIGS / "imagenet" / OVERLAYS).glob("*.yaml")))
-@pytest.mark.parametrize("pair", ["r34_r18", "r50_mbv1", "swin_l_swin_t"])
+@pytest.mark.parametrize("pair", ["r34_r18", "r50_mbv1", "swin_l_swin_t", "regnety_deit_tiny"])
 def test_every_overlay_of_imagenet_lies_over_every_pair(pair: str, overlay: str):
-    method = "ddkd" if overlay == "cached_ddkd" else "kd"
+    overlay, _, own = overlay.partition("_")  # cached_ddkd is cached for the method ddkd
+    method = own or "kd"
     recipe = load_recipe(CONFIGS / "imagenet" / f"{pair}.yaml", [f"method={method}", f"with={overlay}"]).recipe
     plain = load_recipe(CONFIGS / "imagenet" / f"{pair}.yaml", [f"method={method}"]).recipe
     assert recipe != plain

@@ -28,6 +28,8 @@ CLASSES = 5
 STUDENT_SHAPES = {
     "embedding": (6,),
     "cam": (CLASSES, 2, 2),
+    "class_head": (CLASSES,),
+    "token_head": (CLASSES,),
     "last": (8, 4, 4),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
@@ -36,6 +38,8 @@ STUDENT_SHAPES = {
 TEACHER_SHAPES = {
     "embedding": (10,),
     "cam": (CLASSES, 4, 4),
+    "class_head": (CLASSES,),
+    "token_head": (CLASSES,),
     "last": (16, 4, 4),
     "stage1": (3, 8, 8),
     "stage2": (6, 8, 8),

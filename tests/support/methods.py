@@ -19,8 +19,10 @@ ALL = [name for name in known_methods() if not name.endswith("_paper_literal")]
 """All methods but those that have another's losses with another training strategy."""
 MULTILABEL = [name for name in ALL if "bce" in losses_of(name)]
 """The methods for images of any number of classes."""
-METHODS = [name for name in ALL if name not in MULTILABEL]
-"""The methods for images of one class."""
+OF_TOKENS = [name for name in ALL if "deit" in losses_of(name)]
+"""The methods for students with a distillation token."""
+METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS)]
+"""The methods for images of one class and any network."""
 
 
 def config_of(loss: str) -> dict[str, Any]:
