@@ -62,7 +62,7 @@ def kill_twice(command: list[str], journal: Path, place: Path) -> None:
 
 
 @pytest.mark.endurance
-@pytest.mark.parametrize("kind", ["adamw", "timm/lamb"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("timm/lamb", marks=pytest.mark.long)])
 def test_a_killed_run_of_another_optimizer_ends_as_one_that_was_not(
     place: Path, main_job: subprocess.CompletedProcess[str], kind: str
 ):

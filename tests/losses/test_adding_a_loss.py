@@ -28,6 +28,8 @@ def logit_mse(student_BK: Tensor, teacher_BK: Tensor) -> Tensor:
 class LogitMSE(Loss):
     """Half the squared distance between the logits."""
 
+    reads_labels = False
+
     class Config(Loss.Config):
         """The config of the regression of logits, such as ``{weight: 0.1}``."""
 
