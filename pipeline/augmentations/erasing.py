@@ -40,6 +40,8 @@ class Erasing(Augmentation):
             for key, (least, most) in (("scale", self.scale), ("ratio", self.ratio)):
                 if least > most:
                     raise ValueError(f"{key} must be [smallest, largest], got {[least, most]}")
+            if self.scale[0] == 1:
+                raise ValueError("scale must begin below 1: a box of the whole image is never erased")
             return self
 
     def draw(self, draws: SampleDraws) -> NDArray[np.float64]:

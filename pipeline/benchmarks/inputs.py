@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from pipeline.batch import Batch, Outputs, rows_per_rank
+from pipeline.builders.meta import trial_targets
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
-from pipeline.tasks._registry import find_task
 
 
 def micro_batch(recipe: Recipe) -> int:
@@ -24,7 +24,7 @@ def draw_batch(recipe: Recipe, labels_by_id: np.ndarray, num_classes: int, devic
     layout = torch.channels_last if recipe.data.channels_last else torch.contiguous_format
     images_BCHW = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=layout)
     labels_B, ids_B = (torch.as_tensor(x, device=device) for x in (labels_by_id[ids_B], ids_B))
-    targets = find_task(recipe.task).blank_targets(rows, num_classes)
+    targets = trial_targets(recipe, labels_B, num_classes)
     return Batch(images_BCHW, labels_B, ids_B, {}, {name: x.to(device) for name, x in targets.items()})
 
 

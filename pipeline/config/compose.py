@@ -110,8 +110,22 @@ def compose_files(source: RecipeSource, origins: Origins) -> dict[str, Any]:
     origins |= own_origins
     _merge_overrides(tree, origins, display_path(source.path))
     for name in source.overlays:
-        _merge(tree, _compose(overlay_file(name, source, method), origins, (), []), None, {})
+        path = overlay_file(name, source, method)
+        overlay = _compose(path, origins, (), [])
+        _check_losses(overlay, tree, path)
+        _merge(tree, overlay, None, {})
     return tree
+
+
+def _check_losses(overlay: dict[str, Any], tree: dict[str, Any], path: Path) -> None:
+    """Raise RecipeError for a loss that the overlay changes and that the recipe below it does not have."""
+    changed, known = overlay.get("losses"), tree.get("losses")
+    for name, keys in changed.items() if isinstance(changed, dict) else ():
+        if keys is not None and name not in (known if isinstance(known, dict) else ()):
+            raise RecipeError(
+                f"{display_path(path)}: losses.{name}: the recipe has no such loss, and an overlay adds none; "
+                "add it to the recipe"
+            )
 
 
 def _merge_overrides(tree: dict[str, Any], origins: Origins, file: str) -> None:

@@ -80,8 +80,8 @@ class Config(FrozenModel):
     views: int | None = Field(default=None, gt=0, le=MAX_VIEWS)
     """Number of augmented views of every image, used in turn; null draws a new view every epoch."""
     repeat: int = Field(default=1, gt=0, le=MAX_REPEAT)
-    """Times that an epoch has every image, each in a view of its own and all in one global batch. An epoch is as many
-    times longer."""
+    """Times that an epoch has every image, each in a view of its own, and all in one global batch where it divides
+    ``batch``. An epoch is as many times longer."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
     run may continue with another. A library may choose other kernels for another size, whose logits differ in their
@@ -104,6 +104,12 @@ class Config(FrozenModel):
             raise ValueError(f"scale must be [smallest, largest] with largest at most 1, got {list(self.scale)}")
         if self.ratio[0] > self.ratio[1]:
             raise ValueError(f"ratio must be [smallest, largest], got {list(self.ratio)}")
+        return self
+
+    @model_validator(mode="after")
+    def _repetitions_differ(self) -> Config:
+        if self.views is not None and self.repeat > self.views:
+            raise ValueError(f"repeat: {self.repeat} needs as many views, got views: {self.views}; raise views")
         return self
 
     @model_validator(mode="after")

@@ -72,7 +72,7 @@ def unmixed_targets(config: Config, labels_B: Tensor, classes: int) -> dict[str,
 def partners(config: Config) -> str:
     """Return from which images a partner is drawn, for the facts of a cache."""
     holdout = config.holdout
-    return f"all but {holdout.share:g} of each class, by seed {holdout.seed}" if holdout else "all training images"
+    return f"all but {holdout.share!r} of each class, by seed {holdout.seed}" if holdout else "all training images"
 
 
 class Mixer:

@@ -103,7 +103,8 @@ def _view_logits(members: Sequence[ConcurrentRun]) -> dict[AnyTeacher, ViewLogit
         if teacher is None or config is None or isinstance(teacher, EMATeacher | CachedTeacher):
             continue
         loaders = {other.loader for other in sessions if other.teacher is teacher}
-        # With ``repeat``, a batch has images of several views.
-        if len(loaders) > 1 and session.recipe.data.loader != "dali" and session.recipe.data.repeat == 1:
+        data = session.recipe.data
+        # The noise of ``synthetic`` is not an id's own, and with ``repeat`` a batch has images of several views.
+        if len(loaders) > 1 and data.loader == "memory" and data.repeat == 1:
             found[teacher] = ViewLogits(teacher, session.loader, config.batch or 1)
     return found

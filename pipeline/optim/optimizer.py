@@ -49,7 +49,7 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Config:
-        if self.nesterov and self.momentum == 0:
+        if self.nesterov and not self.momentum:
             raise ValueError("nesterov: true needs momentum above 0; raise momentum, or set nesterov: false")
         return self
 

@@ -183,3 +183,11 @@ def test_the_arguments_of_a_source_name_it_again():
         source, rest = read_source(Path(words[0]), [*words[1:], "batch=3"])
         assert (source.shown_args, rest) == (words, ["batch=3"])
         assert read_source(Path(source.args[0]), source.args[1:]) == (source, [])
+
+
+def test_an_overlay_that_changes_a_loss_which_the_method_has_not_is_refused():
+    pair = "configs/imagenet/r34_r18.yaml"
+    with pytest.raises(RecipeError, match=r"overlays/b3.yaml: losses.ce: the recipe has no such loss, and an overlay "):
+        load_recipe(pair, ["method=ab_init", "with=b3"])
+    deit = load_recipe("configs/imagenet/regnety_deit_tiny.yaml", ["method=deit", "with=b3"]).recipe
+    assert [*deit.losses] == ["deit"]

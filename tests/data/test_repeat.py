@@ -53,6 +53,7 @@ def rows_of(requests: list[SampleRequest]) -> list[tuple[int, list]]:
 def test_an_epoch_has_every_id_that_often_in_the_views_of_that_epoch(
     reader: SplitReader, repeat: int, epoch: int, views: int | None
 ) -> None:
+    views = views and max(views, repeat)  # fewer would repeat pixels
     batch = repeat if len(reader.samples) % 2 else 2 * repeat  # divides the epoch, so that nothing is left out
     plan = plan_of(reader, batch, repeat=repeat, views=views)
     assert plan.steps_per_epoch * batch == repeat * len(reader.samples)
@@ -157,3 +158,8 @@ def test_a_batch_may_be_larger_than_the_data_set_but_not_than_an_epoch(small_sha
     assert open_loader(config, batch=2 * images).steps_per_epoch == 1
     with pytest.raises(ValueError, match=rf"has 2 × {images} training samples, fewer than one"):
         open_loader(config, batch=2 * images + 1)
+
+
+def test_repetitions_that_would_be_the_same_pixels_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="repeat: 3 needs as many views, got views: 2; raise views"):
+        config_of(tmp_path, repeat=3, views=2)
