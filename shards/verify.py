@@ -10,7 +10,7 @@ that end in plain grey are counted, because they may have been broken in the sou
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,15 +143,9 @@ def check_split(manifest: Manifest, split: Split, rows: np.ndarray) -> Iterator[
 def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str]]:
     """Return the rows of a split's sample table, None if it is unusable, and the problems of its file."""
     path = samples_path(folder, split.name)
-    if not path.is_file():
-        return None, [f"{path} is missing"]
-    problems = []
-    if sha256_of(path) != split.samples_sha256:
-        problems.append(f"{path} has a sha256 that differs from the manifest")
-    try:
-        table = load_samples(path)
-    except ValueError as error:
-        return None, [*problems, str(error)]
+    table, problems = _read_table(path, split.samples_sha256, load_samples)
+    if table is None:
+        return None, problems
     indices = np.repeat(np.arange(len(split.shards)), [shard.nsamples for shard in split.shards])
     if not np.array_equal(table["shard"], indices):
         problems.append(f"{path} assigns samples to other shards than the manifest")
@@ -160,21 +154,28 @@ def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str
 
 def check_targets_table(folder: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[str]]:
     """Return a split's table of targets, None if there is none or it is unusable, and the problems of its file."""
-    path = targets_path(folder, split.name)
     if not split.targets_sha256:
         return None, []
-    if not path.is_file():
-        return None, [f"{path} is missing"]
-    problems = []
-    if sha256_of(path) != split.targets_sha256:
-        problems.append(f"{path} has a sha256 that differs from the manifest")
-    try:
-        table = load_targets(path)
-    except ValueError as error:
-        return None, [*problems, str(error)]
+    path = targets_path(folder, split.name)
+    table, problems = _read_table(path, split.targets_sha256, load_targets)
+    if table is None:
+        return None, problems
     if table.shape != (split.samples, manifest.num_classes):
         return None, [*problems, f"{path} has {table.shape[0]:,} rows of {table.shape[1]:,} classes"]
     return table, problems
+
+
+def _read_table(path: Path, sha256: str, load: Callable[[Path], np.ndarray]) -> tuple[np.ndarray | None, list[str]]:
+    """Return a table, None if it is unusable, and the problems of its file; ``sha256`` is the manifest's."""
+    if not path.is_file():
+        return None, [f"{path} is missing"]
+    problems = []
+    if sha256_of(path) != sha256:
+        problems.append(f"{path} has a sha256 that differs from the manifest")
+    try:
+        return load(path), problems
+    except ValueError as error:
+        return None, [*problems, str(error)]
 
 
 def _tasks_of(

@@ -63,14 +63,14 @@ class Erasing(Augmentation):
 
     def apply(self, images: Tensor, drawn: NDArray[np.float64]) -> Tensor:
         """Return the images [B, C, H, W] with their boxes erased. It overwrites its input."""
-        erased = drawn[drawn[:, 2] * drawn[:, 3] > 0]
+        rows = np.flatnonzero(drawn[:, 2] * drawn[:, 3])
+        erased = drawn[rows]
         values: Sequence[Tensor | float] = [0.0] * len(erased)
         if self.config.value == "noise" and len(erased):
             counts = (images.shape[1] * erased[:, 2] * erased[:, 3]).astype(np.int64).tolist()
             values = normal_noise(erased[:, 4:], counts, images.device)
-        rows = np.flatnonzero(drawn[:, 2] * drawn[:, 3]).tolist()
         for row, value, (top, left, height, width) in zip(
-            rows, values, erased[:, :4].astype(int).tolist(), strict=True
+            rows.tolist(), values, erased[:, :4].astype(int).tolist(), strict=True
         ):
             box = images[row, :, top : top + height, left : left + width]
             box[:] = value.view_as(box) if isinstance(value, Tensor) else value

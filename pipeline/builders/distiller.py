@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.builders.student import build_student, load_start, student_spec
+from pipeline.builders.student import build_student, check_optimizer_section, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
 from pipeline.features.checkpointing import checkpoint_blocks
-from pipeline.features.patterns import rate_multipliers
 from pipeline.losses._base import Facts
-from pipeline.optim.optimizer import check_optimizer
 from pipeline.precision import AUTOCAST
 from pipeline.runs.identity import Run
 from pipeline.tasks._registry import find_task
@@ -26,10 +24,7 @@ def build_distiller(
     spec = student_spec(recipe.student, recipe.taps.student)
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
     load_start(run, student)
-    with error_context("optimizer"):
-        check_optimizer(recipe.optimizer)  # for its errors, before the folder is opened
-    with error_context("optimizer.rates"):
-        rate_multipliers(student.model, recipe.optimizer.rates)  # for its errors, before the folder is opened
+    check_optimizer_section(recipe, student.model)  # before the folder is opened
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         spec.probe(student, validation_size)  # an error now, not after the first epoch
     facts = Facts(

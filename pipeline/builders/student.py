@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.config.recipe import Recipe, StudentConfig
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import error_context
+from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.published import published_normalization
 from pipeline.models.weights import head_tensors, load_weights
 from pipeline.models.weights_file import is_file
+from pipeline.optim.optimizer import check_optimizer
 from pipeline.runs.dependencies import finished
 from pipeline.runs.files import STUDENT, check_student
 from pipeline.runs.identity import Run
@@ -65,6 +68,14 @@ def load_start(run: Run, student: FeatureTaps) -> None:
         head = head_tensors(model, classes, arguments) if new else frozenset[str]()
         note = load_weights(student.model, weights, model, start.weights_key, arguments=arguments, left_out=head)
     print_note("student.start", note)
+
+
+def check_optimizer_section(recipe: Recipe, model: nn.Module) -> None:
+    """Raise RecipeError if the recipe's optimizer cannot be made for the parameters of the student's network."""
+    with error_context("optimizer"):
+        check_optimizer(recipe.optimizer)
+    with error_context("optimizer.rates"):
+        rate_multipliers(model, recipe.optimizer.rates)
 
 
 def print_note(key: str, note: str) -> None:

@@ -18,16 +18,15 @@ from pipeline.builders.meta import (
     probe_models,
     trial_targets,
 )
+from pipeline.builders.student import check_optimizer_section
 from pipeline.config.measured import count_seeds, mean_and_deviation, measured
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.config.source import RecipeSource
 from pipeline.config.tables import load_tables
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
-from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
-from pipeline.optim.optimizer import check_optimizer
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import CacheEntry, format_bytes, kinds_by_tap
 from pipeline.training.flops import FlopCounter
@@ -109,13 +108,12 @@ def summarize(loaded: LoadedRecipe) -> Report:
     Raises RecipeError for networks, taps and losses that training would refuse.
     """
     recipe = loaded.recipe
-    if (Path(recipe.data.path) / MANIFEST).is_file():
-        check_task(recipe, read_manifest(Path(recipe.data.path)))
-    built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe)
-    with error_context("optimizer"):
-        check_optimizer(recipe.optimizer)  # for its errors
-    with error_context("optimizer.rates"):
-        rate_multipliers(built.student[1].model, recipe.optimizer.rates)  # for its errors
+    folder = Path(recipe.data.path)
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if manifest:
+        check_task(recipe, manifest)
+    built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe, manifest)
+    check_optimizer_section(recipe, built.student[1].model)
     losses = _try_losses(recipe, built.facts)
     # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
     labels = None if built.note else built.facts.labels_by_id

@@ -51,7 +51,7 @@ class MultiLabel(Task):
         return Evaluation({"map": 100 * mean_average_precision(logits_NK, labels_NK), "f1": f1.item()}, len(order))
 
     def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
-        """Return the number of pairs of image and class about which both decide alike, and that of all pairs."""
+        """Return the number of decisions, one per image and class, in which both agree, and that of all decisions."""
         real_B1 = (batch.labels_B >= 0)[:, None]
         same_BK = ((a.logits_BK > 0) == (b.logits_BK > 0)) & real_B1
         return torch.stack([same_BK.sum(), real_B1.sum() * same_BK.shape[1]])

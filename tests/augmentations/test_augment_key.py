@@ -8,19 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from smallest_recipe import RECIPE
 
 from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.errors import RecipeError
 from pipeline.runs.identity import fixed_settings
 
-RECIPE = """
-student: {model: cifar_resnet8}
-losses: {ce: {}}
-data: {path: shards, size: 16, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
-epochs: 3
-batch: 4
-schedule: {rate: 0.1}
-"""
 EVERYTHING = [
     {"color_jitter": {"hue": 0.1}},
     {"autoaugment": {"policy": "svhn", "fill": [1, 2, 3]}},

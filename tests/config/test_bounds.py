@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from smallest_recipe import RECIPE
 
 from pipeline.config import paths
 from pipeline.config.arguments import parse_command_args
@@ -16,15 +17,6 @@ from pipeline.config.recipe import load_recipe
 from pipeline.config.source import RecipeSource
 from pipeline.errors import RecipeError
 from shards import prepare_demo
-
-RECIPE = """
-student: {model: cifar_resnet8}
-losses: {ce: {}}
-data: {path: shards, size: 16, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
-epochs: 3
-batch: 4
-schedule: {rate: 0.1}
-"""
 
 
 @pytest.fixture

@@ -169,17 +169,23 @@ def test_statistics_are_those_of_the_same_micro_batches_on_any_number_of_ranks(
     assert one.losses[0] != pytest.approx(one_process.losses[0], rel=1e-3)
 
 
-def test_mixed_and_repeated_images_are_the_same_on_any_number_of_ranks(place: Path, several_ranks: Ranks, ranks: Ranks):
-    mixing = "data.augment=[{mixup: {alpha: 0.8}}, {cutmix: {alpha: 1.0, probability: 0.7}}]"
-    words = [mixing, "data.repeat=2", "epochs=1", "teacher.batch=6"]
-    whole = train(place, f"mixed_beside_{several_ranks.world}", *words)
-    assert len(whole.batches) == STEPS  # of 60 images, each twice
-    name = f"mixed_on_{several_ranks.world}"
+def goes_on_with_other_ranks(
+    place: Path, name: str, words: list[str], whole: Trained, ranks: Ranks, several_ranks: Ranks
+) -> None:
+    """Train four steps on two ranks and the rest on others, and compare it with the run on one."""
     first = train(place, f"{name}_begun", *words, "stop.steps=4", ranks=ranks)
     shutil.copytree(first.folder, place / "runs" / name)
     rest = train(place, name, *words, ranks=several_ranks)
     assert first.batches + rest.batches == whole.batches
     assert_equal_to_rounding(rest, whole)
+
+
+def test_mixed_and_repeated_images_are_the_same_on_any_number_of_ranks(place: Path, several_ranks: Ranks, ranks: Ranks):
+    mixing = "data.augment=[{mixup: {alpha: 0.8}}, {cutmix: {alpha: 1.0, probability: 0.7}}]"
+    words = [mixing, "data.repeat=2", "epochs=1", "teacher.batch=6"]
+    whole = train(place, f"mixed_beside_{several_ranks.world}", *words)
+    assert len(whole.batches) == STEPS  # of 60 images, each twice
+    goes_on_with_other_ranks(place, f"mixed_on_{several_ranks.world}", words, whole, ranks, several_ranks)
 
 
 def test_held_out_images_and_a_teachers_own_size_are_the_same_on_any_number_of_ranks(
@@ -188,9 +194,4 @@ def test_held_out_images_and_a_teachers_own_size_are_the_same_on_any_number_of_r
     words = ["data.holdout={share: 0.34}", "teacher.size=12", "teacher.batch=6", "epochs=3"]
     whole = train(place, f"held_out_beside_{several_ranks.world}", *words)
     assert len(whole.batches) == 9  # of 40 images of 60
-    name = f"held_out_on_{several_ranks.world}"
-    first = train(place, f"{name}_begun", *words, "stop.steps=4", ranks=ranks)
-    shutil.copytree(first.folder, place / "runs" / name)
-    rest = train(place, name, *words, ranks=several_ranks)
-    assert first.batches + rest.batches == whole.batches
-    assert_equal_to_rounding(rest, whole)
+    goes_on_with_other_ranks(place, f"held_out_on_{several_ranks.world}", words, whole, ranks, several_ranks)
