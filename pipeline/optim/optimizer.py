@@ -48,15 +48,15 @@ class Config(FrozenModel):
         return given
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Config:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov: true needs momentum above 0; raise momentum, or set nesterov: false")
-        return self
-
-    @model_validator(mode="after")
     def _keys_belong_to_the_optimizer(self) -> Config:
         if not self.kind.startswith(TIMM):  # timm may not be installed where a recipe is only read
             check_keys(self.kind, self.keys, self.arguments or {})
+        return self
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Config:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: true needs momentum above 0; raise momentum, or set nesterov: false")
         return self
 
     @property
