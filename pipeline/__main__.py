@@ -16,7 +16,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from pipeline import __version__
+import pipeline
 from pipeline.cli import print_answer, survive_lost_output
 from pipeline.commands import COMMANDS
 from pipeline.errors import EXIT_USER_ERROR, ROOT, SOURCE
@@ -40,7 +40,7 @@ def answer(args: Sequence[str]) -> int:
     if word in ("-h", "--help"):
         print_answer(help_text(group))
     elif word == "--version":
-        print_answer(__version__)
+        print_answer(pipeline.__version__)
     elif word == "--files":
         print_answer(ROOT)
     else:

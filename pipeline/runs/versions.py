@@ -9,14 +9,21 @@ from typing import Any
 
 import torch
 
-from pipeline import __version__, nvjpeg
+import pipeline
+from pipeline import nvjpeg
 from pipeline.errors import IS_INSTALLED, ROOT
 
 
 def versions() -> dict[str, Any]:
     """Return the information needed to repeat a run: versions, commit and machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"version": __version__, "python": platform.python_version(), **packages(), "device": device, **_commit()}
+    return {
+        "version": pipeline.__version__,
+        "python": platform.python_version(),
+        **packages(),
+        "device": device,
+        **_commit(),
+    }
 
 
 def packages() -> dict[str, str]:
