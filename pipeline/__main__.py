@@ -28,12 +28,12 @@ def main() -> None:
     command = next((name for name in COMMANDS if args[: name.count(" ") + 1] == name.split()), None)
     if command is None:
         with survive_lost_output():
-            sys.exit(answer(args))
+            sys.exit(answer_words(args))
     sys.argv = [f"distill {command}", *args[command.count(" ") + 1 :]]
     runpy.run_module(COMMANDS[command], run_name="__main__", alter_sys=True)
 
 
-def answer(args: Sequence[str]) -> int:
+def answer_words(args: Sequence[str]) -> int:
     """Print what the words ask for if they name no command, and return the exit code."""
     group = "shards " if args[:1] == ["shards"] else ""
     word = next(iter(args[1:] if group else args), "--help")
