@@ -1,5 +1,5 @@
 # A list of commands; .ci/run is made of them.
-.PHONY: install lint types test everything quick timings long campaign oldest demo format
+.PHONY: install lint types test everything quick timings long campaign oldest demo release format
 
 install:
 	launchers/uv sync --quiet --compile-bytecode
@@ -42,6 +42,10 @@ campaign:
 
 demo:
 	launchers/uv run accelerate launch pipeline/train.py
+
+# Wheel and source distribution of the commit in dist/; the wheel is tried in a new environment.
+release:
+	launchers/release.sh
 
 format:
 	launchers/uv run ruff format .

@@ -3,7 +3,7 @@
 #
 #   launchers/job.sh train RECIPE [key=value …]          train, one task per GPU; requeued after a preemption
 #   launchers/job.sh table [PAIR …] [methods=a,b] [key=value …]      train one cell of an array (default: all of ImageNet's tables)
-#   launchers/job.sh run SCRIPT [argument …]             run a resumable Python script in one task; requeued after a signal
+#   launchers/job.sh run SCRIPT | -m MODULE [argument …]  run a resumable Python program in one task; requeued after a signal
 #   launchers/job.sh cache RECIPE [key=value …]          cache a recipe's teacher, one task per GPU; requeued after a signal
 #
 # Optional variables in the environment of sbatch:
@@ -99,7 +99,7 @@ stage() {
     STAGE=${STAGE-${SLURM_TMPDIR:-}}
     [ -n "$STAGE" ] || return 0
     export STAGE SHARDS=$1
-    local args=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label "$PYTHON" shards/stage.py "$SHARDS" "$STAGE")
+    local args=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --label "$PYTHON" -m shards.stage "$SHARDS" "$STAGE")
     if [ -n "$DRY_RUN" ]; then
         print_command srun "${args[@]}"
     else
@@ -158,16 +158,16 @@ resumable() {
 
 train() {
     local paths shards folder
-    paths=$("$PYTHON" pipeline/config/paths.py "$@")
+    paths=$("$PYTHON" -m pipeline.config.paths "$@")
     { read -r shards && read -r folder; } <<< "$paths"
     rendezvous "$folder"
     stage "$shards"
-    resumable "$folder" pipeline/train.py "$@" "$(override folder "$folder")"
+    resumable "$folder" -m pipeline.train "$@" "$(override folder "$folder")"
 }
 
 table() {
     local lines cells cell index=${SLURM_ARRAY_TASK_ID:-0}
-    lines=$("$PYTHON" pipeline/config/tables.py "$@")
+    lines=$("$PYTHON" -m pipeline.config.tables "$@")
     mapfile -t cells <<< "$lines"
     if [ "$index" -ge ${#cells[@]} ]; then
         log "error: there are ${#cells[@]} cells; submit with --array=0-$((${#cells[@]} - 1))"
@@ -187,11 +187,11 @@ run() {
 
 cache() {
     local paths shards folder
-    paths=$("$PYTHON" pipeline/config/paths.py "$@")
+    paths=$("$PYTHON" -m pipeline.config.paths "$@")
     { read -r shards && read -r _ && read -r folder; } <<< "$paths"
     rendezvous "$folder"
     stage "$shards"
-    resumable "$folder" pipeline/cache_teacher.py "$@"
+    resumable "$folder" -m pipeline.cache_teacher "$@"
 }
 
 case ${1:-} in

@@ -2,7 +2,7 @@
 # Run one task of a Slurm job: set the variables of its rank, then replace this shell by Python. No other process is in between, so that
 # the scheduler's signals reach Python.
 #
-#   srun launchers/node.sh pipeline/train.py RECIPE [key=value …]        as launchers/job.sh does
+#   srun launchers/node.sh -m pipeline.train RECIPE [key=value …]        as launchers/job.sh does
 #
 # DRY_RUN=1 prints the command without running it. DeepSpeed is chosen by environment variables, which are passed on. With STAGE and
 # SHARDS the shards are read from this node's copy if that is complete.
@@ -42,7 +42,7 @@ python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
 command -v "$python" > /dev/null || fail "there is no Python at '$python'; set PYTHON=FILE"
 if [ -n "${STAGE:-}" ] && [ -n "${SHARDS:-}" ]; then
-    shards=$("$python" shards/stage.py "$SHARDS" "$STAGE" --look)
+    shards=$("$python" -m shards.stage "$SHARDS" "$STAGE" --look)
     set -- "$@" "$(override data.path "$shards")"
 fi
 if [ -n "${DRY_RUN:-}" ]; then

@@ -1,0 +1,3 @@
+"""Knowledge distillation of image classifiers."""
+
+__version__ = "0.1.0"

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from pipeline.commands import as_started
 from pipeline.errors import EXIT_USER_ERROR, AlreadyReported, Interrupted, one_line
 
 
@@ -18,6 +19,8 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
     with suppress(OSError, ValueError, RuntimeError):  # if standard error is closed, or not a file
         faulthandler.enable()  # a traceback for crashes in C code, and for a mapped file that was truncated
     args = sys.argv[1:]
+    if "" not in sys.path:  # the current folder, last: a user's own networks and losses are found there
+        sys.path.append("")
     with survive_lost_output():
         try:
             main(args)
@@ -30,7 +33,7 @@ def entry(main: Callable[[Sequence[str]], None]) -> None:
             line = user_message(error)
             if line is None or os.environ.get("PIPELINE_TRACEBACK"):
                 raise
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {as_started(line)}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
 
 
@@ -41,7 +44,7 @@ def answer_help(text: str | None) -> None:
     """
     if {"-h", "--help"} & {*sys.argv[1:]}:
         with survive_lost_output():
-            print_answer(text)
+            print_answer(as_started(text or ""))
         sys.exit()
 
 

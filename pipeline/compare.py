@@ -38,13 +38,14 @@ from pipeline.config.recipe import load_recipe
 from pipeline.config.source import split_names
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import read_launch
-from pipeline.errors import ROOT, Interrupted, RecipeError
+from pipeline.errors import SOURCE, Interrupted, RecipeError
 from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.tasks._registry import find_task
 from pipeline.training.result import percent
+from shards.cores import usable_cores
 
 OPTIONS = ("methods", "seeds", "jobs", "side")
 MAX_SEEDS, MAX_RUNS = 1000, 256
@@ -111,7 +112,7 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[str]:
     A signal to stop ends the current runs, which can be resumed, and begins no other.
     """
     shares: SimpleQueue[list[int]] = SimpleQueue()
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     for job in range(jobs):  # with more jobs than cores, a job without a core of its own uses all
         shares.put(cores[job::jobs] or cores)
     signals.install()
@@ -129,11 +130,12 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[str]:
 
 def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
     """Train one run in a process of its own on ``cores``, and return its error, None if there is none."""
-    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides]
+    command = [sys.executable, str(SOURCE / "pipeline" / "train.py"), *run.source.args, *run.overrides]
     output = subprocess.PIPE if quiet else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
-        os.sched_setaffinity(process.pid, cores)
+        if hasattr(os, "sched_setaffinity"):  # where there is none, such as macOS, the number of threads is all
+            os.sched_setaffinity(process.pid, cores)
         with signals.forward_to(process.terminate):
             _, errors = process.communicate()
     # The process ended before it could handle signals, so it had nothing to save.

@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
+SOURCE = Path(__file__).resolve().parents[1]
+"""The folder that holds the packages ``pipeline`` and ``shards``."""
+_PACKAGED = SOURCE / "pipeline" / "files"
+IS_INSTALLED = _PACKAGED.is_dir()
+"""Whether this is an installed wheel, and no checkout."""
+ROOT = _PACKAGED if IS_INSTALLED else SOURCE
+"""The folder that holds ``configs``, ``launchers`` and ``slurm``: the checkout, or a wheel's copy (``setup.py``)."""
 
 EXIT_USER_ERROR = 2
 """Exit code of a command that has reported, in one line, an error that the user can correct."""

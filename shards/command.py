@@ -18,6 +18,8 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from shards.cores import usable_cores
+
 _TaskT = TypeVar("_TaskT")
 _ResultT = TypeVar("_ResultT")
 
@@ -94,7 +96,7 @@ def share(text: str) -> float:
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--jobs``. Its default is one worker per core that this process may use."""
     parser.add_argument(
-        "--jobs", type=up_to(1024), default=len(os.sched_getaffinity(0)), help="worker processes (default: %(default)s)"
+        "--jobs", type=up_to(1024), default=len(usable_cores()), help="worker processes (default: %(default)s)"
     )
 
 

@@ -10,4 +10,4 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh run shards/prepare_imagenet.py ${SLURM_CPUS_PER_TASK:+--jobs="$SLURM_CPUS_PER_TASK"} "$@"
+cd "${SLURM_SUBMIT_DIR:-.}" && exec launchers/job.sh run -m shards.prepare_imagenet ${SLURM_CPUS_PER_TASK:+--jobs="$SLURM_CPUS_PER_TASK"} "$@"

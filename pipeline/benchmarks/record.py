@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.errors import RecipeError
 from pipeline.frozen_model import FrozenModel
 from pipeline.runs.files import write_json
 from pipeline.runs.versions import versions
+from shards.cores import usable_cores
 
 
 class BenchmarkRecord(FrozenModel):
@@ -64,7 +64,7 @@ def machine(ranks: int) -> dict[str, Any]:
     """Return the facts that times depend on besides the code: processor, cores, GPU, ranks."""
     return {
         "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(usable_cores()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ranks": ranks,
     }

@@ -246,5 +246,7 @@ def _dali() -> ModuleType:
         # Imported on first use: DALI takes a second to load, and exists for Linux only.
         from pipeline.data import dali
     except ModuleNotFoundError as error:
-        raise ValueError(f"data.loader: dali needs NVIDIA DALI ({error}), which runs on Linux; try memory") from None
+        raise ValueError(
+            f"data.loader: dali needs NVIDIA DALI ({error}); install the extra cu13 or cu12 on Linux, or try memory"
+        ) from None
     return dali

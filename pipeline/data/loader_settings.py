@@ -19,6 +19,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from pipeline.data.config import Config
 from pipeline.distributed import collectives
 from pipeline.frozen_model import FrozenModel
+from shards.cores import usable_cores
 from shards.manifest import Manifest, write_atomically
 
 
@@ -66,7 +67,7 @@ def workload_key(config: Config, manifest: Manifest, device: torch.device) -> st
 
 def cores() -> int:
     """Return the number of cores of this rank: its share of the cores that its machine's ranks may use."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = len(usable_cores())
     # Slurm can bind each task to cores of its own. The ranks do not share them.
     if os.environ.get("SLURM_CPUS_PER_TASK") == str(allowed):
         return allowed

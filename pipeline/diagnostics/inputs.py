@@ -44,7 +44,9 @@ def check_decoding(device: torch.device) -> Finding:
     try:
         from pipeline.data.dali import Inputs, create_pipeline, decodes_boxes
     except ModuleNotFoundError as error:
-        return fail(f"DALI is not installed ({error})", "install the project's dependencies: launchers/uv sync")
+        return fail(
+            f"DALI is not installed ({error})", "install the extra cu13, or cu12 for a driver of CUDA 12 (Linux only)"
+        )
     encoded, expected = _jpeg()
     zero, side = np.zeros((1, 2), np.int32), np.full((1, 2), _SIDE)
     inputs = Inputs([encoded], zero, side.astype(np.int32), side.astype(np.float32), zero, np.zeros(1, np.int32))
@@ -141,7 +143,8 @@ def _image_bytes(shard: Shard) -> float:
 def _speed(path: Path, seconds: float) -> float:
     """Return the bytes per second of reading a file from its beginning, for at most ``seconds``."""
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started, read = time.perf_counter(), 0
         while time.perf_counter() - started < seconds and (chunk := file.read(CHUNK)):
             read += len(chunk)

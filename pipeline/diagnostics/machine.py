@@ -14,9 +14,12 @@ from torch.cuda import nccl
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives
 from pipeline.runs.versions import versions
+from shards.cores import usable_cores
 
 GIB = 2**30
 DRIVER = Path("/proc/driver/nvidia/version")
+MEMORY = Path("/proc/meminfo")
+SHARED_MEMORY = Path("/dev/shm")
 LEAST_MEMORY = 2 * GIB
 """Bytes per rank: a process that trains the smallest network on a CPU uses 0.8 GiB."""
 LEAST_SHM = 512 * 2**20
@@ -51,7 +54,10 @@ def check_versions() -> Finding:
     """List the versions, and check that torch can use the driver."""
     value = ", ".join(f"{name} {version[:12]}" for name, version in software().items())
     if driver() and not torch.cuda.is_available():
-        return fail(value, f"torch cannot use this driver: CUDA {torch.version.cuda} needs a newer one")
+        return fail(
+            value,
+            f"torch cannot use this driver: CUDA {torch.version.cuda} needs a newer one; see CUDA 12 in README.md",
+        )
     return ok(value)
 
 
@@ -89,7 +95,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 def check_cores() -> Finding:
     """Count this rank's cores, and check that Slurm gave the number that the job requested."""
-    mine = frozenset(os.sched_getaffinity(0))
+    mine = frozenset(usable_cores())
     everyone = collectives.gather_objects((platform.node(), mine))
     sharing = sum(host == platform.node() and bool(cores & mine) for host, cores in everyone)
     requested = int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
@@ -104,15 +110,22 @@ def check_cores() -> Finding:
 def check_memory(local_ranks: int) -> Finding:
     """Check that the host has enough free memory for its ranks."""
     free = free_memory()
+    if free is None:
+        return skip("this system does not say how much is free")
     value = f"{free / GIB:.1f} GiB free for {local_ranks} of the ranks"
     if free < local_ranks * LEAST_MEMORY:
         return fail(value, f"a rank needs {LEAST_MEMORY / GIB:.0f} GiB: start fewer, or request more (--mem)", -free)
     return ok(value, badness=-free)
 
 
-def free_memory() -> int:
-    """Return the bytes that this process can still use: those of the host, or fewer if its cgroup has a limit."""
-    values = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+def free_memory() -> int | None:
+    """Return the bytes that this process can still use: those of the host, or fewer if its cgroup has a limit.
+
+    None on a system without ``/proc/meminfo``, such as macOS.
+    """
+    if not MEMORY.is_file():
+        return None
+    values = dict(re.findall(r"^(\w+):\s+(\d+) kB$", MEMORY.read_text(), re.MULTILINE))
     free = 1024 * int(values["MemAvailable"])
     group = next((text[3:] for text in Path("/proc/self/cgroup").read_text().splitlines() if text[:3] == "0::"), "")
     folder = Path("/sys/fs/cgroup") / group.lstrip("/")
@@ -124,7 +137,9 @@ def free_memory() -> int:
 
 def check_shm(local_ranks: int) -> Finding:
     """Check that NCCL has enough shared memory between the GPUs of one host."""
-    free = shutil.disk_usage("/dev/shm").free
+    if not SHARED_MEMORY.is_dir():
+        return skip("this system has none, and needs none")
+    free = shutil.disk_usage(SHARED_MEMORY).free
     value = f"{free / GIB:.2f} GiB free"
     if free < LEAST_SHM and local_ranks > 1 and torch.cuda.is_available():
         return fail(value, "start the container with --shm-size=1g, or --ipc=host", -free)

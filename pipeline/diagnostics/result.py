@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pipeline.commands import as_started
 from pipeline.errors import one_line
 
 OK, SKIP, FAIL = "ok", "skip", "FAIL"
@@ -57,7 +58,7 @@ def line(name: str, findings: Sequence[Finding], hosts: Sequence[str]) -> str:
     failing = sum(each.status == FAIL for each in findings)
     share = f" [{failing} of {len(findings)} ranks]" if failing and len(findings) > 1 else ""
     advice = f" → {finding.advice}" if finding.advice else ""
-    return f"{finding.status:<5} {name:<15} {finding.value}{rank}{share}{advice}"
+    return as_started(f"{finding.status:<5} {name:<15} {finding.value}{rank}{share}{advice}")
 
 
 def _order(finding: Finding) -> tuple[int, float]:

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.commands import as_started
 from pipeline.config.recipe import LoadedRecipe, load_recipe
 from pipeline.config.source import RecipeSource
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import check_launcher
-from pipeline.errors import EXIT_USER_ERROR, ROOT, AlreadyReported, Interrupted, RecipeError, display_path
+from pipeline.errors import EXIT_USER_ERROR, SOURCE, AlreadyReported, Interrupted, RecipeError, display_path
 from pipeline.runs.describe import explain_training
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, check_no_cycle, resolve
@@ -66,7 +67,7 @@ def _train(run: Run, dependent: Run, launch: Launch) -> None:
     # The message is for the user: it leaves out an override that changes nothing.
     is_moved = load_recipe(path, [*selection, *others]).recipe.data.path != run.recipe.data.path
     message = " ".join([run.command, *([shlex.quote(data_path)] if is_moved else []), *map(shlex.quote, others)])
-    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides]
+    command = [sys.executable, str(SOURCE / "pipeline" / "train.py"), *run.source.args, *run.overrides]
     _execute(command, message, launch, explain_training(dependent, run))
     if run.result is None:
         raise Interrupted(f"{message} was stopped before its end; the same command continues")
@@ -84,11 +85,13 @@ def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True
         )
     script, *arguments = *data.prepare, data.path
     key = f"{display_path(loaded.path)}: data.prepare"
-    if any("\0" in word for word in data.prepare) or not (ROOT / script).is_file():
+    # The project's own scripts first: no folder that a command is started in replaces them.
+    file = next((file for file in (SOURCE / script, Path(script)) if "\0" not in script and file.is_file()), None)
+    if any("\0" in word for word in data.prepare) or file is None:
         raise RecipeError(f"{key}: there is no script {script!r}; name one such as shards/prepare_demo.py")
     message = shlex.join(["python", script, *arguments])
     reason = f"{display_path(loaded.path)}: there are no shards in {data.path!r} yet; preparing them first"
-    _execute([sys.executable, str(ROOT / script), *arguments], message, launch, reason)
+    _execute([sys.executable, str(file), *arguments], message, launch, reason)
     if not (Path(data.path) / MANIFEST).is_file():
         raise RecipeError(f"{key}: {message} made no {MANIFEST} in {data.path!r}; name a script that prepares shards")
 
@@ -107,7 +110,7 @@ def _execute(command: list[str], message: str, launch: Launch, reason: str) -> N
     if launch.world_size > 1:
         raise RecipeError(f"this run depends on something that is missing; one process must make it first: {message}")
     check_launcher()  # processes that cannot see one another would each run the command
-    print(f"{reason}\n$ {message}", flush=True)
+    print(f"{reason}\n$ {as_started(message)}", flush=True)
     status = _status(command)
     if signals.stop_requested():
         raise Interrupted(f"{message} was stopped before its end; the same command continues")

@@ -12,7 +12,7 @@ from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed import rendezvous
 from pipeline.distributed.agreement import flatten
 from pipeline.distributed.launcher import Launch
-from pipeline.errors import ROOT
+from pipeline.errors import SOURCE
 from pipeline.runs.identity import Run
 from pipeline.runs.versions import packages
 
@@ -81,6 +81,6 @@ def _rename_digests(identity: Mapping[str, Any]) -> dict[str, Any]:
 def code_digest() -> str:
     """Return the sha256 of the project's own code, uncommitted changes included."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("pipeline", "shards") for path in (ROOT / folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes() + b"\0")
+    for path in sorted(path for folder in ("pipeline", "shards") for path in (SOURCE / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(SOURCE)}\n".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()

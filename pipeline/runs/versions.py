@@ -9,19 +9,35 @@ from typing import Any
 
 import torch
 
+import pipeline
 from pipeline import nvjpeg
-from pipeline.errors import ROOT
+from pipeline.errors import IS_INSTALLED, ROOT
 
 
 def versions() -> dict[str, Any]:
     """Return the information needed to repeat a run: versions, commit and machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **packages(), "device": device, **_commit()}
+    return {
+        "version": pipeline.__version__,
+        "python": platform.python_version(),
+        **packages(),
+        "device": device,
+        **_commit(),
+    }
 
 
 def packages() -> dict[str, str]:
     """Return the versions of the packages that can change a run's numbers, and on a GPU that of nvJPEG."""
-    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "numpy", "pydantic", "timm")
+    names = (
+        "torch",
+        "torchvision",
+        "accelerate",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "numpy",
+        "pydantic",
+        "timm",
+    )
     # From the metadata: to import a package for its version may take seconds.
     found = {name: importlib.metadata.version(name) for name in names if _installed(name)}
     # Several packages bring nvJPEG; only the library in this process says which one decodes.
@@ -37,6 +53,9 @@ def _installed(name: str) -> bool:
 
 
 def _commit() -> dict[str, Any]:
+    if IS_INSTALLED:  # a folder above may belong to another project's repository
+        return {"commit": None, "uncommitted_changes": False}
+
     def git(*arguments: str) -> str | None:
         try:
             answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)

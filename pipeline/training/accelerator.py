@@ -25,6 +25,7 @@ from pipeline.distributed import rendezvous
 from pipeline.distributed.launcher import Launch, is_set
 from pipeline.errors import RecipeError
 from pipeline.training import zero
+from shards.cores import usable_cores
 
 BUCKET_MIB = 8
 """Size in MiB of the buckets in which DDP sends gradients.
@@ -45,7 +46,7 @@ FOREIGN_VARIABLES = {
 def use_all_cores(launch: Launch) -> None:
     """Let a single process use every core it may run on: Accelerate's launcher sets OMP_NUM_THREADS to 1."""
     if launch.world_size == 1:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(len(usable_cores()))
 
 
 def create_accelerator(recipe: Recipe, launch: Launch, folder: Path | None = None) -> Accelerator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from pipeline.batch import rows_per_rank
@@ -10,6 +9,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.distributed.launcher import Launch
 from pipeline.runs.describe import describe_epochs, describe_role, describe_state, steps_per_epoch, training_order
 from pipeline.runs.identity import Run
+from shards.cores import usable_cores
 
 _SHARED = ("data.path", "folder")
 """Keys that the note on overrides leaves out: every dependency gets ``data.path``, and each run has its own folder."""
@@ -61,7 +61,7 @@ def _describe_teacher(run: Run) -> str:
 
 def _describe_device(recipe: Recipe, launch: Launch) -> str:
     device = "CPU" if launch.on_cpu else "GPU"
-    cores = len(os.sched_getaffinity(0))
+    cores = len(usable_cores())
     used = f" with {_count(cores, 'core')}" if launch.on_cpu and launch.world_size == 1 else ""
     precision = "precision from DeepSpeed" if launch.use_deepspeed else recipe.precision
     return f"{device}, {_count(launch.world_size, 'rank')}{used}, {precision}"

@@ -224,7 +224,7 @@ def test_a_decoder_that_sees_other_pixels(monkeypatch: pytest.MonkeyPatch):
     assert inputs.decoded_alike(image + 1, image, "DALI").status == "ok"
     failing(inputs.decoded_alike(image + 40, image, "DALI"), "by 40.0 of 255", "data.loader: memory")
     monkeypatch.setitem(sys.modules, "pipeline.data.dali", None)
-    failing(inputs.check_decoding(torch.device("cpu")), "DALI is not installed", "launchers/uv sync")
+    failing(inputs.check_decoding(torch.device("cpu")), "DALI is not installed", "install the extra cu13")
 
 
 def test_shards_that_are_not_there(load: Callable[..., LoadedRecipe], monkeypatch: pytest.MonkeyPatch):

@@ -82,7 +82,7 @@ def test_the_tasks_are_python_told_the_recipe_and_the_words_of_sbatch(job: Job, 
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     flags, _, task = call.partition(" launchers/node.sh ")
     assert flags == "srun --kill-on-bad-exit=1 --wait=60 --label"
-    assert task.startswith(f"pipeline/train.py {' '.join(RECIPE)} data.path=/data/imagenet batch=512 folder=")
+    assert task.startswith(f"-m pipeline.train {' '.join(RECIPE)} data.path=/data/imagenet batch=512 folder=")
     assert "2 nodes, 2 ranks, rendezvous at 127.0.0.1:24321" in done.stderr
 
 
@@ -178,14 +178,14 @@ def test_a_signal_while_shards_are_staged_requeues_the_job_before_it_trains(
     # The scheduler tells the batch script, which tells the tasks.
     step = 'trap "exit 138" USR1; kill -USR1 $PPID; for _ in {1..200}; do sleep 0.05; done'
     assert job("slurm/ddkd_r50_mbv1.sh", STEP=step, STAGE=str(tmp_path)).returncode == 0
-    assert not [call for call in calls(environment) if "train.py" in call]
+    assert not [call for call in calls(environment) if "pipeline.train" in call]
     assert calls(environment)[-1] == "scontrol requeue 4321"
     assert (folder / "preempted").exists()
 
 
 def test_a_preparation_that_was_stopped_is_requeued_and_one_that_failed_is_not(job: Job, environment: dict[str, str]):
     assert job("slurm/prepare_imagenet.sh", "/source", "shards", STEP="exit 2").returncode == 2
-    assert calls(environment)[-1].endswith("launchers/node.sh shards/prepare_imagenet.py /source shards")
+    assert calls(environment)[-1].endswith("launchers/node.sh -m shards.prepare_imagenet /source shards")
     for status in (138, 143):
         job("slurm/prepare_imagenet.sh", "/source", "shards", STEP=f"exit {status}", SLURM_JOB_ID=str(status))
         assert calls(environment)[-1] == f"scontrol requeue {status}"
@@ -196,7 +196,7 @@ def test_a_teacher_is_cached_by_a_task_a_gpu_whose_ranks_meet(job: Job, environm
     assert done.returncode == 0, done.stderr
     (call,) = [call for call in calls(environment) if call.startswith("srun")]
     assert call == (
-        "srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/cache_teacher.py "
+        "srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh -m pipeline.cache_teacher "
         f"{' '.join(RECIPE)} views=10"
     )
     start = "start 1 of runs/imagenet/r50_mbv1/ddkd/seed-0 on 2 nodes, 2 ranks, rendezvous at 127.0.0.1:24321"
@@ -221,9 +221,9 @@ def test_shards_are_staged_once_a_node_before_the_tasks_start(
     assert job(f"slurm/{script}.sh", *words, "data.path=/data/tiny", STAGE=str(tmp_path)).returncode == 0
     stage, step = [call for call in calls(environment) if call.startswith("srun")]
     assert stage == (
-        f"srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --label {sys.executable} shards/stage.py /data/tiny {tmp_path}"
+        f"srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --label {sys.executable} -m shards.stage /data/tiny {tmp_path}"
     )
-    assert step.startswith("srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh pipeline/")
+    assert step.startswith("srun --kill-on-bad-exit=1 --wait=60 --label launchers/node.sh -m pipeline.")
 
 
 def test_a_taken_port_is_passed_over_and_a_given_one_kept(job: Job):

@@ -247,7 +247,7 @@ def blocks_of(folder: Path) -> int:
 
 def processes(word: str) -> list[str]:
     """Return the pids of the Python processes with that word on their command line."""
-    found = subprocess.run(["pgrep", "--full", f"train.py .*{word}"], capture_output=True, text=True, check=True)
+    found = subprocess.run(["pgrep", "--full", f"pipeline.train .*{word}"], capture_output=True, text=True, check=True)
     return [pid for pid in found.stdout.split() if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")]
 
 

@@ -18,7 +18,7 @@ ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "docto
 
 ORDER = [
     {"batch", "errors", "frozen_model", "models", "network_arguments", "nvjpeg", "philox"},
-    {"augmentations", "distributed", "features", "precision", "run_reference"},
+    {"augmentations", "commands", "distributed", "features", "precision", "run_reference"},
     {"tasks"},
     {"data", "optim", "diffusion"},
     {"losses", "teachers", "plots"},
@@ -26,7 +26,7 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "multirun", "train", "evaluate"},
+    {"caching", "diagnostics", "multirun", "train", "evaluate", "__main__"},
     {"benchmarks", "cache_teacher", "compare", "doctor"},
     {"bench"},
 ]
@@ -128,7 +128,7 @@ def foreign_imports_of_shards(house: House) -> Iterator[str]:
         for name in imports(tree):
             if within(module, "shards") and name.split(".")[0] in heavy:
                 yield f"{module} imports {name}"
-            read = any(within(name, f"shards.{each}") for each in ("manifest", "read", "documents"))
+            read = any(within(name, f"shards.{each}") for each in ("manifest", "read", "documents", "cores"))
             if within(module, "pipeline") and within(name, "shards") and name != "shards" and not read:
                 yield f"{module} imports {name}"
 
@@ -170,6 +170,8 @@ def unlisted_files_at_the_root(house: House) -> Iterator[str]:
     """At the root of ``pipeline/`` lie the entry points and what ``ORDER`` lists beside the packages."""
     packages = {part(module) for module in house if module.startswith("pipeline.") and module.count(".") > 1}
     listed = ENTRY_POINTS | {
+        "__main__",
+        "commands",
         "cli",
         "distiller",
         "batch",

@@ -1,0 +1,22 @@
+"""What pyproject.toml cannot say: a wheel keeps recipes, launchers and Slurm scripts in ``pipeline/files``."""
+
+from setuptools import find_packages, setup
+
+setup(
+    script_name="setup.py",  # which is then no module of the package below
+    packages=[*find_packages(include=["pipeline*", "shards*"]), "pipeline.files"],
+    package_dir={"pipeline.files": "."},
+    package_data={
+        "pipeline.files": [
+            "configs/**/*.yaml",
+            "configs/**/*.json",
+            "configs/**/*.md",
+            "configs/results.py",
+            "launchers/*.sh",
+            "launchers/accelerate/*.yaml",
+            "launchers/deepspeed/*.json",
+            "slurm/*.sh",
+            "slurm/logs/.gitignore",
+        ]
+    },
+)
