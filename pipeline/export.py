@@ -97,7 +97,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _format(arguments: ExportArguments) -> Format:
-    """Return the format that the options name. Raises RecipeError for unknown ones, and for a library that is missing."""
+    """Return the format that the options name. Raises RecipeError if there is none, or a library is missing."""
     name = arguments.format
     if name not in FORMATS:
         raise RecipeError(f"command line: format: there is no {name!r}; known are {', '.join(FORMATS)}")
