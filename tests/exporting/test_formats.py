@@ -33,8 +33,10 @@ def student_of(model: nn.Module, name: str, images_BCHW: Tensor, classes: int, s
         {"student": {"model": name}, "losses": {"ce": {}}, "epochs": 1, "batch": 4, "schedule": {"rate": 0.1}}
         | {"data": {"path": "shards", "size": size, **STATS}}
     )
-    for _ in range(3):
-        model.train()(images_BCHW)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over all batches, of which there is one
+    model.train()(images_BCHW)
     model.eval()
     with torch.no_grad():
         logits_BK = model(images_BCHW)
