@@ -23,32 +23,26 @@ if __name__ == "__main__":
     signals.install()
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
-import os
-import signal
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 
 from pipeline.cli import entry
-from pipeline.config.arguments import split_command_args
+from pipeline.config.arguments import parse_number, parse_numbers, split_command_args
 from pipeline.config.measured import mean_and_deviation
 from pipeline.config.recipe import load_recipe
 from pipeline.config.source import split_names
 from pipeline.distributed import signals
 from pipeline.distributed.launcher import read_launch
-from pipeline.errors import SOURCE, Interrupted, RecipeError
+from pipeline.errors import Interrupted, RecipeError
+from pipeline.multirun.processes import train_all
 from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
-from pipeline.tasks._registry import find_task
 from pipeline.training.result import percent
-from shards.cores import usable_cores
 
 OPTIONS = ("methods", "seeds", "jobs", "side")
-MAX_SEEDS, MAX_RUNS = 1000, 256
+MAX_RUNS = 256
 
 
 def main(args: Sequence[str]) -> None:
@@ -61,7 +55,7 @@ def main(args: Sequence[str]) -> None:
     if not recipes:
         raise RecipeError("command line: name the recipes to compare")
     seeds = parse_numbers(options, "seeds", "0")
-    jobs, side = parse_number(options, "jobs"), parse_number(options, "side")
+    jobs, side = (parse_number(options, key, MAX_RUNS) for key in ("jobs", "side"))
     if {"jobs", "side"} <= options.keys():
         raise RecipeError("command line: jobs trains in several processes and side in one; give one of them")
     # Seed by seed, so that an interrupted comparison has about equally many runs of every recipe.
@@ -86,68 +80,6 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")
     if len(finished) < len(runs):
         raise Interrupted("stopped before the last run; the same command continues")
-
-
-def parse_numbers(options: dict[str, str], key: str, default: str) -> list[int]:
-    """Return the whole numbers of an option of this command. Raises RecipeError for other values."""
-    numbers = options.get(key, default).split(",")
-    if not all(number.isdecimal() for number in numbers):
-        raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {options[key]!r}")
-    if len(numbers) > MAX_SEEDS:
-        raise RecipeError(f"command line: {key}: expected at most {MAX_SEEDS} numbers")
-    return [int(number) for number in numbers]
-
-
-def parse_number(options: dict[str, str], key: str) -> int:
-    """Return the number of runs that an option of this command gives, 1 by default. Raises RecipeError for others."""
-    number = options.get(key, "1")
-    if not (number.isdecimal() and 1 <= int(number) <= MAX_RUNS):
-        raise RecipeError(f"command line: {key}: expected a number of runs, 1 to {MAX_RUNS}, got {number!r}")
-    return int(number)
-
-
-def train_all(runs: Sequence[Run], jobs: int) -> list[str]:
-    """Train the runs, ``jobs`` at a time, print the result of each, and return the errors of those that failed.
-
-    A signal to stop ends the current runs, which can be resumed, and begins no other.
-    """
-    shares: SimpleQueue[list[int]] = SimpleQueue()
-    cores = usable_cores()
-    for job in range(jobs):  # with more jobs than cores, a job without a core of its own uses all
-        shares.put(cores[job::jobs] or cores)
-    signals.install()
-
-    def train_one(run: Run) -> str | None:
-        share = shares.get()
-        try:
-            return None if signals.stop_requested() else train_run(run, share, quiet=jobs > 1)
-        finally:
-            shares.put(share)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return [failure for failure in pool.map(train_one, runs) if failure]
-
-
-def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
-    """Train one run in a process of its own on ``cores``, and return its error, None if there is none."""
-    command = [sys.executable, str(SOURCE / "pipeline" / "train.py"), *run.source.args, *run.overrides]
-    output = subprocess.PIPE if quiet else None
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
-    with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
-        if hasattr(os, "sched_setaffinity"):  # where there is none, such as macOS, the number of threads is all
-            os.sched_setaffinity(process.pid, cores)
-        with signals.forward_to(process.terminate):
-            _, errors = process.communicate()
-    # The process ended before it could handle signals, so it had nothing to save.
-    if signals.stop_requested() and process.returncode in (-signal.SIGTERM, -signal.SIGINT):
-        return None
-    if process.returncode:
-        reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
-        return f"{run.command} {' '.join(run.overrides)}: {reason}"
-    if run.result is not None:
-        last, best = percent(run.result.last), percent(run.result.best)
-        print(f"{run.folder}: {find_task(run.recipe.task).title} {last}, best {best}", flush=True)
-    return None
 
 
 def results_table(runs: Sequence[Run]) -> str:

@@ -20,6 +20,7 @@ from pipeline.errors import ROOT, RecipeError
 
 ArgsT = TypeVar("ArgsT", bound=BaseModel)
 DEFAULT = ROOT / "configs" / "demo.yaml"
+MAX_NUMBERS = 1000
 
 
 def split_command_args(args: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -43,6 +44,24 @@ def parse_command_args(options: dict[str, str], model: type[ArgsT]) -> ArgsT:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise RecipeError(f"command line: {key}: {first['msg']}, got {first['input']!r}") from None
+
+
+def parse_numbers(options: dict[str, str], key: str, default: str) -> list[int]:
+    """Return the whole numbers of an option of a command. Raises RecipeError for other values."""
+    numbers = options.get(key, default).split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise RecipeError(f"command line: {key}: expected whole numbers such as {key}={default}, got {options[key]!r}")
+    if len(numbers) > MAX_NUMBERS:
+        raise RecipeError(f"command line: {key}: expected at most {MAX_NUMBERS} numbers")
+    return [int(number) for number in numbers]
+
+
+def parse_number(options: dict[str, str], key: str, largest: int, default: int = 1) -> int:
+    """Return the number, 1 to ``largest``, that an option of a command gives. Raises RecipeError for others."""
+    number = options.get(key, str(default))
+    if not (number.isdecimal() and 1 <= int(number) <= largest):
+        raise RecipeError(f"command line: {key}: expected a number from 1 to {largest}, got {number!r}")
+    return int(number)
 
 
 def parse_recipe_args(args: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:

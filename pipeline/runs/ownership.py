@@ -14,6 +14,8 @@ from pipeline.teachers.cache import HEADER
 from shards.manifest import MANIFEST
 
 LOCK = ".lock"
+SEARCH_FILE = "search.json"
+"""File of a search's folder: what it searches."""
 TEMPORARY = re.compile(r".+\.(\d+|npy)\.tmp")
 """Name of a partial file, left by a process that was killed while it wrote."""
 TRACKERS = ("tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "trackio")
@@ -22,7 +24,7 @@ LOGS = (".log", ".out", ".err")
 """Endings of log files: a command's output may be redirected into its own folder."""
 ENCODERS = ("*.encoder.safetensors",)
 """Files of a cache that are written before its header."""
-_KINDS = {IDENTITY: "a run", HEADER: "a teacher's cache", MANIFEST: "shards"}
+_KINDS = {IDENTITY: "a run", HEADER: "a teacher's cache", MANIFEST: "shards", SEARCH_FILE: "a search"}
 
 
 def check_run_folder(folder: Path, advice: str = NEW_FOLDER_HINT) -> None:
@@ -38,6 +40,12 @@ def check_cache_folder(folder: Path) -> None:
     advice = "give teacher.cache=ANOTHER"
     check_writable(folder, "teacher.cache", advice)
     _check_contents(folder, HEADER, ENCODERS, advice)
+
+
+def check_search_folder(folder: Path) -> None:
+    """Raise RecipeError if ``folder`` cannot be written, or has files but no search."""
+    check_writable(folder, "folder", NEW_FOLDER_HINT)
+    _check_contents(folder, SEARCH_FILE, (), NEW_FOLDER_HINT)
 
 
 def check_writable(folder: Path, key: str, advice: str) -> None:

@@ -20,6 +20,7 @@ from pipeline import compare
 from pipeline.cli import entry
 from pipeline.distributed import signals
 from pipeline.errors import RecipeError
+from pipeline.multirun.processes import train_run
 from pipeline.training.journal import trace
 
 Train = Callable[..., None]
@@ -175,7 +176,7 @@ def test_a_signal_that_comes_before_a_run_can_hear_it_is_no_failure(place: Path,
     monkeypatch.setattr(signals, "_requested", True)
     run = run_of("ce.yaml")
     cores = sorted(os.sched_getaffinity(0))
-    assert compare.train_run(run, cores, quiet=True) is None
+    assert train_run(run, cores, quiet=True) is None
     assert run.result is None
 
 
@@ -184,8 +185,8 @@ def test_a_signal_that_comes_before_a_run_can_hear_it_is_no_failure(place: Path,
     [
         (["seeds=0,1"], "name the recipes to compare"),
         (["ce.yaml", "seeds=a"], "seeds: expected whole numbers such as seeds=0, got 'a'"),
-        (["ce.yaml", "jobs=0"], "jobs: expected a number of runs, 1 to 256, got '0'"),
-        (["ce.yaml", "side=0"], "side: expected a number of runs, 1 to 256, got '0'"),
+        (["ce.yaml", "jobs=0"], "jobs: expected a number from 1 to 256, got '0'"),
+        (["ce.yaml", "side=0"], "side: expected a number from 1 to 256, got '0'"),
         (["ce.yaml", "side=2", "jobs=2"], "jobs trains in several processes and side in one; give one of them"),
         (["ce.yaml", "seeds=0,1", "folder=runs/one"], "would share runs/one"),
         (["teacher.yaml", "ce.yaml", "ce.yaml"], "would share runs/ce/seed-0"),

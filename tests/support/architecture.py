@@ -13,7 +13,7 @@ from pathlib import Path
 
 House = dict[str, ast.Module]
 
-ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor"}
+ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor", "export", "search"}
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
@@ -26,8 +26,8 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "multirun", "train", "evaluate", "__main__"},
-    {"benchmarks", "cache_teacher", "compare", "doctor"},
+    {"caching", "diagnostics", "exporting", "multirun", "train", "evaluate", "__main__"},
+    {"benchmarks", "cache_teacher", "compare", "doctor", "export", "search"},
     {"bench"},
 ]
 """What lies at the root of ``pipeline/``, the lowest first: each imports earlier sets, or itself."""
@@ -42,6 +42,8 @@ HOMES = {
     "pickle": {"shards.prepare_cifar"},
     "pyarrow": {"shards.parquet"},
     "fsspec": {"shards.remote"},
+    "onnxruntime": {"pipeline.exporting.onnx"},
+    "optuna": {"pipeline.multirun.study"},
 }
 """The only modules, or packages, that import a library."""
 

@@ -1,0 +1,168 @@
+"""Write a run's student in the format of another program, and check the written file on validation images.
+
+    python pipeline/export.py RUN format=onnx [fold=yes] [weights=best]     for onnxruntime, TensorRT, OpenVINO
+    python pipeline/export.py RUN format=pt2                                a program of torch.export
+    python pipeline/export.py RUN format=torchscript                        for libtorch
+    python pipeline/export.py RUN format=timm                               a folder that timm.create_model reads
+    python pipeline/export.py RUN format=hub [push=OWNER/NAME]              a repository of the Hugging Face hub
+
+RUN is the folder of a finished run. A file takes any number of normalised images [B, 3, size, size] and returns their
+logits [B, classes]. ``fold=yes`` folds BatchNorms into convolutions. ``out=PATH`` names the file or folder, which is
+below RUN by default. ``images=64`` is the number of validation images that are compared. ``push`` uploads the folder,
+``private=yes`` to a private repository.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipeline import nvjpeg
+    from pipeline.cli import answer_help
+    from pipeline.distributed import signals
+
+    answer_help(__doc__)
+    signals.exit_quietly_on_interrupt()
+    nvjpeg.load_first()  # before the imports below: torchvision brings an older one
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.builders.loader import build_loader
+from pipeline.builders.student import build_student, student_spec
+from pipeline.cli import entry
+from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
+from pipeline.config.recipe import LoadedRecipe
+from pipeline.data.loader import Loader
+from pipeline.distributed.launcher import read_launch
+from pipeline.errors import RecipeError
+from pipeline.exporting.comparison import compare_outputs
+from pipeline.exporting.formats import FORMATS, Format
+from pipeline.exporting.hub import push_to_hub
+from pipeline.exporting.model_card import model_card
+from pipeline.exporting.trained import TrainedStudent
+from pipeline.frozen_model import FrozenModel
+from pipeline.models.folding import fold_batchnorms
+from pipeline.models.weights import load_weights
+from pipeline.runs.dependencies import prepare_shards
+from pipeline.runs.folder import load_run
+from shards.manifest import Manifest, read_manifest
+
+FOLDER = "export"
+"""Folder of a run that has its exported students."""
+
+
+class ExportArguments(FrozenModel):
+    """The options of the command."""
+
+    format: str
+    weights: str = "last"
+    fold: bool = False
+    out: str | None = None
+    images: int = Field(default=64, ge=2, le=100_000)
+    push: str | None = None
+    private: bool = False
+
+
+def main(args: Sequence[str]) -> None:
+    """Export the student that the command line names."""
+    options, args = split_command_args(args, tuple(ExportArguments.model_fields))
+    if "format" not in options:
+        raise RecipeError(f"command line: give format={'|'.join(FORMATS)}")
+    arguments, launch = parse_command_args(options, ExportArguments), read_launch()
+    chosen = _format(arguments)
+    folder, overrides = parse_recipe_args(args)
+    if not folder.is_dir():
+        raise RecipeError(f"command line: {folder}: expected the folder of a run, such as runs/demo/seed-0")
+    loaded = load_run(folder, overrides, losses=False)
+    prepare_shards(loaded, launch, trusted=False)
+    file = weights_file(arguments.weights, folder)
+    manifest = read_manifest(Path(loaded.recipe.data.path))
+    student = _open_student(loaded, manifest, file, arguments)
+    path = Path(arguments.out) if arguments.out else folder / FOLDER / f"{file.stem}-{arguments.format}{chosen.ending}"
+    with _replaced(path, is_folder=not chosen.ending) as partial:
+        chosen.write(student, partial)
+        compared = compare_outputs(student, chosen.runner(student)(partial))
+    print(f"{path}: {compared}")
+    if arguments.push:
+        print(f"uploaded to {push_to_hub(path, arguments.push, private=arguments.private)}")
+
+
+def _format(arguments: ExportArguments) -> Format:
+    """Return the format that the options name. Raises RecipeError if there is none, or a library is missing."""
+    name = arguments.format
+    if name not in FORMATS:
+        raise RecipeError(f"command line: format: there is no {name!r}; known are {', '.join(FORMATS)}")
+    chosen = FORMATS[name]
+    if arguments.push and chosen.ending:
+        raise RecipeError("command line: push: only folders are uploaded; give format=hub or format=timm")
+    for library in chosen.libraries:
+        if find_spec(library) is None:
+            raise RecipeError(f"command line: format={name} needs {library}; pip install '.[{chosen.extra}]'")
+    return chosen
+
+
+def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, arguments: ExportArguments) -> TrainedStudent:
+    """Return the student with the weights of ``file``, and the images with which the exported file is checked."""
+    recipe, device = loaded.recipe, torch.device("cpu")
+    loader = build_loader(recipe, manifest, device, ("val",))
+    if not loader.has_validation:
+        raise RecipeError(f"data.path: {recipe.data.path} has no validation images to check the exported file with")
+    spec = student_spec(recipe.student, frozenset())
+    model = build_student(spec, loader.num_classes, recipe.seed).model.eval()
+    if note := load_weights(model, str(file), recipe.student.model, arguments=spec.arguments):
+        print(f"note: weights: {note}")
+    images_BCHW = _validation_images(loader, arguments.images)
+    with torch.no_grad():
+        logits_BK = model(images_BCHW)
+    if arguments.fold:
+        print(f"{fold_batchnorms(model, images_BCHW[:2])} BatchNorms are folded")
+    description = model_card(loaded, file.parent, manifest, file.name, _evaluation(file))
+    return TrainedStudent(
+        model, images_BCHW, logits_BK, _card(file), recipe, manifest.classes, arguments.fold, description
+    )
+
+
+def _validation_images(loader: Loader, count: int) -> Tensor:
+    """Return the first validation images [B, C, H, W], ``count`` of them or all if there are fewer."""
+    taken, rows = [], 0
+    for batch in loader.validation():
+        taken.append(batch.images_BCHW[batch.labels_B >= 0].float().contiguous())
+        rows += len(taken[-1])
+        if rows >= count:
+            break
+    return torch.cat(taken)[:count]
+
+
+@contextmanager
+def _replaced(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """Yield a path to write to. What is there takes the place of ``path`` if all went well, and is removed if not.
+
+    Other files of a folder stay.
+    """
+    if path.exists() and path.is_dir() != is_folder:
+        raise RecipeError(f"command line: out: {path} is a {'file' if is_folder else 'folder'}; give another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=path.parent) as temporary:
+        partial = Path(temporary) / path.name
+        if is_folder:
+            partial.mkdir()
+        yield partial
+        if not is_folder:
+            partial.replace(path)
+            return
+        path.mkdir(exist_ok=True)
+        for file in partial.iterdir():
+            file.replace(path / file.name)
+
+
+if __name__ == "__main__":
+    entry(main)

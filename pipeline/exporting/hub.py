@@ -1,0 +1,65 @@
+"""Students as folders for a hub: weights, card and model card; and the upload, which happens only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import RecipeError, one_line
+from pipeline.exporting.timm_folder import README, write_timm_folder
+from pipeline.exporting.trained import CARD, TrainedStudent
+from pipeline.models import create_model
+from pipeline.models.from_timm import PREFIX
+
+WEIGHTS = "model.safetensors"
+
+
+def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
+    """Write the files of a hub's repository; for a network of timm they are those that timm reads, and the card."""
+    if student.folded:
+        raise RecipeError("format=hub holds the plain weights; leave out fold=yes")
+    if student.recipe.student.model.startswith(PREFIX):
+        write_timm_folder(student, folder)
+        return
+    state = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    (folder / README).write_text(student.description)
+    (folder / CARD).write_text(student.card + "\n")
+
+
+def hub_runner(student: TrainedStudent) -> Callable[[Path], Callable[[Tensor], Tensor]]:
+    """Return the reader of such a folder for networks like this student: a new network with the folder's weights."""
+
+    def read(folder: Path) -> Callable[[Tensor], Tensor]:
+        config = student.recipe.student
+        model = create_model(config.model, len(student.classes), config.arguments).eval()
+        model.load_state_dict(load_file(folder / WEIGHTS))
+
+        def run(images_BCHW: Tensor) -> Tensor:
+            with torch.no_grad():
+                return model(images_BCHW)
+
+        return run
+
+    return read
+
+
+def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload the folder to a repository ``owner/name`` of the Hugging Face hub, and return its address.
+
+    The hub is that of the environment variable HF_ENDPOINT, with the token that ``hf auth login`` stored or HF_TOKEN.
+    Raises RecipeError if the hub cannot be reached or refuses it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a distilled student")
+    except Exception as error:  # the client raises errors of its own, of the network and of its HTTP library
+        raise RecipeError(f"push: {repository}: {one_line(error, 300)}; the files are in {folder}") from error
+    return str(address)

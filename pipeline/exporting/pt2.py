@@ -1,0 +1,22 @@
+"""Students as ``.pt2`` files of torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.exporting.trained import CARD, TrainedStudent, trace_student
+
+
+def write_pt2(student: TrainedStudent, path: Path) -> None:
+    """Write the program, with the student's card as an extra file."""
+    torch.export.save(trace_student(student), path, extra_files={CARD: student.card})
+
+
+def run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return the program of a file, from images [B, C, H, W] to logits [B, K]."""
+    module = torch.export.load(path).module()
+    return lambda images_BCHW: module(images_BCHW)
