@@ -1,7 +1,8 @@
 """The journal of a run: JSON lines and trackers.
 
-A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``. The
-loss trace of a run is all lines without ``timing``. It is the same however often the run was interrupted.
+A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``.
+Those under ``validation`` contain a sum over the ranks, whose last bits depend on the number of ranks. The loss trace
+of a run is all lines without these two sections. It is the same however often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pipeline.batch import Progress
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
 from pipeline.runs.files import JOURNAL_FILE
+from pipeline.tasks._base import Evaluation
 from pipeline.training.flops import peak_flops
 from pipeline.training.progress_bar import ProgressDisplay, open_display
 from pipeline.training.step import StepOutput
@@ -32,6 +34,9 @@ from pipeline.training.timer import StepTimer
 from shards.documents import DamagedFile, parse_document
 
 ItemT = TypeVar("ItemT")
+
+NOT_IN_TRACE = ("timing", "validation")
+"""Sections of a line that may differ between two commands that train the same."""
 
 
 class TrainingJournal:
@@ -160,20 +165,19 @@ class TrainingJournal:
             self.display.show_phase("")
         self._restart_clock(progress.step)
 
-    def log_evaluation(self, progress: Progress, values: dict[str, float], best: float) -> None:
-        """Write the values of an evaluation. The display shows the first, and ``best``, its best so far."""
-        self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
+    def log_evaluation(self, progress: Progress, found: Evaluation, best: float) -> None:
+        """Write an evaluation. The display shows its main metric, and ``best``, the best so far."""
+        values, validation = found.metrics, {"loss": found.loss, "best": best}
+        self._write({"step": progress.step, "epoch": progress.epoch, **values, "validation": validation}, progress.step)
         if self.display is not None:
-            self.display.show_evaluation(next(iter(values.values())), best)
+            self.display.show_evaluation(found.main, best)
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
     def _write(self, line: dict[str, Any], step: int) -> None:
         if not self.main:
             return
         # JSON has no infinity, which is the gradient norm of a step that a GradScaler skips.
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-        }
+        line = _finite(line)
         with self._on_disk():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -250,6 +254,14 @@ def read_journal(path: Path, end: int | None = None) -> list[dict[str, Any]]:
     return parsed_lines
 
 
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """Return ``line`` with None for every number that is not finite, those of sections included."""
+    plain = {key: _finite(value) if isinstance(value, dict) else value for key, value in line.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
+    }
+
+
 def _valid_length(path: Path, length: int) -> tuple[int, bool]:
     """Return the length of the complete lines in a journal's first ``length`` bytes, and whether it is shorter."""
     if not length or not path.exists():
@@ -262,5 +274,5 @@ def _valid_length(path: Path, length: int) -> tuple[int, bool]:
 
 
 def trace(path: Path) -> list[dict[str, Any]]:
-    """Return a run's loss trace: the journal's lines without ``timing``."""
-    return [{key: value for key, value in line.items() if key != "timing"} for line in read_journal(path)]
+    """Return a run's loss trace: the journal's lines without what is under ``timing`` and ``validation``."""
+    return [{key: value for key, value in line.items() if key not in NOT_IN_TRACE} for line in read_journal(path)]
