@@ -201,6 +201,21 @@ def image_flops(recipe: Recipe, sources: Sequence[Recipe] = (), manifest: Manife
         return None
 
 
+def student_macs(recipe: Recipe, manifest: Manifest) -> float | None:
+    """Return the multiply-accumulates of the student's forward for one image, or None if they cannot be counted.
+
+    A single rank may call this, as ``image_flops``.
+    """
+    try:
+        with torch.device("meta"), collectives.single_process():
+            network, _ = run_probe(
+                student_spec(recipe.student, recipe.taps.student), manifest.num_classes, recipe.data.size
+            )
+            return network.macs
+    except Exception:  # ``image_flops`` says why
+        return None
+
+
 def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     """Return the operations of the forward and backward of a micro-batch, per image."""
     rows, size = recipe.batch // recipe.accumulation, recipe.data.size

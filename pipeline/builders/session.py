@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.batch import Progress
 from pipeline.builders.distiller import build_distiller
-from pipeline.builders.meta import image_flops
+from pipeline.builders.meta import image_flops, student_macs
 from pipeline.builders.shared import SharedParts
 from pipeline.builders.student import weights_layout
 from pipeline.config.recipe import Recipe
@@ -35,6 +35,7 @@ from pipeline.training.session import Session, State
 from pipeline.training.step import Step
 from pipeline.training.stopping import StopCondition
 from pipeline.training.timer import StepTimer
+from pipeline.training.tracked_run import configuration
 from pipeline.training.trackers import begin_trackers
 
 
@@ -56,6 +57,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
     distiller, optimizer = _prepare(recipe, accelerator, unwrapped)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch, recipe.epochs * loader.steps_per_epoch)
+    _begin_trackers(run, accelerator, saved.progress, parameters)
     journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
     step = Step(accelerator, distiller, teacher, optimizer, averages.values(), recipe.clip, guard, journal.timer)
     session = Session(
@@ -115,12 +117,15 @@ def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) 
     return averages
 
 
+def _begin_trackers(run: Run, accelerator: Accelerator, progress: Progress, parameters: int) -> None:
+    """Start the trackers on the main process, with the recipe and the student's size as the run's configuration."""
+    if accelerator.is_main_process and accelerator.log_with:
+        sizes = {"parameters": parameters, "macs": student_macs(run.recipe, run.manifest)}
+        begin_trackers(accelerator, run, progress.step, configuration(run.recipe) | sizes)
+
+
 def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progress) -> TrainingJournal:
-    """Return the journal, with its trackers and the timer of the steps."""
-    # TensorBoard hides earlier entries from that step on: an interrupted command may have logged steps after its last
-    # checkpoint.
-    purge = {"purge_step": progress.step + 1} if progress.step else {}
-    begin_trackers(accelerator, "tensorboard", {"tensorboard": purge})
+    """Return the journal, with the timer of the steps."""
     flops = None
     if accelerator.is_main_process:
         flops = image_flops(run.recipe, [below.recipe for below in run.teachers], run.manifest)

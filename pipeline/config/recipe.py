@@ -8,12 +8,13 @@ key, what was given and what was expected.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipeline.config.compose import Origins, compose, find_source, network_sections, read_source, references
 from pipeline.config.messages import check_nulls, validation_message
@@ -101,6 +102,19 @@ class CheckpointConfig(FrozenModel):
     """Steps between two checks of whether any rank has received a signal to stop."""
 
 
+def _check_project(text: str) -> str:
+    # Characters that W&B's addresses and MLflow's queries allow.
+    if not re.fullmatch(r"\w[\w .-]{0,127}", text):
+        raise ValueError("expected up to 128 letters, digits, spaces and . _ -, such as distillation")
+    return text
+
+
+def _check_label(text: str) -> str:
+    if not (text.isprintable() and text.strip() and len(text) <= 64):
+        raise ValueError("expected one line of text of up to 64 characters")
+    return text
+
+
 class JournalConfig(FrozenModel):
     """The settings of the training journal."""
 
@@ -108,6 +122,12 @@ class JournalConfig(FrozenModel):
     """Steps between two lines of the journal."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers of Accelerate, by name."""
+    project: Annotated[str, AfterValidator(_check_project)] = "distillation"
+    """Project of the trackers, MLflow's experiment, to which the run belongs; TensorBoard has none."""
+    name: Annotated[str, AfterValidator(_check_label)] | None = None
+    """Name of the run in W&B and MLflow; null is that of its default folder, ``<pair>/<method>/seed-<seed>``."""
+    tags: tuple[Annotated[str, AfterValidator(_check_label)], ...] = ()
+    """Tags of the run in W&B and MLflow, such as ``[baseline, a100]``."""
 
 
 class Recipe(FrozenModel):

@@ -17,6 +17,7 @@ RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
 VERSIONS_FILE = "versions.json"
 JOURNAL_FILE = "journal.jsonl"
+TRACKERS_FILE = "trackers.json"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
@@ -192,6 +193,14 @@ def read_versions(folder: Path) -> Versions | None:
     Raises DamagedFile if the file is not valid.
     """
     return _read(folder / VERSIONS_FILE, Versions, "delete it, and the current versions are written")
+
+
+def read_tracker_ids(folder: Path) -> dict[str, str]:
+    """Return the run's ids in experiment trackers, by the tracker's name; empty if there are none.
+
+    Raises DamagedFile if the file is not valid.
+    """
+    return _read(folder / TRACKERS_FILE, dict[str, str], "delete it, and trackers begin a new run") or {}
 
 
 def _read(path: Path, schema: Any, advice: str) -> Any:

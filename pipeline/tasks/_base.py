@@ -25,6 +25,8 @@ class Evaluation(NamedTuple):
     """Metrics by name, in percent. The first one decides which weights are the best."""
     samples: int
     """Number of images."""
+    loss: float | None = None
+    """Mean over the images of the task's own loss, summed in float64; its last bits may depend on the ranks."""
 
     @property
     def main(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
@@ -26,15 +27,21 @@ class Classification(Task):
         return 100 * correct_B.float().mean()
 
     def see(self, outputs: Outputs, batch: Batch) -> Seen:
-        """Return the counts of ``count_correct``."""
-        return (count_correct(outputs.logits_BK, batch.labels_B),)
+        """Return float64 [4]: the counts of ``count_correct``, and the sum of the images' cross-entropy."""
+        logits_BK = outputs.logits_BK.float()
+        losses_B = F.cross_entropy(logits_BK, batch.labels_B, ignore_index=-1, reduction="none")
+        # In one tensor, so that one sum over the ranks is enough; float64 is exact for the counts.
+        return (
+            torch.cat([count_correct(logits_BK, batch.labels_B).double(), losses_B.sum(dtype=torch.float64)[None]]),
+        )
 
     def summarize(self, seen: Iterable[Seen]) -> Evaluation:
-        """Return top-1 and top-5 accuracy."""
+        """Return top-1 and top-5 accuracy, and the mean cross-entropy."""
         # Summed on the device: the host waits once.
-        counts_3 = all_reduce_sum(torch.stack([counts for (counts,) in seen]).sum(0))
-        top1, top5, samples = counts_3.tolist()
-        return Evaluation({"top1": 100 * top1 / samples, "top5": 100 * top5 / samples}, samples)
+        sums_4 = all_reduce_sum(torch.stack([sums for (sums,) in seen]).sum(0))
+        top1, top5, samples, loss = sums_4.tolist()
+        accuracy = {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples}
+        return Evaluation(accuracy, int(samples), loss / samples)
 
     def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
         """Return the number of images for which both predict the same class, and that of all images."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
@@ -42,13 +43,17 @@ class MultiLabel(Task):
         return batch.ids_B, outputs.logits_BK.float(), batch.targets[LABELS]
 
     def summarize(self, seen: Iterable[Seen]) -> Evaluation:
-        """Return mean average precision and F1."""
+        """Return mean average precision, F1, and the mean binary cross-entropy of all decisions."""
         ids_N, logits_NK, labels_NK = (gather_rows(torch.cat(columns)) for columns in zip(*seen, strict=True))
         # In the order of the ids, so that sums do not depend on the number of ranks. Padding has id −1.
         order = ids_N.argsort()[int((ids_N < 0).sum()) :]
         logits_NK, labels_NK = logits_NK[order], labels_NK[order]
         f1 = _f1(_count_decisions(logits_NK, labels_NK).double())
-        return Evaluation({"map": 100 * mean_average_precision(logits_NK, labels_NK), "f1": f1.item()}, len(order))
+        average = mean_average_precision(logits_NK, labels_NK)
+        losses_NK = F.binary_cross_entropy_with_logits(logits_NK, labels_NK.to(logits_NK.dtype), reduction="none")
+        return Evaluation(
+            {"map": 100 * average, "f1": f1.item()}, len(order), losses_NK.mean(dtype=torch.float64).item()
+        )
 
     def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
         """Return the number of decisions, one per image and class, in which both agree, and that of all decisions."""

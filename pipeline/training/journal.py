@@ -1,7 +1,8 @@
 """The journal of a run: JSON lines and trackers.
 
-A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``. The
-loss trace of a run is all lines without ``timing``. It is the same however often the run was interrupted.
+A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``.
+Those under ``validation`` contain a sum over the ranks, whose last bits depend on the number of ranks. The loss trace
+of a run is all lines without these two sections. It is the same however often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pipeline.batch import Progress
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
 from pipeline.runs.files import JOURNAL_FILE
+from pipeline.tasks._base import Evaluation
 from pipeline.training.flops import peak_flops
 from pipeline.training.progress_bar import ProgressDisplay, open_display
 from pipeline.training.step import StepOutput
@@ -32,6 +34,9 @@ from pipeline.training.timer import StepTimer
 from shards.documents import DamagedFile, parse_document
 
 ItemT = TypeVar("ItemT")
+
+NOT_IN_TRACE = ("timing", "validation")
+"""Sections of a line that may differ between two commands that train the same."""
 
 
 class TrainingJournal:
@@ -55,7 +60,7 @@ class TrainingJournal:
         self.every_steps = recipe.journal.every_steps
         self.batch = recipe.batch
         self.total_steps = total_steps
-        self.track = track
+        self.track, self.device = track, device
         self.main = collectives.is_main()
         self.flops = flops
         """Floating-point operations per image, if known."""
@@ -143,6 +148,8 @@ class TrainingJournal:
         timing["data_wait"] = collectives.all_reduce_max(waits).item()
         position = {"step": progress.step, "epoch": round(progress.fraction, 6), "samples": progress.samples_seen}
         self._write({**position, "rate": rate, **values, "timing": timing}, progress.step)
+        self._track("train", {"epoch": progress.fraction, "rate": rate, **values}, progress.step)
+        self._track("timing", timing, progress.step)
         if self.display is not None:
             known = self.display.values
             # The training metric follows the total.
@@ -160,29 +167,37 @@ class TrainingJournal:
             self.display.show_phase("")
         self._restart_clock(progress.step)
 
-    def log_evaluation(self, progress: Progress, values: dict[str, float], best: float) -> None:
-        """Write the values of an evaluation. The display shows the first, and ``best``, its best so far."""
-        self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
+    def log_evaluation(self, progress: Progress, found: Evaluation, best: float) -> None:
+        """Write an evaluation. The display shows its main metric, the first one, and ``best``, the best so far."""
+        values, validation = found.metrics, {"loss": found.loss, "best": best}
+        self._write({"step": progress.step, "epoch": progress.epoch, **values, "validation": validation}, progress.step)
+        main = next(iter(values))
+        self._track("val", {**values, "loss": found.loss, f"best_{main}": best}, progress.step)
         if self.display is not None:
-            self.display.show_evaluation(next(iter(values.values())), best)
+            self.display.show_evaluation(found.main, best)
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
     def _write(self, line: dict[str, Any], step: int) -> None:
         if not self.main:
             return
         # JSON has no infinity, which is the gradient norm of a step that a GradScaler skips.
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-        }
+        line = _finite(line)
         with self._on_disk():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        timing = line.get("timing", {})
-        by_name = {f"timing/milliseconds/{name}": value for name, value in timing.get("milliseconds", {}).items()}
-        flat = {**line, **{f"timing/{name}": value for name, value in timing.items()}, **by_name}
-        self.track({name: value for name, value in flat.items() if isinstance(value, float)}, step)
+
+    def _track(self, section: str, values: dict[str, Any], step: int) -> None:
+        """Send finite values to the trackers, named ``<section>/<name>``, with further names for nested ones."""
+        if not self.main:
+            return
+        nested = {name: value for name, value in values.items() if isinstance(value, dict)}
+        flat = {name: value for name, value in values.items() if name not in nested}
+        flat |= {f"{name}/{key}": value for name, inner in nested.items() for key, value in inner.items()}
+        self.track({f"{section}/{name}": x for name, x in flat.items() if x is not None and math.isfinite(x)}, step)
 
     def _restart_clock(self, step: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.since, self.since_step = time.perf_counter(), step
         self.timer.begin()
 
@@ -190,11 +205,13 @@ class TrainingJournal:
         """Add the time since the clock was started to the training time, restart it, and return this rank's rates.
 
         ``milliseconds`` are those of one step by the timer's names; on a GPU they are the device's time.
+        ``memory_gib`` is the peak of this process's memory on its GPU.
         """
         self.timer.lap("rest")
         by_name, steps = self.timer.read(), step - self.since_step
         by_name["rest"] = by_name.pop("rest")  # moved to the end: after a restart of the clock it may come first
         seconds, images = time.perf_counter() - self.since, steps * self.batch
+        memory = self._peak_memory()
         self._restart_clock(step)
         self.images += images
         self.seconds += seconds
@@ -203,7 +220,18 @@ class TrainingJournal:
             "data_wait": round(by_name.get("data", 0.0) / seconds, 4),
             **self._utilization(images / seconds),
             "milliseconds": {name: round(1000 * value / max(steps, 1), 3) for name, value in by_name.items()},
+            **memory,
         }
+
+    def _peak_memory(self) -> dict[str, dict[str, float]]:
+        """Return the largest memory since the clock was started, in GiB; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        found = {
+            "allocated": torch.cuda.max_memory_allocated(self.device),
+            "reserved": torch.cuda.max_memory_reserved(self.device),
+        }
+        return {"memory_gib": {name: round(size / 2**30, 3) for name, size in found.items()}}
 
     def _utilization(self, images_per_second: float) -> dict[str, float]:
         """Return the ranks' ``teraflops`` per second at that rate, and ``mfu``, their share of the GPUs' peak.
@@ -250,6 +278,14 @@ def read_journal(path: Path, end: int | None = None) -> list[dict[str, Any]]:
     return parsed_lines
 
 
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """Return ``line`` with None for every number that is not finite, those of sections included."""
+    plain = {key: _finite(value) if isinstance(value, dict) else value for key, value in line.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
+    }
+
+
 def _valid_length(path: Path, length: int) -> tuple[int, bool]:
     """Return the length of the complete lines in a journal's first ``length`` bytes, and whether it is shorter."""
     if not length or not path.exists():
@@ -262,5 +298,5 @@ def _valid_length(path: Path, length: int) -> tuple[int, bool]:
 
 
 def trace(path: Path) -> list[dict[str, Any]]:
-    """Return a run's loss trace: the journal's lines without ``timing``."""
-    return [{key: value for key, value in line.items() if key != "timing"} for line in read_journal(path)]
+    """Return a run's loss trace: the journal's lines without what is under ``timing`` and ``validation``."""
+    return [{key: value for key, value in line.items() if key not in NOT_IN_TRACE} for line in read_journal(path)]

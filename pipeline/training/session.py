@@ -141,7 +141,7 @@ def validate(session: Session, state: State) -> None:
     if last.main > state.best.value:
         state.best = Best(session.task.metric, last.main, state.progress.epoch)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.log_evaluation(state.progress, last.metrics, state.best.value)
+    session.journal.log_evaluation(state.progress, last, state.best.value)
 
 
 def finish(session: Session, state: State) -> None:

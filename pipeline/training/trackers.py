@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from pipeline.errors import one_line
+from pipeline.runs.identity import Run
+from pipeline.training.tracked_run import NAMED, describe, options_of, project_of
 
 
-def begin_trackers(accelerator: Accelerator, project: str, options: dict[str, dict[str, Any]]) -> None:
-    """Start the Accelerator's trackers, each with its own ``options``; drop one that fails, now or later."""
+def begin_trackers(accelerator: Accelerator, run: Run, step: int, values: dict[str, Any]) -> None:
+    """Start the Accelerator's trackers of a run that begins, or continues after ``step``; drop one that fails.
+
+    ``values`` are the run's configuration. Only the main process calls this.
+    """
     _silence_threads()
     started: list[Any] = []
     # One at a time, so that an error of one tracker does not stop those after it.
-    for name in list(accelerator.log_with):
-        accelerator.log_with, accelerator.trackers = [name], []
-        if _attempt(str(name), lambda: accelerator.init_trackers(project, init_kwargs=options)):
+    for tracker in list(accelerator.log_with):
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        begin = partial(_begin, accelerator, str(tracker), run, step, values)
+        if _attempt(str(tracker), begin):
             started += map(_TolerantTracker, accelerator.trackers)
     accelerator.trackers = started
+
+
+def _begin(accelerator: Accelerator, name: str, run: Run, step: int, values: dict[str, Any]) -> None:
+    """Start the only tracker in ``accelerator.log_with``, and send it the configuration of the run."""
+    journal = run.recipe.journal
+    if name not in (*NAMED, "tensorboard") and (journal.name or journal.tags):
+        tqdm.write(f"note: journal.name and journal.tags: not known to {name}; only {' and '.join(NAMED)} get them")
+    accelerator.init_trackers(project_of(name, run), init_kwargs={name: options_of(name, run, step)})
+    for tracker in accelerator.trackers:
+        describe(tracker, name, run, values, step)
 
 
 class _TolerantTracker:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from forks import Done
 
+from pipeline.training.journal import NOT_IN_TRACE
+
 GOOD = {"one line", "reported", "accepted", "noticed", "harmless", "said", "same", "went on"}
 """Judgements that nobody has to mend; the others are breaches."""
 
@@ -71,7 +73,9 @@ def _trace(journal: Path) -> Iterator[str]:
             found = json.loads(line)
         except ValueError:
             found = line
-        yield json.dumps({key: found[key] for key in found if key != "timing"} if isinstance(found, dict) else found)
+        yield json.dumps(
+            {key: found[key] for key in found if key not in NOT_IN_TRACE} if isinstance(found, dict) else found
+        )
 
 
 def folder_result(folder: Path) -> Result:

@@ -63,6 +63,9 @@ def test_of_two_trackers_the_other_goes_on(
         def start(self) -> None:
             """Leave no file."""
 
+        def store_init_configuration(self, values: dict) -> None:
+            """Keep nothing."""
+
     monkeypatch.setitem(__import__("accelerate").accelerator.LOGGER_TYPE_TO_CLASS, "aim", Other)
     monkeypatch.setattr("pipeline.training.accelerator.get_available_trackers", lambda: ["aim", "tensorboard"])
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["aim", "tensorboard"])

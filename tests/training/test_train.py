@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.recipe import load_recipe
 from pipeline.models import create_model
 from pipeline.optim.guard import NonFiniteError
-from pipeline.training.journal import trace
+from pipeline.training.journal import read_journal, trace
 
 Train = Callable[..., None]
 
@@ -40,6 +40,11 @@ def test_the_journal_holds_every_step_and_every_evaluation(run_train: Train, rec
     assert [line["step"] for line in steps] == list(range(1, 11))
     assert [line["samples"] for line in steps] == list(range(12, 121, 12))
     assert [line["epoch"] for line in lines if "top5" in line] == [1, 2]
+    measured = [line for line in read_journal(recipes / "runs" / "ce" / "journal.jsonl") if "top5" in line]
+    best = [max(line["top1"] for line in measured[: number + 1]) for number in range(2)]
+    assert [line["validation"]["best"] for line in measured] == best
+    assert all(0 < line["validation"]["loss"] < 10 for line in measured)
+    assert not any("validation" in line for line in lines)
     assert steps[0]["rate"] == 0.0
     assert max(line["rate"] for line in steps) <= 0.05
     assert all(line["ce"] == line["total"] for line in steps)
