@@ -41,6 +41,8 @@ from pipeline.distributed.launcher import read_launch
 from pipeline.errors import ROOT, Interrupted, RecipeError
 from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
+from pipeline.runs.drawing import draw_report, undrawn_environment
+from pipeline.runs.files import REPORT_FILE
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.tasks._registry import find_task
@@ -80,6 +82,9 @@ def main(args: Sequence[str]) -> None:
     finished = [run for run in runs if run.result is not None]
     if finished:
         print(results_table(finished))
+        if missing and finished[0].recipe.journal.report:
+            folders = [run.folder for run in finished]
+            draw_report(folders, Path(os.path.commonpath(folders)) / REPORT_FILE)
     if failures:
         more = f"; and {len(failures) - 2} more" if len(failures) > 2 else ""
         raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")
@@ -131,7 +136,7 @@ def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
     """Train one run in a process of its own on ``cores``, and return its error, None if there is none."""
     command = [sys.executable, str(ROOT / "pipeline" / "train.py"), *run.source.args, *run.overrides]
     output = subprocess.PIPE if quiet else None
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    environment = {**undrawn_environment(), "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
         os.sched_setaffinity(process.pid, cores)
         with signals.forward_to(process.terminate):

@@ -31,6 +31,7 @@ from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Checkpoints, exported_best
 from pipeline.training.graph import maybe_graph
 from pipeline.training.journal import TrainingJournal
+from pipeline.training.observer import LossObserver
 from pipeline.training.session import Session, State
 from pipeline.training.step import Step
 from pipeline.training.stopping import StopCondition
@@ -74,6 +75,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         maybe_graph(step, recipe.graph, recipe.accumulation, recipe.student.checkpoint),
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
         parts.runs,
+        LossObserver(recipe, accelerator, loader, teacher, unwrapped),
     )
     return session, State(
         saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST, session.task.metric)

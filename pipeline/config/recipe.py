@@ -108,6 +108,8 @@ class JournalConfig(FrozenModel):
     """Steps between two lines of the journal."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers of Accelerate, by name."""
+    report: bool = True
+    """True to draw ``report.html`` at the end of the run, and to record what it shows of a loss's own networks."""
 
 
 class Recipe(FrozenModel):

@@ -1,7 +1,8 @@
 """The journal of a run: JSON lines and trackers.
 
-A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``. The
-loss trace of a run is all lines without ``timing``. It is the same however often the run was interrupted.
+A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``, and
+what only a report shows under ``denoiser``. The loss trace of a run is all lines without these two. It is the same
+however often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from pipeline.training.timer import StepTimer
 from shards.documents import DamagedFile, parse_document
 
 ItemT = TypeVar("ItemT")
+OBSERVED = "denoiser"
+"""Key of an evaluation's line with what ``Loss.observe`` returned, by loss."""
+UNTRACED = ("timing", OBSERVED)
+"""Keys of a line that are no part of the loss trace."""
 
 
 class TrainingJournal:
@@ -160,9 +165,15 @@ class TrainingJournal:
             self.display.show_phase("")
         self._restart_clock(progress.step)
 
-    def log_evaluation(self, progress: Progress, values: dict[str, float], best: float) -> None:
-        """Write the values of an evaluation. The display shows the first, and ``best``, its best so far."""
-        self._write({"step": progress.step, "epoch": progress.epoch, **values}, progress.step)
+    def log_evaluation(
+        self, progress: Progress, values: dict[str, float], best: float, observed: dict[str, Any] | None = None
+    ) -> None:
+        """Write the values of an evaluation, and what was ``observed`` of the losses' networks for the report.
+
+        The display shows the first value, and ``best``, its best so far.
+        """
+        more = {OBSERVED: observed} if observed else {}
+        self._write({"step": progress.step, "epoch": progress.epoch, **values, **more}, progress.step)
         if self.display is not None:
             self.display.show_evaluation(next(iter(values.values())), best)
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
@@ -262,5 +273,5 @@ def _valid_length(path: Path, length: int) -> tuple[int, bool]:
 
 
 def trace(path: Path) -> list[dict[str, Any]]:
-    """Return a run's loss trace: the journal's lines without ``timing``."""
-    return [{key: value for key, value in line.items() if key != "timing"} for line in read_journal(path)]
+    """Return a run's loss trace: the journal's lines without ``timing`` and what is recorded for the report only."""
+    return [{key: value for key, value in line.items() if key not in UNTRACED} for line in read_journal(path)]

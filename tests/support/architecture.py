@@ -13,7 +13,7 @@ from pathlib import Path
 
 House = dict[str, ast.Module]
 
-ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor"}
+ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor", "report"}
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
@@ -26,8 +26,8 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "multirun", "train", "evaluate"},
-    {"benchmarks", "cache_teacher", "compare", "doctor"},
+    {"caching", "diagnostics", "multirun", "reports", "train", "evaluate"},
+    {"benchmarks", "cache_teacher", "compare", "doctor", "report"},
     {"bench"},
 ]
 """What lies at the root of ``pipeline/``, the lowest first: each imports earlier sets, or itself."""
