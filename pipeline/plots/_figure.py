@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""Okabe and Ito's colours, which people with any kind of colour vision can tell apart; yellow last, pale on white."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, which people with any kind of colour vision can tell apart; not yellow, pale on white."""
 GREY = "#767676"
 """A grey that is readable on white (contrast 4.5)."""
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -25,18 +25,24 @@ _SETTINGS = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
     "font.size": 9,
 }
-mpl.rcParams.update(_SETTINGS)  # here, because a text takes its font when it is made
+mpl.rcParams.update(_SETTINGS)  # pyright: ignore[reportCallIssue, reportArgumentType]
+# Here, and not in a context, because a text takes its font when it is made.
 _SIZE = 5.4, 3.4
 """Inches of a picture: a phone's width at readable letters."""
 
 
 def new_figure(
-    size: tuple[float, float] = _SIZE, panels: int = 1, *, rows: int = 1, share: bool = False
+    size: tuple[float, float] = _SIZE, panels: int = 1, *, heights: Sequence[float] = (), share: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure of ``size`` in inches with panels side by side, or in ``rows``, and their axes."""
+    """Return an empty figure of ``size`` in inches with panels side by side, and their axes.
+
+    ``heights`` puts them below one another, with those shares of the height.
+    """
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot, which would look for a display and keep every figure in memory
-    found = figure.subplots(rows, panels // rows, squeeze=False, sharey=share).ravel().tolist()
+    grid = (panels, 1) if heights else (1, panels)
+    ratios = list(heights) or None
+    found = figure.subplots(*grid, squeeze=False, sharey=share, height_ratios=ratios).ravel().tolist()
     for axes in found:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6", linewidth=0.6)

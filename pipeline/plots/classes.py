@@ -26,7 +26,7 @@ def draw_class_gains(name: str, title: str, gains: Sequence[tuple[str, float]], 
         )
     labels = [text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text, _ in gains]
     axes.set_yticks(range(len(gains)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.margins(x=0.16)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel(xlabel)

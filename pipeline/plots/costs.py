@@ -24,8 +24,9 @@ def draw_costs(name: str, title: str, networks: Sequence[Network], *, ylabel: st
     for axes, kind in zip(panels, kinds, strict=True):
         for number, network in enumerate(networks):
             if kind in network.costs:
-                look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-                axes.plot(network.costs[kind], network.metric, linestyle="", markersize=7, label=network.label, **look)
+                color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+                point = [network.costs[kind]], [network.metric]
+                axes.plot(*point, linestyle="", markersize=7, label=network.label, color=color, marker=marker)
         known = [network.costs[kind] for network in networks if kind in network.costs]
         low, high = spread([0.0, *known])
         axes.set_xlim(max(low, 0.0), high)

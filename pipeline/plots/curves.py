@@ -24,7 +24,7 @@ class Curve(NamedTuple):
     """Whether it is one of several like it, such as a seed."""
 
 
-class Level(NamedTuple):
+class HorizontalLine(NamedTuple):
     """A horizontal line, such as the teacher's accuracy."""
 
     label: str
@@ -40,7 +40,7 @@ def draw_curves(
     *,
     xlabel: str,
     ylabel: str,
-    levels: Sequence[Level] = (),
+    levels: Sequence[HorizontalLine] = (),
     log: bool = False,
 ) -> str:
     """Return curves in one panel, with horizontal lines, and a logarithmic axis if ``log``."""

@@ -21,7 +21,7 @@ class Bins(NamedTuple):
 
 def draw_reliability(name: str, title: str, networks: Sequence[Bins]) -> str:
     """Return accuracy over confidence above, and the share of images in each bin below."""
-    figure, (axes, below) = new_figure((5.4, 4.4), 2, rows=2)
+    figure, (axes, below) = new_figure((5.4, 4.4), 2, heights=(3, 1))
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="as sure as right")
     for number, bins in enumerate(networks):
         look = {"color": COLORS[number % len(COLORS)], "linestyle": STYLES[number % len(STYLES)]}
@@ -35,6 +35,5 @@ def draw_reliability(name: str, title: str, networks: Sequence[Bins]) -> str:
         below.plot(confidence, share, marker=MARKERS[number], markersize=4, **look)
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
     below.set(xlim=(0, 1), ylim=(0, None), xlabel="confidence", ylabel="images, %")
-    axes.get_gridspec().set_height_ratios([3, 1])
     add_legend(figure, axes)
     return as_svg(figure, name, title)

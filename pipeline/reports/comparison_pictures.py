@@ -12,20 +12,20 @@ from pipeline.errors import one_line
 from pipeline.plots.costs import Network, draw_costs
 from pipeline.plots.dots import draw_dots
 from pipeline.reports import page
-from pipeline.reports.methods import Method
+from pipeline.reports.methods import MethodRuns
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.training.result import percent
 from shards.manifest import MANIFEST, read_manifest
 
 
-def draw_methods(methods: Sequence[Method], references: References) -> str:
+def draw_methods(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of methods by seeds; empty for a single run."""
     values = {method.name: [run.last for run in method.runs if run.last is not None] for method in methods}
     values = {name: found for name, found in values.items() if found}
     if sum(map(len, values.values())) < 2:
         return ""
-    task = methods[0].shown.task
+    task = methods[0].first_run.task
     alone = references.alone_metric
     text = "; ".join(f"{name}: {', '.join(map(percent, found))}" for name, found in values.items())
     svg = draw_dots(
@@ -38,27 +38,27 @@ def draw_methods(methods: Sequence[Method], references: References) -> str:
     return page.section("Methods and seeds", page.pictures([("A dot for each seed; mean ± deviation", svg)]))
 
 
-def draw_networks(methods: Sequence[Method], references: References) -> str:
+def draw_networks(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of accuracy against multiply-accumulates, parameters and latency."""
     notes: list[str] = []
-    found = [_network(method.name, method.shown, method.last, notes) for method in methods]
+    found = [_network(method.name, method.first_run, method.last, notes) for method in methods]
     teacher = references.teacher
-    if teacher is not None and not all(method.shown.teaches_itself for method in methods):
+    if teacher is not None and not all(method.first_run.teaches_itself for method in methods):
         found.append(_network("teacher", teacher, references.teacher_metric, notes))
     networks = [network for network in found if network is not None]
-    shown = [page.note(text) for text in dict.fromkeys(notes)]
+    selected = [page.note(text) for text in dict.fromkeys(notes)]
     if not networks:
-        return page.section("Accuracy and cost", *shown)
-    title = methods[0].shown.task.title
+        return page.section("Accuracy and cost", *selected)
+    title = methods[0].first_run.task.title
     text = "; ".join(
         f"{network.label} {network.metric:.2f} % with "
         + ", ".join(f"{cost:.3g} {kind}" for kind, cost in network.costs.items())
         for network in networks
     )
     if len(networks) == 1:
-        return page.section("Accuracy and cost", page.paragraph(text), *shown)
+        return page.section("Accuracy and cost", page.paragraph(text), *selected)
     svg = draw_costs("costs", f"{title} against cost: {text}", networks, ylabel=f"{title}, %")
-    return page.section("Accuracy and cost", page.pictures([(f"{title} against what a network costs", svg)]), *shown)
+    return page.section("Accuracy and cost", page.pictures([(f"{title} against what a network costs", svg)]), *selected)
 
 
 def _network(label: str, run: ReportedRun, metric: float | None, notes: list[str]) -> Network | None:

@@ -11,21 +11,21 @@ from typing import Any
 from pipeline.plots.curves import Curve, draw_curves
 from pipeline.plots.maps import draw_maps
 from pipeline.reports import page
-from pipeline.reports.methods import Method
+from pipeline.reports.methods import MethodRuns
 from pipeline.reports.reported_run import ReportedRun
-from pipeline.reports.training_pictures import Drawn, thinned
+from pipeline.reports.training_pictures import Captioned, thinned
 from pipeline.training.journal import OBSERVED
 
 _GAMMAS = {"gamma": "γ of the feature map", "gamma_logits": "γ of the logits"}
 _MAPS = {"teacher": "teacher", "student": "student", "denoised": "student, denoised"}
 
 
-def draw_denoisers(methods: Sequence[Method]) -> str:
+def draw_denoisers(methods: Sequence[MethodRuns]) -> str:
     """Return the section of the denoisers of each method's first run; empty if no loss has one."""
     parts: list[str] = []
-    drawn: Drawn = []
+    drawn: Captioned = []
     for number, method in enumerate(methods):
-        run = method.shown
+        run = method.first_run
         names = [name for name, spec in run.recipe.losses.items() if hasattr(spec.config, "diffusion")]
         if not names:
             continue
@@ -53,7 +53,7 @@ def _losses(name: str, method: str, run: ReportedRun, losses: Sequence[str]) -> 
     return f"{method}: diffusion, reconstruction and distance", svg
 
 
-def _of_loss(key: str, method: str, seen: Sequence[tuple[float, dict[str, Any]]]) -> Drawn:
+def _of_loss(key: str, method: str, seen: Sequence[tuple[float, dict[str, Any]]]) -> Captioned:
     """Return the pictures of one loss: γ by epoch, and the maps after the last epoch."""
     if not seen:
         return []

@@ -8,7 +8,7 @@ from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
 from pipeline.reports.evaluation_file import EvaluatedTeacher, EvaluationFile, PerClass, Reliability, accuracies
-from pipeline.reports.methods import Method
+from pipeline.reports.methods import MethodRuns
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
 
@@ -18,11 +18,11 @@ _MOST = 6
 """Networks in one picture."""
 
 
-def draw_evaluations(methods: Sequence[Method], references: References) -> str:
+def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of the evaluations; without any, the command that makes one."""
     evaluated = [(method.name, run, run.evaluation) for method in methods for run in method.runs[:1] if run.evaluation]
     if not evaluated:
-        run = methods[0].shown
+        run = methods[0].first_run
         agreement = "" if run.teaches_itself else " agreement=yes"
         text = "Calibration and single classes are shown once the run is evaluated:"
         return page.section(
@@ -99,15 +99,15 @@ def _gains(number: int, name: str, run: ReportedRun, alone: ReportedRun | None) 
         ((each, ours - theirs) for each, ours, theirs in pairs if ours is not None and theirs is not None),
         key=lambda pair: -pair[1],
     )
-    shown = gains if len(gains) <= 2 * _SHOWN else [*gains[:_SHOWN], *gains[-_SHOWN:]]
-    if not shown:
+    selected = gains if len(gains) <= 2 * _SHOWN else [*gains[:_SHOWN], *gains[-_SHOWN:]]
+    if not selected:
         return None
-    text = "; ".join(f"{each} {gain:+.1f}" for each, gain in shown)
+    text = "; ".join(f"{each} {gain:+.1f}" for each, gain in selected)
     svg = draw_class_gains(
         f"classes-{number}",
         f"Accuracy of single classes of {name} against {against}, in points: {text}",
-        shown,
+        selected,
         xlabel=f"points against {against}",
     )
-    which = "all classes" if len(shown) == len(gains) else f"the {_SHOWN} best and worst of {len(gains)} classes"
+    which = "all classes" if len(selected) == len(gains) else f"the {_SHOWN} best and worst of {len(gains)} classes"
     return f"{name} against {against}: {which}", svg

@@ -9,18 +9,18 @@ import yaml
 
 from pipeline.config.recipe import dump_recipe
 from pipeline.reports import page
-from pipeline.reports.methods import Method
+from pipeline.reports.methods import MethodRuns
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.runs.files import RECIPE
 
 
-def draw_foot(methods: Sequence[Method]) -> str:
+def draw_foot(methods: Sequence[MethodRuns]) -> str:
     """Return the sections about how the runs were made; of several seeds of a method, the first has its recipe."""
     runs = [run for method in methods for run in method.runs]
     rows = [[str(run.folder), _state(run), _history(run)] for run in runs]
     parts = [page.section("Runs", page.table(["folder", "state", "starts"], rows))]
     for method in methods:
-        run = method.shown
+        run = method.first_run
         command = f"accelerate launch pipeline/train.py {shlex.quote(str(run.folder / RECIPE))} folder=ANOTHER"
         versions = [[name, str(value)] for name, value in run.versions.items() if value is not None]
         recipe = yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False, allow_unicode=True)
@@ -51,5 +51,5 @@ def _history(run: ReportedRun) -> str:
     if not run.starts:
         return "not recorded"
     steps = [f"{start.time[:16].replace('T', ' ')} at step {start.step:,}" for start in run.starts]
-    shown = [*steps[:3], "…", steps[-1]] if len(steps) > 5 else steps
-    return f"{len(steps)} start{'s' if len(steps) > 1 else ''}: {'; '.join(shown)}"
+    selected = [*steps[:3], "…", steps[-1]] if len(steps) > 5 else steps
+    return f"{len(steps)} start{'s' if len(steps) > 1 else ''}: {'; '.join(selected)}"

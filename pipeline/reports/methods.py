@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 from pipeline.config.measured import mean_and_deviation
 from pipeline.reports import page
-from pipeline.reports.references import References, paper_teacher, paper_text
+from pipeline.reports.references import References, paper_teacher, paper_text, published_numbers
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.training.result import percent
 
 
-class Method(NamedTuple):
+class MethodRuns(NamedTuple):
     """The runs of one method, one per seed."""
 
     name: str
     runs: tuple[ReportedRun, ...]
 
     @property
-    def shown(self) -> ReportedRun:
+    def first_run(self) -> ReportedRun:
         """Return the run that stands for the method where one picture per method is enough: the first."""
         return self.runs[0]
 
@@ -35,11 +35,11 @@ class Method(NamedTuple):
         return self.mean([run.last for run in self.runs])
 
 
-def group(runs: Sequence[ReportedRun]) -> list[Method]:
+def group(runs: Sequence[ReportedRun]) -> list[MethodRuns]:
     """Return the runs by method, in the order in which the methods come, each by seed."""
     names = dict.fromkeys(run.method for run in runs)
     return [
-        Method(name, tuple(sorted((run for run in runs if run.method == name), key=lambda run: run.recipe.seed)))
+        MethodRuns(name, tuple(sorted((run for run in runs if run.method == name), key=lambda run: run.recipe.seed)))
         for name in names
     ]
 
@@ -51,9 +51,9 @@ def headline(runs: Sequence[ReportedRun], references: References) -> str:
         for run in runs
         if run.result is None
     ]
-    shown = page.numbers(_numbers(runs[0], references)) if len(runs) == 1 else _table(group(runs), references)
+    selected = page.numbers(_numbers(runs[0], references)) if len(runs) == 1 else _table(group(runs), references)
     notes = [page.note(text) for text in references.notes]
-    return "\n".join([*unfinished, shown, *notes])
+    return "\n".join([*unfinished, selected, *notes])
 
 
 def _numbers(run: ReportedRun, references: References) -> list[tuple[str, str]]:
@@ -70,24 +70,27 @@ def _numbers(run: ReportedRun, references: References) -> list[tuple[str, str]]:
 
 
 def _paper(run: ReportedRun) -> list[tuple[str, str]]:
-    text = paper_text(run)
+    """Return what the papers print as a big number, with the tables that print it."""
+    printed = published_numbers(run)
+    if not printed:
+        return []
+    values = " or ".join(dict.fromkeys(f"{number:.2f}" for number in printed.values()))
     teacher = paper_teacher(run)
-    beside = f"the papers' number; their teacher has {teacher}" if teacher else "the papers' number"
-    return [(beside, text)] if text else []
+    return [(f"in {'; '.join(printed)}{f'; their teacher {teacher}' if teacher else ''}", values)]
 
 
-def _table(methods: Sequence[Method], references: References) -> str:
-    title = methods[0].shown.task.title
+def _table(methods: Sequence[MethodRuns], references: References) -> str:
+    title = methods[0].first_run.task.title
     head = ["method", "seeds", f"{title}, last epoch", "best epoch", "gap closed", "papers"]
     rows = []
     for name, runs in methods:
         last = [run.last for run in runs]
-        taught = [] if runs[0].teaches_itself else [references.gap_closed(Method(name, runs).last)]
+        taught = [] if runs[0].teaches_itself else [references.gap_closed(MethodRuns(name, runs).last)]
         gap = "".join(f"{value:.0f} %" for value in taught if value is not None)
         values = [mean_and_deviation(last), mean_and_deviation([run.best for run in runs])]
         rows.append([name, str(len(runs)), *values, gap, paper_text(runs[0]) or ""])
     if references.teacher_metric is not None:
-        papers = paper_teacher(methods[0].shown) or ""
+        papers = paper_teacher(methods[0].first_run) or ""
         rows.append(["teacher", "", percent(references.teacher_metric), "", "", papers])
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
     return page.table([head[column] for column in kept], [[row[column] for column in kept] for row in rows])

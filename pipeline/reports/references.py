@@ -62,10 +62,17 @@ def paper_text(run: ReportedRun) -> str | None:
     return tables.published_text(run.source)
 
 
+def published_numbers(run: ReportedRun) -> dict[str, float]:
+    """Return the top-1 that papers print of the run's recipe, by paper and table."""
+    printed = load_tables().published(run.source) if run.source else {}
+    return {table: number for table, number in printed.items() if not table.endswith("top-5")}
+
+
 def paper_teacher(run: ReportedRun) -> str | None:
     """Return what the papers print of the pair's teacher, None if they print nothing."""
     pair = load_tables().table_of(run.source) if run.source else None
-    numbers = {f"{table[TEACHER]:.2f}" for table in pair.published.values() if TEACHER in table} if pair else set()
+    rows = [row for table, row in pair.published.items() if not table.endswith("top-5")] if pair else []
+    numbers = {f"{row[TEACHER]:.2f}" for row in rows if TEACHER in row}
     return ", ".join(sorted(numbers)) or None
 
 

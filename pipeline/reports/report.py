@@ -21,30 +21,31 @@ _MOST = 6
 def report_page(runs: Sequence[ReportedRun]) -> str:
     """Return the report of runs on the same data, in HTML."""
     references, methods = find_references(runs), group(runs)
-    shown = methods[:_MOST]
+    selected = methods[:_MOST]
     left_out = ", ".join(method.name for method in methods[_MOST:])
     more = page.note(f"Without pictures of their own: {left_out}; name fewer runs to see them.") if left_out else ""
-    first = methods[0].shown
-    networks = " from ".join([first.recipe.student.model, *([teacher] if (teacher := _teacher(first)) else [])])
-    title = f"{' / '.join(method.name for method in shown)}{' / …' if left_out else ''}: {networks}"
+    first = methods[0].first_run
+    taught = next((run for run in runs if not run.teaches_itself), first)
+    networks = " from ".join([first.recipe.student.model, *([teacher] if (teacher := _teacher(taught)) else [])])
+    title = f"{' / '.join(method.name for method in selected)}{' / …' if left_out else ''}: {networks}"
     commit = first.versions.get("commit")
     facts = [f"torch {first.versions.get('torch')}"] if first.versions.get("torch") else []
     facts += [f"commit {str(commit)[:7]}"] if commit else []
     facts += [first.recipe.data.path]
-    return page.page(
+    return page.html_page(
         title,
         [
             f"<h1>{page.escaped(title)}</h1>",
             page.note(", ".join(facts)),
             headline(runs, references),
             more,
-            draw_learning(shown, references),
-            draw_losses(shown),
+            draw_learning(selected, references),
+            draw_losses(selected),
             draw_methods(methods, references),
-            draw_networks(shown, references),
+            draw_networks(selected, references),
             draw_evaluations(methods, references),
-            draw_denoisers(shown),
-            draw_time(shown),
+            draw_denoisers(selected),
+            draw_time(selected),
             draw_foot(methods),
         ],
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pipeline.plots.curves import Curve, Level, draw_curves
+from pipeline.plots.curves import Curve, HorizontalLine, draw_curves
 from pipeline.plots.shares import draw_shares
 from pipeline.reports import page
-from pipeline.reports.methods import Method
+from pipeline.reports.methods import MethodRuns
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.training.result import percent
@@ -19,7 +19,7 @@ _POSITION = ("step", "epoch", "samples", "rate", "total", "gradient_norm", "timi
 """Keys of a training line that are no part of the loss, besides the training metric."""
 _TEACHER, _ALONE = 6, -1
 """Colours of the teacher and of the student alone."""
-Drawn = list[tuple[str, str]]
+Captioned = list[tuple[str, str]]
 
 
 def thinned(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
@@ -31,18 +31,19 @@ def thinned(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float],
     return [statistics.mean(x[part]) for part in parts], means
 
 
-def draw_learning(methods: Sequence[Method], references: References) -> str:
+def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of the learning curves: validation and training metric by epoch."""
-    task = methods[0].shown.task
+    task = methods[0].first_run.task
     levels = []
-    if references.teacher_metric is not None and not all(method.shown.teaches_itself for method in methods):
-        levels = [Level("teacher", references.teacher_metric, _TEACHER, 1)]
+    if references.teacher_metric is not None and not all(method.first_run.teaches_itself for method in methods):
+        levels = [HorizontalLine("teacher", references.teacher_metric, _TEACHER, 1)]
     given = {run.folder.absolute() for method in methods for run in method.runs}
     others = [run for run in references.alone if run.folder.absolute() not in given]
     alone = [_validation(run, "student alone", _ALONE, 3, thin=len(others) > 1) for run in others]
-    validation = [curve for number, method in enumerate(methods) for curve in _curves(number, method, task.metric)]
+    numbered = _numbered(methods)
+    validation = [curve for number, method in numbered for curve in _curves(number, method, task.metric)]
     ends = ", ".join(f"{method.name} {percent(method.last)}" for method in methods)
-    drawn: Drawn = []
+    drawn: Captioned = []
     if any(curve.y for curve in validation):
         title = f"{task.title} on the validation images by epoch; last: {ends}"
         svg = draw_curves(
@@ -50,9 +51,7 @@ def draw_learning(methods: Sequence[Method], references: References) -> str:
         )
         drawn.append((f"{task.title} on the validation images", svg))
     training = [
-        curve
-        for number, method in enumerate(methods)
-        for curve in _curves(number, method, task.training_metric, training=True)
+        curve for number, method in numbered for curve in _curves(number, method, task.training_metric, training=True)
     ]
     measure = {"top1": "top-1"}.get(task.training_metric, task.training_metric)
     title = f"{measure} on the training batches by epoch"
@@ -62,16 +61,24 @@ def draw_learning(methods: Sequence[Method], references: References) -> str:
     return page.section("Learning curves", page.pictures(drawn), missing)
 
 
-def _curves(number: int, method: Method, metric: str, *, training: bool = False) -> list[Curve]:
-    found = []
+def _numbered(methods: Sequence[MethodRuns]) -> list[tuple[int, MethodRuns]]:
+    """Return each method with the number of its colour; beside taught students, the student alone has the grey."""
+    taught = any(not method.first_run.teaches_itself for method in methods)
+    return [
+        (_ALONE if taught and each.first_run.teaches_itself else number, each) for number, each in enumerate(methods)
+    ]
+
+
+def _curves(number: int, method: MethodRuns, metric: str, *, training: bool = False) -> list[Curve]:
+    found: list[Curve] = []
     for run in method.runs:
         thin = len(method.runs) > 1
         if training:
             lines = run.training
             x, y = thinned([line["epoch"] for line in lines], [line.get(metric) for line in lines])
-            found.append(Curve(method.name, x, y, number, number, thin))
+            found.append(Curve(method.name, x, y, number, number % 6, thin))
         else:
-            found.append(_validation(run, method.name, number, number, thin=thin))
+            found.append(_validation(run, method.name, number, number % 6, thin=thin))
     return found
 
 
@@ -82,36 +89,37 @@ def _validation(run: ReportedRun, label: str, color: int, style: int, *, thin: b
     )
 
 
-def draw_losses(methods: Sequence[Method]) -> str:
+def draw_losses(methods: Sequence[MethodRuns]) -> str:
     """Return the section of the losses: the parts of each method's first run by epoch."""
-    drawn: Drawn = []
+    drawn: Captioned = []
     for number, method in enumerate(methods):
-        lines = method.shown.training
+        lines = method.first_run.training
         epochs = [line["epoch"] for line in lines]
-        names = [name for name in lines[-1] if name not in (*_POSITION, method.shown.task.training_metric)]
-        shown = ["total", *names] if len(names) > 1 else names
+        names = [name for name in lines[-1] if name not in (*_POSITION, method.first_run.task.training_metric)]
+        selected = ["total", *names] if len(names) > 1 else names
         curves = [
             Curve(name, *thinned(epochs, [line.get(name) for line in lines]), color, color)
-            for color, name in enumerate(shown)
+            for color, name in enumerate(selected)
         ]
         validation = [
             (line["epoch"], line["validation"].get("loss"))
-            for line in method.shown.evaluations
+            for line in method.first_run.evaluations
             if isinstance(line.get("validation"), dict)
         ]
         if validation:
-            curves.append(Curve("validation loss", *zip(*validation, strict=True), _ALONE, 1))
-        title = f"Loss parts of {method.name} by epoch, on a logarithmic axis: {', '.join(shown)}"
+            x, y = zip(*validation, strict=True)
+            curves.append(Curve("validation loss", x, y, _ALONE, 1))
+        title = f"Loss parts of {method.name} by epoch, on a logarithmic axis: {', '.join(selected)}"
         svg = draw_curves(f"losses-{number}", title, curves, xlabel="epoch", ylabel="loss, weighted", log=True)
-        drawn.append((f"{method.name}, seed {method.shown.recipe.seed}", svg))
+        drawn.append((f"{method.name}, seed {method.first_run.recipe.seed}", svg))
     return page.section("Loss parts", page.pictures(drawn))
 
 
-def draw_time(methods: Sequence[Method]) -> str:
+def draw_time(methods: Sequence[MethodRuns]) -> str:
     """Return the section of the time: a step's parts, images per second, wait for data, memory."""
-    drawn: Drawn = []
+    drawn: Captioned = []
     for number, method in enumerate(methods):
-        run = method.shown
+        run = method.first_run
         epochs = [line["epoch"] for line in run.training]
         timings = [line["timing"] for line in run.training]
         split = [timing.get("milliseconds") or {} for timing in timings]
@@ -138,11 +146,11 @@ _RATES = (
 )
 
 
-def _rates(methods: Sequence[Method], key: str, factor: float) -> list[Curve]:
+def _rates(methods: Sequence[MethodRuns], key: str, factor: float) -> list[Curve]:
     """Return a rate of each method's first run over the epochs; none if no journal has it."""
     found = []
     for number, method in enumerate(methods):
-        known = [(line["epoch"], line["timing"].get(key)) for line in method.shown.training]
+        known = [(line["epoch"], line["timing"].get(key)) for line in method.first_run.training]
         known = [(epoch, factor * value) for epoch, value in known if isinstance(value, int | float)]
         if known:
             epochs, values = zip(*known, strict=True)

@@ -1,7 +1,7 @@
 """A look at the losses' own networks after each epoch, for the report: a few validation images on the first rank.
 
 It changes nothing of the run: no gradient, no default generator, no buffer, no communication. It costs the forward of
-``ROWS`` images; the images and a frozen teacher's answers are kept from its first call.
+``OBSERVED_ROWS`` images; the images and a frozen teacher's answers are kept from its first call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.training.zero import DDP, checkpoint_format
 
-ROWS = 16
+OBSERVED_ROWS = 16
 """Validation images that are looked at. The denoisers' BatchNorms need several."""
 
 
@@ -71,7 +71,8 @@ class LossObserver:
         if self.batch is None:
             with closing(self.loader.validation()) as batches:  # pyright: ignore[reportArgumentType]
                 batch = next(iter(batches))
-            self.batch = Batch(batch.images_BCHW[:ROWS].clone(), batch.labels_B[:ROWS], batch.ids_B[:ROWS], {}, {})
+            images_BCHW, labels_B, ids_B = (x[:OBSERVED_ROWS].clone() for x in batch[:3])
+            self.batch = Batch(images_BCHW, labels_B, ids_B, {}, {})
         if self.answers is None or isinstance(self.teacher, EMATeacher):
             cached = self.teacher is None or isinstance(self.teacher, CachedTeacher)
             self.answers = None if cached or self.teacher is None else self.teacher(self.batch)
