@@ -23,6 +23,7 @@ if __name__ == "__main__":
     signals.install()
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -37,6 +38,8 @@ from pipeline.errors import Interrupted, RecipeError
 from pipeline.multirun.processes import train_all
 from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
+from pipeline.runs.drawing import draw_report
+from pipeline.runs.files import REPORT_FILE
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
 from pipeline.training.result import percent
@@ -75,6 +78,9 @@ def main(args: Sequence[str]) -> None:
     finished = [run for run in runs if run.result is not None]
     if finished:
         print(results_table(finished))
+        if missing and finished[0].recipe.journal.report:
+            folders = [run.folder for run in finished]
+            draw_report(folders, Path(os.path.commonpath(folders)) / REPORT_FILE)
     if failures:
         more = f"; and {len(failures) - 2} more" if len(failures) > 2 else ""
         raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")

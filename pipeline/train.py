@@ -45,6 +45,8 @@ from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import Interrupted
 from pipeline.runs.dependencies import ensure_dependencies
+from pipeline.runs.drawing import draw_report
+from pipeline.runs.files import REPORT_FILE
 from pipeline.runs.folder import check_folder, mark_preempted
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
@@ -76,7 +78,7 @@ def main(args: Sequence[str]) -> None:
         if signals.stop_requested():  # for the scheduler, which requeues this run and not the one it depends on
             mark_preempted(run_folder(loaded))
         raise
-    if run.result is None:
+    if begins_here := run.result is None:
         check_folder(run)
         use_all_cores(launch)
         train(run, launch)
@@ -84,6 +86,8 @@ def main(args: Sequence[str]) -> None:
         collectives.destroy_process_group()
     if run.result is not None and launch.is_main:
         print_table(run)
+        if begins_here and run.recipe.journal.report:
+            draw_report([run.folder], run.folder / REPORT_FILE)
 
 
 def train(run: Run, launch: Launch) -> None:

@@ -81,9 +81,10 @@ def dearest_fixture_of_files(items: list[pytest.Item]) -> dict[Path, int]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what commands remember between runs, such as digests of weights, out of the user's own folder."""
+    """Keep what commands remember between runs out of the user's own folder, and let no run draw its report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PIPELINE_REPORT", "0")  # thousands of runs; tests/reports draws
         yield
 
 

@@ -31,6 +31,7 @@ from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Checkpoints, exported_best
 from pipeline.training.graph import maybe_graph
 from pipeline.training.journal import TrainingJournal
+from pipeline.training.observer import LossObserver
 from pipeline.training.session import Session, State
 from pipeline.training.step import Step
 from pipeline.training.stopping import StopCondition
@@ -58,6 +59,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch, recipe.epochs * loader.steps_per_epoch)
     _begin_trackers(run, accelerator, saved.progress, parameters)
+    observer = LossObserver(recipe, accelerator, loader, teacher, unwrapped)
     journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
     step = Step(accelerator, distiller, teacher, optimizer, averages.values(), recipe.clip, guard, journal.timer)
     session = Session(
@@ -76,6 +78,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         maybe_graph(step, recipe.graph, recipe.accumulation, recipe.student.checkpoint),
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
         parts.runs,
+        observer,
     )
     return session, State(
         saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST, session.task.metric)

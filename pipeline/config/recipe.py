@@ -128,6 +128,8 @@ class JournalConfig(FrozenModel):
     """Name of the run in W&B and MLflow; null is that of its default folder, ``<pair>/<method>/seed-<seed>``."""
     tags: tuple[Annotated[str, AfterValidator(_check_label)], ...] = ()
     """Tags of the run in W&B and MLflow, such as ``[baseline, a100]``."""
+    report: bool = True
+    """True to draw ``report.html`` at the end of the run, and to record what it shows of a loss's own networks."""
 
 
 class Recipe(FrozenModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -52,8 +53,9 @@ class _Generator(GenerateJsonSchema):
         return {} if schema["cls"] is LossSpec else super().dataclass_schema(schema)
 
 
+@cache  # pydantic takes a tenth of a second, and a resolved recipe is checked key by key
 def model_schema(model: type[BaseModel]) -> Node:
-    """Return the node of a config class."""
+    """Return the node of a config class, which nobody may change."""
     schema = model.model_json_schema(schema_generator=_Generator)
     return _resolved(schema, schema.get("$defs", {}))
 

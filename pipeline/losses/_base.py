@@ -129,6 +129,14 @@ class Loss(nn.Module):
         a pure function. The loss's buffers must be the same on every rank, because a checkpoint stores them once.
         """
 
+    def observe(self, student: Outputs, teacher: Outputs | None) -> dict[str, Any]:
+        """Return what a report shows of the loss's own networks for a few validation images, as plain data.
+
+        Most losses have nothing to show. ``teacher`` is None if it cannot answer for these images. Called on the first
+        rank alone, without gradient; it must draw nothing from torch's default generators.
+        """
+        return {}
+
     def autocast_call(self, network: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
         """Return an auxiliary network's output under the recipe's autocast, cast back to the dtype of ``x``."""
         return autocast_call(self.facts.autocast, network, x, *more)

@@ -10,7 +10,7 @@ out at export. The student itself is unchanged.
 B batch, C channels, H W space, K classes.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
@@ -20,6 +20,7 @@ from pipeline.batch import Batch, Outputs, Progress
 from pipeline.diffusion.config import Diffusion
 from pipeline.diffusion.denoiser import Denoiser
 from pipeline.diffusion.networks import Autoencoder, Bottleneck, logit_adapter, logit_predictor, map_predictor
+from pipeline.diffusion.observation import observe_denoiser
 from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses._functional import pool_to_smaller
@@ -142,6 +143,32 @@ class DiffKD(Loss):
         distances = self.logit_distance.parts(denoised_student, teacher, batch, progress)
         parts = {f"logit_{name}": c.distance_weight * value for name, value in distances.items()}
         return parts | {"diffusion_logit": c.diffusion_weight * denoised.diffusion_loss}
+
+    def observe(self, student: Outputs, teacher: Outputs | None) -> dict[str, Any]:
+        """Return ``gamma`` and ``maps`` of the feature branch, and ``gamma_logits``, γ of the branch of the logits.
+
+        Without a teacher's answers, its map is left out: γ and the denoised student do not depend on its values.
+        """
+        known, seen = teacher is not None, {}
+        teacher = teacher or _blank_outputs(self.facts, student.logits_BK)
+        with autocast(student.logits_BK, None):
+            student, teacher = self.select_features(student, teacher)
+            if self.feature_denoiser is not None:
+                of_student, of_teacher = stage_names(self.config.feature.stage)
+                maps = pool_to_smaller(student.features[of_student], teacher.features[of_teacher])
+                observed = observe_denoiser(self.feature_denoiser, *maps, seed=0)
+                seen["gamma"] = observed.gamma
+                seen["maps"] = {name: rows for name, rows in observed.maps.items() if known or name != "teacher"}
+            if self.logit_denoiser is not None:
+                logits = [outputs.logits_BK[:, :, None, None] for outputs in (student, teacher)]
+                seen["gamma_logits"] = observe_denoiser(self.logit_denoiser, *logits, seed=0).gamma
+        return seen
+
+
+def _blank_outputs(facts: Facts, like_BK: Tensor) -> Outputs:
+    """Return zeros in the shape of a teacher's outputs for as many images."""
+    zeros = {name: like_BK.new_zeros(len(like_BK), *shape) for name, shape in facts.teacher_shapes.items()}
+    return Outputs(zeros.pop("logits"), zeros)
 
 
 def feature_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:

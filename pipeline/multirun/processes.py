@@ -12,6 +12,7 @@ from queue import SimpleQueue
 
 from pipeline.distributed import signals
 from pipeline.errors import SOURCE
+from pipeline.runs.drawing import undrawn_environment
 from pipeline.runs.identity import Run
 from pipeline.tasks._registry import find_task
 from pipeline.training.result import percent
@@ -44,7 +45,7 @@ def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
     """Train one run in a process of its own on ``cores``, and return its error, None if there is none."""
     command = [sys.executable, str(SOURCE / "pipeline" / "train.py"), *run.source.args, *run.overrides]
     output = subprocess.PIPE if quiet else None
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    environment = {**undrawn_environment(), "OMP_NUM_THREADS": str(len(cores))}
     with subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment) as process:
         if hasattr(os, "sched_setaffinity"):  # where there is none, such as macOS, the number of threads is all
             os.sched_setaffinity(process.pid, cores)

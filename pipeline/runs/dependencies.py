@@ -21,6 +21,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import check_launcher
 from pipeline.errors import EXIT_USER_ERROR, SOURCE, AlreadyReported, Interrupted, RecipeError, display_path
 from pipeline.runs.describe import explain_training
+from pipeline.runs.drawing import undrawn_environment
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, check_no_cycle, resolve
 from shards.manifest import MANIFEST
@@ -123,7 +124,7 @@ def _execute(command: list[str], message: str, launch: Launch, reason: str) -> N
 def _status(command: list[str]) -> int:
     """Run a command and return its exit code; a signal to stop is forwarded to it."""
     signals.install()
-    with subprocess.Popen(command) as process, signals.forward_to(process.terminate):
+    with subprocess.Popen(command, env=undrawn_environment()) as process, signals.forward_to(process.terminate):
         return process.wait()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipeline.tasks._registry import find_task, known_tasks
 from shards.documents import DamagedFile, read_document
@@ -18,6 +20,10 @@ IDENTITY = "identity.json"
 VERSIONS_FILE = "versions.json"
 JOURNAL_FILE = "journal.jsonl"
 TRACKERS_FILE = "trackers.json"
+STARTS_FILE = "starts.jsonl"
+"""A line for each command that trained in the folder: when it began, and at which step."""
+REPORT_FILE = "report.html"
+EVALUATION_FILE = "evaluation.json"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
@@ -201,6 +207,35 @@ def read_tracker_ids(folder: Path) -> dict[str, str]:
     Raises DamagedFile if the file is not valid.
     """
     return _read(folder / TRACKERS_FILE, dict[str, str], "delete it, and trackers begin a new run") or {}
+
+
+class Start(BaseModel):
+    """A line of ``starts.jsonl``: the beginning of a command that trains the run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    time: str
+    """ISO 8601, in UTC."""
+    step: NonNegativeInt
+    """Step of the newest checkpoint, from which the command continues."""
+
+
+def add_start(folder: Path) -> None:
+    """Append a line to ``starts.jsonl``. The process that has the folder's lock calls it."""
+    saved = checkpoint_folders(folder / CHECKPOINTS)
+    step = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    start = Start(time=datetime.now(UTC).isoformat(timespec="seconds"), step=step)
+    with (folder / STARTS_FILE).open("a") as file:
+        file.write(start.model_dump_json() + "\n")
+
+
+def read_starts(folder: Path) -> list[Start]:
+    """Return the starts of a run's commands; none in runs from before they were written. Damaged lines are left out."""
+    path, found = folder / STARTS_FILE, []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValidationError):
+            found.append(Start.model_validate_json(line))
+    return found
 
 
 def _read(path: Path, schema: Any, advice: str) -> Any:

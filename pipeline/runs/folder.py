@@ -19,6 +19,7 @@ from pipeline.runs.files import (
     RECIPE,
     STUDENT,
     VERSIONS_FILE,
+    add_start,
     read_identity,
     read_result,
     read_versions,
@@ -85,6 +86,7 @@ def open_folder(run: Run) -> None:
         write_json(run.folder / VERSIONS_FILE, now)
     elif changed := differing_keys(begun, now):
         print(f"warning: {run.folder} began with a different {', '.join(changed)}; its numbers may change")
+    add_start(run.folder)
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -1,8 +1,9 @@
 """The journal of a run: JSON lines and trackers.
 
 A line of ``journal.jsonl`` contains the values of one step. Values that depend on the machine are under ``timing``.
-Those under ``validation`` contain a sum over the ranks, whose last bits depend on the number of ranks. The loss trace
-of a run is all lines without these two sections. It is the same however often the run was interrupted.
+Those under ``validation`` contain a sum over the ranks, whose last bits depend on the number of ranks. What only a
+report shows is under ``denoiser``. The loss trace of a run is all lines without these sections. It is the same however
+often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from pipeline.training.timer import StepTimer
 from shards.documents import DamagedFile, parse_document
 
 ItemT = TypeVar("ItemT")
-
-NOT_IN_TRACE = ("timing", "validation")
+OBSERVED = "denoiser"
+"""Key of an evaluation's line with what ``Loss.observe`` returned, by loss."""
+NOT_IN_TRACE = ("timing", "validation", OBSERVED)
 """Sections of a line that may differ between two commands that train the same."""
 
 
@@ -167,10 +169,17 @@ class TrainingJournal:
             self.display.show_phase("")
         self._restart_clock(progress.step)
 
-    def log_evaluation(self, progress: Progress, found: Evaluation, best: float) -> None:
-        """Write an evaluation. The display shows its main metric, the first one, and ``best``, the best so far."""
+    def log_evaluation(
+        self, progress: Progress, found: Evaluation, best: float, observed: dict[str, Any] | None = None
+    ) -> None:
+        """Write an evaluation, and what was ``observed`` of the losses' networks for the report.
+
+        The display shows the main metric, the first one, and ``best``, the best so far.
+        """
         values, validation = found.metrics, {"loss": found.loss, "best": best}
-        self._write({"step": progress.step, "epoch": progress.epoch, **values, "validation": validation}, progress.step)
+        more = {OBSERVED: observed} if observed else {}
+        line = {"step": progress.step, "epoch": progress.epoch, **values, "validation": validation, **more}
+        self._write(line, progress.step)
         main = next(iter(values))
         self._track("val", {**values, "loss": found.loss, f"best_{main}": best}, progress.step)
         if self.display is not None:
@@ -298,5 +307,5 @@ def _valid_length(path: Path, length: int) -> tuple[int, bool]:
 
 
 def trace(path: Path) -> list[dict[str, Any]]:
-    """Return a run's loss trace: the journal's lines without what is under ``timing`` and ``validation``."""
+    """Return a run's loss trace: the journal's lines without the sections that are not part of it."""
     return [{key: value for key, value in line.items() if key not in NOT_IN_TRACE} for line in read_journal(path)]

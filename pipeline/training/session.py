@@ -29,6 +29,7 @@ from pipeline.training.evaluation import evaluate
 from pipeline.training.export import export, export_average
 from pipeline.training.graph import GraphedStep
 from pipeline.training.journal import TrainingJournal
+from pipeline.training.observer import LossObserver
 from pipeline.training.result import write_result
 from pipeline.training.step import Step, seed_draws
 from pipeline.training.stopping import SIGNAL, StopCondition
@@ -59,6 +60,7 @@ class Session:
     stopping: StopCondition
     side: int
     """Number of runs that this command trains side by side."""
+    observer: LossObserver
 
     @property
     def recipe(self) -> Recipe:
@@ -136,12 +138,13 @@ def validate(session: Session, state: State) -> None:
     """Evaluate the student, and export its weights if they are the best so far."""
     with session.journal.pause(state.progress):
         last = state.last = session.evaluate()
+        observed = session.observer()
     if last is None:
         return
     if last.main > state.best.value:
         state.best = Best(session.task.metric, last.main, state.progress.epoch)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
-    session.journal.log_evaluation(state.progress, last, state.best.value)
+    session.journal.log_evaluation(state.progress, last, state.best.value, observed)
 
 
 def finish(session: Session, state: State) -> None:

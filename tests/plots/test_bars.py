@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.plots.bars import Bar, draw_bars, draw_stack
 
-BARS = [Bar("forward", 3.0, 2.0, 5.0), Bar("backward", 6.0, 5.5, 6.0)]
+BARS = [Bar("step forward", 3.0, 2.0, 5.0), Bar("step backward", 6.0, 5.5, 6.0)]
 
 
 @pytest.fixture
@@ -28,19 +28,37 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
     return figures
 
 
-@pytest.mark.parametrize(("draw", "lefts"), [(draw_bars, [0, 0]), (draw_stack, [0, 3])])
+@pytest.mark.parametrize("draw", [draw_bars, draw_stack])
 def test_a_chart_is_a_png_with_a_bar_as_long_as_each_middle(
-    draw: Callable[..., None], lefts: list[float], tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+    draw: Callable[..., None], tmp_path: Path, drawn: list[matplotlib.figure.Figure]
 ):
     draw(BARS, tmp_path / "bars.png", title="step of a recipe", unit="milliseconds")
     with Image.open(tmp_path / "bars.png") as image:
         assert image.format == "PNG"
     (axes,) = drawn[0].axes
-    assert (axes.get_title(), axes.get_xlabel()) == ("step of a recipe", "milliseconds")
-    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == list(zip(lefts, [3.0, 6.0], strict=True))
+    assert axes.get_xlabel() == "milliseconds"
+    assert "step of a recipe" in (axes.get_title(), drawn[0].get_suptitle())
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 3.0), (3.0, 6.0)]
 
 
-def test_a_bar_has_its_range_as_a_whisker(tmp_path: Path, drawn: list[matplotlib.figure.Figure]):
-    draw_bars(BARS, tmp_path / "bars.png", title="", unit="")
-    ends = [path.vertices[:, 0].tolist() for lines in drawn[0].axes[0].collections for path in lines.get_paths()]
-    assert ends == [[2.0, 5.0], [5.5, 6.0]]
+def test_forward_and_backward_of_one_loss_are_one_bar_with_its_value_and_their_ranges(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+):
+    bars = [Bar("kd forward", 3.0, 2.0, 5.0, 2**21), Bar("kd backward", 6.0, 5.5, 6.0), Bar("at", 4.0, 4.0, 4.0)]
+    draw_bars(bars, tmp_path / "bars.png", title="", unit="", memory="MiB kept")
+    times, memory = drawn[0].axes
+    assert [label.get_text() for label in times.get_yticklabels()] == ["kd", "at"]
+    assert [text.get_text() for text in times.texts] == ["9", "4"]
+    assert [text.get_text() for text in memory.texts] == ["2", "0"]
+    ends = [path.vertices[:, 0].tolist() for lines in times.collections for path in lines.get_paths()]
+    assert ends == [[2.0, 5.0], [8.5, 9.0], [4.0, 4.0]]
+
+
+def test_a_bar_below_a_hundredth_of_the_longest_is_named_and_no_empty_row(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+):
+    draw_bars(
+        [Bar("ce", 0.15, 0.1, 0.2), Bar("ddkd", 3800.0, 3700.0, 3900.0)], tmp_path / "bars.png", title="", unit="ms"
+    )
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["ddkd"]
+    assert drawn[0].get_supxlabel() == "below 1 % of the longest, ms: ce 0.15"

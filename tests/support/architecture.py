@@ -13,7 +13,7 @@ from pathlib import Path
 
 House = dict[str, ast.Module]
 
-ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor", "export", "search"}
+ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor", "export", "report", "search"}
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
@@ -26,8 +26,8 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "exporting", "multirun", "train", "evaluate", "__main__"},
-    {"benchmarks", "cache_teacher", "compare", "doctor", "export", "search"},
+    {"caching", "diagnostics", "exporting", "multirun", "reports", "train", "evaluate", "__main__"},
+    {"benchmarks", "cache_teacher", "compare", "doctor", "export", "report", "search"},
     {"bench"},
 ]
 """What lies at the root of ``pipeline/``, the lowest first: each imports earlier sets, or itself."""

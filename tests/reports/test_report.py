@@ -1,0 +1,179 @@
+"""The report of runs is one HTML page that stands alone, and says what their folders say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from html_page import draw
+
+from pipeline import report
+from pipeline.errors import RecipeError
+from shards.documents import DamagedFile
+
+Train = Callable[..., None]
+
+
+@pytest.fixture
+def trained(run_train: Train, recipes: Path) -> Path:
+    """A run of DDKD, with its teacher and the student alone."""
+    run_train("ddkd.yaml")
+    return recipes / "runs"
+
+
+def test_the_page_stands_alone_and_shows_what_the_folder_says(trained: Path):
+    page = draw("runs/ddkd")
+    assert not {"script", "link", "img", "iframe", "object", "image"} & {*page.tags}
+    assert page.outside == []
+    assert "@import" not in Path("report.html").read_text()
+    assert "url(http" not in Path("report.html").read_text()
+    assert len(page.ids) == len({*page.ids})
+    result, alone, teacher = (
+        json.loads((trained / name / "result.json").read_text()) for name in ("ddkd", "ce", "teacher")
+    )
+    for shown in (result, alone, teacher):
+        assert f"{shown['top1']:.2f}" in page.text
+    sections = ["Learning curves", "Loss parts", "Accuracy and cost", "The denoiser", "Time and memory", "Runs"]
+    assert [title for title in page.headings if title in sections] == sections
+    assert page.tags.count("svg") == page.tags.count("figure") >= 8
+    assert page.text.count("the last feature map of one validation image".capitalize()) == 1
+    assert "python pipeline/evaluate.py runs/ddkd agreement=yes" in page.text
+    assert "1 start:" in page.text
+    assert "million MAC" in page.text
+
+
+def test_every_picture_says_what_it_shows_and_is_the_same_each_time(trained: Path):
+    draw("runs/ddkd")
+    first = Path("report.html").read_bytes()
+    draw("runs/ddkd")
+    assert Path("report.html").read_bytes() == first
+    titled = re.findall(
+        r'<svg class="picture" role="img" aria-labelledby="([\w-]+)" [^>]*>\s*<title id="\1">.', first.decode()
+    )
+    assert len(titled) == first.decode().count("<svg")
+
+
+def test_a_run_that_is_not_finished_is_shown_as_it_stands(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "stop.steps=3")
+    page = draw("runs/ce")
+    assert "runs/ce is not finished: step 3 of 10." in page.text
+    with (recipes / "runs/ce/journal.jsonl").open("a") as file:
+        file.write('{"step": 4, "epo')  # cut in the middle of a line
+    assert "step 3 of 10." in draw("runs/ce").text
+
+
+def test_seeds_and_methods_are_compared(run_train: Train, recipes: Path):
+    for method in ("ce", "teacher"):
+        tree = yaml.safe_load((recipes / f"{method}.yaml").read_text())
+        (recipes / f"{method}.yaml").write_text(yaml.safe_dump({**tree, "epochs": 1, "folder": None}))
+        for seed in (0, 1):
+            run_train(f"{method}.yaml", f"seed={seed}")
+    page = draw("ce.yaml", "runs/teacher")
+    results = [json.loads((recipes / f"runs/ce/seed-{seed}/result.json").read_text())["top1"] for seed in (0, 1)]
+    assert f"ce: {results[0]:.2f}, {results[1]:.2f}" in page.text
+    assert "Methods and seeds" in page.headings
+    assert all(f"runs/{name}/seed-{seed} finished" in page.text for name in ("ce", "teacher") for seed in (0, 1))
+
+
+def test_names_of_the_user_cannot_break_the_page(run_train: Train, recipes: Path):
+    folder = "runs/a<b>&'\"/seed-0"
+    run_train("ce.yaml", "epochs=1", f"folder={json.dumps(folder)}")
+    page = draw(folder)
+    assert folder in page.text
+    assert "b" not in page.tags[: page.tags.index("ul")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a run's folder"),
+        (["runs/none"], "runs/none: there is no such folder"),
+        (["empty"], "empty: there is no finished run in it"),
+        (["runs/ce", "seed=1"], "seed=1: a report changes no key"),
+        (["runs/ce", "out=empty"], "out: empty is a folder"),
+        (["runs/new"], r"runs/new: this run has not begun \(no step in journal.jsonl yet\)"),
+        (["runs/ce", "runs/other"], r"runs/ce and runs/other are of different data \(shards\)"),
+        (["runs/ce", "runs/classes"], r"different data \(classes\)"),
+        (["runs/ce", "runs/held"], r"different data \(data.holdout\)"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(begun: Path, words: list[str], message: str):
+    with pytest.raises(RecipeError, match=message):
+        report.main(words)
+
+
+@pytest.fixture
+def begun(run_train: Train, recipes: Path) -> Path:
+    """A run of one step, and copies of it that were changed."""
+    run_train("ce.yaml", "stop.steps=1")
+    (recipes / "empty").mkdir()
+    for name, key in (("new", None), ("other", "manifest"), ("classes", "classes"), ("held", None)):
+        copy = shutil.copytree(recipes / "runs/ce", recipes / "runs" / name)
+        if key:
+            tree = json.loads((copy / "identity.json").read_text())
+            tree["data"][key] = "0" * 64
+            (copy / "identity.json").write_text(json.dumps(tree))
+    (recipes / "runs/new/journal.jsonl").write_text("")
+    tree = yaml.safe_load((recipes / "runs/held/recipe.yaml").read_text())
+    tree["data"]["holdout"] = {"share": 0.2}
+    (recipes / "runs/held/recipe.yaml").write_text(yaml.safe_dump(tree))
+    return recipes
+
+
+def test_a_journal_that_is_damaged_inside_is_refused_with_its_line(begun: Path):
+    journal = begun / "runs/ce/journal.jsonl"
+    journal.write_bytes(b"{damaged\n" + journal.read_bytes())
+    with pytest.raises(DamagedFile, match=r"journal.jsonl: line 1"):
+        report.main(["runs/ce"])
+
+
+def bins(step: int) -> dict[str, list[float]]:
+    """Return 15 bins of confidence."""
+    middles = [(number + 0.5) / 15 for number in range(15)]
+    return {"samples": [step] * 15, "confidence": middles, "accuracy": [middle**2 for middle in middles]}
+
+
+def test_an_evaluation_adds_calibration_and_single_classes(trained: Path):
+    classes = [f"class <{number}>" for number in range(25)]
+    ours = {"samples": [4] * 25, "correct": [number % 5 for number in range(25)]}
+    theirs = {"samples": [4] * 25, "correct": [2] * 25}
+    evaluation = {
+        "sha256": "0" * 64,
+        "samples": 100,
+        "metrics": {"top1": 50.0, "top5": 80.0, "nll": 1.5, "ece": 7.25},
+        "classes": classes,
+        "per_class": ours,
+        "reliability": bins(4),
+        "teacher": {"name": "cifar_resnet20", "metrics": {"top1": 60.0}, "per_class": theirs, "reliability": None},
+        "agreement": 61.25,
+        "kl": 0.5,
+        "network": {"model": "cifar_resnet8", "parameters": 1, "macs": 2, "bytes": 3},
+        "speed": [{"batch": 1, "latency_ms": 2.5, "low_ms": 2, "high_ms": 3, "images_per_second": 400}],
+    }
+    (trained / "ddkd/evaluation.json").write_text(json.dumps(evaluation))
+    page = draw("runs/ddkd")
+    assert "against the teacher: the 10 best and worst of 25 classes" in page.text
+    assert "class <4> +50.0" in page.text
+    assert all(text in page.text for text in ("61.25", "7.25", "ms latency"))
+    assert "evaluation.json is of weights that this run no longer has" in page.text
+    (trained / "ce/evaluation.json").write_text(json.dumps(evaluation | {"teacher": None, "per_class": theirs}))
+    assert "against the student alone" in draw("runs/ddkd").text
+
+
+def test_an_evaluation_of_several_classes_each_has_no_calibration(trained: Path):
+    evaluation = {
+        "metrics": {"map": 50.0, "f1": 40.0},
+        "per_class": None,
+        "reliability": None,
+        "teacher": None,
+        "speed": [],
+    }
+    (trained / "ddkd/evaluation.json").write_text(json.dumps(evaluation))
+    page = draw("runs/ddkd")
+    assert "Single classes and calibration" in page.headings
+    assert "Reliability" not in page.text
