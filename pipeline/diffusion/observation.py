@@ -46,6 +46,6 @@ def observe_denoiser(denoiser: Denoiser, student_BCHW: Tensor, teacher_BCHW: Ten
 def _energy(map_CHW: Tensor) -> list[list[float]]:
     """Return the mean square over the channels, at most ``LARGEST_MAP`` rows and columns, with four digits."""
     energy_1HW = map_CHW.float().square().mean(0, keepdim=True)
-    size = [min(side, LARGEST_MAP) for side in energy_1HW.shape[1:]]
-    rows: list[list[Any]] = F.adaptive_avg_pool2d(energy_1HW, size)[0].tolist()
+    height, width = (min(side, LARGEST_MAP) for side in energy_1HW.shape[1:])
+    rows: list[list[Any]] = F.adaptive_avg_pool2d(energy_1HW, (height, width))[0].tolist()
     return [[float(f"{value:.4g}") for value in row] for row in rows]

@@ -114,7 +114,9 @@ class ReportedRun:
         """Return the name of the method: the recipe's, that of the folder above ``seed-N``, or the losses."""
         if self.source and (name := self.source.cell or str(own_tree(self.source.path).get("method") or "")):
             return name
-        named = self.folder.absolute().parent.name if re.fullmatch(r"seed-\d+.*", self.folder.name) else ""
+        above = self.folder.absolute().parent
+        is_pair = any(above.glob("*/seed-*"))  # a pair's own method has no folder
+        named = above.name if re.fullmatch(r"seed-\d+.*", self.folder.name) and not is_pair else ""
         return named if self.source is None and named else " + ".join(self.recipe.losses)
 
     @property

@@ -60,5 +60,6 @@ def test_a_bar_below_a_hundredth_of_the_longest_is_named_and_no_empty_row(
     draw_bars(
         [Bar("ce", 0.15, 0.1, 0.2), Bar("ddkd", 3800.0, 3700.0, 3900.0)], tmp_path / "bars.png", title="", unit="ms"
     )
-    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["ddkd"]
-    assert drawn[0].get_supxlabel() == "below 1 % of the longest, ms: ce 0.15"
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ddkd"]
+    assert axes.get_xlabel() == "ms\n(below 1 % of the longest: ce 0.15)"
