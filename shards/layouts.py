@@ -51,10 +51,11 @@ class Listing(NamedTuple):
     """Class folders without images."""
 
 
-def find_splits(source: Path, val_labels: Path | None) -> dict[str, Listing]:
+def find_splits(source: Path, val_labels: Path | None, unsplit: str | None = None) -> dict[str, Listing]:
     """Return the splits of the data set in a folder: ``train``, ``val``, or both.
 
-    Raises FileNotFoundError if there is neither, and ValueError or OSError if one is damaged or ambiguous.
+    ``unsplit`` is the split of class folders that are in neither, by default ``train``. Raises FileNotFoundError if
+    there are no images, and ValueError or OSError if something is damaged or ambiguous.
     """
     source = source.resolve()
     root = source / KAGGLE_FOLDERS if (source / KAGGLE_FOLDERS).is_dir() else source
@@ -70,7 +71,9 @@ def find_splits(source: Path, val_labels: Path | None) -> dict[str, Listing]:
             found[split] = _read_archive(path, split, source, val_labels)
         elif folder:
             found[split] = _read_folder(folder, split, top, val_labels)
-    found = found or {"train": _read_classes(source, "<class>")}
+    if unsplit and found:
+        raise ValueError(f"--split: {source} has {' and '.join(found)} already: remove the option")
+    found = found or {unsplit or "train": _read_classes(source, "<class>")}
     if val_labels and ("val" not in found or found["val"].location.pattern in (BY_CLASS, WITHIN_CLASS)):
         raise ValueError(f"--val-labels: {source} has no validation images outside of class folders: remove the option")
     return found

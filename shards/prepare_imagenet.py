@@ -92,10 +92,10 @@ def prepare_images(
 def find_items(options: Namespace) -> tuple[list[str], dict[str, list[ImageItem]], dict[str, ImageLocation]]:
     """Return the classes, the labelled files of each split, and their locations; print how they were found.
 
-    ``options`` are ``source``, ``val_labels`` and ``classes``. Raises ValueError or OSError if the data set is damaged
-    or ambiguous.
+    ``options`` are ``source``, ``val_labels``, ``split`` and ``classes``. Raises ValueError or OSError if the data set
+    is damaged or ambiguous.
     """
-    found = find_splits(options.source, options.val_labels)
+    found = find_splits(options.source, options.val_labels, options.split)
     used = {split: {file.wnid for file in listing.files} for split, listing in found.items()}
     empty = {split: set(listing.empty) for split, listing in found.items()}
     classes = number_classes(used, empty, options.classes)
@@ -153,6 +153,11 @@ def add_image_options(parser: ArgumentParser) -> None:
     parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="classes, one per line, in the order of labels (default: sorted)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "val"),
+        help="split of class folders that are in neither train/ nor val/ (default: train)",
     )
     parser.add_argument(
         "--val-share",

@@ -26,7 +26,7 @@ from pipeline.errors import RecipeError, display_path
 COMMAND_LINE = "command line"
 MAX_FILES = 100
 """Largest number of files in a recipe's composition, each counted as often as it is named."""
-_TEXTS = ("folder", "path", "cache", "weights", "recipe", "model", "out")
+_TEXTS = ("folder", "path", "cache", "weights", "recipe", "model", "out", "class_map", "real_labels", "val_labels")
 """Keys of any section whose value is a name or a path."""
 
 Origins = dict[tuple[str, ...], str]

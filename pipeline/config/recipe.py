@@ -24,7 +24,7 @@ from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
 from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Taps
-from pipeline.losses._registry import Losses
+from pipeline.losses._registry import NO_LOSSES, Losses
 from pipeline.network_arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
@@ -312,13 +312,15 @@ RecipeTree = dict[tuple[RecipeSource, tuple[str, ...]], LoadedRecipe]
 """Recipes by source and overrides."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, losses: bool = True) -> LoadedRecipe:
     """Return the recipe at ``path`` with its ``method=``, ``with=`` and other overrides ``key=value``.
 
-    Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
+    Without ``losses`` the recipe has none, and their modules are not imported: what reads a trained network needs no
+    loss. Raises RecipeError (one line) for a missing file, bad YAML, an unknown key, a wrong type or a value out of
+    range.
     """
     source, others = read_source(Path(path), overrides)
-    return LoadedRecipe(_load_one(source, others), source, tuple(others))
+    return LoadedRecipe(_load_one(source, others, losses=losses), source, tuple(others))
 
 
 def _inherited_overrides(recipe: Recipe, reference: RunReference) -> list[str]:
@@ -339,15 +341,17 @@ def _same_run(a: RunReference, b: RunReference) -> bool:
     return (a.recipe, a.method, a.overlays) == (b.recipe, b.method, b.overlays)
 
 
-def _load_one(source: RecipeSource, overrides: Sequence[str]) -> Recipe:
+def _load_one(source: RecipeSource, overrides: Sequence[str], *, losses: bool = True) -> Recipe:
     origins: Origins = {}
     path = source.path
     tree = compose(source, overrides, origins)
+    if not losses:
+        tree["losses"] = {}
     _unpack_models(tree)
     _resolve_references(tree, path)
     check_numbers(tree, origins, display_path(path))
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree, context=None if losses else NO_LOSSES)
     except ValidationError as error:
         raise RecipeError(validation_message(error, Recipe, tree, origins, display_path(path))) from None
     check_nulls(Recipe, tree, origins, display_path(path))

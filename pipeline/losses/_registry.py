@@ -9,9 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, create_model
+from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, create_model
 
 from pipeline.losses._base import Facts, Loss
+
+NO_LOSSES = {"losses": False}
+"""Context of a validation that reads a recipe without its losses, whose modules are then not imported."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ def _load_inner(value: Any) -> LossSpec:
     return load_spec(name, config)
 
 
-def _load_losses(value: Any) -> dict[str, LossSpec]:
+def _load_losses(value: Any, info: ValidationInfo) -> dict[str, LossSpec]:
+    if info.context == NO_LOSSES:
+        return {}
     if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError("expected losses by name, such as {ce: {}, kd: {temperature: 4.0}}")
     return {name: config if isinstance(config, LossSpec) else load_spec(name, config) for name, config in value.items()}

@@ -89,14 +89,17 @@ def open_folder(run: Run) -> None:
     add_start(run.folder)
 
 
-def load_run(folder: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Return the recipe of the run in a folder. Raises RecipeError, with advice, if it is missing or damaged."""
+def load_run(folder: Path, overrides: Sequence[str] = (), *, losses: bool = True) -> LoadedRecipe:
+    """Return the recipe of the run in a folder, on request without its ``losses``, as ``load_recipe`` does.
+
+    Raises RecipeError, with advice, if it is missing or damaged.
+    """
     path = folder / RECIPE
     advice = "give the recipe's own file in place of the folder"
     if not path.is_file():
         raise RecipeError(f"{folder}: there is no run here (no {RECIPE}); {advice}")
     try:
-        return load_recipe(path, overrides)
+        return load_recipe(path, overrides, losses=losses)
     except RecipeError as error:
         if not str(error).startswith(display_path(path.resolve())):  # an error of the command line
             raise

@@ -226,7 +226,7 @@ def identity(
     """
     tree = fixed_settings(recipe)
     tree["data"]["manifest"] = manifest.sha256
-    tree["data"]["classes"] = hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
+    tree["data"]["classes"] = classes_sha256(manifest)
     if begun := read_identity(run):  # earlier code wrote the recipe's value, and a run keeps its identity
         tree["data"]["validation_batch"] = begun.data.validation_batch
     teacher = tree["teacher"] or {}
@@ -242,6 +242,11 @@ def identity(
         for key in _NOT_IDENTITY_REFERENCE:
             section.pop(key, None)
     return _without_unused(tree)
+
+
+def classes_sha256(manifest: Manifest) -> str:
+    """Return the digest of the names of the classes, in their order."""
+    return hashlib.sha256(json.dumps(manifest.classes).encode()).hexdigest()
 
 
 def _without_unused(tree: Any) -> Any:

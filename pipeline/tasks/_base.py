@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -32,6 +32,19 @@ class Evaluation(NamedTuple):
     def main(self) -> float:
         """Return the metric that decides which weights are the best."""
         return next(iter(self.metrics.values()))
+
+
+class Details(NamedTuple):
+    """All measures of one network on the images of a split; None where a measure has no meaning for the task."""
+
+    metrics: dict[str, float | None]
+    """Metrics by name: those of the task in percent, ``nll`` in nats, ``ece`` in percent."""
+    per_class: dict[str, list[Any]] | None = None
+    """Lists with an entry for each class: ``samples``, and ``correct`` or ``average_precision``, in percent."""
+    confusion: list[tuple[int, int, int]] | None = None
+    """Class of the image, predicted class, and number of images, where that is not 0."""
+    reliability: dict[str, list[Any]] | None = None
+    """``samples``, mean ``confidence`` and ``accuracy`` of bins of equal width of the first choice's probability."""
 
 
 class Task(ABC):
@@ -75,3 +88,18 @@ class Task(ABC):
     @abstractmethod
     def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
         """Return int64 [2]: the decisions in which two networks agree about the images, and all decisions."""
+
+    @abstractmethod
+    def detail_rows(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return what ``detail`` needs of each image, float64 [B, C]; padding has rows, too."""
+
+    @abstractmethod
+    def detail(self, rows_NC: Tensor, num_classes: int, accepted_NK: Tensor | None = None) -> Details:
+        """Return all measures of the images of a split, from their rows in the order of the ids.
+
+        ``accepted_NK`` (bool) says which classes count as right, where images of one class have several that do.
+        """
+
+    @abstractmethod
+    def divergence(self, teacher: Outputs, student: Outputs) -> Tensor | None:
+        """Return KL(teacher‖student) of each image in nats, float64 [B]; None if an image has no distribution."""

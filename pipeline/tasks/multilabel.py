@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import gather_rows
-from pipeline.tasks._base import Evaluation, Seen, Task
+from pipeline.tasks._base import Details, Evaluation, Seen, Task
 
 _NUMBERS_AT_ONCE = 2**22
 """Scores whose average precision is computed at once, which takes about 80 bytes each."""
@@ -61,19 +61,44 @@ class MultiLabel(Task):
         same_BK = ((a.logits_BK > 0) == (b.logits_BK > 0)) & real_B1
         return torch.stack([same_BK.sum(), real_B1.sum() * same_BK.shape[1]])
 
+    def detail_rows(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return the logits, then the labels."""
+        return torch.cat([outputs.logits_BK.double(), batch.targets[LABELS].double()], dim=1)
+
+    def detail(self, rows_NC: Tensor, num_classes: int, accepted_NK: Tensor | None = None) -> Details:
+        """Return mean average precision and F1, and the average precision of each class that has an image."""
+        logits_NK, labels_NK = rows_NC[:, :num_classes].float(), rows_NC[:, num_classes:].to(torch.uint8)
+        f1 = _f1(_count_decisions(logits_NK, labels_NK).double()).item()
+        metrics = {"map": 100 * mean_average_precision(logits_NK, labels_NK), "f1": f1, "nll": None, "ece": None}
+        samples, averages = labels_NK.sum(0).tolist(), (100 * average_precisions(logits_NK, labels_NK)).tolist()
+        known = [average if images else None for average, images in zip(averages, samples, strict=True)]
+        return Details(metrics, {"samples": samples, "average_precision": known})
+
+    def divergence(self, teacher: Outputs, student: Outputs) -> Tensor | None:
+        """Return None: the probabilities of an image's classes are no distribution."""
+        return None
+
 
 def mean_average_precision(scores_NK: Tensor, labels_NK: Tensor) -> float:
     """Return the mean of the classes' average precision, between 0 and 1; classes without an image are left out.
 
-    Average precision is Σ (Rₙ − Rₙ₋₁)·Pₙ over the distinct scores as thresholds, without interpolation. So images of
-    equal score count together, in any order. Returns 0 if no class has an image.
+    Returns 0 if no class has an image.
+    """
+    average_K, known_K = average_precisions(scores_NK, labels_NK), (labels_NK > 0).any(0)
+    return average_K[known_K].sum().item() / max(int(known_K.sum()), 1)
+
+
+def average_precisions(scores_NK: Tensor, labels_NK: Tensor) -> Tensor:
+    """Return the average precision of each class, float64 [K], between 0 and 1; 0 for a class without an image.
+
+    It is Σ (Rₙ − Rₙ₋₁)·Pₙ over the distinct scores as thresholds, without interpolation. So images of equal score
+    count together, in any order.
     """
     averages = []
     for first in range(0, scores_NK.shape[1], at_once := max(_NUMBERS_AT_ONCE // max(len(scores_NK), 1), 1)):
         block = slice(first, first + at_once)
         averages.append(_average_precision(scores_NK[:, block], labels_NK[:, block]))
-    average_K, known_K = torch.cat(averages), (labels_NK > 0).any(0)
-    return average_K[known_K].sum().item() / max(int(known_K.sum()), 1)
+    return torch.cat(averages)
 
 
 def _average_precision(scores_NK: Tensor, labels_NK: Tensor) -> Tensor:

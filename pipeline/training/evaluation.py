@@ -57,20 +57,14 @@ def check_teacher_accuracy(config: Config | None, teacher: AnyTeacher | None, lo
 
 def evaluate_teacher(task: Task, teacher: Teacher | TeacherEnsemble, loader: Loader) -> Evaluation:
     """Return the metrics of a teacher. Raises RecipeError if it cannot take the validation images, by their size."""
+    check_validation_size(teacher, loader)
+    return measure_split(task, teacher, loader.validation())
+
+
+def check_validation_size(teacher: Teacher | TeacherEnsemble, loader: Loader) -> None:
+    """Raise RecipeError if a teacher cannot take the validation images, by their size."""
     config, members = loader.plan.config, teacher.members if isinstance(teacher, TeacherEnsemble) else [teacher]
     if config.for_validation.size != config.size:  # the teacher was tried with training images when it was built
         for number, member in enumerate(members):
             with error_context(f"teacher.members.{number}.model" if len(members) > 1 else "teacher.model"):
                 member.shapes(config.for_validation.size)  # type: ignore[operator]
-    return measure_split(task, teacher, loader.validation())
-
-
-@torch.no_grad()
-def agreement(
-    task: Task, student: FeatureTaps, teacher: AnyTeacher, batches: Iterable[Batch], accelerator: Accelerator
-) -> float:
-    """Return the percentage of the task's decisions about validation images in which student and teacher agree."""
-    with evaluating(student), accelerator.autocast():
-        counts = [task.agreement(student(batch.images_BCHW), teacher(batch), batch) for batch in batches]
-    same, decisions = collectives.all_reduce_sum(torch.stack(counts).sum(0)).tolist()
-    return 100 * same / decisions

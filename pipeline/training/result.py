@@ -33,7 +33,6 @@ def write_result(
     ``side`` is the number of runs that the command trained side by side.
     """
     seconds = training_seconds(read_journal(run.folder / JOURNAL_FILE), run.recipe.batch)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     metrics = {
         **(last.metrics if last else dict.fromkeys(task.titles)),
         f"best_{task.metric}": best.value if last else None,
@@ -51,12 +50,17 @@ def write_result(
         shards=run.manifest.tool,
         images=run.training_images,
         seconds=round(seconds, 1),
-        device=device,
+        device=device_name(),
         ranks=collectives.world_size(),
         side=side if side > 1 else None,
         **metrics,  # pyright: ignore[reportArgumentType]
     )
     write_json(run.folder / RESULT_FILE, result.model_dump())
+
+
+def device_name() -> str:
+    """Return the name of the GPU that this process uses, or of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def training_seconds(lines: Iterable[dict[str, Any]], batch: int) -> float:

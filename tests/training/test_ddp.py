@@ -74,7 +74,7 @@ def test_the_exported_student_has_the_ranks_mean_statistics_and_one_process_meas
         one, other = (rank.weights[f"student.model.{name}"] for rank in run.ranks)
         torch.testing.assert_close(exported, (one + other) / 2 if exported.is_floating_point() else one)
     AcceleratorState._reset_state(reset_partial_state=True)
-    evaluate.main([str(run.folder)])
+    evaluate.main([str(run.folder), "speed=no"])
     result = json.loads((run.folder / "result.json").read_text())
     assert f"top-1 {result['top1']:.2f}  top-5 {result['top5']:.2f}  (20 images)" in capsys.readouterr().out
 

@@ -51,7 +51,7 @@ def test_a_runs_students_are_measured_as_the_run_measured_them(
     result = json.loads((recipes / "runs" / "ce" / "result.json").read_text())
     for name, expected in (("last", "top1"), ("best", "best_top1"), ("ema", "ema_top1")):
         capsys.readouterr()
-        evaluate.main(["runs/ce", f"weights={name}"])
+        evaluate.main(["runs/ce", f"weights={name}", "speed=no"])
         printed = capsys.readouterr().out
         assert f"top-1 {result[expected]:.2f} " in printed
         assert "(20 images)" in printed
@@ -63,7 +63,7 @@ def test_a_network_agrees_with_itself_on_every_image(
     run_train("teacher.yaml")
     run_train("ddkd.yaml", "compare=null", "student.model=cifar_resnet20", "stop.steps=1")
     capsys.readouterr()
-    words = ["runs/ddkd", "weights=runs/teacher/student.safetensors", "agreement=yes"]
+    words = ["runs/ddkd", "weights=runs/teacher/student.safetensors", "agreement=yes", "speed=no"]
     evaluate.main(words)
     printed = capsys.readouterr().out
     student, teacher = re.findall(r"top-1 ([\d.]+)", printed)

@@ -101,7 +101,7 @@ def test_a_network_learns_the_classes_and_is_measured_as_evaluate_measures_it(
     lines = [json.loads(line) for line in (place / "runs/bce/journal.jsonl").read_text().splitlines()]
     assert {"total", "f1", "bce"} <= lines[0].keys()
     assert [line["map"] for line in lines if "map" in line][-1] == result["map"]
-    evaluate.main(["runs/bce"])
+    evaluate.main(["runs/bce", "speed=no"])
     printed = capsys.readouterr().out
     assert f"mAP {result['map']:.2f}  F1 {result['f1']:.2f}  (37 images)" in printed
 
@@ -111,7 +111,7 @@ def test_a_student_learns_from_a_teacher_and_agreement_is_over_all_decisions(
 ):
     run_train("student.yaml")
     capsys.readouterr()
-    evaluate.main(["runs/student", "weights=runs/bce/student.safetensors", "agreement=yes"])
+    evaluate.main(["runs/student", "weights=runs/bce/student.safetensors", "agreement=yes", "speed=no"])
     printed = capsys.readouterr().out
     assert len(set(re.findall(r"mAP ([\d.]+)", printed))) == 1
     assert "agreement: 100.00" in printed
