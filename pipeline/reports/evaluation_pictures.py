@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
-from pipeline.reports.evaluation_file import EvaluatedTeacher, EvaluationFile, PerClass, Reliability, accuracies
 from pipeline.reports.methods import MethodRuns
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
+from pipeline.runs.evaluation_file import EvaluatedTeacher, EvaluationFile, PerClass, Reliability
 
 _SHOWN = 10
 """Classes that gained most, and classes that lost most."""
@@ -65,7 +65,7 @@ def _reliability(
     if alone and alone.evaluation and alone.method not in dict(found):
         found.append(("student alone", alone.evaluation.reliability))
     found += [("teacher", teacher.reliability)] if teacher else []
-    bins = [Bins(name, each.samples, each.confidence, each.accuracy) for name, each in found if each]  # type: ignore[arg-type]
+    bins = [Bins(name, each.samples, each.confidence, each.accuracy) for name, each in found if each]
     if not bins:
         return None
     errors = ", ".join(
@@ -93,8 +93,7 @@ def _gains(number: int, name: str, run: ReportedRun, alone: ReportedRun | None) 
         other, against = evaluation.teacher.per_class, "the teacher"
     if other is None or evaluation.per_class is None or len(other.samples) != len(evaluation.per_class.samples):
         return None
-    names = evaluation.classes or tuple(map(str, range(len(other.samples))))
-    pairs = zip(names, accuracies(evaluation.per_class), accuracies(other), strict=True)
+    pairs = zip(evaluation.classes, evaluation.per_class.percent, other.percent, strict=True)
     gains = sorted(
         ((each, ours - theirs) for each, ours, theirs in pairs if ours is not None and theirs is not None),
         key=lambda pair: -pair[1],

@@ -14,12 +14,13 @@ from pipeline.config.compose import own_tree, read_source
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.config.source import RecipeSource, find_recipe
 from pipeline.errors import ROOT, RecipeError
-from pipeline.reports.evaluation_file import EvaluationFile, read_evaluation
+from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, read_evaluation
 from pipeline.runs.files import (
     IDENTITY,
     JOURNAL_FILE,
     RECIPE,
     RESULT_FILE,
+    STUDENT,
     Identity,
     Result,
     Start,
@@ -133,6 +134,7 @@ def read_run(folder: Path) -> ReportedRun:
     if identity is None or not lines:
         missing = IDENTITY if identity is None else f"step in {JOURNAL_FILE}"
         raise RecipeError(f"{folder}: this run has not begun (no {missing} yet); train it first")
+    evaluation = folder / EVALUATIONS[STUDENT]
     return ReportedRun(
         folder,
         load_run(folder),
@@ -141,7 +143,7 @@ def read_run(folder: Path) -> ReportedRun:
         read_result(folder),
         read_versions(folder) or {},
         read_starts(folder),
-        read_evaluation(folder),
+        read_evaluation(evaluation) if evaluation.is_file() else None,
     )
 
 

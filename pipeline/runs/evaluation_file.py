@@ -35,6 +35,14 @@ class PerClass(_Section):
     average_precision: tuple[_Number, ...] | None = None
     """Average precision in percent, None for a class without an image; None as a whole if an image has one class."""
 
+    @property
+    def percent(self) -> list[float | None]:
+        """Return the accuracy of each class in percent, or its average precision; None for a class without an image."""
+        if self.correct is None:
+            return list(self.average_precision or ())
+        pairs = zip(self.correct, self.samples, strict=True)
+        return [100 * correct / samples if samples else None for correct, samples in pairs]
+
 
 class Reliability(_Section):
     """Bins of equal width of the first choice's probability; zeros in a bin without an image."""
@@ -116,6 +124,11 @@ class EvaluationFile(_Section):
     """Name of the GPU or processor."""
     threads: PositiveInt
     """Threads of torch on the CPU."""
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Return the milliseconds of the smallest measured batch; None if no speed was measured."""
+        return min(self.speed, key=lambda each: each.batch).latency_ms if self.speed else None
 
 
 def read_evaluation(path: Path) -> EvaluationFile:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import all_reduce_sum

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -132,6 +133,15 @@ def test_a_journal_that_is_damaged_inside_is_refused_with_its_line(begun: Path):
         report.main(["runs/ce"])
 
 
+UNMEASURED: dict[str, Any] = {
+    **dict.fromkeys(("weights", "sha256", "recipe", "task", "shards", "shards_sha256", "data", "device"), ""),
+    **dict.fromkeys(("real_labels", "per_class", "confusion", "reliability", "teacher", "agreement", "kl", "speed")),
+    **{"samples": 0, "metrics": {}, "classes": [], "threads": 1},
+    "network": {"model": "cifar_resnet8", "parameters": 1, "macs": 2, "bytes": 3},
+}
+"""An evaluation without a figure."""
+
+
 def bins(step: int) -> dict[str, list[float]]:
     """Return 15 bins of confidence."""
     middles = [(number + 0.5) / 15 for number in range(15)]
@@ -142,7 +152,7 @@ def test_an_evaluation_adds_calibration_and_single_classes(trained: Path):
     classes = [f"class <{number}>" for number in range(25)]
     ours = {"samples": [4] * 25, "correct": [number % 5 for number in range(25)]}
     theirs = {"samples": [4] * 25, "correct": [2] * 25}
-    evaluation = {
+    evaluation = UNMEASURED | {
         "sha256": "0" * 64,
         "samples": 100,
         "metrics": {"top1": 50.0, "top5": 80.0, "nll": 1.5, "ece": 7.25},
@@ -152,7 +162,6 @@ def test_an_evaluation_adds_calibration_and_single_classes(trained: Path):
         "teacher": {"name": "cifar_resnet20", "metrics": {"top1": 60.0}, "per_class": theirs, "reliability": None},
         "agreement": 61.25,
         "kl": 0.5,
-        "network": {"model": "cifar_resnet8", "parameters": 1, "macs": 2, "bytes": 3},
         "speed": [{"batch": 1, "latency_ms": 2.5, "low_ms": 2, "high_ms": 3, "images_per_second": 400}],
     }
     (trained / "ddkd/evaluation.json").write_text(json.dumps(evaluation))
@@ -166,13 +175,7 @@ def test_an_evaluation_adds_calibration_and_single_classes(trained: Path):
 
 
 def test_an_evaluation_of_several_classes_each_has_no_calibration(trained: Path):
-    evaluation = {
-        "metrics": {"map": 50.0, "f1": 40.0},
-        "per_class": None,
-        "reliability": None,
-        "teacher": None,
-        "speed": [],
-    }
+    evaluation = UNMEASURED | {"task": "multilabel", "metrics": {"map": 50.0, "f1": 40.0}}
     (trained / "ddkd/evaluation.json").write_text(json.dumps(evaluation))
     page = draw("runs/ddkd")
     assert "Single classes and calibration" in page.headings
