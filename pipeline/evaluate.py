@@ -58,8 +58,8 @@ from pipeline.frozen_model import FrozenModel
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, write_evaluation
-from pipeline.runs.files import RECIPE, STUDENT, STUDENT_BEST, STUDENT_EMA, check_student, read_identity, read_result
-from pipeline.runs.folder import load_run
+from pipeline.runs.files import RECIPE, read_identity, read_result
+from pipeline.runs.folder import NAMED_WEIGHTS, load_run, student_file
 from pipeline.runs.identity import classes_sha256, resolve, run_folder
 from pipeline.runs.rank_settings import join_ranks
 from pipeline.tasks._base import Task
@@ -72,7 +72,6 @@ from pipeline.training.evaluation import check_validation_size
 from pipeline.training.result import device_name
 from shards.manifest import MANIFEST, Manifest, read_manifest, sha256_of
 
-NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 _TITLES = {"nll": "NLL", "ece": "ECE"}
 
 
@@ -158,7 +157,7 @@ def _read_subject(args: Sequence[str]) -> Subject:
     prepare_shards(loaded, launch, trusted=not target.is_dir())  # never a script that a run folder names
     if arguments.agreement:
         _comparison_teacher(loaded.recipe.teacher)
-    weights = _weights_file(arguments.weights, target if target.is_dir() else run_folder(loaded))
+    weights = student_file(arguments.weights, target if target.is_dir() else run_folder(loaded))
     manifest = read_manifest(Path(loaded.recipe.data.path))
     trained = [read_manifest(own_path)] if moved and (own_path / MANIFEST).is_file() else []
     network = _network_classes(weights, loaded.recipe.data.path, [manifest, *trained], own_path)
@@ -329,14 +328,6 @@ def _settings(recipe: Recipe) -> list[Any]:
     others = {"path", "prepare", "samples", "threads", "prefetch", "views", "validation_batch"}
     data = recipe.data.for_validation.model_dump(exclude=others)
     return [recipe.task, recipe.precision, recipe.student.model, recipe.student.arguments, data]
-
-
-def _weights_file(name: str, folder: Path) -> Path:
-    file = folder / NAMED_WEIGHTS[name] if name in NAMED_WEIGHTS else Path(name)
-    if not file.is_file():
-        raise RecipeError(f"weights: there is no file {file}; train the run first, or give weights=FILE")
-    check_student(file)
-    return file
 
 
 if __name__ == "__main__":

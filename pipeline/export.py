@@ -52,8 +52,10 @@ from pipeline.exporting.trained import TrainedStudent
 from pipeline.frozen_model import FrozenModel
 from pipeline.models.folding import fold_batchnorms
 from pipeline.models.weights import load_weights
+from pipeline.runs.card import read_card
 from pipeline.runs.dependencies import prepare_shards
-from pipeline.runs.folder import load_run
+from pipeline.runs.evaluation_file import EVALUATIONS, read_evaluation
+from pipeline.runs.folder import load_run, student_file
 from shards.manifest import Manifest, read_manifest
 
 FOLDER = "export"
@@ -84,13 +86,13 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError(f"command line: {folder}: expected the folder of a run, such as runs/demo/seed-0")
     loaded = load_run(folder, overrides, losses=False)
     prepare_shards(loaded, launch, trusted=False)
-    file = weights_file(arguments.weights, folder)
+    file = student_file(arguments.weights, folder)
     manifest = read_manifest(Path(loaded.recipe.data.path))
     student = _open_student(loaded, manifest, file, arguments)
     path = Path(arguments.out) if arguments.out else folder / FOLDER / f"{file.stem}-{arguments.format}{chosen.ending}"
     with _replaced(path, is_folder=not chosen.ending) as partial:
         chosen.write(student, partial)
-        compared = compare_outputs(student, chosen.runner(student)(partial))
+        compared = compare_outputs(student, chosen.run(partial))
     print(f"{path}: {compared}")
     if arguments.push:
         print(f"uploaded to {push_to_hub(path, arguments.push, private=arguments.private)}")
@@ -112,7 +114,7 @@ def _format(arguments: ExportArguments) -> Format:
 
 def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, arguments: ExportArguments) -> TrainedStudent:
     """Return the student with the weights of ``file``, and the images with which the exported file is checked."""
-    recipe, device = loaded.recipe, torch.device("cpu")
+    recipe, device, card = loaded.recipe, torch.device("cpu"), read_card(file)
     loader = build_loader(recipe, manifest, device, ("val",))
     if not loader.has_validation:
         raise RecipeError(f"data.path: {recipe.data.path} has no validation images to check the exported file with")
@@ -125,10 +127,10 @@ def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, argument
         logits_BK = model(images_BCHW)
     if arguments.fold:
         print(f"{fold_batchnorms(model, images_BCHW[:2])} BatchNorms are folded")
-    description = model_card(loaded, file.parent, manifest, file.name, _evaluation(file))
-    return TrainedStudent(
-        model, images_BCHW, logits_BK, _card(file), recipe, manifest.classes, arguments.fold, description
-    )
+    evaluation = file.parent / EVALUATIONS.get(file.name, "")
+    known = read_evaluation(evaluation) if evaluation.is_file() else None
+    description = model_card(loaded, file, card, known)
+    return TrainedStudent(model, images_BCHW, logits_BK, card, recipe, arguments.fold, description)
 
 
 def _validation_images(loader: Loader, count: int) -> Tensor:

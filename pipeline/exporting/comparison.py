@@ -32,23 +32,21 @@ class Comparison(NamedTuple):
 
 def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) -> Comparison:
     """Run the exported network on the images, all at once and the first alone. Raises RecipeError if it differs."""
-    expected_BK = student.logits_BK
-    for rows in (len(student.images_BCHW), 1):
+    for rows in (1, len(student.images_BCHW)):
+        expected_BK = student.logits_BK[:rows]
         try:
             logits_BK = run(student.images_BCHW[:rows].contiguous())
         except Exception as error:  # the libraries that run the file raise errors of their own
             raise RecipeError(f"the exported file cannot take {rows} images: {_first_line(error)}") from error
-        difference = (logits_BK - expected_BK[:rows]).abs().max().item()
-        scale = max(1.0, expected_BK.abs().max().item())
-        if logits_BK.shape != expected_BK[:rows].shape or not difference <= TOLERANCE * scale:
+        if logits_BK.shape != expected_BK.shape:
+            raise RecipeError(f"the exported file returns {list(logits_BK.shape)} for {list(expected_BK.shape)}")
+        difference, scale = (logits_BK - expected_BK).abs().max().item(), max(1.0, expected_BK.abs().max().item())
+        if not difference <= TOLERANCE * scale:
             raise RecipeError(
                 f"the exported file gives other outputs than the student: a logit differs by {difference:.2g}, and "
                 f"the largest is {scale:.2g}"
             )
-        if rows > 1:
-            same = (logits_BK.argmax(1) == expected_BK.argmax(1)).sum().item()
-            found = Comparison(rows, difference, int(same))
-    return found
+    return Comparison(rows, difference, int((logits_BK.argmax(1) == expected_BK.argmax(1)).sum()))
 
 
 def _first_line(error: Exception) -> str:

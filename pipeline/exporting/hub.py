@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pipeline.errors import RecipeError, one_line
 from pipeline.exporting.timm_folder import README, write_timm_folder
-from pipeline.exporting.trained import CARD, TrainedStudent
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent
 from pipeline.models import create_model
 from pipeline.models.from_timm import PREFIX
+from pipeline.runs.card import Card
+from shards.documents import parse_document
 
 WEIGHTS = "model.safetensors"
 
@@ -26,26 +28,22 @@ def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
         write_timm_folder(student, folder)
         return
     state = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS, student.card.metadata())
     (folder / README).write_text(student.description)
-    (folder / CARD).write_text(student.card + "\n")
+    (folder / CARD_FILE).write_text(student.card_text + "\n")
 
 
-def hub_runner(student: TrainedStudent) -> Callable[[Path], Callable[[Tensor], Tensor]]:
-    """Return the reader of such a folder for networks like this student: a new network with the folder's weights."""
+def run_hub_folder(folder: Path) -> Callable[[Tensor], Tensor]:
+    """Return the network of a folder, from images [B, C, H, W] to logits [B, K]."""
+    card = parse_document((folder / CARD_FILE).read_bytes(), str(folder / CARD_FILE), Card, "export it again")
+    model = create_model(card.model, len(card.classes), card.arguments).eval()
+    model.load_state_dict(load_file(folder / WEIGHTS))
 
-    def read(folder: Path) -> Callable[[Tensor], Tensor]:
-        config = student.recipe.student
-        model = create_model(config.model, len(student.classes), config.arguments).eval()
-        model.load_state_dict(load_file(folder / WEIGHTS))
+    def run(images_BCHW: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(images_BCHW)
 
-        def run(images_BCHW: Tensor) -> Tensor:
-            with torch.no_grad():
-                return model(images_BCHW)
-
-        return run
-
-    return read
+    return run
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,22 @@ import yaml
 
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.models.from_timm import PREFIX
+from pipeline.runs.card import Card
+from pipeline.runs.evaluation_file import EvaluationFile
 from pipeline.runs.files import Result, read_identity, read_result
 from pipeline.tasks._registry import find_task
-from shards.manifest import Manifest
 
 TITLES = {"nll": "negative log-likelihood", "ece": "expected calibration error"}
-NATS = ("nll", "kl")
+NATS = ("nll",)
 """Metrics that are no percentages."""
 
 
-def model_card(
-    loaded: LoadedRecipe, folder: Path, manifest: Manifest, weights: str, evaluation: dict[str, Any] | None
-) -> str:
-    """Return the model card of the student in the file ``weights`` of the run in ``folder``.
+def model_card(loaded: LoadedRecipe, weights: Path, card: Card, evaluation: EvaluationFile | None) -> str:
+    """Return the model card of the student in the file ``weights``, whose ``card`` has its metrics.
 
-    ``evaluation`` is the content of the file that ``evaluate.py`` wrote for these weights, if it is there: it has more
-    figures than the run's result.
+    ``evaluation`` is what ``evaluate.py`` wrote for these weights, if it did: it has more figures.
     """
-    recipe, result, identity = loaded.recipe, read_result(folder), read_identity(folder)
+    recipe, result, identity = loaded.recipe, read_result(weights.parent), read_identity(weights.parent)
     losses = list(identity.losses) if identity else []
     images = f"{result.images:,} images" if result and result.images else "images"
     lines = [
@@ -37,17 +35,17 @@ def model_card(
         f"# {recipe.student.model}, distilled",
         "",
         f"{recipe.student.model}, trained with the losses {', '.join(losses)} for {recipe.epochs} epochs on {images} "
-        f"of {manifest.num_classes} classes. {_describe_teacher(loaded)}",
+        f"of {len(card.classes)} classes. {_describe_teacher(loaded)}",
         "",
         "## Measured",
         "",
-        *_table(("metric", "value"), _figures(recipe, result, evaluation)),
+        *_table(("metric", "value"), _figures(card, result, evaluation)),
         "",
         "## Images it expects",
         "",
-        *_table(("property", "value"), _preprocessing(recipe)),
+        *_table(("property", "value"), _preprocessing(card)),
         "",
-        f"Weights: `{weights}`." + (f" Digest of the run: `{result.identity}`." if result else ""),
+        f"Weights: `{weights.name}`. Digest of the run: `{card.identity}`.",
         *_use(recipe),
     ]
     return "\n".join(lines) + "\n"
@@ -68,11 +66,9 @@ def _describe_teacher(loaded: LoadedRecipe) -> str:
     return f"Its teacher was {' and '.join(names)}." if names else "Its teacher was a moving average of itself."
 
 
-def _figures(recipe: Recipe, result: Result | None, evaluation: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    titles = {**find_task(recipe.task).titles, **TITLES}
-    measured: dict[str, float | None] = result.metrics if result else {}
-    if evaluation is not None:
-        measured = evaluation["metrics"]
+def _figures(card: Card, result: Result | None, evaluation: EvaluationFile | None) -> Iterator[tuple[str, str]]:
+    titles = {**find_task(card.task).titles, **TITLES}
+    measured: Mapping[str, float | None] = evaluation.metrics if evaluation else card.accuracy or {}
     for name, value in measured.items():
         if name in titles and value is not None:
             yield titles[name], f"{value:.4f} nats" if name in NATS else f"{value:.2f} %"
@@ -80,19 +76,18 @@ def _figures(recipe: Recipe, result: Result | None, evaluation: dict[str, Any] |
         yield "parameters", f"{result.parameters:,}"
     if evaluation is None:
         return
-    if evaluation.get("agreement") is not None:
-        yield "agreement with the teacher", f"{evaluation['agreement']:.2f} %"
-    yield "multiply-accumulates", f"{evaluation['network']['macs']:,}"
-    for speed in evaluation.get("speed") or ():
-        yield f"latency of a batch of {speed['batch']}, {evaluation['device']}", f"{speed['latency_ms']:.2f} ms"
+    if evaluation.agreement is not None:
+        yield "agreement with the teacher", f"{evaluation.agreement:.2f} %"
+    yield "multiply-accumulates", f"{evaluation.network.macs:,}"
+    for speed in evaluation.speed or ():
+        yield f"latency of a batch of {speed.batch}, {evaluation.device}", f"{speed.latency_ms:.2f} ms"
 
 
-def _preprocessing(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    data = recipe.data.for_validation
-    short = data.resize or data.size
-    yield "size", f"{data.size} × {data.size} pixels, the centre of an image whose short side is resized to {short}"
-    yield "mean", ", ".join(f"{value:g}" for value in data.mean)
-    yield "standard deviation", ", ".join(f"{value:g}" for value in data.std)
+def _preprocessing(card: Card) -> Iterator[tuple[str, str]]:
+    short = card.resize or card.size
+    yield "size", f"{card.size} × {card.size} pixels, the centre of an image whose short side is resized to {short}"
+    yield "mean", ", ".join(f"{value:g}" for value in card.mean)
+    yield "standard deviation", ", ".join(f"{value:g}" for value in card.std)
 
 
 def _use(recipe: Recipe) -> list[str]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.exporting.trained import TrainedStudent, naming_operations, trace_student
+from pipeline.runs.card import CARD
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
-METADATA = "card"
-"""Key of the file's metadata that holds the student's card."""
 
 
 def write_onnx(student: TrainedStudent, path: Path) -> None:
@@ -30,7 +29,7 @@ def write_onnx(student: TrainedStudent, path: Path) -> None:
             node.metadata_props.clear()  # it names this machine's folders
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = type(value.shape)([BATCH, *value.shape[1:]])
-    model.metadata_props[METADATA] = student.card
+    model.metadata_props[CARD] = student.card_text  # under the same key as in student.safetensors
     exported.save(path)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.exporting.trained import CARD, TrainedStudent, trace_student
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent, trace_student
 
 
 def write_pt2(student: TrainedStudent, path: Path) -> None:
     """Write the program, with the student's card as an extra file."""
-    torch.export.save(trace_student(student), path, extra_files={CARD: student.card})
+    torch.export.save(trace_student(student), path, extra_files={CARD_FILE: student.card_text})
 
 
 def run_pt2(path: Path) -> Callable[[Tensor], Tensor]:

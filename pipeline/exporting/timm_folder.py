@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import RecipeError
-from pipeline.exporting.trained import CARD, TrainedStudent
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent
 from pipeline.models.from_timm import PREFIX
 
 README = "README.md"
@@ -26,17 +26,17 @@ def write_timm_folder(student: TrainedStudent, folder: Path) -> None:
     from timm.models import save_for_hf
 
     # timm mirrors what a recipe says in ``arguments`` only if the factory recorded it; the recipe is certain.
-    config: dict[str, Any] = {"label_names": list(student.classes)}
+    config: dict[str, Any] = {"label_names": list(student.card.classes)}
     save_for_hf(
         student.model,
         str(folder),
         model_config=config,
-        model_args=dict(student.recipe.student.arguments or {}),
+        model_args=dict(student.card.arguments or {}),
         safe_serialization=True,
         data_config=_preprocessing(student),
     )
     (folder / README).write_text(student.description)
-    (folder / CARD).write_text(student.card + "\n")
+    (folder / CARD_FILE).write_text(student.card_text + "\n")
 
 
 def run_timm_folder(folder: Path) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.exporting.trained import CARD, TrainedStudent, naming_operations, trace_student
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent, naming_operations, trace_student
 
 
 def write_torchscript(student: TrainedStudent, path: Path) -> None:
@@ -18,7 +18,7 @@ def write_torchscript(student: TrainedStudent, path: Path) -> None:
     with warnings.catch_warnings(), naming_operations(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecated, and values that are constants at one size of image
         module = torch.jit.trace(student.model, student.images_BCHW[:2].contiguous())
-        torch.jit.save(module, str(path), _extra_files={CARD: student.card})  # pyright: ignore[reportArgumentType]
+        torch.jit.save(module, str(path), _extra_files={CARD_FILE: student.card_text})  # pyright: ignore[reportArgumentType]
 
 
 def run_torchscript(path: Path) -> Callable[[Tensor], Tensor]:

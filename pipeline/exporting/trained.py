@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
+from pipeline.runs.card import CARD, Card
 
 _OPERATION = re.compile(r"(?:torch\.ops\.|op='|target=)?\b((?:aten|torchvision|prims)(?:\.|::)\w+)")
 _PLACE = re.compile(r"Caused by: \((\S+:\d+) in (\w+)\)")
 _COLOUR = re.compile(r"\x1b\[\d*m|\[\d+m")
-CARD = "card.json"
-"""Name of the extra file of a .pt2 or TorchScript file that holds the student's card."""
+CARD_FILE = f"{CARD}.json"
+"""Name of the extra file of a .pt2 or TorchScript file, and of the file in a folder, that holds the student's card."""
 
 
 class TrainedStudent(NamedTuple):
@@ -30,15 +31,17 @@ class TrainedStudent(NamedTuple):
     """Some normalised validation images, at least two."""
     logits_BK: Tensor
     """The student's logits of these images, before BatchNorms were folded."""
-    card: str
-    """The student's card as JSON: network, classes, mean, std, size."""
+    card: Card
     recipe: Recipe
-    classes: tuple[str, ...]
-    """Names of the classes in the order of the logits."""
     folded: bool = False
     """Whether BatchNorms are folded into convolutions, so that the weights are no longer those of the factory."""
     description: str = ""
     """The model card, in Markdown."""
+
+    @property
+    def card_text(self) -> str:
+        """Return the student's card as JSON."""
+        return self.card.metadata()[CARD]
 
 
 def trace_student(student: TrainedStudent) -> torch.export.ExportedProgram:

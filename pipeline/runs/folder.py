@@ -18,8 +18,11 @@ from pipeline.runs.files import (
     PREEMPTED,
     RECIPE,
     STUDENT,
+    STUDENT_BEST,
+    STUDENT_EMA,
     VERSIONS_FILE,
     add_start,
+    check_student,
     read_identity,
     read_result,
     read_versions,
@@ -29,6 +32,8 @@ from pipeline.runs.identity import Run, differing_keys
 from pipeline.runs.ownership import LOCK, check_run_folder, remove_temporaries
 from pipeline.runs.versions import versions
 from shards.manifest import sync_path, write_atomically
+
+NAMED_WEIGHTS = {"last": STUDENT, "best": STUDENT_BEST, "ema": STUDENT_EMA}
 
 
 def check_folder(run: Run, advice: str = NEW_FOLDER_HINT) -> None:
@@ -130,3 +135,15 @@ def mark_preempted(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PREEMPTED).touch()  # not by a temporary file: a process that has the lock by now would remove it
     sync_path(folder)
+
+
+def student_file(name: str, folder: Path) -> Path:
+    """Return the weights that are called ``last``, ``best`` or ``ema`` in a run folder, or the file of that name.
+
+    Raises RecipeError if there is no such file, and DamagedFile if it is not the one that the run wrote.
+    """
+    file = folder / NAMED_WEIGHTS[name] if name in NAMED_WEIGHTS else Path(name)
+    if not file.is_file():
+        raise RecipeError(f"weights: there is no file {file}; train the run first, or give weights=FILE")
+    check_student(file)
+    return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,9 +18,10 @@ from pipeline.errors import RecipeError
 from pipeline.exporting.comparison import compare_outputs
 from pipeline.exporting.formats import FORMATS
 from pipeline.exporting.onnx import write_onnx
-from pipeline.exporting.trained import CARD, TrainedStudent
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent
 from pipeline.models import create_model
 from pipeline.models.folding import fold_batchnorms
+from pipeline.runs.card import Card
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 STATS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -40,8 +40,11 @@ def student_of(model: nn.Module, name: str, images_BCHW: Tensor, classes: int, s
     model.eval()
     with torch.no_grad():
         logits_BK = model(images_BCHW)
-    names = tuple(f"class {k}" for k in range(classes))
-    return TrainedStudent(model, images_BCHW, logits_BK, json.dumps({"model": name}), recipe, names)
+    card = Card(
+        **{"task": "classification", "model": name, "arguments": {}, "size": size, "identity": "0" * 64, **STATS},
+        classes=tuple(f"class {k}" for k in range(classes)),
+    )
+    return TrainedStudent(model, images_BCHW, logits_BK, card, recipe)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_a_written_student_answers_as_the_student_does(small: TrainedStudent, tm
     if not chosen.ending:
         path.mkdir()
     chosen.write(small, path)
-    run = chosen.runner(small)(path)
+    run = chosen.run(path)
     compared = compare_outputs(small, run)
     assert compared.images == compared.same_top1 == 8
     assert compared.largest_difference < 1e-5
@@ -75,15 +78,13 @@ def test_a_file_carries_the_card_and_no_folder_of_this_machine(small: TrainedStu
             with zipfile.ZipFile(path) as archive:
                 members = archive.namelist()
                 content = b"".join(archive.read(member) for member in members)
-                cards = [archive.read(member) for member in members if member.endswith(CARD)]
-            assert [json.loads(card) for card in cards] == [{"model": "cifar_resnet8"}]
+                cards = [archive.read(member) for member in members if member.endswith(CARD_FILE)]
+            assert [Card.model_validate_json(card) for card in cards] == [small.card]
         if name != "torchscript":  # torch itself keeps the source lines of a trace, and has no way to leave them out
             assert root not in content
             assert b"site-packages" not in content
     model = onnx.load(tmp_path / "student.onnx")
-    assert {entry.key: json.loads(entry.value) for entry in model.metadata_props} == {
-        "card": {"model": "cifar_resnet8"}
-    }
+    assert {entry.key: Card.model_validate_json(entry.value) for entry in model.metadata_props} == {"card": small.card}
     (images,), (logits,) = model.graph.input, model.graph.output
     assert (images.name, logits.name) == ("images", "logits")
     shapes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in (images, logits)]
@@ -170,7 +171,7 @@ def test_folded_batchnorms_are_gone_from_the_file_and_change_nothing(tmp_path: P
     kinds = {node.op_type for node in onnx.load(tmp_path / "student.onnx").graph.node}
     assert "Conv" in kinds
     assert "BatchNormalization" not in kinds
-    assert compare_outputs(folded, FORMATS["onnx"].runner(folded)(tmp_path / "student.onnx")).same_top1 == 6
+    assert compare_outputs(folded, FORMATS["onnx"].run(tmp_path / "student.onnx")).same_top1 == 6
     for name in ("timm", "hub"):
         with pytest.raises(RecipeError, match=r"leave out fold=yes|is none of timm's networks"):
             FORMATS[name].write(folded, tmp_path)
@@ -229,6 +230,6 @@ def test_six_networks_keep_their_first_choice_on_real_images(
         if not FORMATS[chosen].ending:
             path.mkdir()
         FORMATS[chosen].write(student, path)
-        compared = compare_outputs(student, FORMATS[chosen].runner(student)(path))
+        compared = compare_outputs(student, FORMATS[chosen].run(path))
         assert compared.same_top1 == compared.images == 16, chosen
     assert len(set(student.logits_BK.argmax(1).tolist())) > 1
