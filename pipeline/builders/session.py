@@ -59,7 +59,6 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch, recipe.epochs * loader.steps_per_epoch)
     _begin_trackers(run, accelerator, saved.progress, parameters)
-    observer = LossObserver(recipe, accelerator, loader, teacher, unwrapped)
     journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
     step = Step(accelerator, distiller, teacher, optimizer, averages.values(), recipe.clip, guard, journal.timer)
     session = Session(
@@ -78,11 +77,10 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         maybe_graph(step, recipe.graph, recipe.accumulation, recipe.student.checkpoint),
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
         parts.runs,
-        observer,
+        LossObserver(recipe, accelerator, loader, teacher, unwrapped),
     )
-    return session, State(
-        saved.progress, saved.journal_bytes, exported_best(run.folder / STUDENT_BEST, session.task.metric)
-    )
+    best = exported_best(run.folder / STUDENT_BEST, session.task.metric)
+    return session, State(saved.progress, saved.journal_bytes, best)
 
 
 def _build(

@@ -68,24 +68,24 @@ def draw_bars(bars: Sequence[Bar], path: Path, *, title: str, unit: str, memory:
 
 
 def _draw_times(axes: Axes, rows: Sequence[StackedBar], unit: str) -> None:
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         left = end = 0.0
         for number, part in enumerate(row.parts):
             name = part.label.rpartition(" ")[2] if len(row.parts) > 1 else None
             color, hatch = COLORS[number % len(COLORS)], _HATCHES[number % 2]
-            axes.barh(place, part.middle, left=left, color=color, hatch=hatch, edgecolor="white", label=name)
+            axes.barh(y, part.middle, left=left, color=color, hatch=hatch, edgecolor="white", label=name)
             whisker = [[part.middle - part.least], [part.most - part.middle]]
-            axes.errorbar(left + part.middle, place, xerr=whisker, fmt="none", ecolor="black", capsize=3)
+            axes.errorbar(left + part.middle, y, xerr=whisker, fmt="none", ecolor="black", capsize=3)
             end, left = max(end, left + part.most), left + part.middle
-        axes.annotate(_short(row.length), (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(_short(row.length), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
     _name_rows(axes, rows, unit)
 
 
 def _draw_memory(axes: Axes, rows: Sequence[StackedBar], unit: str) -> None:
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         size = sum(part.memory for part in row.parts) / 2**20
-        axes.barh(place, size, color=GREY)
-        axes.annotate(_short(size), (size, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.barh(y, size, color=GREY)
+        axes.annotate(_short(size), (size, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
     _name_rows(axes, rows, unit)
     axes.set_yticklabels([])
 
