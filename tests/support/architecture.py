@@ -13,7 +13,7 @@ from pathlib import Path
 
 House = dict[str, ast.Module]
 
-ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor"}
+ENTRY_POINTS = {"train", "evaluate", "predict", "cache_teacher", "compare", "bench", "doctor"}
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
@@ -26,7 +26,7 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "multirun", "train", "evaluate"},
+    {"caching", "diagnostics", "multirun", "train", "evaluate", "predict"},
     {"benchmarks", "cache_teacher", "compare", "doctor"},
     {"bench"},
 ]
