@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "pipeline.report",
     "search": "pipeline.search",
     "export": "pipeline.export",
+    "predict": "pipeline.predict",
     "bench": "pipeline.bench",
     "doctor": "pipeline.doctor",
     **{f"shards {name}": f"shards.{name}" for name in _SHARDS},

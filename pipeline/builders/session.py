@@ -58,8 +58,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
     distiller, optimizer = _prepare(recipe, accelerator, unwrapped)
     checkpoints = Checkpoints(recipe.checkpoints, run.folder, accelerator, unwrapped, optimizer, averages)
     saved = checkpoints.load(loader.steps_per_epoch, recipe.epochs * loader.steps_per_epoch)
-    _begin_trackers(run, accelerator, saved.progress, parameters)
-    journal, guard = _journal(run, launch, accelerator, saved.progress), FiniteGuard(accelerator.device)
+    journal, guard = _journal(run, launch, accelerator, saved.progress, parameters), FiniteGuard(accelerator.device)
     step = Step(accelerator, distiller, teacher, optimizer, averages.values(), recipe.clip, guard, journal.timer)
     session = Session(
         run,
@@ -125,8 +124,11 @@ def _begin_trackers(run: Run, accelerator: Accelerator, progress: Progress, para
         begin_trackers(accelerator, run, progress.step, configuration(run.recipe) | sizes)
 
 
-def _journal(run: Run, launch: Launch, accelerator: Accelerator, progress: Progress) -> TrainingJournal:
-    """Return the journal, with the timer of the steps."""
+def _journal(
+    run: Run, launch: Launch, accelerator: Accelerator, progress: Progress, parameters: int
+) -> TrainingJournal:
+    """Return the journal, with its trackers and the timer of the steps. ``parameters`` are those of the student."""
+    _begin_trackers(run, accelerator, progress, parameters)
     flops = None
     if accelerator.is_main_process:
         flops = image_flops(run.recipe, [below.recipe for below in run.teachers], run.manifest)

@@ -36,6 +36,7 @@ from pipeline.losses._base import Loss
 from pipeline.models.states import file_bytes, load_state, read_state, state_metadata
 from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
+from pipeline.runs.card import CARD, Card
 from pipeline.runs.files import CHECKPOINTS, IDENTITY, Percent, checkpoint_folders
 from pipeline.teachers.average import EMATeacher
 from pipeline.training import zero
@@ -279,29 +280,30 @@ def rank_buffers(distiller: Distiller) -> dict[str, Tensor]:
     return {name: x for name, x in distiller.named_buffers() if name in saved and id(x) not in shared}
 
 
-def export_student(model: nn.Module, path: Path, best: Best | None = None) -> None:
+def export_student(model: nn.Module, path: Path, card: Card | None = None) -> None:
     """Write the plain weights of ``model``, which load into the same architecture with ``strict=True``.
 
-    ``best`` is stored in the file's metadata, so weights and accuracy always belong together. Raises UnwritableFile if
+    ``card`` is stored in the file's metadata, so weights and accuracy always belong together. Raises UnwritableFile if
     the file cannot be written; the previous file is kept.
     """
-    metadata = (state_metadata(model) or {}) | (
-        {"best": json.dumps({best.metric: best.value, "epoch": best.epoch})} if best else {}
-    )
+    metadata = (state_metadata(model) or {}) | (card.metadata() if card else {})
     write_atomically(path, file_bytes(model.state_dict(), metadata))
 
 
 def exported_best(path: Path, metric: str) -> Best:
-    """Return what ``export_student`` stored with the best weights; without a file, a best that every value exceeds."""
+    """Return what the card of the best weights says; without a file, a best that every value exceeds."""
     if not path.is_file():
         return Best(metric)
     with readable(path, "move it away; the next best weights take its place"), safe_open(path, framework="pt") as file:
-        stored = _StoredBest.model_validate_json(file.metadata()["best"], strict=True)
+        found = file.metadata()
+        # Before there was a card, the text was the file's only metadata.
+        text = json.dumps(json.loads(found[CARD])["best"]) if CARD in found else found["best"]
+        stored = _StoredBest.model_validate_json(text, strict=True)
         return Best(metric, stored.values[metric], stored.epoch)
 
 
 class _StoredBest(BaseModel):
-    """The text that is stored with the best weights: the epoch, and the metric under its own name."""
+    """What is stored with the best weights: the epoch, and the metric under its own name."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, Percent]  # pyright: ignore[reportIncompatibleVariableOverride]

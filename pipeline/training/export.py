@@ -11,24 +11,54 @@ from accelerate import Accelerator
 from pipeline.distributed import collectives
 from pipeline.features.taps import FeatureTaps
 from pipeline.optim.ema import EMA
+from pipeline.runs.card import Card
+from pipeline.runs.identity import Run
+from pipeline.tasks._base import Evaluation
 from pipeline.training import zero
 from pipeline.training.checkpoint import Best, export_student
 
 _T = TypeVar("_T")
 
 
-def export(student: FeatureTaps, path: Path, accelerator: Accelerator, best: Best | None = None) -> None:
-    """Write the weights, with BatchNorm statistics averaged over the ranks; every rank calls it."""
+def student_card(run: Run, found: Evaluation | None, best: Best | None = None) -> Card:
+    """Return the card of weights of the run that reached ``found``. ``best`` is for the best weights only."""
+    student, data = run.recipe.student, run.recipe.data
+    return Card(
+        task=run.recipe.task,
+        model=student.model,
+        arguments=dict(student.arguments or {}),
+        classes=run.manifest.classes,
+        mean=data.mean,
+        std=data.std,
+        size=data.for_validation.size,
+        resize=data.resize,
+        accuracy=found.metrics if found else None,
+        identity=run.fingerprint,
+        best={best.metric: best.value, "epoch": best.epoch} if best else None,
+    )
+
+
+def export(student: FeatureTaps, path: Path, accelerator: Accelerator, card: Card) -> None:
+    """Write the weights and their card, with BatchNorm statistics averaged over the ranks; every rank calls it."""
     # Both contexts run collectives, so every rank enters them before the main process writes.
     with collectives.average_buffers(student), zero.gather_parameters(student):
         if accelerator.is_main_process:
-            export_student(student.model, path, best)
+            export_student(student.model, path, card)
 
 
 def export_average(
-    ema: EMA, student: FeatureTaps, path: Path, accelerator: Accelerator, measure: Callable[[], _T]
+    ema: EMA,
+    student: FeatureTaps,
+    path: Path,
+    accelerator: Accelerator,
+    measure: Callable[[], _T],
+    card_of: Callable[[_T], Card],
 ) -> _T:
-    """Write the averaged weights, and return the result of ``measure`` while the student uses them."""
+    """Write the averaged weights, and return the result of ``measure`` while the student uses them.
+
+    ``card_of`` returns their card from that result.
+    """
     with ema.applied():
-        export(student, path, accelerator)
-        return measure()
+        found = measure()
+        export(student, path, accelerator, card_of(found))
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.checkpoint import Best, Checkpoints, CheckpointState
 from pipeline.training.evaluation import evaluate
-from pipeline.training.export import export, export_average
+from pipeline.training.export import export, export_average, student_card
 from pipeline.training.graph import GraphedStep
 from pipeline.training.journal import TrainingJournal
 from pipeline.training.observer import LossObserver
@@ -143,7 +144,8 @@ def validate(session: Session, state: State) -> None:
         return
     if last.main > state.best.value:
         state.best = Best(session.task.metric, last.main, state.progress.epoch)
-        export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, state.best)
+        card = student_card(session.run, last, state.best)
+        export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, card)
     session.journal.log_evaluation(state.progress, last, state.best.value, observed)
 
 
@@ -157,10 +159,11 @@ def finish(session: Session, state: State) -> None:
     if progress.step == session.journal.total_steps:
         last = state.last or session.evaluate()  # None if an earlier command ended between the last step and the result
         # On every rank: BatchNorm statistics are averaged, and ZeRO gathers the weights.
-        export(session.student, run.folder / STUDENT, accelerator)
+        export(session.student, run.folder / STUDENT, accelerator, student_card(run, last))
         averaged, ema = None, session.averages.get("ema")
         if isinstance(ema, EMA):
-            averaged = export_average(ema, session.student, run.folder / STUDENT_EMA, accelerator, session.evaluate)
+            path, card_of = run.folder / STUDENT_EMA, partial(student_card, run)
+            averaged = export_average(ema, session.student, path, accelerator, session.evaluate, card_of)
         if accelerator.is_main_process:
             speed = session.journal.images_per_second
             write_result(run, session.task, session.parameters, last, state.best, averaged, speed, session.side)

@@ -76,7 +76,7 @@ def keep_id(tracker: str, value: str, folder: Path) -> None:
     write_json(folder / TRACKERS_FILE, read_tracker_ids(folder) | {tracker: value})
 
 
-def describe(tracker: Any, name: str, run: Run, values: dict[str, Any], step: int) -> None:
+def send_configuration(tracker: Any, name: str, run: Run, values: dict[str, Any], step: int) -> None:
     """Send the run's configuration to a tracker of Accelerate that has been started."""
     if name == "tensorboard":
         if step == 0:  # its form for hyper-parameters would be a new folder for each command

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pipeline.errors import one_line
 from pipeline.runs.identity import Run
-from pipeline.training.tracked_run import NAMED, describe, options_of, project_of
+from pipeline.training.tracked_run import NAMED, options_of, project_of, send_configuration
 
 
 def begin_trackers(accelerator: Accelerator, run: Run, step: int, values: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def _begin(accelerator: Accelerator, name: str, run: Run, step: int, values: dic
         tqdm.write(f"note: journal.name and journal.tags: not known to {name}; only {' and '.join(NAMED)} get them")
     accelerator.init_trackers(project_of(name, run), init_kwargs={name: options_of(name, run, step)})
     for tracker in accelerator.trackers:
-        describe(tracker, name, run, values, step)
+        send_configuration(tracker, name, run, values, step)
 
 
 class _TolerantTracker:

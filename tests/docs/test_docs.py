@@ -42,6 +42,7 @@ SELECTION = {"method", "methods", "with", "seeds", "jobs", "side", "base", "cons
 COMMAND_OPTIONS = {
     "cache_teacher": ("pipeline.caching.write", "CacheArguments"),
     "evaluate": ("pipeline.evaluate", "EvaluateArguments"),
+    "predict": ("pipeline.predict", "PredictArguments"),
     "bench": ("pipeline.bench", "BenchArguments"),
 }
 OTHERS = {"out", "minutes", "cifar", "weights", "jpegs", "file", "strict"}

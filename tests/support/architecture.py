@@ -13,7 +13,9 @@ from pathlib import Path
 
 House = dict[str, ast.Module]
 
-ENTRY_POINTS = {"train", "evaluate", "cache_teacher", "compare", "bench", "doctor", "export", "report", "search"}
+ENTRY_POINTS = {
+    *("train", "evaluate", "predict", "cache_teacher", "compare", "bench", "doctor", "export", "report", "search")
+}
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
@@ -26,7 +28,7 @@ ORDER = [
     {"runs"},
     {"training", "cli"},
     {"builders"},
-    {"caching", "diagnostics", "exporting", "multirun", "reports", "train", "__main__"},
+    {"caching", "diagnostics", "exporting", "multirun", "reports", "train", "predict", "__main__"},
     {"benchmarks", "cache_teacher", "compare", "doctor", "export", "report", "search"},
     {"bench", "evaluate"},
 ]

@@ -1,0 +1,59 @@
+"""Single images from files, decoded by Pillow and then resized, cropped and normalised as validation images are."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from pipeline.data.config import Config
+from pipeline.data.requests import validation_geometry
+from pipeline.errors import one_line
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Return an image as uint8 [H, W, 3], not rotated by EXIF, as in training. Raises ValueError if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual metadata, which nothing here reads
+            with Image.open(path) as image:
+                image.load()
+                if image.mode.startswith("I"):  # grey of 16 bits: Pillow would clip values at 255
+                    return np.repeat((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+                return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:  # its text contains a memory address
+        raise ValueError(f"{path}: is not an image that Pillow knows") from None
+    except MemoryError:  # the machine is at fault, not the file
+        raise
+    except Exception as error:  # Pillow raises exceptions of many types
+        raise ValueError(f"{path}: cannot be decoded ({one_line(error, 120)})") from None
+
+
+def validation_image(pixels_HWC: NDArray[np.uint8], config: Config) -> Tensor:
+    """Return the image as validation shows it to the network, float32 [3, size, size]."""
+    samples = np.array([pixels_HWC.shape[:2]], dtype=np.int64).view([("height", np.int64), ("width", np.int64)])[:, 0]
+    geometry = validation_geometry(config, samples)
+    (top, left, height, width), resized, crop = geometry.boxes_B4[0], geometry.resized_B2[0], geometry.crops_B2[0]
+    box_HWC = pixels_HWC[top : top + height, left : left + width].astype(np.float32)
+    x_CHW = torch.from_numpy(box_HWC).permute(2, 0, 1)
+    if tuple(resized) != (height, width):
+        size = [int(side) for side in resized]
+        x_CHW = F.interpolate(x_CHW[None], size=size, mode="bilinear", antialias=True)[0]
+        x_CHW = x_CHW.round().clamp(0, 255)  # the loader's resized images are of 8 bits, too
+    x_CHW = _crop(x_CHW, int(crop[0]), int(crop[1]), config.for_validation.size)
+    mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    return (x_CHW / 255 - mean_C11) / std_C11
+
+
+def _crop(x_CHW: Tensor, top: int, left: int, size: int) -> Tensor:
+    """Return ``size`` × ``size`` pixels from there on; those outside of the image are zero."""
+    _, height, width = x_CHW.shape
+    padded = F.pad(x_CHW, (max(-left, 0), max(left + size - width, 0), max(-top, 0), max(top + size - height, 0)))
+    top, left = max(top, 0), max(left, 0)
+    return padded[:, top : top + size, left : left + size]
