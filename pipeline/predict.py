@@ -35,14 +35,13 @@ import torch
 from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
+from pipeline.builders.student import student_from_card
 from pipeline.cli import entry, print_answer
 from pipeline.config.arguments import parse_command_args, split_command_args
 from pipeline.data.config import Config
 from pipeline.data.images import read_image, validation_image
-from pipeline.errors import AlreadyReported, RecipeError, error_context
+from pipeline.errors import AlreadyReported, RecipeError
 from pipeline.frozen_model import FrozenModel
-from pipeline.models import create_model
-from pipeline.models.weights import load_weights
 from pipeline.runs.card import Card, read_card
 from pipeline.runs.files import check_student
 from pipeline.training.result import aligned
@@ -86,7 +85,7 @@ def main(args: Sequence[str]) -> None:
     weights, card = Path(words[0]), read_card(Path(words[0]))
     check_student(weights)
     paths = image_files([Path(word) for word in words[1:]])
-    model = load_student(weights, card)
+    model = student_from_card(weights, card).to(_device())
     found, failed = predict(model, card, paths, arguments)
     print_answer(aligned([["image", "class", "probability"], *_rows(found)]))
     if arguments.out:
@@ -108,14 +107,6 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     if not found:
         raise RecipeError("command line: there are no images; name files or folders behind the weights")
     return found
-
-
-def load_student(weights: Path, card: Card) -> nn.Module:
-    """Return the student in eval mode. Raises RecipeError if its network cannot be built."""
-    with error_context(f"{weights}: card: model"):
-        model = create_model(card.model, len(card.classes), card.arguments)
-    load_weights(model, str(weights), card.model, arguments=card.arguments)
-    return model.to(_device()).eval()
 
 
 @torch.no_grad()

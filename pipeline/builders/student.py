@@ -15,10 +15,12 @@ from pipeline.distributed.launcher import Launch
 from pipeline.errors import error_context
 from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
+from pipeline.models import create_model
 from pipeline.models.published import published_normalization
 from pipeline.models.weights import head_tensors, load_weights
 from pipeline.models.weights_file import is_file
 from pipeline.optim.optimizer import check_optimizer
+from pipeline.runs.card import Card
 from pipeline.runs.dependencies import finished
 from pipeline.runs.files import STUDENT, check_student
 from pipeline.runs.identity import Run
@@ -36,6 +38,17 @@ def build_student(
     """Return the student, initialised from the seed, with weights in the memory format ``layout``."""
     torch.manual_seed(seed)
     return spec.build(num_classes).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def student_from_card(weights: Path, card: Card) -> nn.Module:
+    """Return the network of a weights file by its card, in eval mode on the CPU.
+
+    Raises RecipeError if the network cannot be built here, such as one of the user's own whose module is not there.
+    """
+    with error_context(f"{weights}: card: model"):
+        model = create_model(card.model, len(card.classes), card.arguments)
+    load_weights(model, str(weights), card.model, arguments=card.arguments)
+    return model.eval()
 
 
 def weights_layout(recipe: Recipe, launch: Launch) -> torch.memory_format:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.builders.student import student_from_card
 from pipeline.errors import RecipeError, one_line
 from pipeline.exporting.timm_folder import README, write_timm_folder
 from pipeline.exporting.trained import CARD_FILE, TrainedStudent
-from pipeline.models import create_model
 from pipeline.models.from_timm import PREFIX
-from pipeline.runs.card import Card
-from shards.documents import parse_document
+from pipeline.runs.card import read_card
 
 WEIGHTS = "model.safetensors"
 
@@ -35,9 +35,7 @@ def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
 
 def run_hub_folder(folder: Path) -> Callable[[Tensor], Tensor]:
     """Return the network of a folder, from images [B, C, H, W] to logits [B, K]."""
-    card = parse_document((folder / CARD_FILE).read_bytes(), str(folder / CARD_FILE), Card, "export it again")
-    model = create_model(card.model, len(card.classes), card.arguments).eval()
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model = student_from_card(folder / WEIGHTS, read_card(folder / WEIGHTS))
 
     def run(images_BCHW: Tensor) -> Tensor:
         with torch.no_grad():
@@ -55,7 +53,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     try:
-        api = HfApi()
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # the library reads it at its import only
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a distilled student")
     except Exception as error:  # the client raises errors of its own, of the network and of its HTTP library

@@ -1,0 +1,181 @@
+"""``export.py``: from a run folder to a checked file, and to a hub."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from pipeline import export
+from pipeline.errors import RecipeError
+from pipeline.exporting import hub
+from pipeline.exporting.formats import FORMATS
+from pipeline.runs.card import read_card
+from pipeline.runs.files import read_result
+
+Train = Callable[..., None]
+
+
+@pytest.fixture
+def trained(run_train: Train, recipes: Path) -> Path:
+    """The folder of a finished run."""
+    run_train("ce.yaml", "epochs=1")
+    return recipes / "runs" / "ce"
+
+
+@pytest.mark.parametrize("name", ["onnx", "pt2"])
+def test_a_run_is_exported_below_its_folder_and_the_check_is_told(
+    trained: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    export.main(["runs/ce", f"format={name}", "images=8", "fold=yes"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2].endswith("BatchNorms are folded")
+    assert told[-1].startswith(f"runs/ce/export/student-{name}.{name}: largest difference of a logit ")
+    assert told[-1].endswith("the same top-1 on 8 of 8 validation images")
+    run = FORMATS[name].run(trained / "export" / f"student-{name}.{name}")
+    assert run(torch.zeros(3, 3, 16, 16)).shape == (3, 20)
+    assert [path.name for path in (trained / "export").iterdir()] == [f"student-{name}.{name}"]
+
+
+def test_a_file_that_fails_the_check_is_not_kept_and_the_old_one_stays(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    out = tmp_path / "student.pt2"
+    out.write_text("the file of yesterday")
+    wrong = FORMATS["pt2"]._replace(run=lambda path: lambda images_BCHW: torch.zeros(len(images_BCHW), 20))
+    monkeypatch.setitem(FORMATS, "pt2", wrong)
+    with pytest.raises(RecipeError, match="other outputs than the student"):
+        export.main(["runs/ce", "format=pt2", f"out={out}"])
+    assert out.read_text() == "the file of yesterday"
+    assert not list(tmp_path.glob(".export-*"))
+
+
+def test_a_folder_for_a_hub_has_weights_card_and_what_was_measured(trained: Path):
+    out = trained / "hub"
+    out.mkdir()
+    (out / "mine.txt").write_text("stays")
+    export.main(["runs/ce", "format=hub", "out=runs/ce/hub", "images=4"])
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "README.md", "card.json", "mine.txt"}
+    card = read_card(out / "model.safetensors")
+    assert json.loads((out / "card.json").read_text()) == json.loads(card.model_dump_json(exclude={"best"}))
+    with safe_open(out / "model.safetensors", "pt") as ours, safe_open(trained / "student.safetensors", "pt") as theirs:
+        assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in theirs.keys())  # noqa: SIM118
+    text = (out / "README.md").read_text()
+    front, body = text.split("---\n")[1:3]
+    assert yaml.safe_load(front)["tags"] == ["image-classification", "knowledge-distillation", "ce"]
+    result = read_result(trained)
+    assert result is not None
+    assert f"| top-1 | {result.last:.2f} % |" in body
+    assert f"| parameters | {result.parameters:,} |" in body
+    assert "It had no teacher." in body
+    assert "16 × 16 pixels" in body
+
+
+@pytest.fixture
+def a_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A stand-in for the hub on this machine, and what it was sent."""
+    sent: dict[str, Any] = {"created": [], "files": {}, "refuses": False}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer: Any = {}
+            status = 403 if sent["refuses"] else 200
+            if self.path.endswith("/repos/create"):
+                sent["created"].append(json.loads(content))
+                answer = {"url": f"{endpoint}/me/small", "name": "me/small"}
+            elif "/preupload/" in self.path:
+                files = json.loads(content)["files"]
+                answer = {
+                    "files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]
+                }
+            elif "/commit/" in self.path:
+                lines = [json.loads(line) for line in content.splitlines()]
+                values = [line["value"] for line in lines if line["key"] == "file"]
+                sent["files"] = {each["path"]: base64.b64decode(each["content"]) for each in values}
+                answer = {"commitUrl": f"{endpoint}/me/small/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+            self.answer(status, answer)
+
+        def do_GET(self) -> None:
+            self.answer(200, {"id": "me/small", "modelId": "me/small", "sha": "1" * 40, "siblings": []})
+
+        def answer(self, status: int, value: Any) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", "a-token")
+    yield sent
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_push_sends_the_folder_and_only_when_asked(
+    trained: Path, a_hub: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    export.main(["runs/ce", "format=hub", "images=4"])
+    assert not a_hub["created"]
+    export.main(["runs/ce", "format=hub", "images=4", "push=me/small", "private=yes"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("/me/small")
+    assert [(each["name"], each.get("organization"), each["private"]) for each in a_hub["created"]] == [
+        ("small", "me", True)
+    ]
+    folder = trained / "export" / "student-hub"
+    assert a_hub["files"] == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_hub_that_refuses_is_one_line_and_the_files_stay(trained: Path, a_hub: dict[str, Any]):
+    a_hub["refuses"] = True
+    with pytest.raises(RecipeError, match=r"push: me/small: .*the files are in runs/ce/export/student-hub") as raised:
+        export.main(["runs/ce", "format=hub", "images=4", "push=me/small"])
+    assert "\n" not in str(raised.value)
+    assert (trained / "export" / "student-hub" / hub.WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["runs/ce"], r"give format=pt2\|onnx\|torchscript\|timm\|hub"),
+        (["runs/ce", "format=onx"], "format: there is no 'onx'; known are pt2, onnx"),
+        (["ce.yaml", "format=onnx"], "ce.yaml: expected the folder of a run, such as runs/demo/seed-0"),
+        (
+            ["runs/ce", "format=onnx", "push=me/small"],
+            "push: only folders are uploaded; give format=hub or format=timm",
+        ),
+        (["runs/ce", "format=timm"], "cifar_resnet8 is none of timm's networks"),
+        (["runs/ce", "format=hub", "fold=yes"], "leave out fold=yes"),
+        (["runs/ce", "format=hub", "out=ce.yaml"], "out: ce.yaml is a file; give another path"),
+        (["runs/ce", "format=onnx", "out=runs"], "out: runs is a folder; give another path"),
+        (["runs/ce", "format=onnx", "images=1"], "images: Input should be greater than or equal to 2"),
+        (["runs/ce", "format=onnx", "weights=ema"], "weights: there is no file runs/ce/student_ema.safetensors"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(run_train: Train, recipes: Path, words: list[str], told: str):
+    run_train("ce.yaml", "epochs=1")
+    with pytest.raises(RecipeError, match=told):
+        export.main(words)
+
+
+def test_a_library_that_is_missing_is_told_with_its_extra(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"format=onnx needs onnx; pip install '\.\[export\]'"):
+        export.main(["runs/ce", "format=onnx"])
