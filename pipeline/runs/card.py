@@ -43,7 +43,7 @@ class Card(FrozenModel):
     """Metrics of these weights on the validation images, in percent; None without validation images."""
     identity: str
     """Digest of the identity of the run that trained the weights."""
-    best: dict[str, float] | None = None
+    best: dict[str, int | float] | None = None
     """Of the best weights: their main metric, and ``epoch``."""
 
     def metadata(self) -> dict[str, str]:
