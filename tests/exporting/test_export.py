@@ -136,9 +136,8 @@ def test_a_push_sends_the_folder_and_only_when_asked(
     assert not a_hub["created"]
     export.main(["runs/ce", "format=hub", "images=4", "push=me/small", "private=yes"])
     assert capsys.readouterr().out.splitlines()[-1].endswith("/me/small")
-    assert [(each["name"], each.get("organization"), each["private"]) for each in a_hub["created"]] == [
-        ("small", "me", True)
-    ]
+    (created,) = a_hub["created"]
+    assert (created["name"], created["organization"], created["visibility"]) == ("small", "me", "private")
     folder = trained / "export" / "student-hub"
     assert a_hub["files"] == {path.name: path.read_bytes() for path in folder.iterdir()}
 
