@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline.plots.curves import Curve, HorizontalLine, draw_curves
 from pipeline.plots.shares import draw_shares
@@ -133,7 +134,8 @@ def draw_time(methods: Sequence[MethodRuns]) -> str:
             drawn.append((f"Where a step's time goes: {method.name}", svg))
     for key, what, unit, factor in _RATES:
         if curves := _rates(methods, key, factor):
-            svg = draw_curves(key.replace("_", "-"), f"{what} by epoch", curves, xlabel="epoch", ylabel=unit)
+            name = key.replace("_", "-").replace("/", "-")
+            svg = draw_curves(name, f"{what} by epoch", curves, xlabel="epoch", ylabel=unit)
             drawn.append((what, svg))
     return page.section("Time and memory", page.pictures(drawn))
 
@@ -142,7 +144,7 @@ _RATES = (
     ("images_per_second", "Images per second", "images/s", 1),
     ("data_wait", "Share of the time that waits for data", "%", 100),
     ("mfu", "Model FLOPs utilization", "%", 100),
-    ("memory_gib", "GPU memory", "GiB", 1),
+    ("memory_gib/allocated", "GPU memory of the first rank", "GiB", 1),
 )
 
 
@@ -150,9 +152,17 @@ def _rates(methods: Sequence[MethodRuns], key: str, factor: float) -> list[Curve
     """Return a rate of each method's first run over the epochs; none if no journal has it."""
     found = []
     for number, method in enumerate(methods):
-        known = [(line["epoch"], line["timing"].get(key)) for line in method.first_run.training]
+        known = [(line["epoch"], _look_up(line["timing"], key)) for line in method.first_run.training]
         known = [(epoch, factor * value) for epoch, value in known if isinstance(value, int | float)]
         if known:
             epochs, values = zip(*known, strict=True)
             found.append(Curve(method.name, *thinned(epochs, values), number, number))
+    return found
+
+
+def _look_up(timing: Mapping[str, Any], key: str) -> Any:
+    """Return the value at a key of ``timing``, such as ``memory_gib/allocated``; None if it is not there."""
+    found: Any = timing
+    for part in key.split("/"):
+        found = found.get(part) if isinstance(found, Mapping) else None
     return found

@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-UNTESTED = {"cu12"}
-"""Extras that are in no constraint, because nothing was tested with them."""
+UNTESTED = {"cu12", "mlflow", "wandb"}
+"""Extras that are in no constraint, because no number of a run depends on them, or was tested with them."""
 CONTAINERS = sorted((ROOT / "launchers" / "containers").iterdir())
 INSTALL = re.compile(r'pip install .*-c (\S+) "\.\[([\w,]+)\]"')
 

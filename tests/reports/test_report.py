@@ -68,6 +68,19 @@ def test_a_run_that_is_not_finished_is_shown_as_it_stands(run_train: Train, reci
     assert "step 3 of 10." in draw("runs/ce").text
 
 
+def test_memory_and_utilization_of_a_gpu_are_drawn_where_the_journal_has_them(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "stop.steps=3")
+    assert "GPU memory" not in draw("runs/ce").text
+    journal = recipes / "runs/ce/journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        line["timing"] |= {"mfu": 0.4, "memory_gib": {"allocated": 3.5, "reserved": 4.0}}
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = draw("runs/ce")
+    assert "GPU memory of the first rank" in page.text
+    assert "Model FLOPs utilization" in page.text
+
+
 def test_seeds_and_methods_are_compared(run_train: Train, recipes: Path):
     for method in ("ce", "teacher"):
         tree = yaml.safe_load((recipes / f"{method}.yaml").read_text())
