@@ -72,7 +72,7 @@ def naming_operations() -> Iterator[None]:
 
 
 def reason(error: BaseException, printed: str = "") -> str:
-    """Return in one line what prevents an export: the operation, its place in the network's code, torch's words.
+    """Return in one line what prevents an export: the operation, its site in the network's code, torch's words.
 
     ``printed`` is what torch printed: for a branch on a tensor's value, the operations up to the one that reads it.
     """
@@ -83,8 +83,8 @@ def reason(error: BaseException, printed: str = "") -> str:
     said = next((found for text in texts if (found := _OPERATION.search(text))), None)
     read = _OPERATION.findall(printed)
     operation = said[1] if said else read[-1] if read else None
-    place = next((found for text in texts if (found := _PLACE.search(text))), None)
+    site = next((found for text in texts if (found := _PLACE.search(text))), None)
     words = next((text for text in texts if text.strip()), type(error).__name__)
     first = " ".join(words.partition("\n")[0].split())[:200]
-    where = f" ({place[1]} in {place[2]})" if place else ""
+    where = f" ({site[1]} in {site[2]})" if site else ""
     return f"the operation {operation}{where}: {first}" if operation else f"{first}{where}"

@@ -74,8 +74,8 @@ class Study:
         self._study.sampler = self._optuna.samplers.TPESampler(
             seed=(self._seed + 1_000_003 * number) % 2**32, n_startup_trials=RANDOM_TRIALS
         )
-        asked = self._study.ask(self._distributions)
-        return self._trial(self._study.get_trials(deepcopy=False)[asked.number])
+        suggested = self._study.ask(self._distributions)
+        return self._trial(self._study.get_trials(deepcopy=False)[suggested.number])
 
     def finish(self, trial: Trial, metric: float) -> None:
         """Record the metric of a trial."""
