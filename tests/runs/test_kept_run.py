@@ -92,7 +92,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old["optimizer"] |= {"rates": {}, "betas": None, "eps": None, "arguments": None}
     old["schedule"] |= {"power": None, "unit": "step"}
     old["ema"] |= {"warmup": False}
-    old["journal"] |= {"report": True}
+    old["journal"] |= {"project": "distillation", "name": None, "tags": [], "report": True}
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
