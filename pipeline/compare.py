@@ -23,7 +23,6 @@ if __name__ == "__main__":
     signals.install()
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -38,7 +37,7 @@ from pipeline.errors import Interrupted, RecipeError
 from pipeline.multirun.processes import train_all
 from pipeline.multirun.train import train_side_by_side
 from pipeline.runs.dependencies import ensure_dependencies
-from pipeline.runs.drawing import draw_report
+from pipeline.runs.drawing import common_folder, draw_report
 from pipeline.runs.files import REPORT_FILE
 from pipeline.runs.identity import Run, run_folder
 from pipeline.runs.ownership import check_run_folder
@@ -80,7 +79,7 @@ def main(args: Sequence[str]) -> None:
         print(results_table(finished))
         if missing and finished[0].recipe.journal.report:
             folders = [run.folder for run in finished]
-            draw_report(folders, Path(os.path.commonpath(folders)) / REPORT_FILE)
+            draw_report(folders, common_folder(folders) / REPORT_FILE)
     if failures:
         more = f"; and {len(failures) - 2} more" if len(failures) > 2 else ""
         raise RecipeError(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures[:2])}{more}")

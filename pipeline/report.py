@@ -24,7 +24,6 @@ if __name__ == "__main__":
     signals.exit_quietly_on_interrupt()
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
-import os
 from collections.abc import Sequence
 
 from pipeline.cli import entry
@@ -33,6 +32,7 @@ from pipeline.errors import RecipeError
 from pipeline.frozen_model import FrozenModel
 from pipeline.reports.report import report_page
 from pipeline.reports.reported_run import check_same_data, find_folders, read_run
+from pipeline.runs.drawing import common_folder
 from pipeline.runs.files import REPORT_FILE
 from pipeline.runs.ownership import check_writable
 from shards.manifest import write_atomically
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
     if not targets:
         raise RecipeError("command line: name a run's folder, such as runs/demo/seed-0, or the recipe of a pair")
     folders = find_folders([Path(target) for target in targets])
-    out = arguments.out or Path(os.path.commonpath(folders)) / REPORT_FILE
+    out = arguments.out or common_folder(folders) / REPORT_FILE
     if out.is_dir():
         raise RecipeError(f"out: {out} is a folder; name a file, such as out={out / REPORT_FILE}")
     check_writable(out.parent, "out", "give out=ANOTHER")

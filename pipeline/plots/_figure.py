@@ -31,6 +31,11 @@ _SIZE = 5.4, 3.4
 """Inches of a picture: a phone's width at readable letters."""
 
 
+def color_of(number: int) -> str:
+    """Return the colour with that number; −1 is the grey of a baseline."""
+    return GREY if number < 0 else COLORS[number % len(COLORS)]
+
+
 def new_figure(
     size: tuple[float, float] = _SIZE, panels: int = 1, *, heights: Sequence[float] = (), share: bool = False
 ) -> tuple[Figure, list[Axes]]:

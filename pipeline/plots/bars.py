@@ -75,7 +75,8 @@ def _draw_times(axes: Axes, rows: Sequence[StackedBar], unit: str) -> None:
             color, hatch = COLORS[number % len(COLORS)], _HATCHES[number % 2]
             axes.barh(y, part.middle, left=left, color=color, hatch=hatch, edgecolor="white", label=name)
             whisker = [[part.middle - part.least], [part.most - part.middle]]
-            axes.errorbar(left + part.middle, y, xerr=whisker, fmt="none", ecolor="black", capsize=3)
+            at = y + 0.25 * (number - (len(row.parts) - 1) / 2)  # whiskers of parts may overlap
+            axes.errorbar(left + part.middle, at, xerr=whisker, fmt="none", ecolor="black", capsize=3)
             end, left = max(end, left + part.most), left + part.middle
         axes.annotate(_short(row.length), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
     _name_rows(axes, rows, unit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.plots._figure import COLORS, MARKERS, add_legend, as_svg, new_figure, spread
+from pipeline.plots._figure import MARKERS, add_legend, as_svg, color_of, new_figure, spread
 
 
 class Network(NamedTuple):
@@ -15,6 +15,8 @@ class Network(NamedTuple):
     metric: float
     costs: Mapping[str, float]
     """Cost by axis; an axis that a network has no value for has no point of it."""
+    color: int = 0
+    """Number of its colour; −1 is the grey of a baseline."""
 
 
 def draw_costs(name: str, title: str, networks: Sequence[Network], *, ylabel: str) -> str:
@@ -24,7 +26,7 @@ def draw_costs(name: str, title: str, networks: Sequence[Network], *, ylabel: st
     for axes, kind in zip(panels, kinds, strict=True):
         for number, network in enumerate(networks):
             if kind in network.costs:
-                color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+                color, marker = color_of(network.color), MARKERS[number % len(MARKERS)]
                 point = [network.costs[kind]], [network.metric]
                 axes.plot(*point, linestyle="", markersize=7, label=network.label, color=color, marker=marker)
         known = [network.costs[kind] for network in networks if kind in network.costs]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.plots._figure import COLORS, GREY, STYLES, add_legend, as_svg, new_figure, set_log_axis
+from pipeline.plots._figure import STYLES, add_legend, as_svg, color_of, new_figure, set_log_axis
 
 
 class Curve(NamedTuple):
@@ -42,8 +42,9 @@ def draw_curves(
     ylabel: str,
     levels: Sequence[HorizontalLine] = (),
     log: bool = False,
+    from_zero: bool = False,
 ) -> str:
-    """Return curves in one panel, with horizontal lines, and a logarithmic axis if ``log``."""
+    """Return curves in one panel, with horizontal lines; the y axis is logarithmic, or begins at zero, on request."""
     figure, (axes,) = new_figure()
     for curve in curves:
         y = np.array([np.nan if value is None else value for value in curve.y], dtype=float)
@@ -51,10 +52,12 @@ def draw_curves(
             y[y <= 0] = np.nan  # a part whose ramp begins at zero
         axes.plot(curve.x, y, label=curve.label, **_look(curve))
     for level in levels:
-        look = {"color": _color(level.color), "linestyle": STYLES[level.style % len(STYLES)]}
+        look = {"color": color_of(level.color), "linestyle": STYLES[level.style % len(STYLES)]}
         axes.axhline(level.y, label=f"{level.label} {level.y:.2f}", linewidth=1.3, **look)
     if log:
         set_log_axis(axes, [value for curve in curves for value in curve.y if value is not None and value > 0])
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     add_legend(figure, axes)
@@ -64,14 +67,10 @@ def draw_curves(
 def _look(curve: Curve) -> dict[str, Any]:
     alone = sum(value is not None for value in curve.y) < 2
     return {
-        "color": _color(curve.color),
+        "color": color_of(curve.color),
         "linestyle": STYLES[curve.style % len(STYLES)],
-        "linewidth": 0.8 if curve.thin else 1.6,
+        "linewidth": 1.0 if curve.thin else 1.6,
         "alpha": 0.75 if curve.thin else 1.0,
         "marker": "o" if alone else None,  # one point has no line
         "markersize": 4,
     }
-
-
-def _color(number: int) -> str:
-    return GREY if number < 0 else COLORS[number % len(COLORS)]

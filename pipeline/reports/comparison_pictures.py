@@ -12,7 +12,7 @@ from pipeline.errors import one_line
 from pipeline.plots.costs import Network, draw_costs
 from pipeline.plots.dots import draw_dots
 from pipeline.reports import page
-from pipeline.reports.methods import MethodRuns
+from pipeline.reports.methods import TEACHER_COLOR, MethodRuns, colored
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.training.result import percent
@@ -21,7 +21,7 @@ from shards.manifest import MANIFEST, read_manifest
 
 def draw_methods(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of methods by seeds; empty for a single run."""
-    values = {method.name: [run.last for run in method.runs if run.last is not None] for method in methods}
+    values = {method.name: [run.last for run in method.measured if run.last is not None] for method in methods}
     values = {name: found for name, found in values.items() if found}
     if sum(map(len, values.values())) < 2:
         return ""
@@ -41,10 +41,13 @@ def draw_methods(methods: Sequence[MethodRuns], references: References) -> str:
 def draw_networks(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of accuracy against multiply-accumulates, parameters and latency."""
     notes: list[str] = []
-    found = [_network(method.name, method.first_run, method.last, notes) for method in methods]
+    found = [
+        _network(method.name, color, _evaluated_run(method), method.last, notes)
+        for color, method in colored(methods, references)
+    ]
     teacher = references.teacher
     if teacher is not None and not all(method.first_run.teaches_itself for method in methods):
-        found.append(_network("teacher", teacher, references.teacher_metric, notes))
+        found.append(_network("teacher", TEACHER_COLOR, teacher, references.teacher_metric, notes))
     networks = [network for network in found if network is not None]
     selected = [page.note(text) for text in dict.fromkeys(notes)]
     if not networks:
@@ -61,19 +64,26 @@ def draw_networks(methods: Sequence[MethodRuns], references: References) -> str:
     return page.section("Accuracy and cost", page.pictures([(f"{title} against what a network costs", svg)]), *selected)
 
 
-def _network(label: str, run: ReportedRun, metric: float | None, notes: list[str]) -> Network | None:
+def _evaluated_run(method: MethodRuns) -> ReportedRun:
+    return next((run for run in method.runs if run.evaluation), method.first_run)
+
+
+def _network(label: str, color: int, run: ReportedRun, metric: float | None, notes: list[str]) -> Network | None:
     if metric is None:
         return None
     summary = _summary(run, notes)
-    latency = run.evaluation.latency_ms if run.evaluation else None
+    evaluation = run.evaluation
+    if evaluation and evaluation.latency_ms:
+        threads = f" with {evaluation.threads} thread{'s' if evaluation.threads > 1 else ''}"
+        notes.append(f"Latency of {label} on {evaluation.device}{threads}.")
     parameters = summary.parameters if summary else run.result.parameters if run.result else None
     costs = {
         "million MAC": summary and summary.macs / 1e6,
         "million parameters": parameters and parameters / 1e6,
-        "ms latency": latency,
+        "ms latency of one image": evaluation and evaluation.latency_ms,
     }
     known = {kind: cost for kind, cost in costs.items() if cost}
-    return Network(label, metric, known) if known else None
+    return Network(label, metric, known, color) if known else None
 
 
 def _summary(run: ReportedRun, notes: list[str]) -> NetworkSummary | None:

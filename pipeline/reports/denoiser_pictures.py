@@ -62,9 +62,11 @@ def _of_loss(key: str, method: str, seen: Sequence[tuple[float, dict[str, Any]]]
     for color, (name, label) in enumerate(_GAMMAS.items()):
         if values := [each[name] for _, each in seen if name in each]:
             curves.append(Curve(label, epochs, [value["mean"] for value in values], color, color))
-            ends = [[value[end] for value in values] for end in ("least", "most")]
-            curves += [Curve(f"{label}, least and most", epochs, y, color, 3, thin=True) for y in ends]
-    last = "; ".join(f"{curve.label} ends at {curve.y[-1]:.3f}" for curve in curves if not curve.thin)
+            for end in ("least", "most"):
+                y = [value[end] for value in values]
+                curves.append(Curve(f"{label}, least and most", epochs, y, color, 3, thin=True))
+    ends = [(curve.label, curve.y[-1]) for curve in curves if not curve.thin]
+    last = "; ".join(f"{label} ends at {'–' if value is None else f'{value:.3f}'}" for label, value in ends)
     title = f"γ, the share of the student's tensor at the start of the denoising, by epoch: {last}"
     svg = draw_curves(f"gamma-{key}", title, curves, xlabel="epoch", ylabel="γ")
     drawn = [(f"{method}: γ, the student's share at the start", svg)]

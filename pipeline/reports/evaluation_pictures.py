@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
-from pipeline.reports.methods import MethodRuns
+from pipeline.reports.methods import ALONE_COLOR, TEACHER_COLOR, MethodRuns, colored
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
-from pipeline.runs.evaluation_file import EvaluatedTeacher, EvaluationFile, PerClass, Reliability
+from pipeline.runs.evaluation_file import EvaluatedTeacher, EvaluationFile, PerClass
 
+_HEADS = {"nll": "NLL, nats", "ece": "calibration error, %"}
 _SHOWN = 10
 """Classes that gained most, and classes that lost most."""
 _MOST = 6
 """Networks in one picture."""
 
 
+class Evaluated(NamedTuple):
+    """The evaluation that stands for a method."""
+
+    name: str
+    """Of the method."""
+    color: int
+    run: ReportedRun
+    evaluation: EvaluationFile
+
+
 def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of the evaluations; without any, the command that makes one."""
-    evaluated = [(method.name, run, run.evaluation) for method in methods for run in method.runs[:1] if run.evaluation]
+    evaluated = _evaluated(methods, references)
     if not evaluated:
         run = methods[0].first_run
         agreement = "" if run.teaches_itself else " agreement=yes"
@@ -29,56 +41,64 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
             "Single classes and calibration", page.note(text, f"python pipeline/evaluate.py {run.folder}{agreement}")
         )
     alone = next((run for run in references.alone if run.evaluation), None)
-    rows = [_row(name, evaluation) for name, _, evaluation in evaluated]
-    teacher = next((evaluation.teacher for *_, evaluation in evaluated if evaluation.teacher), None)
-    rows += [_row(teacher.name, teacher)] if teacher else []
+    titles = methods[0].first_run.task.titles
+    rows = [_row(f"{each.name}, seed {each.run.recipe.seed}", each.evaluation, titles) for each in evaluated]
+    teacher = next((each.evaluation.teacher for each in evaluated if each.evaluation.teacher), None)
+    rows += [_row(f"teacher {teacher.name}", teacher, titles)] if teacher else []
     columns = list(dict.fromkeys(key for row in rows for key in row))
     values = [[row.get(key, "") for key in columns] for row in rows]
-    drawn = [_reliability([(name, evaluation) for name, _, evaluation in evaluated], teacher, alone)]
-    drawn += [_gains(number, name, run, alone) for number, (name, run, _) in enumerate(evaluated[:_MOST])]
+    drawn = [_reliability(evaluated[:_MOST], teacher, alone)]
+    drawn += [_gains(number, each, alone) for number, each in enumerate(evaluated[:_MOST])]
     stale = [
         page.note(f"{run.folder}: evaluation.json is of weights that this run no longer has; evaluate it again.")
-        for _, run, evaluation in evaluated
+        for _, _, run, evaluation in evaluated
         if evaluation.sha256 and run.result and evaluation.sha256 not in run.result.sha256.values()
     ]
     pictures = page.pictures([each for each in drawn if each])
     return page.section("Single classes and calibration", page.table(columns, values), pictures, *stale)
 
 
-def _row(name: str, evaluation: EvaluationFile | EvaluatedTeacher) -> dict[str, str]:
-    row = {"network": name}
-    row |= {
-        key: f"{value:.3f}" if key == "nll" else f"{value:.2f}"
-        for key, value in evaluation.metrics.items()
-        if value is not None
-    }
+def _evaluated(methods: Sequence[MethodRuns], references: References) -> list[Evaluated]:
+    """Return the first run of each method that was evaluated."""
+    first = [
+        (color, method, next((run for run in method.runs if run.evaluation), method.first_run))
+        for color, method in colored(methods, references)
+    ]
+    return [Evaluated(method.name, color, run, run.evaluation) for color, method, run in first if run.evaluation]
+
+
+def _row(name: str, evaluation: EvaluationFile | EvaluatedTeacher, titles: Mapping[str, str]) -> dict[str, str]:
+    """Return the figures of a network by the heads of their columns, with units."""
+    heads = {key: f"{title}, %" for key, title in titles.items()} | _HEADS
+    known = [(heads.get(key, key), value) for key, value in evaluation.metrics.items()]
     if isinstance(evaluation, EvaluationFile):
-        row |= {} if evaluation.agreement is None else {"agreement with the teacher, %": f"{evaluation.agreement:.2f}"}
-        row |= {} if evaluation.kl is None else {"KL to the teacher": f"{evaluation.kl:.4f}"}
-    return row
+        known += [("agreement with the teacher, %", evaluation.agreement), ("KL to the teacher, nats", evaluation.kl)]
+    digits = {head: 3 if head.endswith("nats") else 2 for head, _ in known}
+    return {"network": name} | {head: f"{value:.{digits[head]}f}" for head, value in known if value is not None}
 
 
 def _reliability(
-    evaluated: Sequence[tuple[str, EvaluationFile]], teacher: EvaluatedTeacher | None, alone: ReportedRun | None
+    evaluated: Sequence[Evaluated], teacher: EvaluatedTeacher | None, alone: ReportedRun | None
 ) -> tuple[str, str] | None:
-    found: list[tuple[str, Reliability | None]] = [(name, each.reliability) for name, each in evaluated[:_MOST]]
-    if alone and alone.evaluation and alone.method not in dict(found):
-        found.append(("student alone", alone.evaluation.reliability))
-    found += [("teacher", teacher.reliability)] if teacher else []
-    bins = [Bins(name, each.samples, each.confidence, each.accuracy) for name, each in found if each]
+    found = [(each.name, each.color, each.evaluation.reliability) for each in evaluated]
+    if alone and alone.evaluation and all(each.color != ALONE_COLOR for each in evaluated):
+        found.append(("student alone", ALONE_COLOR, alone.evaluation.reliability))
+    found += [("teacher", TEACHER_COLOR, teacher.reliability)] if teacher else []
+    bins = [Bins(name, each.samples, each.confidence, each.accuracy, color) for name, color, each in found if each]
     if not bins:
         return None
     errors = ", ".join(
-        f"{name} {each.metrics['ece']:.1f}" for name, each in evaluated if each.metrics.get("ece") is not None
+        f"{each.name} {each.evaluation.metrics['ece']:.1f}"
+        for each in evaluated
+        if each.evaluation.metrics.get("ece") is not None
     )
     title = f"Reliability: the share of images that is right, by confidence. Calibration error in percent: {errors}"
     return "Reliability: right as often as sure?", draw_reliability("reliability", title, bins)
 
 
-def _gains(number: int, name: str, run: ReportedRun, alone: ReportedRun | None) -> tuple[str, str] | None:
+def _gains(number: int, evaluated: Evaluated, alone: ReportedRun | None) -> tuple[str, str] | None:
     """Return the picture of the classes that gained and lost most against the student alone, else the teacher."""
-    evaluation = run.evaluation
-    assert evaluation is not None
+    name, _, run, evaluation = evaluated
     other: PerClass | None = None
     against = ""
     if (

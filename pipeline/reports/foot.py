@@ -5,9 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-import yaml
-
-from pipeline.config.recipe import dump_recipe
 from pipeline.reports import page
 from pipeline.reports.methods import MethodRuns
 from pipeline.reports.reported_run import ReportedRun
@@ -18,19 +15,19 @@ def draw_foot(methods: Sequence[MethodRuns]) -> str:
     """Return the sections about how the runs were made; of several seeds of a method, the first has its recipe."""
     runs = [run for method in methods for run in method.runs]
     rows = [[str(run.folder), _state(run), _history(run)] for run in runs]
-    parts = [page.section("Runs", page.table(["folder", "state", "starts"], rows))]
+    parts = [page.section("Runs", page.table(["folder", "state", "starts (UTC)"], rows))]
     for method in methods:
         run = method.first_run
         command = f"accelerate launch pipeline/train.py {shlex.quote(str(run.folder / RECIPE))} folder=ANOTHER"
         versions = [[name, str(value)] for name, value in run.versions.items() if value is not None]
-        recipe = yaml.safe_dump(dump_recipe(run.recipe), sort_keys=False, allow_unicode=True)
+        recipe = (run.folder / RECIPE).read_text(encoding="utf-8")
         parts.append(
             page.section(
                 f"{method.name}, seed {run.recipe.seed}: recipe and versions",
                 page.paragraph("The run again, with every setting:"),
                 page.preformatted(command),
                 page.table(["package", "version"], versions) if versions else "",
-                page.preformatted(recipe),
+                page.recipe(recipe),
             )
         )
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,11 @@ from pipeline.config.measured import mean_and_deviation
 from pipeline.reports import page
 from pipeline.reports.references import References, paper_teacher, paper_text, published_numbers
 from pipeline.reports.reported_run import ReportedRun
+from pipeline.runs.drawing import common_folder
 from pipeline.training.result import percent
+
+TEACHER_COLOR, ALONE_COLOR = 6, -1
+"""Colours of the teacher and of the student alone, in every picture; a method has its number."""
 
 
 class MethodRuns(NamedTuple):
@@ -24,24 +29,41 @@ class MethodRuns(NamedTuple):
         """Return the run that stands for the method where one picture per method is enough: the first."""
         return self.runs[0]
 
-    def mean(self, values: Sequence[float | None]) -> float | None:
-        """Return the mean of the known values."""
-        known = [value for value in values if value is not None]
-        return statistics.mean(known) if known else None
+    @property
+    def measured(self) -> tuple[ReportedRun, ...]:
+        """Return the runs whose metric counts: the finished ones, or all if none is finished."""
+        return tuple(run for run in self.runs if run.result) or self.runs
 
     @property
     def last(self) -> float | None:
         """Return the mean over the seeds of the metric after the last epoch."""
-        return self.mean([run.last for run in self.runs])
+        known = [run.last for run in self.measured if run.last is not None]
+        return statistics.mean(known) if known else None
 
 
 def group(runs: Sequence[ReportedRun]) -> list[MethodRuns]:
-    """Return the runs by method, in the order in which the methods come, each by seed."""
-    names = dict.fromkeys(run.method for run in runs)
+    """Return the runs by method, in the order in which the methods come, each by seed.
+
+    Runs of one method are seeds of it only if they differ in nothing else. Otherwise their folder is in the name.
+    """
+    alike: dict[tuple[str, str], list[ReportedRun]] = {}
+    for run in runs:
+        alike.setdefault((run.method, run.settings), []).append(run)
+    times = Counter(name for name, _ in alike)
     return [
-        MethodRuns(name, tuple(sorted((run for run in runs if run.method == name), key=lambda run: run.recipe.seed)))
-        for name in names
+        MethodRuns(
+            name if times[name] == 1 else f"{name} ({common_folder([run.folder for run in members])})",
+            tuple(sorted(members, key=lambda run: run.recipe.seed)),
+        )
+        for (name, _), members in alike.items()
     ]
+
+
+def colored(methods: Sequence[MethodRuns], references: References) -> list[tuple[int, MethodRuns]]:
+    """Return each method with the number of its colour; the student alone beside taught students has the grey."""
+    alone = {run.folder.absolute() for run in references.alone}
+    numbered = [(method.first_run.folder.absolute(), number, method) for number, method in enumerate(methods)]
+    return [(ALONE_COLOR if folder in alone else number, method) for folder, number, method in numbered]
 
 
 def headline(runs: Sequence[ReportedRun], references: References) -> str:
@@ -58,13 +80,14 @@ def headline(runs: Sequence[ReportedRun], references: References) -> str:
 
 def _numbers(run: ReportedRun, references: References) -> list[tuple[str, str]]:
     title = run.task.title
-    found = [(f"student, {title} after the last epoch", percent(run.last)), ("student, best epoch", percent(run.best))]
+    epoch = "last epoch" if run.result else "last epoch so far"
+    found = [(f"student, {title} after the {epoch}", _percent(run.last)), ("student, best epoch", _percent(run.best))]
     if run.teaches_itself:
         return [*found, *_paper(run)]
     if references.alone:
-        found.append((f"student trained alone ({_seeds(len(references.alone))})", percent(references.alone_metric)))
-    found.append(("teacher", percent(references.teacher_metric)))
-    if (gap := references.gap_closed(run.last)) is not None:
+        found.append((f"student trained alone ({_seeds(len(references.alone))})", _percent(references.alone_metric)))
+    found.append(("teacher", _percent(references.teacher_metric)))
+    if run.result and (gap := references.gap_closed(run.last)) is not None:
         found.append(("of the gap to the teacher closed", f"{gap:.0f} %"))
     return [*found, *_paper(run)]
 
@@ -74,26 +97,32 @@ def _paper(run: ReportedRun) -> list[tuple[str, str]]:
     printed = published_numbers(run)
     if not printed:
         return []
-    values = " or ".join(dict.fromkeys(f"{number:.2f}" for number in printed.values()))
+    values = " or ".join(dict.fromkeys(f"{number:.2f} %" for number in printed.values()))
     teacher = paper_teacher(run)
     return [(f"in {'; '.join(printed)}{f'; their teacher {teacher}' if teacher else ''}", values)]
 
 
 def _table(methods: Sequence[MethodRuns], references: References) -> str:
     title = methods[0].first_run.task.title
-    head = ["method", "seeds", f"{title}, last epoch", "best epoch", "gap closed", "papers"]
+    head = ["method", "seeds", f"{title}, last epoch, %", "best epoch, %", "gap closed", "papers, %"]
     rows = []
-    for name, runs in methods:
-        last = [run.last for run in runs]
-        taught = [] if runs[0].teaches_itself else [references.gap_closed(MethodRuns(name, runs).last)]
-        gap = "".join(f"{value:.0f} %" for value in taught if value is not None)
-        values = [mean_and_deviation(last), mean_and_deviation([run.best for run in runs])]
-        rows.append([name, str(len(runs)), *values, gap, paper_text(runs[0]) or ""])
+    for method in methods:
+        runs, first = method.measured, method.first_run
+        # An unfinished run has not closed its share yet.
+        known = None if first.teaches_itself or not runs[0].result else references.gap_closed(method.last)
+        gap = "" if known is None else f"{known:.0f} %"
+        seeds = str(len(runs)) + (f" of {len(method.runs)}" if len(runs) < len(method.runs) else "")
+        values = [mean_and_deviation([run.last for run in runs]), mean_and_deviation([run.best for run in runs])]
+        rows.append([method.name, seeds, *values, gap, paper_text(first) or ""])
     if references.teacher_metric is not None:
         papers = paper_teacher(methods[0].first_run) or ""
         rows.append(["teacher", "", percent(references.teacher_metric), "", "", papers])
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
     return page.table([head[column] for column in kept], [[row[column] for column in kept] for row in rows])
+
+
+def _percent(value: float | None) -> str:
+    return percent(value) if value is None else f"{percent(value)} %"
 
 
 def _seeds(count: int) -> str:

@@ -33,7 +33,9 @@ _STYLE = (
     "body { max-width: none; padding: 0; font-size: 10pt; }",
     ".pictures { grid-template-columns: 1fr 1fr; gap: 0.5cm; }",
     "pre { white-space: pre-wrap; background: none; border: 1px solid #ccc; }",
+    ".recipe { columns: 3; font-size: 7pt; }",
     "h2 { break-after: avoid; }",
+    ".scroll { break-inside: avoid; }",
     "}",
 )
 
@@ -95,3 +97,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def preformatted(text: str) -> str:
     """Return text with its own line breaks."""
     return f"<pre>{escaped(text)}</pre>"
+
+
+def recipe(text: str) -> str:
+    """Return a long recipe, which is in small columns on paper."""
+    return f'<pre class="recipe">{escaped(text)}</pre>'

@@ -42,8 +42,27 @@ class References:
 
 
 def find_references(runs: Sequence[ReportedRun]) -> References:
-    """Return what the runs are compared with, searched among them, in their recipes, and beside their folders."""
+    """Return what the runs are compared with, searched among them, in their recipes, and beside their folders.
+
+    Runs of several teachers or students have no common reference, which is noted.
+    """
     notes: list[str] = []
+    taught = [run for run in runs if not run.teaches_itself]
+    teacher = metric = None
+    if len({name for run in taught if (name := _teacher_name(run))}) > 1:
+        notes.append("The runs have different teachers, so no teacher and no share of the gap is shown.")
+    else:
+        teacher, metric = _teacher(runs, notes)
+    alone: list[ReportedRun] = []
+    if len({_student_name(run) for run in taught}) > 1:
+        notes.append("The runs have different students, or are of different length, so no student alone is shown.")
+    else:
+        alone = _alone(runs, notes)
+    return References(teacher, metric, tuple(alone), tuple(dict.fromkeys(notes)))
+
+
+def _teacher(runs: Sequence[ReportedRun], notes: list[str]) -> tuple[ReportedRun | None, float | None]:
+    """Return the teacher's run, and its metric on the images of the runs."""
     teacher = _first(_teachers(runs), notes)
     known = [
         run.evaluation.teacher.metrics.get(run.task.metric) for run in runs if run.evaluation and run.evaluation.teacher
@@ -51,7 +70,25 @@ def find_references(runs: Sequence[ReportedRun]) -> References:
     metric = next((value for value in known if value is not None), None)
     if metric is None and teacher is not None and same_data(teacher, runs[0]):
         metric = teacher.last
-    return References(teacher, metric, tuple(_alone(runs, notes)), tuple(dict.fromkeys(notes)))
+    return teacher, metric
+
+
+def _teacher_name(run: ReportedRun) -> str | None:
+    """Return what tells the teacher of a run from others, None for a cache alone, or a recipe that is gone."""
+    config = run.recipe.teacher
+    if config is None or config.average:
+        return None
+    try:
+        folders = [str(run_folder(teacher)) for teacher in run.loaded.teachers]
+    except ValueError:  # which the search for the teacher notes
+        return None
+    files = [f"{each.model} {each.weights}" for each in config.members or (config,) if each.model]
+    return ", ".join([*folders, *files]) or None
+
+
+def _student_name(run: ReportedRun) -> tuple[str, str, int]:
+    student = run.recipe.student
+    return student.model, str(student.arguments), run.recipe.epochs
 
 
 def paper_text(run: ReportedRun) -> str | None:
@@ -100,7 +137,7 @@ def _alone(runs: Sequence[ReportedRun], notes: list[str]) -> list[ReportedRun]:
     if not taught:
         return []
     if found := [run for run in given if any(_is_alone_of(run, other) for other in taught)]:
-        return found
+        return [run for run in found if run.settings == found[0].settings]  # one method, such as ce
     by_seed: dict[int, ReportedRun] = {}
     for run in taught:
         if run.recipe.seed not in by_seed and (alone := _search(run, notes)):
@@ -132,10 +169,4 @@ def _search(run: ReportedRun, notes: list[str]) -> ReportedRun | None:
 
 def _is_alone_of(run: ReportedRun, taught: ReportedRun) -> bool:
     """Return whether ``run`` is the student of ``taught`` without a teacher, as long and on the same images."""
-    ours, theirs = run.recipe, taught.recipe
-    return (
-        run.teaches_itself
-        and (ours.student.model, ours.student.arguments) == (theirs.student.model, theirs.student.arguments)
-        and ours.epochs == theirs.epochs
-        and same_data(run, taught)
-    )
+    return run.teaches_itself and _student_name(run) == _student_name(taught) and same_data(run, taught)

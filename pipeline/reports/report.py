@@ -45,7 +45,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
             draw_networks(selected, references),
             draw_evaluations(methods, references),
             draw_denoisers(selected),
-            draw_time(selected),
+            draw_time(selected, references),
             draw_foot(methods),
         ],
     )

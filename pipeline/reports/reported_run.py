@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -35,6 +36,13 @@ from pipeline.tasks._base import Task
 from pipeline.tasks._registry import find_task
 from pipeline.training.journal import read_journal
 
+_BY_RUN = (
+    *(("data", key) for key in ("order_seed", "validation_batch", "views")),
+    *(("teacher", key) for key in ("recipe", "batch", "cache", "fallback")),
+    ("student", "start"),
+)
+"""Keys of an identity that may differ between the seeds of one method."""
+
 
 @dataclass(frozen=True)
 class ReportedRun:
@@ -44,7 +52,7 @@ class ReportedRun:
     loaded: LoadedRecipe
     identity: Identity
     lines: list[dict[str, Any]]
-    """The whole lines of the journal, at least one."""
+    """The whole lines of the journal, at least one of a training step."""
     result: Result | None
     """None for a run that is not finished."""
     versions: Versions
@@ -118,12 +126,21 @@ class ReportedRun:
         above = self.folder.absolute().parent
         is_pair = any(above.glob("*/seed-*"))  # a pair's own method has no folder
         named = above.name if re.fullmatch(r"seed-\d+.*", self.folder.name) and not is_pair else ""
-        return named if self.source is None and named else " + ".join(self.recipe.losses)
+        return named if self.source is None and named else " + ".join(self.identity.losses)
 
     @property
     def teaches_itself(self) -> bool:
         """Return whether the student is trained without a teacher."""
         return self.recipe.teacher is None
+
+    @cached_property
+    def settings(self) -> str:
+        """Return what the run has in common with those that differ in the seed only, as text."""
+        tree = self.identity.values()
+        sections = {name: dict(tree[name] or {}) for name in ("data", "teacher", "student")}
+        for name, key in _BY_RUN:
+            sections[name].pop(key, None)
+        return json.dumps({**tree, **sections, "seed": None}, sort_keys=True)
 
 
 def read_run(folder: Path) -> ReportedRun:
@@ -131,13 +148,13 @@ def read_run(folder: Path) -> ReportedRun:
     identity = read_identity(folder)
     journal = folder / JOURNAL_FILE
     lines = read_journal(journal) if journal.is_file() else []
-    if identity is None or not lines:
+    if identity is None or not any("timing" in line for line in lines):
         missing = IDENTITY if identity is None else f"step in {JOURNAL_FILE}"
         raise RecipeError(f"{folder}: this run has not begun (no {missing} yet); train it first")
     evaluation = folder / EVALUATIONS[STUDENT]
     return ReportedRun(
         folder,
-        load_run(folder),
+        _load(folder),
         identity,
         lines,
         read_result(folder),
@@ -145,6 +162,14 @@ def read_run(folder: Path) -> ReportedRun:
         read_starts(folder),
         read_evaluation(evaluation) if evaluation.is_file() else None,
     )
+
+
+def _load(folder: Path) -> LoadedRecipe:
+    """Return the recipe of a run; without its losses if one of them is gone, such as a file of the user's own."""
+    try:
+        return load_run(folder)
+    except RecipeError:
+        return load_run(folder, losses=False)
 
 
 def find_folders(targets: Sequence[Path]) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.plots.curves import Curve, HorizontalLine, draw_curves
 from pipeline.plots.shares import draw_shares
 from pipeline.reports import page
-from pipeline.reports.methods import MethodRuns
+from pipeline.reports.methods import ALONE_COLOR, TEACHER_COLOR, MethodRuns, colored
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.training.result import percent
@@ -18,8 +18,6 @@ _POINTS = 150
 """Most points of a curve; the lines of a longer journal are averaged."""
 _POSITION = ("step", "epoch", "samples", "rate", "total", "gradient_norm", "timing")
 """Keys of a training line that are no part of the loss, besides the training metric."""
-_TEACHER, _ALONE = 6, -1
-"""Colours of the teacher and of the student alone."""
 Captioned = list[tuple[str, str]]
 
 
@@ -28,8 +26,8 @@ def thinned(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float],
     size = -(-len(x) // _POINTS)
     parts = [slice(start, start + size) for start in range(0, len(x), size)]
     known = [[value for value in y[part] if value is not None] for part in parts]
-    means = [statistics.mean(values) if values else None for values in known]
-    return [statistics.mean(x[part]) for part in parts], means
+    means = [statistics.fmean(values) if values else None for values in known]
+    return [statistics.fmean(x[part]) for part in parts], means
 
 
 def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
@@ -37,11 +35,11 @@ def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
     task = methods[0].first_run.task
     levels = []
     if references.teacher_metric is not None and not all(method.first_run.teaches_itself for method in methods):
-        levels = [HorizontalLine("teacher", references.teacher_metric, _TEACHER, 1)]
+        levels = [HorizontalLine("teacher", references.teacher_metric, TEACHER_COLOR, 1)]
     given = {run.folder.absolute() for method in methods for run in method.runs}
     others = [run for run in references.alone if run.folder.absolute() not in given]
-    alone = [_validation(run, "student alone", _ALONE, 3, thin=len(others) > 1) for run in others]
-    numbered = _numbered(methods)
+    alone = [_validation(run, "student alone", ALONE_COLOR, 0, thin=len(others) > 1) for run in others]
+    numbered = colored(methods, references)
     validation = [curve for number, method in numbered for curve in _curves(number, method, task.metric)]
     ends = ", ".join(f"{method.name} {percent(method.last)}" for method in methods)
     drawn: Captioned = []
@@ -62,14 +60,6 @@ def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
     return page.section("Learning curves", page.pictures(drawn), missing)
 
 
-def _numbered(methods: Sequence[MethodRuns]) -> list[tuple[int, MethodRuns]]:
-    """Return each method with the number of its colour; beside taught students, the student alone has the grey."""
-    taught = any(not method.first_run.teaches_itself for method in methods)
-    return [
-        (_ALONE if taught and each.first_run.teaches_itself else number, each) for number, each in enumerate(methods)
-    ]
-
-
 def _curves(number: int, method: MethodRuns, metric: str, *, training: bool = False) -> list[Curve]:
     found: list[Curve] = []
     for run in method.runs:
@@ -77,10 +67,14 @@ def _curves(number: int, method: MethodRuns, metric: str, *, training: bool = Fa
         if training:
             lines = run.training
             x, y = thinned([line["epoch"] for line in lines], [line.get(metric) for line in lines])
-            found.append(Curve(method.name, x, y, number, number % 6, thin))
+            found.append(Curve(method.name, x, y, number, _style(number), thin))
         else:
-            found.append(_validation(run, method.name, number, number % 6, thin=thin))
+            found.append(_validation(run, method.name, number, _style(number), thin=thin))
     return found
+
+
+def _style(color: int) -> int:
+    return max(color, 0)  # the grey is solid, and as a thin line still seen
 
 
 def _validation(run: ReportedRun, label: str, color: int, style: int, *, thin: bool) -> Curve:
@@ -109,16 +103,18 @@ def draw_losses(methods: Sequence[MethodRuns]) -> str:
         ]
         if validation:
             x, y = zip(*validation, strict=True)
-            curves.append(Curve("validation loss", x, y, _ALONE, 1))
+            curves.append(Curve("validation loss", x, y, ALONE_COLOR, 1))
         title = f"Loss parts of {method.name} by epoch, on a logarithmic axis: {', '.join(selected)}"
         svg = draw_curves(f"losses-{number}", title, curves, xlabel="epoch", ylabel="loss, weighted", log=True)
         drawn.append((f"{method.name}, seed {method.first_run.recipe.seed}", svg))
-    return page.section("Loss parts", page.pictures(drawn))
+    text = "Parts of the training loss as they are summed, with their weights. The validation loss is the task's own."
+    return page.section("Loss parts", page.pictures(drawn), page.note(text))
 
 
-def draw_time(methods: Sequence[MethodRuns]) -> str:
+def draw_time(methods: Sequence[MethodRuns], references: References) -> str:
     """Return the section of the time: a step's parts, images per second, wait for data, memory."""
     drawn: Captioned = []
+    beside = False
     for number, method in enumerate(methods):
         run = method.first_run
         epochs = [line["epoch"] for line in run.training]
@@ -132,31 +128,33 @@ def draw_time(methods: Sequence[MethodRuns]) -> str:
             title = f"Milliseconds of a step of {method.name} by epoch: {', '.join(parts)}"
             svg = draw_shares(f"time-{number}", title, x, parts, xlabel="epoch", ylabel="milliseconds a step")
             drawn.append((f"Where a step's time goes: {method.name}", svg))
+            beside |= any(parts.get("others", ()))
     for key, what, unit, factor in _RATES:
-        if curves := _rates(methods, key, factor):
+        if curves := _rates(colored(methods, references), key, factor):
             name = key.replace("_", "-").replace("/", "-")
-            svg = draw_curves(name, f"{what} by epoch", curves, xlabel="epoch", ylabel=unit)
+            svg = draw_curves(name, f"{what} by epoch", curves, xlabel="epoch", ylabel=unit, from_zero=True)
             drawn.append((what, svg))
-    return page.section("Time and memory", page.pictures(drawn))
+    text = page.note("Others: the runs that were trained side by side in the same process.") if beside else ""
+    return page.section("Time and memory", page.pictures(drawn), text)
 
 
 _RATES = (
     ("images_per_second", "Images per second", "images/s", 1),
-    ("data_wait", "Share of the time that waits for data", "%", 100),
-    ("mfu", "Model FLOPs utilization", "%", 100),
+    ("data_wait", "Share of the time that waits for data", "% of the time", 100),
+    ("mfu", "Model FLOPs utilization", "% of the GPU's peak", 100),
     ("memory_gib/allocated", "GPU memory of the first rank", "GiB", 1),
 )
 
 
-def _rates(methods: Sequence[MethodRuns], key: str, factor: float) -> list[Curve]:
+def _rates(methods: Sequence[tuple[int, MethodRuns]], key: str, factor: float) -> list[Curve]:
     """Return a rate of each method's first run over the epochs; none if no journal has it."""
     found = []
-    for number, method in enumerate(methods):
+    for number, method in methods:
         known = [(line["epoch"], _look_up(line["timing"], key)) for line in method.first_run.training]
         known = [(epoch, factor * value) for epoch, value in known if isinstance(value, int | float)]
         if known:
             epochs, values = zip(*known, strict=True)
-            found.append(Curve(method.name, *thinned(epochs, values), number, number))
+            found.append(Curve(method.name, *thinned(epochs, values), number, _style(number)))
     return found
 
 

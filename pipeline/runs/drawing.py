@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from pipeline.distributed import signals
 from pipeline.errors import SOURCE
-from pipeline.runs.files import REPORT_FILE
 
 SECONDS = 120
 """Seconds after which the drawing is ended. Nothing waits for it but the end of the command."""
@@ -29,6 +29,12 @@ def undrawn_environment() -> dict[str, str]:
     return {**os.environ, SWITCH: "0"}
 
 
+def common_folder(folders: Sequence[Path]) -> Path:
+    """Return the folder that has all of them, relative to the current one if all are."""
+    alike = folders if not any(folder.is_absolute() for folder in folders) else [each.absolute() for each in folders]
+    return Path(os.path.commonpath(alike))
+
+
 def draw_report(folders: Sequence[Path], out: Path) -> None:
     """Write the report of the runs in ``folders`` to ``out``, and print where it is.
 
@@ -36,7 +42,7 @@ def draw_report(folders: Sequence[Path], out: Path) -> None:
     """
     if not draws() or signals.stop_requested():
         return
-    again = f"python pipeline/{REPORT_FILE.removesuffix('.html')}.py {' '.join(map(str, folders[:3]))}"
+    again = f"python pipeline/report.py {shlex.join(map(str, folders[:3]))}"
     command = [sys.executable, str(SOURCE / "pipeline" / "report.py"), *map(str, folders), f"out={out}"]
     # Without a GPU: the report needs none, and this process may have filled its memory.
     environment = {**undrawn_environment(), "CUDA_VISIBLE_DEVICES": ""}

@@ -287,12 +287,13 @@ def read_journal(path: Path, end: int | None = None) -> list[dict[str, Any]]:
     return parsed_lines
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """Return ``line`` with None for every number that is not finite, those of sections included."""
-    plain = {key: _finite(value) if isinstance(value, dict) else value for key, value in line.items()}
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
-    }
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for every number that is not finite, those of sections and lists included."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _valid_length(path: Path, length: int) -> tuple[int, bool]:

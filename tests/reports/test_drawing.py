@@ -38,7 +38,7 @@ def test_a_run_ends_with_its_report_and_those_it_stands_on_have_none(
 def test_a_drawing_that_fails_is_one_line_of_warning(
     run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(drawing, "ROOT", recipes)  # where there is no report.py
+    monkeypatch.setattr(drawing, "SOURCE", recipes)  # where there is no report.py
     run_train("ce.yaml", "epochs=1")
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.startswith("warning: no report (")
@@ -67,3 +67,11 @@ def test_the_switch_turns_the_drawing_off(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(drawing.SWITCH, "0")
     monkeypatch.setattr(subprocess, "Popen", None)  # would fail if it were called
     drawing.draw_report([tmp_path], tmp_path / "report.html")
+
+
+def test_the_page_of_several_runs_is_in_the_folder_that_has_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert drawing.common_folder([Path("runs/a/seed-0"), Path("runs/b/seed-0")]) == Path("runs")
+    assert drawing.common_folder([Path("runs/a"), tmp_path / "runs/b"]) == tmp_path / "runs"

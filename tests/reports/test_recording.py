@@ -81,3 +81,18 @@ def test_a_look_that_fails_is_a_note_and_the_run_goes_on(
     run_train("ddkd.yaml")
     assert capsys.readouterr().out.count("the report will not show the losses' own networks: no memory") == 1
     assert json.loads((alone / "runs/ddkd/result.json").read_text())["epochs"] == 2
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_journal_and_no_reason_to_draw_nothing(
+    run_train: Train, alone: Path, monkeypatch: pytest.MonkeyPatch
+):
+    nan, inf = float("nan"), float("inf")
+    gamma = {"mean": nan, "least": 0.0, "most": inf}
+    maps = {"teacher": [[nan, 1.0]], "student": [[0.5, inf]], "denoised": [[nan, nan]]}
+    monkeypatch.setattr(DiffKD, "observe", lambda *_: {"gamma": gamma, "maps": maps})
+    run_train("ddkd.yaml")
+    text = (alone / "runs/ddkd/journal.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert observed(alone / "runs/ddkd")[-1]["ddkd"]["maps"]["teacher"] == [[None, 1.0]]
+    assert "not finite" in draw("runs/ddkd").text

@@ -102,6 +102,53 @@ def test_names_of_the_user_cannot_break_the_page(run_train: Train, recipes: Path
     assert "b" not in page.tags[: page.tags.index("ul")]
 
 
+def change(path: Path, **changes: Any) -> None:
+    """Replace top-level keys of a recipe or of a JSON file."""
+    tree = yaml.safe_load(path.read_text()) | changes
+    path.write_text(json.dumps(tree) if path.suffix == ".json" else yaml.safe_dump(tree))
+
+
+def test_runs_of_one_method_that_differ_in_more_than_the_seed_are_not_its_seeds(begun: Path):
+    again = shutil.copytree(begun / "runs/ce", begun / "runs/again")
+    change(again / "recipe.yaml", seed=1)
+    change(again / "identity.json", seed=1)
+    assert "ce (runs" not in draw("runs/ce", "runs/again").text
+    change(again / "identity.json", batch=6)
+    text = draw("runs/ce", "runs/again").text
+    assert "ce (runs/ce)" in text
+    assert "ce (runs/again)" in text
+
+
+def test_a_seed_that_is_not_finished_does_not_count_in_the_mean(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "epochs=1")
+    part = shutil.copytree(recipes / "runs/ce", recipes / "runs/part")
+    (part / "result.json").unlink()
+    change(part / "recipe.yaml", seed=1)
+    journal = part / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    journal.write_text("".join(json.dumps(line | {"top1": 77.0}) + "\n" for line in lines))
+    table = draw("runs/ce", "runs/part").text.partition("Learning curves")[0]
+    assert "1 of 2" in table
+    assert "77.00" not in table
+
+
+def test_runs_of_several_teachers_have_no_share_of_the_gap(trained: Path):
+    other = shutil.copytree(trained / "ddkd", trained / "other")
+    assert "have different teachers" not in draw("runs/ddkd", "runs/other").text
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    change(other / "recipe.yaml", teacher={**recipe["teacher"], "recipe": None, "model": "wrn_16_1", "weights": "x"})
+    text = draw("runs/ddkd", "runs/other").text
+    assert "have different teachers" in text
+    assert "gap closed" not in text
+
+
+def test_the_page_needs_no_loss_of_the_users_own(begun: Path):
+    change(begun / "runs/ce/recipe.yaml", losses={"gone_losses:Mine": {}})
+    page = draw("runs/ce")
+    assert page.headings[0] == "Learning curves"
+    assert "gone_losses:Mine" in page.text  # in the recipe
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -111,6 +158,7 @@ def test_names_of_the_user_cannot_break_the_page(run_train: Train, recipes: Path
         (["runs/ce", "seed=1"], "seed=1: a report changes no key"),
         (["runs/ce", "out=empty"], "out: empty is a folder"),
         (["runs/new"], r"runs/new: this run has not begun \(no step in journal.jsonl yet\)"),
+        (["runs/evaluated"], r"runs/evaluated: this run has not begun"),
         (["runs/ce", "runs/other"], r"runs/ce and runs/other are of different data \(shards\)"),
         (["runs/ce", "runs/classes"], r"different data \(classes\)"),
         (["runs/ce", "runs/held"], r"different data \(data.holdout\)"),
@@ -126,13 +174,15 @@ def begun(run_train: Train, recipes: Path) -> Path:
     """A run of one step, and copies of it that were changed."""
     run_train("ce.yaml", "stop.steps=1")
     (recipes / "empty").mkdir()
-    for name, key in (("new", None), ("other", "manifest"), ("classes", "classes"), ("held", None)):
+    keys = {"other": "manifest", "classes": "classes"}
+    for name in ("new", "evaluated", "other", "classes", "held"):
         copy = shutil.copytree(recipes / "runs/ce", recipes / "runs" / name)
-        if key:
+        if key := keys.get(name):
             tree = json.loads((copy / "identity.json").read_text())
             tree["data"][key] = "0" * 64
             (copy / "identity.json").write_text(json.dumps(tree))
     (recipes / "runs/new/journal.jsonl").write_text("")
+    (recipes / "runs/evaluated/journal.jsonl").write_text('{"step": 1, "epoch": 1, "top1": 5.0}\n')
     tree = yaml.safe_load((recipes / "runs/held/recipe.yaml").read_text())
     tree["data"]["holdout"] = {"share": 0.2}
     (recipes / "runs/held/recipe.yaml").write_text(yaml.safe_dump(tree))
