@@ -48,7 +48,7 @@ from pipeline.exporting.comparison import compare_outputs
 from pipeline.exporting.formats import FORMATS, Format
 from pipeline.exporting.hub import push_to_hub
 from pipeline.exporting.model_card import model_card
-from pipeline.exporting.trained import TrainedStudent
+from pipeline.exporting.trained import AT_ONCE, TrainedStudent
 from pipeline.frozen_model import FrozenModel
 from pipeline.models.folding import fold_batchnorms
 from pipeline.models.weights import load_weights
@@ -69,7 +69,7 @@ class ExportArguments(FrozenModel):
     weights: str = "last"
     fold: bool = False
     out: str | None = None
-    images: int = Field(default=64, ge=2, le=100_000)
+    images: int = Field(default=64, ge=2, le=10_000)
     push: str | None = None
     private: bool = False
 
@@ -124,7 +124,7 @@ def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, argument
         print(f"note: weights: {note}")
     images_BCHW = _validation_images(loader, arguments.images)
     with torch.no_grad():
-        logits_BK = model(images_BCHW)
+        logits_BK = torch.cat([model(piece_BCHW) for piece_BCHW in images_BCHW.split(AT_ONCE)])
     if arguments.fold:
         print(f"{fold_batchnorms(model, images_BCHW[:2])} BatchNorms are folded")
     evaluation = file.parent / EVALUATIONS.get(file.name, "")

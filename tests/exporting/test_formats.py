@@ -62,7 +62,7 @@ def test_a_written_student_answers_as_the_student_does(small: TrainedStudent, tm
     chosen.write(small, path)
     run = chosen.run(path)
     compared = compare_outputs(small, run)
-    assert compared.images == compared.same_top1 == 8
+    assert compared.images == compared.same == 8
     assert compared.largest_difference < 1e-5
     for rows in (1, 3, 7):
         torch.testing.assert_close(run(small.images_BCHW[:rows]), small.logits_BK[:rows], rtol=1e-4, atol=1e-5)
@@ -171,7 +171,7 @@ def test_folded_batchnorms_are_gone_from_the_file_and_change_nothing(tmp_path: P
     kinds = {node.op_type for node in onnx.load(tmp_path / "student.onnx").graph.node}
     assert "Conv" in kinds
     assert "BatchNormalization" not in kinds
-    assert compare_outputs(folded, FORMATS["onnx"].run(tmp_path / "student.onnx")).same_top1 == 6
+    assert compare_outputs(folded, FORMATS["onnx"].run(tmp_path / "student.onnx")).same == 6
     for name in ("timm", "hub"):
         with pytest.raises(RecipeError, match=r"leave out fold=yes|is none of timm's networks"):
             FORMATS[name].write(folded, tmp_path)
@@ -231,5 +231,5 @@ def test_six_networks_keep_their_first_choice_on_real_images(
             path.mkdir()
         FORMATS[chosen].write(student, path)
         compared = compare_outputs(student, FORMATS[chosen].run(path))
-        assert compared.same_top1 == compared.images == 16, chosen
+        assert compared.same == compared.images == 16, chosen
     assert len(set(student.logits_BK.argmax(1).tolist())) > 1

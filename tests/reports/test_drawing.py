@@ -38,7 +38,7 @@ def test_a_run_ends_with_its_report_and_those_it_stands_on_have_none(
 def test_a_drawing_that_fails_is_one_line_of_warning(
     run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(drawing, "ROOT", recipes)  # where there is no report.py
+    monkeypatch.setattr(drawing, "SOURCE", recipes)  # where there is no report.py
     run_train("ce.yaml", "epochs=1")
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.startswith("warning: no report (")
