@@ -35,7 +35,7 @@ from pipeline.config.arguments import parse_command_args, split_command_args
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
 from pipeline.frozen_model import FrozenModel
-from pipeline.multirun.record import SearchRecord, read_record
+from pipeline.multirun.record import SearchRecord, read_search_record
 from pipeline.multirun.space import Range
 from pipeline.multirun.study import NEEDS_OPTUNA, Study, best_trial
 from pipeline.plots.trials import PlottedTrial, SearchedKey
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> None:
         )
     if not targets:
         raise RecipeError("command line: name a run's folder, such as runs/demo/seed-0, or the recipe of a pair")
-    if len(targets) == 1 and (record := read_record(Path(targets[0]))):
+    if len(targets) == 1 and (record := read_search_record(Path(targets[0]))):
         folder = Path(targets[0])
         _write(arguments.out or folder / REPORT_FILE, lambda: _search_page(folder, record))
         return

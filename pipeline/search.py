@@ -41,7 +41,7 @@ from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import Interrupted, RecipeError, error_context
 from pipeline.multirun.processes import train_run
-from pipeline.multirun.record import SearchRecord, read_record
+from pipeline.multirun.record import SearchRecord, read_search_record
 from pipeline.multirun.space import Space, check_overrides, overrides_of, parse_space
 from pipeline.multirun.study import NEEDS_OPTUNA, Study, Trial, best_trial, recover
 from pipeline.runs.dependencies import ensure_dependencies
@@ -53,7 +53,7 @@ from pipeline.tasks._registry import find_task
 from pipeline.training.result import aligned, percent
 from shards.cores import usable_cores
 
-OPTIONS = ("space", "trials", "seeds")
+_OPTIONS = ("space", "trials", "seeds")
 MAX_TRIALS = 10_000
 HOLDOUT = "data.holdout={share: 0.1}"
 FAILURES = 3
@@ -91,7 +91,7 @@ class Search:
 
 def main(args: Sequence[str]) -> None:
     """Search as the command line says, and print the trials and the command that trains with the best values."""
-    options, args = split_command_args(args, OPTIONS)
+    options, args = split_command_args(args, _OPTIONS)
     trials = parse_number(options, "trials", MAX_TRIALS, default=20)
     search = _read_search(options, args)
     launch = read_launch()
@@ -180,7 +180,7 @@ def _open_folder(search: Search) -> None:
     """Lock the search's folder. Raises RecipeError if it belongs to another search, or to a run."""
     check_search_folder(search.folder)
     lock_folder(search.folder)
-    record = read_record(search.folder)
+    record = read_search_record(search.folder)
     if record and record.digest != search.digest:
         raise RecipeError(f"{search.folder}: holds another search; {NEW_FOLDER_HINT}")
     recover(search.folder)

@@ -13,11 +13,11 @@ from pipeline.exporting.trained import AT_ONCE, TrainedStudent
 from pipeline.tasks._registry import find_task
 from pipeline.tasks.multilabel import LABELS
 
-TOLERANCE = 1e-3
+LOGIT_TOLERANCE = 1e-3
 """Largest difference of a logit that is accepted, in units of the student's largest logit."""
 
 
-class Comparison(NamedTuple):
+class OutputComparison(NamedTuple):
     """How close the outputs of an exported file are to the student's."""
 
     images: int
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
         )
 
 
-def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) -> Comparison:
+def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) -> OutputComparison:
     """Run the exported network on the first image alone, then on all. Raises RecipeError if it differs."""
     scale = max(1.0, student.logits_BK.abs().max().item())
     _run_on(student, run, slice(0, 1), scale)
@@ -44,8 +44,8 @@ def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) ->
     difference = (logits_BK - expected_BK).abs().max().item()
     if LABELS in find_task(student.card.task).targets:
         same_B = ((logits_BK > 0) == (expected_BK > 0)).all(1)
-        return Comparison(len(logits_BK), difference, int(same_B.sum()), "decisions")
-    return Comparison(len(logits_BK), difference, int((logits_BK.argmax(1) == expected_BK.argmax(1)).sum()))
+        return OutputComparison(len(logits_BK), difference, int(same_B.sum()), "decisions")
+    return OutputComparison(len(logits_BK), difference, int((logits_BK.argmax(1) == expected_BK.argmax(1)).sum()))
 
 
 def _run_on(student: TrainedStudent, run: Callable[[Tensor], Tensor], rows: slice, scale: float) -> Tensor:
@@ -58,7 +58,7 @@ def _run_on(student: TrainedStudent, run: Callable[[Tensor], Tensor], rows: slic
     if logits_BK.shape != expected_BK.shape:
         raise RecipeError(f"the exported file returns {list(logits_BK.shape)} for {list(expected_BK.shape)}")
     difference = (logits_BK - expected_BK).abs().max().item()
-    if not difference <= TOLERANCE * scale:
+    if not difference <= LOGIT_TOLERANCE * scale:
         raise RecipeError(
             f"the exported file gives other outputs than the student: a logit differs by {difference:.2g}, and "
             f"the largest is {scale:.2g}"

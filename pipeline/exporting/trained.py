@@ -89,8 +89,8 @@ def reason(error: BaseException, printed: str = "") -> str:
     said = next((found for text in texts if (found := _OPERATION.search(text))), None)
     read = _OPERATION.findall(printed)
     operation = said[1] if said else read[-1] if read else None
-    place = next((found for text in texts if (found := _PLACE.search(text))), None)
+    line = next((found for text in texts if (found := _PLACE.search(text))), None)
     words = next((text for text in texts if text.strip()), type(error).__name__)
     first = " ".join(words.partition("\n")[0].split())[:200]
-    where = f" ({place[1]} in {place[2]})" if place else ""
+    where = f" ({line[1]} in {line[2]})" if line else ""
     return f"the operation {operation}{where}: {first}" if operation else f"{first}{where}"

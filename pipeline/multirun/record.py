@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.recipe import load_recipe
 from pipeline.frozen_model import FrozenModel
-from pipeline.multirun.space import Choice, Range, overrides_of
+from pipeline.multirun.space import Categorical, Range, overrides_of
 from pipeline.multirun.study import Trial
 from pipeline.runs.files import NEW_FOLDER_HINT
 from pipeline.runs.ownership import SEARCH_FILE
@@ -19,7 +19,7 @@ class SearchRecord(FrozenModel):
 
     recipe: str
     overrides: tuple[str, ...]
-    space: dict[str, Range | Choice]
+    space: dict[str, Range | Categorical]
     seeds: tuple[int, ...]
     digest: str
     """Digest of the recipe's name and all that stands above."""
@@ -32,7 +32,7 @@ class SearchRecord(FrozenModel):
         return shlex.join(["python", "pipeline/train.py", self.recipe, *words, *overrides_of(trial.values)])
 
 
-def read_record(folder: Path) -> SearchRecord | None:
+def read_search_record(folder: Path) -> SearchRecord | None:
     """Return the record of the search in a folder, None if there is none. Raises DamagedFile."""
     file = folder / SEARCH_FILE
     if not file.exists():

@@ -61,7 +61,7 @@ class Range(FrozenModel):
         return self.low, self.high
 
 
-class Choice(FrozenModel):
+class Categorical(FrozenModel):
     """Values without an order, which may be anything that a recipe has."""
 
     values: tuple[Any, ...]
@@ -72,11 +72,11 @@ class Choice(FrozenModel):
         return self.values
 
 
-Space = Mapping[str, Range | Choice]
+Space = Mapping[str, Range | Categorical]
 _RANGE = TypeAdapter(Range)
 
 
-def parse_space(given: Any) -> dict[str, Range | Choice]:
+def parse_space(given: Any) -> dict[str, Range | Categorical]:
     """Return the space: by key a list of values, or a mapping with ``low`` and ``high``. Raises RecipeError."""
     example = "{losses.kd.temperature: [2, 4, 8], schedule.rate: {low: 0.01, high: 0.2, log: true}}"
     if not isinstance(given, dict) or not given:
@@ -105,14 +105,14 @@ def _divides(step: float, width: float) -> bool:
     return math.isclose(width / step, round(width / step), rel_tol=1e-9) and round(width / step) > 0
 
 
-def _parse(where: str, values: Any) -> Range | Choice:
+def _parse(where: str, values: Any) -> Range | Categorical:
     try:
         if not isinstance(values, list | dict):
             raise RecipeError(f"{where}: expected a list of values or {{low: …, high: …}}, got {values!r}")
         if isinstance(values, list):
             if not 2 <= len(values) <= MOST_VALUES:
                 raise RecipeError(f"{where}: a list has 2 to {MOST_VALUES} values, got {len(values)}")
-            chosen = Choice(values=tuple(values))
+            chosen = Categorical(values=tuple(values))
             if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
                 raise RecipeError(f"{where}: a value stands there twice")
             return chosen

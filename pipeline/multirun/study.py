@@ -20,7 +20,7 @@ from pipeline.runs.files import NEW_FOLDER_HINT
 from shards.documents import DamagedFile
 
 STUDY_FILE = "study.log"
-NAME = "search"
+_NAME = "search"
 """Name of the study in its file."""
 NEEDS_OPTUNA = "search needs Optuna; pip install '.[search]'"
 RANDOM_TRIALS = 8
@@ -58,10 +58,10 @@ class Study:
         try:
             storage = JournalStorage(JournalFileBackend(str(file)))
             # Not create_study for both, which would write to the file of a search that is only read.
-            if NAME in optuna.get_all_study_names(storage):
-                self._study = optuna.load_study(study_name=NAME, storage=storage)
+            if _NAME in optuna.get_all_study_names(storage):
+                self._study = optuna.load_study(study_name=_NAME, storage=storage)
             else:
-                self._study = optuna.create_study(study_name=NAME, storage=storage, direction="maximize")
+                self._study = optuna.create_study(study_name=_NAME, storage=storage, direction="maximize")
             self.trials()
         except OSError:
             raise
@@ -92,8 +92,8 @@ class Study:
         self._study.sampler = self._optuna.samplers.TPESampler(
             seed=(self._seed + 1_000_003 * number) % 2**32, n_startup_trials=RANDOM_TRIALS
         )
-        asked = self._study.ask(self._distributions)
-        return self._trial(self._study.get_trials(deepcopy=False)[asked.number])
+        proposed = self._study.ask(self._distributions)
+        return self._trial(self._study.get_trials(deepcopy=False)[proposed.number])
 
     def finish(self, trial: Trial, metric: float) -> None:
         """Record the metric of a trial."""

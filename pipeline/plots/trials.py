@@ -67,9 +67,9 @@ def draw_key(name: str, title: str, searched: SearchedKey, trials: Sequence[Plot
         many = len(names) * max(map(len, short)) > 60
         axes.set_xticks(range(len(names)), short, fontsize=7.5, rotation=90 if many else 0)
         axes.set_xlim(-0.5, len(names) - 0.5)
-    metrics = [trial.metric for trial in finished]
+    metrics = _finished(finished)[1]
     axes.plot(x, metrics, "o", color=COLORS[0], markerfacecolor="none", markersize=6)
-    best = max(range(len(finished)), key=lambda row: (finished[row].metric, -finished[row].number))
+    best = metrics.index(max(metrics))
     axes.plot([x[best]], [metrics[best]], "o", color=COLORS[1], markersize=7)
     axes.set_xlabel(searched.key)
     axes.set_ylabel(ylabel)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pipeline import export
 from pipeline.errors import RecipeError
@@ -78,6 +80,16 @@ def test_a_folder_for_a_hub_has_weights_card_and_what_was_measured(trained: Path
     assert f"| parameters | {result.parameters:,} |" in body
     assert "It had no teacher." in body
     assert "16 × 16 pixels" in body
+
+
+def test_a_network_of_timm_is_a_folder_that_timm_reads(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "epochs=1", "student.model=timm/mobilenetv3_small_050", "data.size=32")
+    export.main(["runs/ce", "format=timm", "images=4", "out=runs/ce/timm"])
+    model = timm.create_model(f"local-dir:{recipes / 'runs/ce/timm'}", pretrained=True)
+    saved = load_file(recipes / "runs/ce/student.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert model.num_classes == 20
 
 
 @pytest.fixture
@@ -162,9 +174,10 @@ def test_a_hub_that_refuses_is_one_line_and_the_files_stay(trained: Path, a_hub:
         ),
         (["runs/ce", "format=timm"], "cifar_resnet8 is none of timm's networks"),
         (["runs/ce", "format=hub", "fold=yes"], "leave out fold=yes"),
+        (["runs/ce", "format=hub", "out=ce.yaml/student"], "out: ce.yaml cannot be written .*is not a folder"),
         (["runs/ce", "format=hub", "out=ce.yaml"], "out: ce.yaml is a file; give another path"),
         (["runs/ce", "format=onnx", "out=runs"], "out: runs is a folder; give another path"),
-        (["runs/ce", "format=onnx", "images=1"], "images: Input should be greater than or equal to 2"),
+        (["runs/ce", "format=onnx", "images=0"], "images: Input should be greater than or equal to 1"),
         (["runs/ce", "format=onnx", "weights=ema"], "weights: there is no file runs/ce/student_ema.safetensors"),
     ],
 )

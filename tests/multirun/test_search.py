@@ -14,7 +14,7 @@ import pytest
 from pipeline import report, search
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import Interrupted, RecipeError
-from pipeline.multirun.space import Choice, Range
+from pipeline.multirun.space import Categorical, Range
 from pipeline.multirun.study import RANDOM_TRIALS, STUDY_FILE, Study, best_trial, recover
 from pipeline.runs.files import read_result
 from pipeline.runs.identity import Run
@@ -24,7 +24,7 @@ Train = Callable[..., None]
 SPACE = {
     "rate": Range(low=0.01, high=1.0, log=True),
     "size": Range(low=1, high=9),
-    "kind": Choice(values=(None, [1, 2], "x")),
+    "kind": Categorical(values=(None, [1, 2], "x")),
 }
 
 

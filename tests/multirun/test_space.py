@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.multirun.space import Choice, Range, overrides_of, parse_space
+from pipeline.multirun.space import Categorical, Range, overrides_of, parse_space
 
 
 def test_a_list_is_a_choice_and_a_mapping_a_range():
@@ -17,7 +17,7 @@ def test_a_list_is_a_choice_and_a_mapping_a_range():
     assert space["epochs"] == Range(low=2, high=8)
     assert isinstance(space["epochs"], Range)
     assert space["epochs"].is_whole
-    assert space["losses.kd.temperature"] == Choice(values=(2, 4.0))
+    assert space["losses.kd.temperature"] == Categorical(values=(2, 4.0))
     assert space["schedule.milestones"].extremes == ([1], [2, 3])
 
 
