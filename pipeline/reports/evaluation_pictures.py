@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.commands import as_started
 from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
@@ -26,7 +27,8 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
         agreement = "" if run.teaches_itself else " agreement=yes"
         text = "Calibration and single classes are shown once the run is evaluated:"
         return page.section(
-            "Single classes and calibration", page.note(text, f"python pipeline/evaluate.py {run.folder}{agreement}")
+            "Single classes and calibration",
+            page.note(text, as_started(f"python pipeline/evaluate.py {run.folder}{agreement}")),
         )
     alone = next((run for run in references.alone if run.evaluation), None)
     rows = [_row(name, evaluation) for name, _, evaluation in evaluated]

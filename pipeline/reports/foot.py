@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from pipeline.commands import as_started
 from pipeline.config.recipe import dump_recipe
 from pipeline.reports import page
 from pipeline.reports.methods import MethodRuns
@@ -28,7 +29,7 @@ def draw_foot(methods: Sequence[MethodRuns]) -> str:
             page.section(
                 f"{method.name}, seed {run.recipe.seed}: recipe and versions",
                 page.paragraph("The run again, with every setting:"),
-                page.preformatted(command),
+                page.preformatted(as_started(command)),
                 page.table(["package", "version"], versions) if versions else "",
                 page.preformatted(recipe),
             )

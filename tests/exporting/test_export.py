@@ -92,6 +92,22 @@ def test_a_network_of_timm_is_a_folder_that_timm_reads(run_train: Train, recipes
     assert model.num_classes == 20
 
 
+def answer_post(path: str, content: bytes, endpoint: str, sent: dict[str, Any]) -> Any:
+    """Return what a hub answers, and keep in ``sent`` what it was sent."""
+    if path.endswith("/repos/create"):
+        sent["created"].append(json.loads(content))
+        return {"url": f"{endpoint}/me/small", "name": "me/small"}
+    if "/preupload/" in path:
+        names = [each["path"] for each in json.loads(content)["files"]]
+        return {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+    if "/commit/" in path:
+        lines = [json.loads(line) for line in content.splitlines()]
+        values = [line["value"] for line in lines if line["key"] == "file"]
+        sent["files"] = {each["path"]: base64.b64decode(each["content"]) for each in values}
+        return {"commitUrl": f"{endpoint}/me/small/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+    return {}
+
+
 @pytest.fixture
 def a_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A stand-in for the hub on this machine, and what it was sent."""
@@ -100,21 +116,8 @@ def a_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            answer: Any = {}
             status = 403 if sent["refuses"] else 200
-            if self.path.endswith("/repos/create"):
-                sent["created"].append(json.loads(content))
-                answer = {"url": f"{endpoint}/me/small", "name": "me/small"}
-            elif "/preupload/" in self.path:
-                files = json.loads(content)["files"]
-                answer = {
-                    "files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]
-                }
-            elif "/commit/" in self.path:
-                lines = [json.loads(line) for line in content.splitlines()]
-                values = [line["value"] for line in lines if line["key"] == "file"]
-                sent["files"] = {each["path"]: base64.b64decode(each["content"]) for each in values}
-                answer = {"commitUrl": f"{endpoint}/me/small/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+            answer = answer_post(self.path, content, endpoint, sent)
             self.answer(status, answer)
 
         def do_GET(self) -> None:
