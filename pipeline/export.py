@@ -48,7 +48,7 @@ from pipeline.exporting.comparison import compare_outputs
 from pipeline.exporting.formats import FORMATS, Format
 from pipeline.exporting.hub import push_to_hub
 from pipeline.exporting.model_card import model_card
-from pipeline.exporting.trained import TrainedStudent
+from pipeline.exporting.trained import AT_ONCE, TrainedStudent
 from pipeline.frozen_model import FrozenModel
 from pipeline.models.folding import fold_batchnorms
 from pipeline.models.weights import load_weights
@@ -56,9 +56,10 @@ from pipeline.runs.card import read_card
 from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.evaluation_file import EVALUATIONS, read_evaluation
 from pipeline.runs.folder import load_run, student_file
+from pipeline.runs.ownership import check_writable
 from shards.manifest import Manifest, read_manifest
 
-FOLDER = "export"
+EXPORT_FOLDER = "export"
 """Folder of a run that has its exported students."""
 
 
@@ -69,7 +70,7 @@ class ExportArguments(FrozenModel):
     weights: str = "last"
     fold: bool = False
     out: str | None = None
-    images: int = Field(default=64, ge=2, le=100_000)
+    images: int = Field(default=64, ge=1, le=10_000)
     push: str | None = None
     private: bool = False
 
@@ -85,11 +86,16 @@ def main(args: Sequence[str]) -> None:
     if not folder.is_dir():
         raise RecipeError(f"command line: {folder}: expected the folder of a run, such as runs/demo/seed-0")
     loaded = load_run(folder, overrides, losses=False)
-    prepare_shards(loaded, launch, trusted=False)
     file = student_file(arguments.weights, folder)
+    path = (
+        Path(arguments.out)
+        if arguments.out
+        else folder / EXPORT_FOLDER / f"{file.stem}-{arguments.format}{chosen.ending}"
+    )
+    check_writable(path.parent, "out", "give out=ANOTHER")
+    prepare_shards(loaded, launch, trusted=False)
     manifest = read_manifest(Path(loaded.recipe.data.path))
     student = _open_student(loaded, manifest, file, arguments)
-    path = Path(arguments.out) if arguments.out else folder / FOLDER / f"{file.stem}-{arguments.format}{chosen.ending}"
     with _replaced(path, is_folder=not chosen.ending) as partial:
         chosen.write(student, partial)
         compared = compare_outputs(student, chosen.run(partial))
@@ -124,9 +130,9 @@ def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, argument
         print(f"note: weights: {note}")
     images_BCHW = _validation_images(loader, arguments.images)
     with torch.no_grad():
-        logits_BK = model(images_BCHW)
+        logits_BK = torch.cat([model(piece_BCHW) for piece_BCHW in images_BCHW.split(AT_ONCE)])
     if arguments.fold:
-        print(f"{fold_batchnorms(model, images_BCHW[:2])} BatchNorms are folded")
+        print(f"{fold_batchnorms(model, images_BCHW[:1])} BatchNorms are folded")
     evaluation = file.parent / EVALUATIONS.get(file.name, "")
     known = read_evaluation(evaluation) if evaluation.is_file() else None
     description = model_card(loaded, file, card, known)

@@ -25,13 +25,14 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import shlex
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from pipeline.cli import entry
+from pipeline.commands import as_started
 from pipeline.config.arguments import parse_number, parse_numbers, parse_recipe_args, split_command_args
 from pipeline.config.compose import read_source, read_value
 from pipeline.config.reading import read_yaml
@@ -40,17 +41,19 @@ from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import Interrupted, RecipeError, error_context
 from pipeline.multirun.processes import train_run
-from pipeline.multirun.space import Space, overrides_of, parse_space
-from pipeline.multirun.study import Study, Trial, best_trial
+from pipeline.multirun.record import SearchRecord, read_search_record
+from pipeline.multirun.space import Space, check_overrides, overrides_of, parse_space
+from pipeline.multirun.study import NEEDS_OPTUNA, Study, Trial, best_trial, recover
 from pipeline.runs.dependencies import ensure_dependencies
-from pipeline.runs.files import NEW_FOLDER_HINT, write_json
-from pipeline.runs.folder import lock_folder
+from pipeline.runs.drawing import draw_report
+from pipeline.runs.files import NEW_FOLDER_HINT, REPORT_FILE, write_json
+from pipeline.runs.folder import check_unlocked, lock_folder
 from pipeline.runs.ownership import SEARCH_FILE, check_search_folder
 from pipeline.tasks._registry import find_task
 from pipeline.training.result import aligned, percent
 from shards.cores import usable_cores
 
-OPTIONS = ("space", "trials", "seeds")
+_OPTIONS = ("space", "trials", "seeds")
 MAX_TRIALS = 10_000
 HOLDOUT = "data.holdout={share: 0.1}"
 FAILURES = 3
@@ -74,46 +77,68 @@ class Search:
         folder = self.folder / f"trial-{trial.number:03d}" / f"seed-{seed}"
         return [*self.overrides, *overrides_of(trial.values), f"seed={seed}", f"folder={folder}"]
 
-    def command(self, trial: Trial) -> str:
-        """Return the command that trains with a trial's values on all training images."""
-        words = [word for word in self.overrides if not word.startswith("data.holdout")]
-        return shlex.join(["python", "pipeline/train.py", str(self.path), *words, *overrides_of(trial.values)])
+    @property
+    def record(self) -> SearchRecord:
+        """Return what the search's folder says of it."""
+        return SearchRecord(
+            recipe=str(self.path),
+            overrides=self.overrides,
+            space=dict(self.space),
+            seeds=self.seeds,
+            digest=self.digest,
+        )
 
 
 def main(args: Sequence[str]) -> None:
     """Search as the command line says, and print the trials and the command that trains with the best values."""
-    options, args = split_command_args(args, OPTIONS)
+    options, args = split_command_args(args, _OPTIONS)
     trials = parse_number(options, "trials", MAX_TRIALS, default=20)
     search = _read_search(options, args)
+    launch = read_launch()
+    if launch.world_size > 1 or launch.use_deepspeed:
+        raise RecipeError("a search takes one process without DeepSpeed; start search.py with python")
     _open_folder(search)
-    study, launch = Study(search.folder, search.space, search.seeds[0]), read_launch()
+    study = Study(search.folder, search.space, search.seeds[0])
     print(f"{search.folder}: {len(study.trials())} of {trials} trials begun", flush=True)
+    trained = _run_trials(search, study, trials, launch)
+    found, recipe = study.trials(), load_recipe(search.path, search.overrides).recipe
+    print(trials_table(found, find_task(recipe.task).title))
+    if best := best_trial(found):
+        command = as_started(search.record.command(best))
+        print(f"\ntrain with the best values, on all training images:\n{command}", flush=True)
+    if trained and recipe.journal.report:
+        draw_report([search.folder], search.folder / REPORT_FILE)
+
+
+def _run_trials(search: Search, study: Study, trials: int, launch: Launch) -> bool:
+    """Train trials until so many are over, and return whether any was trained."""
+    trained = False
     while len([trial for trial in study.trials() if trial.is_over]) < trials:
-        trial = study.next_trial()
+        trial, trained = study.next_trial(), True
         metric, failure = _train_trial(search, trial, launch)
         if failure is None and metric is not None:
             study.finish(trial, metric)
         else:
             study.fail(trial)
-            print(f"warning: trial {trial.number} failed: {failure}", file=sys.stderr, flush=True)
+            reason = as_started(str(failure))
+            print(f"warning: trial {trial.number} failed: {reason}", file=sys.stderr, flush=True)
             _check_failures(study, failure)
-    found = study.trials()
-    print(trials_table(found, find_task(load_recipe(search.path, search.overrides).recipe.task).title))
-    if best := best_trial(found):
-        print(f"\ntrain with the best values, on all training images:\n{search.command(best)}")
+    return trained
 
 
 def _read_search(options: dict[str, str], args: Sequence[str]) -> Search:
     """Return the search of a command line. Raises RecipeError if a value of the space does not fit the recipe."""
     if find_spec("optuna") is None:
-        raise RecipeError("search needs Optuna; pip install '.[search]'")
+        raise RecipeError(NEEDS_OPTUNA)
     if unused := [arg for arg in args if arg.startswith("seed=")]:
         raise RecipeError(f"command line: {unused[0]}: use seeds=0,1,2, the seeds of a trial, instead")
     path, overrides = parse_recipe_args(args)
     given = options.get("space", "null")
-    space = parse_space(read_yaml(Path(given)) if Path(given).is_file() else read_value("space", given))
+    # A long space is no name of a file, which Path.is_file would raise for.
+    space = parse_space(read_yaml(Path(given)) if os.path.isfile(given) else read_value("space", given))
     named = [word.partition("=")[2] for word in overrides if word.startswith("folder=")]
     overrides = [word for word in overrides if not word.startswith("folder=")]
+    check_overrides(space, overrides)
     if load_recipe(path, overrides).recipe.data.holdout is None:
         overrides.append(HOLDOUT)
     for key, values in space.items():
@@ -121,6 +146,8 @@ def _read_search(options: dict[str, str], args: Sequence[str]) -> Search:
             with error_context(f"command line: space: {key}"):
                 load_recipe(path, [*overrides, *overrides_of({key: value})])
     seeds = tuple(parse_numbers(options, "seeds", "0"))
+    if len({*seeds}) < len(seeds):
+        raise RecipeError(f"command line: seeds: {options['seeds']} names a seed twice")
     source, _ = read_source(path, overrides)
     facts = [str(source), overrides, {key: values.model_dump(mode="json") for key, values in space.items()}, seeds]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -138,6 +165,8 @@ def _train_trial(search: Search, trial: Trial, launch: Launch) -> tuple[float | 
         except RecipeError as error:  # values that the recipe takes one by one, but not together
             return None, str(error)
         run = ensure_dependencies(loaded, launch)
+        if run.result is None:
+            check_unlocked(run.folder)  # a search that was killed leaves its run, which goes on to its end
         failure = None if run.result else train_run(run, usable_cores(), quiet=True)
         if failure:
             return None, failure
@@ -149,14 +178,14 @@ def _train_trial(search: Search, trial: Trial, launch: Launch) -> tuple[float | 
 
 def _open_folder(search: Search) -> None:
     """Lock the search's folder. Raises RecipeError if it belongs to another search, or to a run."""
-    file = search.folder / SEARCH_FILE
     check_search_folder(search.folder)
     lock_folder(search.folder)
-    if file.exists() and json.loads(file.read_text())["digest"] != search.digest:
+    record = read_search_record(search.folder)
+    if record and record.digest != search.digest:
         raise RecipeError(f"{search.folder}: holds another search; {NEW_FOLDER_HINT}")
-    space = {key: values.model_dump(mode="json") for key, values in search.space.items()}
-    facts = {"recipe": str(search.path), "overrides": search.overrides, "space": space, "seeds": search.seeds}
-    write_json(file, {**facts, "digest": search.digest})
+    recover(search.folder)
+    if not record:
+        write_json(search.folder / SEARCH_FILE, search.record.model_dump(mode="json"))
 
 
 def _check_failures(study: Study, failure: str | None) -> None:

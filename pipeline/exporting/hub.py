@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.builders.student import student_from_card
 from pipeline.errors import RecipeError, one_line
-from pipeline.exporting.timm_folder import README, write_timm_folder
+from pipeline.exporting.timm_folder import MODEL_CARD, write_timm_folder
 from pipeline.exporting.trained import CARD_FILE, TrainedStudent
 from pipeline.models.from_timm import PREFIX
 from pipeline.runs.card import read_card
@@ -29,7 +29,7 @@ def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
         return
     state = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
     save_file(state, folder / WEIGHTS, student.card.metadata())
-    (folder / README).write_text(student.description)
+    (folder / MODEL_CARD).write_text(student.description)
     (folder / CARD_FILE).write_text(student.card_text + "\n")
 
 

@@ -13,7 +13,7 @@ from pipeline.errors import RecipeError
 from pipeline.exporting.trained import CARD_FILE, TrainedStudent
 from pipeline.models.from_timm import PREFIX
 
-README = "README.md"
+MODEL_CARD = "README.md"
 
 
 def write_timm_folder(student: TrainedStudent, folder: Path) -> None:
@@ -35,7 +35,7 @@ def write_timm_folder(student: TrainedStudent, folder: Path) -> None:
         safe_serialization=True,
         data_config=_preprocessing(student),
     )
-    (folder / README).write_text(student.description)
+    (folder / MODEL_CARD).write_text(student.description)
     (folder / CARD_FILE).write_text(student.card_text + "\n")
 
 

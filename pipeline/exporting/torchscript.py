@@ -17,7 +17,7 @@ def write_torchscript(student: TrainedStudent, path: Path) -> None:
     trace_student(student)  # refuses a network that branches on values, which this trace would take for constants
     with warnings.catch_warnings(), naming_operations(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecated, and values that are constants at one size of image
-        module = torch.jit.trace(student.model, student.images_BCHW[:2].contiguous())
+        module = torch.jit.trace(student.model, student.two_images)
         torch.jit.save(module, str(path), _extra_files={CARD_FILE: student.card_text})  # pyright: ignore[reportArgumentType]
 
 

@@ -19,6 +19,8 @@ from pipeline.runs.card import CARD, Card
 _OPERATION = re.compile(r"(?:torch\.ops\.|op='|target=)?\b((?:aten|torchvision|prims)(?:\.|::)\w+)")
 _PLACE = re.compile(r"Caused by: \((\S+:\d+) in (\w+)\)")
 _COLOUR = re.compile(r"\x1b\[\d*m|\[\d+m")
+AT_ONCE = 64
+"""Images that run through a network at once."""
 CARD_FILE = f"{CARD}.json"
 """Name of the extra file of a .pt2 or TorchScript file, and of the file in a folder, that holds the student's card."""
 
@@ -28,7 +30,7 @@ class TrainedStudent(NamedTuple):
 
     model: nn.Module
     images_BCHW: Tensor
-    """Some normalised validation images, at least two."""
+    """Some normalised validation images."""
     logits_BK: Tensor
     """The student's logits of these images, before BatchNorms were folded."""
     card: Card
@@ -39,6 +41,11 @@ class TrainedStudent(NamedTuple):
     """The model card, in Markdown."""
 
     @property
+    def two_images(self) -> Tensor:
+        """Return two images for a trace: torch takes a dimension of size one for a constant."""
+        return self.images_BCHW[[0, min(1, len(self.images_BCHW) - 1)]].contiguous()
+
+    @property
     def card_text(self) -> str:
         """Return the student's card as JSON."""
         return self.card.metadata()[CARD]
@@ -46,8 +53,7 @@ class TrainedStudent(NamedTuple):
 
 def trace_student(student: TrainedStudent) -> torch.export.ExportedProgram:
     """Return the program of the network for any number of images. Raises RecipeError that names what prevents it."""
-    # Two images: torch.export takes a dimension of size one for a constant.
-    example, sizes = student.images_BCHW[:2].contiguous(), ({0: torch.export.Dim("batch")},)
+    example, sizes = student.two_images, ({0: torch.export.Dim("batch")},)
     with naming_operations(), torch.no_grad():
         program = torch.export.export(student.model, (example,), dynamic_shapes=sizes)
     for module in program.graph_module.modules():
@@ -83,8 +89,8 @@ def reason(error: BaseException, printed: str = "") -> str:
     said = next((found for text in texts if (found := _OPERATION.search(text))), None)
     read = _OPERATION.findall(printed)
     operation = said[1] if said else read[-1] if read else None
-    site = next((found for text in texts if (found := _PLACE.search(text))), None)
+    line = next((found for text in texts if (found := _PLACE.search(text))), None)
     words = next((text for text in texts if text.strip()), type(error).__name__)
     first = " ".join(words.partition("\n")[0].split())[:200]
-    where = f" ({site[1]} in {site[2]})" if site else ""
+    where = f" ({line[1]} in {line[2]})" if line else ""
     return f"the operation {operation}{where}: {first}" if operation else f"{first}{where}"

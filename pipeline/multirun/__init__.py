@@ -1,1 +1,1 @@
-"""Training of several runs in one process, for ``compare.py side=N``."""
+"""Training of several runs: side by side in one process, in processes of their own, or as trials of a search."""

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.frozen_model import FrozenModel
 
-Number = Annotated[int | float, Field(allow_inf_nan=False)]
+
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {json.dumps(value)}; give a list, [false, true]")
+    return value
+
+
+Number = Annotated[int | float, Field(allow_inf_nan=False), BeforeValidator(_no_switch)]
+SET_BY_SEARCH = ("seed", "folder", "data.holdout")
+"""Keys that the search itself sets for each of its runs."""
+
+
+MOST_VALUES = 100
+"""Values of a list."""
 
 
 class Range(FrozenModel):
@@ -32,6 +46,8 @@ class Range(FrozenModel):
             raise ValueError("log: true needs low above 0")
         if self.log and self.step is not None:
             raise ValueError("log: true takes no step; remove one of them")
+        if self.step is not None and not _divides(self.step, self.high - self.low):
+            raise ValueError(f"step: {self.step} does not lead from low: {self.low} to high: {self.high}")
         return self
 
     @property
@@ -45,10 +61,10 @@ class Range(FrozenModel):
         return self.low, self.high
 
 
-class Choice(FrozenModel):
+class Categorical(FrozenModel):
     """Values without an order, which may be anything that a recipe has."""
 
-    values: Annotated[tuple[Any, ...], Field(min_length=2, max_length=100)]
+    values: tuple[Any, ...]
 
     @property
     def extremes(self) -> tuple[Any, ...]:
@@ -56,22 +72,47 @@ class Choice(FrozenModel):
         return self.values
 
 
-Space = Mapping[str, Range | Choice]
+Space = Mapping[str, Range | Categorical]
 _RANGE = TypeAdapter(Range)
 
 
-def parse_space(given: Any) -> dict[str, Range | Choice]:
+def parse_space(given: Any) -> dict[str, Range | Categorical]:
     """Return the space: by key a list of values, or a mapping with ``low`` and ``high``. Raises RecipeError."""
     example = "{losses.kd.temperature: [2, 4, 8], schedule.rate: {low: 0.01, high: 0.2, log: true}}"
     if not isinstance(given, dict) or not given:
         raise RecipeError(f"command line: space: expected keys and their values, such as space='{example}'")
-    return {str(key): _parse(f"command line: space: {key}", values) for key, values in given.items()}
+    space = {str(key): _parse(f"command line: space: {key}", values) for key, values in given.items()}
+    for key in space:
+        if any(_meets(key, other) for other in SET_BY_SEARCH):
+            raise RecipeError(f"command line: space: {key}: the search sets it for each run; leave it out")
+        if within := next((other for other in space if other != key and _meets(key, other)), None):
+            raise RecipeError(f"command line: space: {key}: meets {within}, and both would set the same; give one")
+    return space
 
 
-def _parse(where: str, values: Any) -> Range | Choice:
+def check_overrides(space: Space, overrides: Sequence[str]) -> None:
+    """Raise RecipeError if the space sets a key, or one above it, that an override sets, too."""
+    for given in (override.partition("=")[0] for override in overrides):
+        if taken := next((key for key in space if f"{given}.".startswith(f"{key}.")), None):
+            raise RecipeError(f"command line: {given}: the space has {taken}, which would replace it; give one of them")
+
+
+def _meets(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _divides(step: float, width: float) -> bool:
+    return math.isclose(width / step, round(width / step), rel_tol=1e-9) and round(width / step) > 0
+
+
+def _parse(where: str, values: Any) -> Range | Categorical:
     try:
+        if not isinstance(values, list | dict):
+            raise RecipeError(f"{where}: expected a list of values or {{low: …, high: …}}, got {values!r}")
         if isinstance(values, list):
-            chosen = Choice(values=tuple(values))
+            if not 2 <= len(values) <= MOST_VALUES:
+                raise RecipeError(f"{where}: a list has 2 to {MOST_VALUES} values, got {len(values)}")
+            chosen = Categorical(values=tuple(values))
             if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
                 raise RecipeError(f"{where}: a value stands there twice")
             return chosen

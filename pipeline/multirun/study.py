@@ -7,14 +7,22 @@ interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import one_line
 from pipeline.multirun.space import Range, Space
+from pipeline.runs.files import NEW_FOLDER_HINT
+from shards.documents import DamagedFile
 
 STUDY_FILE = "study.log"
+_NAME = "search"
+"""Name of the study in its file."""
+NEEDS_OPTUNA = "search needs Optuna; pip install '.[search]'"
 RANDOM_TRIALS = 8
 """Trials before the proposals follow the results."""
 
@@ -36,7 +44,7 @@ class Trial:
 
 
 class Study:
-    """The trials of a search, in a file of its folder."""
+    """The trials of a search, in a file of its folder. Raises DamagedFile if the file cannot be read."""
 
     def __init__(self, folder: Path, space: Space, seed: int) -> None:
         import optuna
@@ -46,10 +54,20 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._seed = optuna, seed
         self._distributions = {key: self._distribution(space[key]) for key in space}
-        storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
-        self._study = optuna.create_study(
-            storage=storage, study_name="search", direction="maximize", load_if_exists=True
-        )
+        file = folder / STUDY_FILE
+        try:
+            storage = JournalStorage(JournalFileBackend(str(file)))
+            # Not create_study for both, which would write to the file of a search that is only read.
+            if _NAME in optuna.get_all_study_names(storage):
+                self._study = optuna.load_study(study_name=_NAME, storage=storage)
+            else:
+                self._study = optuna.create_study(study_name=_NAME, storage=storage, direction="maximize")
+            self.trials()
+        except OSError:
+            raise
+        except Exception as error:  # for a line that is not Optuna's, it may raise anything
+            advice = f"search again in a new folder: {NEW_FOLDER_HINT}"
+            raise DamagedFile(f"{file}: is no log of trials ({one_line(error, 100)}); {advice}") from error
 
     def _distribution(self, values: Any) -> Any:
         distributions = self._optuna.distributions
@@ -74,8 +92,8 @@ class Study:
         self._study.sampler = self._optuna.samplers.TPESampler(
             seed=(self._seed + 1_000_003 * number) % 2**32, n_startup_trials=RANDOM_TRIALS
         )
-        suggested = self._study.ask(self._distributions)
-        return self._trial(self._study.get_trials(deepcopy=False)[suggested.number])
+        proposed = self._study.ask(self._distributions)
+        return self._trial(self._study.get_trials(deepcopy=False)[proposed.number])
 
     def finish(self, trial: Trial, metric: float) -> None:
         """Record the metric of a trial."""
@@ -86,7 +104,7 @@ class Study:
         self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def _trial(self, frozen: Any) -> Trial:
-        values = {key: _plain(value) for key, value in frozen.params.items()}
+        values = {key: _plain(value, frozen.distributions[key]) for key, value in frozen.params.items()}
         return Trial(frozen.number, values, frozen.value, frozen.state == self._optuna.trial.TrialState.FAIL)
 
 
@@ -96,8 +114,27 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
     return max(finished, key=lambda trial: (trial.metric, -trial.number), default=None)
 
 
-def _plain(value: Any) -> Any:
-    """Return the value for a recipe: a choice as it was given, a number with as many digits as people write."""
+def recover(folder: Path) -> None:
+    """Make the log of a killed search one that can be continued; only the process with the folder's lock may do so.
+
+    Optuna would wait for its own lock, and add its next line to a line that a crash or a full disk has cut.
+    """
+    file = folder / STUDY_FILE
+    for left in folder.glob(f"{STUDY_FILE}.lock*"):
+        left.unlink()
+    if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(file, content.rfind(b"\n") + 1)
+
+
+def _plain(value: Any, distribution: Any) -> Any:
+    """Return the value for a recipe: a choice as it was given, a number with as many digits as people write.
+
+    There are four, or as many as tell a thousand values of the range apart.
+    """
     if isinstance(value, str):
         return json.loads(value)
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    low, high = distribution.low, distribution.high
+    digits = max(4, 3 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))
+    return min(max(float(f"{value:.{digits}g}"), low), high)

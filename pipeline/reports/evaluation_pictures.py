@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.commands import as_started
 from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
@@ -38,7 +39,8 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
         agreement = "" if run.teaches_itself else " agreement=yes"
         text = "Calibration and single classes are shown once the run is evaluated:"
         return page.section(
-            "Single classes and calibration", page.note(text, f"python pipeline/evaluate.py {run.folder}{agreement}")
+            "Single classes and calibration",
+            page.note(text, as_started(f"python pipeline/evaluate.py {run.folder}{agreement}")),
         )
     alone = next((run for run in references.alone if run.evaluation), None)
     titles = methods[0].first_run.task.titles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from pipeline.commands import as_started
 from pipeline.reports import page
 from pipeline.reports.methods import MethodRuns
 from pipeline.reports.reported_run import ReportedRun
@@ -25,7 +26,7 @@ def draw_foot(methods: Sequence[MethodRuns]) -> str:
             page.section(
                 f"{method.name}, seed {run.recipe.seed}: recipe and versions",
                 page.paragraph("The run again, with every setting:"),
-                page.preformatted(command),
+                page.preformatted(as_started(command)),
                 page.table(["package", "version"], versions) if versions else "",
                 page.recipe(recipe),
             )

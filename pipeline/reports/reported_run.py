@@ -32,6 +32,7 @@ from pipeline.runs.files import (
     read_versions,
 )
 from pipeline.runs.folder import load_run
+from pipeline.runs.ownership import SEARCH_FILE
 from pipeline.tasks._base import Task
 from pipeline.tasks._registry import find_task
 from pipeline.training.journal import read_journal
@@ -190,11 +191,17 @@ def _folders_of(target: Path) -> list[Path]:
         above = Path("runs") / RecipeSource(find_recipe(target)).run_name
     else:
         raise RecipeError(f"{target}: there is no such folder; name a run's folder, or the recipe of a pair")
-    if folders := [path.parent for path in sorted(above.rglob(RESULT_FILE))]:
+    if folders := [path.parent for path in sorted(above.rglob(RESULT_FILE)) if not _is_trial(path.parent, above)]:
         return folders
     raise RecipeError(
         f"{above}: there is no finished run in it; train one first, or name the folder of an unfinished one"
     )
+
+
+def _is_trial(folder: Path, above: Path) -> bool:
+    """Return whether the run is a trial of a search below ``above``, which has a report of its own."""
+    between = [parent for parent in folder.parents if parent.is_relative_to(above) and parent != above]
+    return any((parent / SEARCH_FILE).is_file() for parent in between)
 
 
 def check_same_data(runs: Sequence[ReportedRun]) -> None:

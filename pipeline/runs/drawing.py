@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.commands import as_started
 from pipeline.distributed import signals
 from pipeline.errors import SOURCE
 
@@ -42,7 +43,7 @@ def draw_report(folders: Sequence[Path], out: Path) -> None:
     """
     if not draws() or signals.stop_requested():
         return
-    again = f"python pipeline/report.py {shlex.join(map(str, folders[:3]))}"
+    again = as_started(f"python pipeline/report.py {shlex.join(map(str, folders[:3]))}")
     command = [sys.executable, str(SOURCE / "pipeline" / "report.py"), *map(str, folders), f"out={out}"]
     # Without a GPU: the report needs none, and this process may have filled its memory.
     environment = {**undrawn_environment(), "CUDA_VISIBLE_DEVICES": ""}

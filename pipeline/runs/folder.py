@@ -117,7 +117,18 @@ def lock_folder(folder: Path) -> None:
     Raises RecipeError if another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Open, and so locked, until the process ends; not even a crash can leave the lock behind.
+    _lock(folder)  # open, and so locked, until the process ends; not even a crash can leave the lock behind
+    remove_temporaries(folder)
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise RecipeError if another process has locked the folder. This process must not have locked it."""
+    if (folder / LOCK).exists():
+        os.close(_lock(folder))
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder, and return the descriptor whose closing unlocks it."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         # lockf locks for the process, flock for the descriptor; one process may open the folder twice.
@@ -127,7 +138,7 @@ def lock_folder(folder: Path) -> None:
         raise RecipeError(
             f"{folder}: another process is writing in this folder; wait for it, or name another folder"
         ) from None
-    remove_temporaries(folder)
+    return descriptor
 
 
 def mark_preempted(folder: Path) -> None:

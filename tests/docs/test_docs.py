@@ -30,6 +30,7 @@ from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.config.schema import find_node, known_keys, model_schema
 from pipeline.losses._registry import LossSpec, find_loss, known_losses
 from pipeline.models import known_models
+from pipeline.multirun.space import Range
 
 TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
 RECIPE = model_schema(Recipe)
@@ -42,11 +43,12 @@ SELECTION = {"method", "methods", "with", "seeds", "jobs", "side", "base", "cons
 COMMAND_OPTIONS = {
     "cache_teacher": ("pipeline.caching.write", "CacheArguments"),
     "evaluate": ("pipeline.evaluate", "EvaluateArguments"),
+    "export": ("pipeline.export", "ExportArguments"),
     "predict": ("pipeline.predict", "PredictArguments"),
     "bench": ("pipeline.bench", "BenchArguments"),
 }
-OTHERS = {"out", "minutes", "cifar", "weights", "jpegs", "file", "strict"}
-"""Options of ``half_hour.py``, the mark of a block, and an argument of torch."""
+OTHERS = {"out", "minutes", "cifar", "weights", "jpegs", "file", "strict", "space", "trials"}
+"""Options of ``half_hour.py`` and of ``search.py``, the mark of a block, and an argument of torch."""
 
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -193,7 +195,7 @@ def is_key(name: str) -> bool:
     if ":" in key or parts[0] == "constants":
         return True  # a loss of the user's own, and constants, which any file may define
     if mapping == ": ":
-        return key in all_fields() | SELECTION | {*known_losses()}
+        return key in all_fields() | options() | SELECTION | {*known_losses()}
     if len(parts) == 1 and key in options() | SELECTION | OTHERS:
         return True
     return all(is_known(parts[:depth], part) for depth, part in enumerate(parts))
@@ -213,7 +215,7 @@ def options() -> set[str]:
 def all_fields() -> set[str]:
     """Return the names of the keys of all sections and losses."""
     fields: set[str] = set()
-    models: list[Any] = [Recipe, *(find_loss(name).Config for name in known_losses())]
+    models: list[Any] = [Recipe, Range, *(find_loss(name).Config for name in known_losses())]
     for model in models:  # the list grows meanwhile
         for name, field in model.model_fields.items():
             fields.add(field.alias or name)
@@ -237,7 +239,9 @@ def recipes_of(line: str) -> Iterator[tuple[str, list[str]]]:
     words = [word for word in words_of(line[script.end() :]) if not word.startswith("-")]
     own = options() if script[1] in COMMAND_OPTIONS else set()
     overrides = [
-        word for word in words if "=" in word and word.partition("=")[0] not in own | {"seeds", "jobs", "side"}
+        word
+        for word in words
+        if "=" in word and word.partition("=")[0] not in own | {"seeds", "jobs", "side", "space", "trials"}
     ]
     methods = [word.partition("=")[2].split(",") for word in overrides if word.startswith("methods=")]
     others = [word for word in overrides if not word.startswith("methods=")]

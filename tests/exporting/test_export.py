@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pipeline import export
 from pipeline.errors import RecipeError
@@ -80,6 +82,32 @@ def test_a_folder_for_a_hub_has_weights_card_and_what_was_measured(trained: Path
     assert "16 × 16 pixels" in body
 
 
+def test_a_network_of_timm_is_a_folder_that_timm_reads(run_train: Train, recipes: Path):
+    run_train("ce.yaml", "epochs=1", "student.model=timm/mobilenetv3_small_050", "data.size=32")
+    export.main(["runs/ce", "format=timm", "images=4", "out=runs/ce/timm"])
+    model = timm.create_model(f"local-dir:{recipes / 'runs/ce/timm'}", pretrained=True)
+    saved = load_file(recipes / "runs/ce/student.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert model.num_classes == 20
+
+
+def answer_post(path: str, content: bytes, endpoint: str, sent: dict[str, Any]) -> Any:
+    """Return what a hub answers, and keep in ``sent`` what it was sent."""
+    if path.endswith("/repos/create"):
+        sent["created"].append(json.loads(content))
+        return {"url": f"{endpoint}/me/small", "name": "me/small"}
+    if "/preupload/" in path:
+        names = [each["path"] for each in json.loads(content)["files"]]
+        return {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+    if "/commit/" in path:
+        lines = [json.loads(line) for line in content.splitlines()]
+        values = [line["value"] for line in lines if line["key"] == "file"]
+        sent["files"] = {each["path"]: base64.b64decode(each["content"]) for each in values}
+        return {"commitUrl": f"{endpoint}/me/small/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+    return {}
+
+
 @pytest.fixture
 def a_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A stand-in for the hub on this machine, and what it was sent."""
@@ -88,21 +116,8 @@ def a_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            answer: Any = {}
             status = 403 if sent["refuses"] else 200
-            if self.path.endswith("/repos/create"):
-                sent["created"].append(json.loads(content))
-                answer = {"url": f"{endpoint}/me/small", "name": "me/small"}
-            elif "/preupload/" in self.path:
-                files = json.loads(content)["files"]
-                answer = {
-                    "files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]
-                }
-            elif "/commit/" in self.path:
-                lines = [json.loads(line) for line in content.splitlines()]
-                values = [line["value"] for line in lines if line["key"] == "file"]
-                sent["files"] = {each["path"]: base64.b64decode(each["content"]) for each in values}
-                answer = {"commitUrl": f"{endpoint}/me/small/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+            answer = answer_post(self.path, content, endpoint, sent)
             self.answer(status, answer)
 
         def do_GET(self) -> None:
@@ -162,9 +177,10 @@ def test_a_hub_that_refuses_is_one_line_and_the_files_stay(trained: Path, a_hub:
         ),
         (["runs/ce", "format=timm"], "cifar_resnet8 is none of timm's networks"),
         (["runs/ce", "format=hub", "fold=yes"], "leave out fold=yes"),
+        (["runs/ce", "format=hub", "out=ce.yaml/student"], "out: ce.yaml cannot be written .*is not a folder"),
         (["runs/ce", "format=hub", "out=ce.yaml"], "out: ce.yaml is a file; give another path"),
         (["runs/ce", "format=onnx", "out=runs"], "out: runs is a folder; give another path"),
-        (["runs/ce", "format=onnx", "images=1"], "images: Input should be greater than or equal to 2"),
+        (["runs/ce", "format=onnx", "images=0"], "images: Input should be greater than or equal to 1"),
         (["runs/ce", "format=onnx", "weights=ema"], "weights: there is no file runs/ce/student_ema.safetensors"),
     ],
 )

@@ -62,7 +62,7 @@ def test_a_written_student_answers_as_the_student_does(small: TrainedStudent, tm
     chosen.write(small, path)
     run = chosen.run(path)
     compared = compare_outputs(small, run)
-    assert compared.images == compared.same_top1 == 8
+    assert compared.images == compared.same == 8
     assert compared.largest_difference < 1e-5
     for rows in (1, 3, 7):
         torch.testing.assert_close(run(small.images_BCHW[:rows]), small.logits_BK[:rows], rtol=1e-4, atol=1e-5)
@@ -105,6 +105,40 @@ def test_a_file_that_answers_otherwise_is_refused(small: TrainedStudent):
         compare_outputs(small, lambda images_BCHW: small.logits_BK[: len(images_BCHW)] + 0.5)
     with pytest.raises(RecipeError, match="a logit differs by nan"):
         compare_outputs(small, lambda images_BCHW: small.logits_BK[: len(images_BCHW)] * float("nan"))
+
+
+def test_a_student_of_several_classes_is_compared_by_its_decisions(small: TrainedStudent):
+    several = small._replace(card=small.card.model_copy(update={"task": "multilabel"}))
+    logits_BK = torch.tensor([[3.0, -1e-4], [3.0, 1.0]])  # the first image has one decision at its border
+    images_BCHW, moved_BK = small.images_BCHW[:2], logits_BK + 2e-4
+    border = several._replace(images_BCHW=images_BCHW, logits_BK=logits_BK)
+    compared = compare_outputs(border, lambda images_BCHW: moved_BK[: len(images_BCHW)])
+    assert str(compared).endswith("the same decisions on 1 of 2 validation images")
+    compared = compare_outputs(several, lambda images_BCHW: small.model(images_BCHW).detach())
+    assert str(compared).endswith("the same decisions on 8 of 8 validation images")
+
+
+def test_more_images_than_fit_at_once_are_compared_piece_by_piece(small: TrainedStudent):
+    many, seen = torch.arange(150.0)[:, None, None, None].expand(150, 3, 1, 1), []
+
+    def run(images_BCHW: Tensor) -> Tensor:
+        seen.append(len(images_BCHW))
+        return images_BCHW[:, :2, 0, 0]
+
+    compared = compare_outputs(small._replace(images_BCHW=many, logits_BK=many[:, :2, 0, 0]), run)
+    assert (compared.images, compared.same) == (150, 150)
+    assert sum(seen) == 151
+    assert max(seen) <= 64
+
+
+@pytest.mark.parametrize("name", ["pt2", "onnx", "torchscript"])
+def test_one_validation_image_is_enough(small: TrainedStudent, tmp_path: Path, name: str):
+    path = tmp_path / f"student{FORMATS[name].ending}"
+    one = small._replace(images_BCHW=small.images_BCHW[:1], logits_BK=small.logits_BK[:1])
+    FORMATS[name].write(one, path)
+    run = FORMATS[name].run(path)
+    assert compare_outputs(one, run).images == 1
+    torch.testing.assert_close(run(small.images_BCHW), small.logits_BK, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_for_one_number_of_images_is_refused(small: TrainedStudent):
@@ -171,7 +205,7 @@ def test_folded_batchnorms_are_gone_from_the_file_and_change_nothing(tmp_path: P
     kinds = {node.op_type for node in onnx.load(tmp_path / "student.onnx").graph.node}
     assert "Conv" in kinds
     assert "BatchNormalization" not in kinds
-    assert compare_outputs(folded, FORMATS["onnx"].run(tmp_path / "student.onnx")).same_top1 == 6
+    assert compare_outputs(folded, FORMATS["onnx"].run(tmp_path / "student.onnx")).same == 6
     for name in ("timm", "hub"):
         with pytest.raises(RecipeError, match=r"leave out fold=yes|is none of timm's networks"):
             FORMATS[name].write(folded, tmp_path)
@@ -231,5 +265,5 @@ def test_six_networks_keep_their_first_choice_on_real_images(
             path.mkdir()
         FORMATS[chosen].write(student, path)
         compared = compare_outputs(student, FORMATS[chosen].run(path))
-        assert compared.same_top1 == compared.images == 16, chosen
+        assert compared.same == compared.images == 16, chosen
     assert len(set(student.logits_BK.argmax(1).tolist())) > 1

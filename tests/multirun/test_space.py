@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RecipeError
-from pipeline.multirun.space import Choice, Range, overrides_of, parse_space
+from pipeline.multirun.space import Categorical, Range, overrides_of, parse_space
 
 
 def test_a_list_is_a_choice_and_a_mapping_a_range():
@@ -17,7 +17,7 @@ def test_a_list_is_a_choice_and_a_mapping_a_range():
     assert space["epochs"] == Range(low=2, high=8)
     assert isinstance(space["epochs"], Range)
     assert space["epochs"].is_whole
-    assert space["losses.kd.temperature"] == Choice(values=(2, 4.0))
+    assert space["losses.kd.temperature"] == Categorical(values=(2, 4.0))
     assert space["schedule.milestones"].extremes == ([1], [2, 3])
 
 
@@ -37,7 +37,13 @@ def test_values_become_words_of_a_command_line():
         (None, "space: expected keys and their values, such as space="),
         ([1, 2], "space: expected keys and their values"),
         ({}, "space: expected keys and their values"),
-        ({"epochs": [2]}, "space: epochs: values: Tuple should have at least 2 items"),
+        ({"epochs": [2]}, "space: epochs: a list has 2 to 100 values, got 1"),
+        ({"flip": {"low": False, "high": True}}, "space: flip: low: expected a number, got false; give a list"),
+        ({"epochs": "two"}, "space: epochs: expected a list of values or {low: …, high: …}, got 'two'"),
+        ({"x": {"low": 1, "high": 5, "step": 3}}, "space: x: step: 3 does not lead from low: 1 to high: 5"),
+        ({"losses.kd": [1, 2], "losses.kd.weight": [1, 2]}, "losses.kd: meets losses.kd.weight"),
+        ({"seed": [1, 2]}, "space: seed: the search sets it for each run; leave it out"),
+        ({"data": [1, 2]}, "space: data: the search sets it for each run; leave it out"),
         ({"epochs": [2, 2]}, "space: epochs: a value stands there twice"),
         ({"epochs": 3}, "space: epochs: "),
         ({"epochs": {"low": 3}}, "space: epochs: high: Field required"),
