@@ -25,6 +25,7 @@ from pipeline.errors import ROOT, AlreadyReported
 from pipeline.models import create_model
 from pipeline.runs.card import Card, read_card
 from pipeline.training.checkpoint import Best, export_student, exported_best
+from shards.jpeg import _convert, decode_jpeg
 from shards.read import SplitReader
 
 Train = Callable[..., None]
@@ -120,6 +121,16 @@ def test_a_table_names_the_classes_and_files_hold_them(
     assert len(rows) == 6
 
 
+def test_a_name_that_is_not_utf_8_is_printed_and_written(
+    student: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (images / "a.png").rename(images / os.fsdecode(b"\xe9.png"))
+    for ending in ("json", "csv"):
+        predict.main([str(student), str(images), "top=1", f"out={tmp_path}/found.{ending}"])
+        assert "\N{REPLACEMENT CHARACTER}.png" in (tmp_path / f"found.{ending}").read_text(encoding="utf-8")
+    assert "\N{REPLACEMENT CHARACTER}.png" in capsys.readouterr().out
+
+
 def test_of_several_classes_those_above_one_half_are_named():
     card = CARD.model_copy(update={"task": "multilabel", "classes": ("a", "b", "c")})
     logits_BK = torch.tensor([[2.0, -1.0, 3.0], [-1.0, -2.0, 0.0]])
@@ -141,6 +152,38 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_done(
     assert f"{images}/below/c.png  class " in told.out
 
 
+@pytest.mark.parametrize("name", ["cmyk.jpg", "turned.jpg", "grey16.png", "palette.png", "alpha.png", "moving.webp"])
+def test_an_odd_image_has_the_pixels_of_the_shards(tmp_path: Path, name: str):
+    pixels = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
+    image, keys, path = Image.fromarray(pixels), {}, tmp_path / name
+    if name == "cmyk.jpg":
+        image = image.convert("CMYK")
+    elif name == "turned.jpg":
+        keys["exif"] = Image.Exif()
+        keys["exif"][0x112] = 6
+    elif name == "grey16.png":
+        image = Image.fromarray(257 * pixels[..., 0].astype(np.uint16))
+    elif name == "palette.png":
+        image, keys = image.quantize(16), {"transparency": 3}
+    elif name == "alpha.png":
+        image.putalpha(image.convert("L"))
+    else:
+        keys = {"save_all": True, "append_images": [image.rotate(90)], "lossless": True}
+    image.save(path, **keys)
+    of_shards = np.asarray(_convert(decode_jpeg(path.read_bytes(), webp=True)))
+    np.testing.assert_array_equal(read_image(path), of_shards)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [(np.float32, "its values are no whole numbers"), (np.int32, "its grey values have more than 16 bits")],
+)
+def test_values_that_have_no_eight_bits_are_refused(tmp_path: Path, dtype: type, message: str):
+    Image.fromarray(np.full((4, 4), 70_000, dtype)).save(tmp_path / "values.tif")
+    with pytest.raises(ValueError, match=rf"values\.tif: cannot be decoded \({message}"):
+        read_image(tmp_path / "values.tif")
+
+
 def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_path: Path):
     plain = tmp_path / "plain.safetensors"
     save_file(load_file(student), plain)
@@ -157,6 +200,9 @@ def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_p
     assert "unknown key; known are top, batch and out" in refused(student, images, "quality=5")
     assert "top" in refused(student, images, "top=0")
     assert "ends in .json or .csv" in refused(student, images, "out=found.txt")
+    assert "out: there is no folder" in refused(student, images, f"out={tmp_path}/gone/found.json")
+    (tmp_path / "folder.json").mkdir()
+    assert "is a folder; name a file" in refused(student, images, f"out={tmp_path}/folder.json")
 
 
 @pytest.mark.parametrize(
