@@ -195,6 +195,7 @@ def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_p
     (tmp_path / "empty").mkdir()
     assert "there is no image in this folder" in refused(student, tmp_path / "empty")
     assert "there is no such image or folder" in refused(student, tmp_path / "gone.jpg")
+    assert "is a folder; name the weights file, such as" in refused(images, images)
     assert "there is no such weights file" in refused(tmp_path / "gone.safetensors", images)
     assert "cannot be read as safetensors" in refused(images / "a.png", images)
     assert "unknown key; known are top, batch and out" in refused(student, images, "quality=5")
@@ -212,6 +213,7 @@ def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_p
         ({"model": "cifar_resnet20"}, "weights of another architecture than cifar_resnet20"),
         ({"classes": ("one", "two")}, "have 20 classes"),
         ({"format": 2}, "card: format"),
+        ({"task": "segmenting"}, "card: task: Value error, there is no task 'segmenting'; known are classification"),
     ],
 )
 def test_a_card_that_does_not_fit_is_one_line(changes: dict, message: str, images: Path, tmp_path: Path):
@@ -251,6 +253,23 @@ def test_a_runs_files_have_cards_with_their_own_accuracy(run_train: Train, recip
     assert best.best == {"top1": result["best_top1"], "epoch": result["best_epoch"]}
     assert last.identity == result["identity"]
     assert len(last.classes) == 20
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        (None, "best: Input should be an object"),
+        ({"epoch": 1}, "best: has no top1"),
+        ({"top1": "x", "epoch": 1}, "best: top1: Input should be a valid number"),
+        ({"top1": 5.0, "epoch": 1.5}, "best: epoch: Input should be a valid integer"),
+    ],
+)
+def test_a_damaged_card_of_the_best_weights_is_one_line(student: Path, best: object, message: str):
+    card = json.loads(CARD.metadata()["card"]) | {"best": best}
+    save_file(load_file(student), student, {"card": json.dumps(card)})
+    with pytest.raises(ValueError, match=f"{message}.*; move it away; the next best weights take its place$") as error:
+        exported_best(student, "top1")
+    assert "\n" not in str(error.value)
 
 
 def test_weights_from_before_there_was_a_card_still_go_on_and_load(run_train: Train, recipes: Path):
