@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,7 +156,8 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_done(
 @pytest.mark.parametrize("name", ["cmyk.jpg", "turned.jpg", "grey16.png", "palette.png", "alpha.png", "moving.webp"])
 def test_an_odd_image_has_the_pixels_of_the_shards(tmp_path: Path, name: str):
     pixels = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
-    image, keys, path = Image.fromarray(pixels), {}, tmp_path / name
+    image, path = Image.fromarray(pixels), tmp_path / name
+    keys: dict[str, Any] = {}
     if name == "cmyk.jpg":
         image = image.convert("CMYK")
     elif name == "turned.jpg":
