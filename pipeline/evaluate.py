@@ -61,6 +61,7 @@ from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, write_eva
 from pipeline.runs.files import RECIPE, read_identity, read_result
 from pipeline.runs.folder import NAMED_WEIGHTS, load_run, student_file
 from pipeline.runs.identity import classes_sha256, resolve, run_folder
+from pipeline.runs.ownership import check_new_file
 from pipeline.runs.rank_settings import join_ranks
 from pipeline.tasks._base import Task
 from pipeline.tasks._registry import find_task
@@ -148,7 +149,8 @@ def _read_subject(args: Sequence[str]) -> Subject:
     arguments, launch = parse_command_args(options, EvaluateArguments), read_launch()
     target, overrides = parse_recipe_args(args)
     loaded = _load(target, overrides)
-    _check_out(arguments.out)
+    if arguments.out:
+        check_new_file(Path(arguments.out), "out")
     own = [override for override in overrides if not override.startswith("data.path=")]
     own_path = Path((loaded if own == overrides else _load(target, own)).recipe.data.path)
     moved = own_path != Path(loaded.recipe.data.path)
@@ -169,11 +171,6 @@ def _load(target: Path, overrides: Sequence[str]) -> LoadedRecipe:
     return (
         load_run(target, overrides, losses=False) if target.is_dir() else load_recipe(target, overrides, losses=False)
     )
-
-
-def _check_out(out: str | None) -> None:
-    if out and not Path(out).absolute().parent.is_dir():
-        raise RecipeError(f"out: there is no folder {Path(out).parent} for {out}; create it first")
 
 
 def _check_is_prepared(path: Path) -> None:

@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from pipeline.errors import AlreadyReported, RecipeError
 from pipeline.frozen_model import FrozenModel
 from pipeline.runs.card import Card, read_card
 from pipeline.runs.files import check_student
+from pipeline.runs.ownership import check_new_file
 from pipeline.training.result import aligned
 from shards.manifest import write_atomically
 
@@ -82,6 +84,8 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError(f"command line: {unknown[0]}: unknown key; known are top, batch and out")
     if not words:
         raise RecipeError("command line: name a student.safetensors, then images or folders of images")
+    if arguments.out:
+        check_new_file(Path(arguments.out), "out")
     weights, card = Path(words[0]), read_card(Path(words[0]))
     check_student(weights)
     paths = image_files([Path(word) for word in words[1:]])
@@ -151,21 +155,26 @@ def _rows(found: dict[Path, list[Guess]]) -> Iterator[list[str]]:
     """Yield the rows of the table: an image's name stands in the first of its rows."""
     for path, guesses in found.items():
         if not guesses:
-            yield [str(path), "no class above 0.5", ""]
+            yield [_text(path), "no class above 0.5", ""]
         for number, each in enumerate(guesses):
-            yield [str(path) if number == 0 else "", each.name, f"{each.probability:.3f}"]
+            yield [_text(path) if number == 0 else "", each.name, f"{each.probability:.3f}"]
+
+
+def _text(path: Path) -> str:
+    """Return a path with a question mark in a diamond for each byte that is not UTF-8, so that it can be printed."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _as_text(found: dict[Path, list[Guess]], ending: str) -> str:
     if ending == ".json":
         images: list[dict[str, Any]] = [
-            {"image": str(path), "classes": [each._asdict() for each in guesses]} for path, guesses in found.items()
+            {"image": _text(path), "classes": [each._asdict() for each in guesses]} for path, guesses in found.items()
         ]
         return json.dumps(images, indent=2, ensure_ascii=False) + "\n"
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *Guess._fields])
-    writer.writerows([str(path), *each] for path, guesses in found.items() for each in guesses)
+    writer.writerows([_text(path), *each] for path, guesses in found.items() for each in guesses)
     return text.getvalue()
 
 

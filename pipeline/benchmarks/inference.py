@@ -30,13 +30,18 @@ def measure_speed(
 ) -> list[Speed]:
     """Return the speed of a network on random images of ``size`` pixels, for each batch size.
 
-    It runs in eval mode under ``autocast``, after a warm-up. Repeats fill about a second for each batch size.
+    It runs in eval mode under ``autocast``, after a warm-up. Repeats fill about a second for each batch size. A batch
+    for which the GPU has no memory is left out, with a note.
     """
     found = []
     with evaluating(network), autocast:
         for batch in BATCHES:
             images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-            seconds = _repeat(lambda images=images_BCHW: network(images), device)
+            try:
+                seconds = _repeat(lambda images=images_BCHW: network(images), device)
+            except torch.OutOfMemoryError:  # all other figures are there already, and would be lost
+                print(f"note: speed: a batch of {batch} images does not fit into the GPU's memory, and is left out")
+                continue
             found.append(summarize_times(batch, seconds))
     return found
 

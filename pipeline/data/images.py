@@ -25,7 +25,9 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             with Image.open(path) as image:
                 image.load()
                 if image.mode.startswith("I"):  # grey of 16 bits: Pillow would clip values at 255
-                    return np.repeat((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+                    return _grey(np.asarray(image).astype(np.int64))
+                if image.mode == "F":
+                    raise ValueError("its values are no whole numbers; store 8 bits")
                 return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:  # its text contains a memory address
         raise ValueError(f"{path}: is not an image that Pillow knows") from None
@@ -33,6 +35,13 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # Pillow raises exceptions of many types
         raise ValueError(f"{path}: cannot be decoded ({one_line(error, 120)})") from None
+
+
+def _grey(values_HW: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return grey values of 16 bits as uint8 [H, W, 3]. Raises ValueError for larger ones."""
+    if values_HW.min() < 0 or values_HW.max() >= 2**16:
+        raise ValueError("its grey values have more than 16 bits; store 8 bits")
+    return np.repeat((values_HW >> 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def validation_image(pixels_HWC: NDArray[np.uint8], config: Config) -> Tensor:

@@ -13,6 +13,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
 from pipeline.frozen_model import FrozenModel
+from pipeline.runs.files import STUDENT
+from pipeline.tasks._registry import TaskName
 from shards.documents import DamagedFile, parse_document
 
 CARD = "card"
@@ -24,7 +26,7 @@ class Card(FrozenModel):
 
     format: Literal[1] = 1
     """Version of the card's keys."""
-    task: str
+    task: TaskName
     """The recipe's ``task``."""
     model: str
     """Name of the network, or ``package.module:factory``."""
@@ -57,6 +59,8 @@ def read_card(path: Path) -> Card:
 
     Raises FileNotFoundError if there is no file, and DamagedFile if it has no card or is damaged.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: is a folder; name the weights file, such as {path / STUDENT}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file")
     advice = f"give a run's student.safetensors, or measure it by a recipe: pipeline/evaluate.py RECIPE weights={path}"

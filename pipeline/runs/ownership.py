@@ -57,6 +57,15 @@ def check_writable(folder: Path, key: str, advice: str) -> None:
         raise RecipeError(f"{key}: {folder} cannot be written ({reason}); {advice}")
 
 
+def check_new_file(path: Path, key: str) -> None:
+    """Raise RecipeError, which names ``key``, if no file can be written to ``path``, whose folder must exist."""
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"{key}: there is no folder {path.parent} for {path}; create it first")
+    if path.is_dir():
+        raise RecipeError(f"{key}: {path} is a folder; name a file")
+    check_writable(path.parent, key, f"give {key}=ANOTHER")
+
+
 def _check_contents(folder: Path, marker: str, allowed: Collection[str], advice: str) -> None:
     """Raise RecipeError if the folder has files, but not ``marker``, the first that this program writes there."""
     if not folder.is_dir() or (folder / marker).exists():

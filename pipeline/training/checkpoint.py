@@ -52,7 +52,7 @@ from pipeline.training.files import (
 )
 from pipeline.training.saved import STATE, SavedState, read_saved, write_saved
 from pipeline.training.zero import DDP
-from shards.documents import DamagedFile
+from shards.documents import DamagedFile, parse_document
 from shards.manifest import UnwritableFile, free_bytes, sync_path, write_atomically, writing
 
 
@@ -294,12 +294,15 @@ def exported_best(path: Path, metric: str) -> Best:
     """Return what the card of the best weights says; without a file, a best that every value exceeds."""
     if not path.is_file():
         return Best(metric)
-    with readable(path, "move it away; the next best weights take its place"), safe_open(path, framework="pt") as file:
+    advice = "move it away; the next best weights take its place"
+    with readable(path, advice), safe_open(path, framework="pt") as file:
         found = file.metadata()
         # Before there was a card, the text was the file's only metadata.
         text = json.dumps(json.loads(found[CARD])["best"]) if CARD in found else found["best"]
-        stored = _StoredBest.model_validate_json(text, strict=True)
-        return Best(metric, stored.values[metric], stored.epoch)
+    stored = parse_document(text.encode(), f"{path}: best", _StoredBest, advice)
+    if metric not in stored.values:
+        raise DamagedFile(f"{path}: best: has no {metric}; {advice}")
+    return Best(metric, stored.values[metric], stored.epoch)
 
 
 class _StoredBest(BaseModel):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pipeline.errors import ROOT, AlreadyReported
 from pipeline.models import create_model
 from pipeline.runs.card import Card, read_card
 from pipeline.training.checkpoint import Best, export_student, exported_best
+from shards.jpeg import _convert, decode_jpeg
 from shards.read import SplitReader
 
 Train = Callable[..., None]
@@ -120,6 +122,16 @@ def test_a_table_names_the_classes_and_files_hold_them(
     assert len(rows) == 6
 
 
+def test_a_name_that_is_not_utf_8_is_printed_and_written(
+    student: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (images / "a.png").rename(images / os.fsdecode(b"\xe9.png"))
+    for ending in ("json", "csv"):
+        predict.main([str(student), str(images), "top=1", f"out={tmp_path}/found.{ending}"])
+        assert "\N{REPLACEMENT CHARACTER}.png" in (tmp_path / f"found.{ending}").read_text(encoding="utf-8")
+    assert "\N{REPLACEMENT CHARACTER}.png" in capsys.readouterr().out
+
+
 def test_of_several_classes_those_above_one_half_are_named():
     card = CARD.model_copy(update={"task": "multilabel", "classes": ("a", "b", "c")})
     logits_BK = torch.tensor([[2.0, -1.0, 3.0], [-1.0, -2.0, 0.0]])
@@ -141,6 +153,39 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_done(
     assert f"{images}/below/c.png  class " in told.out
 
 
+@pytest.mark.parametrize("name", ["cmyk.jpg", "turned.jpg", "grey16.png", "palette.png", "alpha.png", "moving.webp"])
+def test_an_odd_image_has_the_pixels_of_the_shards(tmp_path: Path, name: str):
+    pixels = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
+    image, path = Image.fromarray(pixels), tmp_path / name
+    keys: dict[str, Any] = {}
+    if name == "cmyk.jpg":
+        image = image.convert("CMYK")
+    elif name == "turned.jpg":
+        keys["exif"] = Image.Exif()
+        keys["exif"][0x112] = 6
+    elif name == "grey16.png":
+        image = Image.fromarray(257 * pixels[..., 0].astype(np.uint16))
+    elif name == "palette.png":
+        image, keys = image.quantize(16), {"transparency": 3}
+    elif name == "alpha.png":
+        image.putalpha(image.convert("L"))
+    else:
+        keys = {"save_all": True, "append_images": [image.rotate(90)], "lossless": True}
+    image.save(path, **keys)
+    of_shards = np.asarray(_convert(decode_jpeg(path.read_bytes(), webp=True)))
+    np.testing.assert_array_equal(read_image(path), of_shards)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [(np.float32, "its values are no whole numbers"), (np.int32, "its grey values have more than 16 bits")],
+)
+def test_values_that_have_no_eight_bits_are_refused(tmp_path: Path, dtype: type, message: str):
+    Image.fromarray(np.full((4, 4), 70_000, dtype)).save(tmp_path / "values.tif")
+    with pytest.raises(ValueError, match=rf"values\.tif: cannot be decoded \({message}"):
+        read_image(tmp_path / "values.tif")
+
+
 def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_path: Path):
     plain = tmp_path / "plain.safetensors"
     save_file(load_file(student), plain)
@@ -152,11 +197,15 @@ def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_p
     (tmp_path / "empty").mkdir()
     assert "there is no image in this folder" in refused(student, tmp_path / "empty")
     assert "there is no such image or folder" in refused(student, tmp_path / "gone.jpg")
+    assert "is a folder; name the weights file, such as" in refused(images, images)
     assert "there is no such weights file" in refused(tmp_path / "gone.safetensors", images)
     assert "cannot be read as safetensors" in refused(images / "a.png", images)
     assert "unknown key; known are top, batch and out" in refused(student, images, "quality=5")
     assert "top" in refused(student, images, "top=0")
     assert "ends in .json or .csv" in refused(student, images, "out=found.txt")
+    assert "out: there is no folder" in refused(student, images, f"out={tmp_path}/gone/found.json")
+    (tmp_path / "folder.json").mkdir()
+    assert "is a folder; name a file" in refused(student, images, f"out={tmp_path}/folder.json")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +215,7 @@ def test_what_cannot_be_predicted_is_one_line(student: Path, images: Path, tmp_p
         ({"model": "cifar_resnet20"}, "weights of another architecture than cifar_resnet20"),
         ({"classes": ("one", "two")}, "have 20 classes"),
         ({"format": 2}, "card: format"),
+        ({"task": "segmenting"}, "card: task: Value error, there is no task 'segmenting'; known are classification"),
     ],
 )
 def test_a_card_that_does_not_fit_is_one_line(changes: dict, message: str, images: Path, tmp_path: Path):
@@ -205,6 +255,23 @@ def test_a_runs_files_have_cards_with_their_own_accuracy(run_train: Train, recip
     assert best.best == {"top1": result["best_top1"], "epoch": result["best_epoch"]}
     assert last.identity == result["identity"]
     assert len(last.classes) == 20
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        (None, "best: Input should be an object"),
+        ({"epoch": 1}, "best: has no top1"),
+        ({"top1": "x", "epoch": 1}, "best: top1: Input should be a valid number"),
+        ({"top1": 5.0, "epoch": 1.5}, "best: epoch: Input should be a valid integer"),
+    ],
+)
+def test_a_damaged_card_of_the_best_weights_is_one_line(student: Path, best: object, message: str):
+    card = json.loads(CARD.metadata()["card"]) | {"best": best}
+    save_file(load_file(student), student, {"card": json.dumps(card)})
+    with pytest.raises(ValueError, match=f"{message}.*; move it away; the next best weights take its place$") as error:
+        exported_best(student, "top1")
+    assert "\n" not in str(error.value)
 
 
 def test_weights_from_before_there_was_a_card_still_go_on_and_load(run_train: Train, recipes: Path):

@@ -14,6 +14,7 @@ from gloo_ranks import Ranks
 from safetensors.torch import load_file
 from training_on_ranks import train
 
+from pipeline.training.checkpoint import exported_best
 from pipeline.training.journal import trace
 
 Train = Callable[..., None]
@@ -39,6 +40,21 @@ def test_three_ranks_go_on_bit_for_bit(recipes: Path, three_ranks: Ranks):
     whole, parts = (trace(recipes / "runs" / name / "journal.jsonl") for name in ("whole", "parts"))
     assert len(whole) == 6
     assert parts == whole
+
+
+def test_a_run_goes_on_with_the_best_weights_of_an_epoch_before_it_was_stopped(
+    run_train: Train, recipes: Path, ranks: Ranks
+):
+    stopped = ["folder=runs/parts", "stop.steps=7"]  # in the second epoch
+    for start, name in ((lambda *words: run_train(*words), "one"), (lambda *w: ranks(train, recipes, [*w]), "two")):
+        start("ce.yaml", f"folder=runs/{name}")
+        start("ce.yaml", *stopped)
+        whole, parts = recipes / "runs" / name, recipes / "runs" / "parts"
+        assert exported_best(parts / "student_best.safetensors", "top1").epoch == 1
+        start("ce.yaml", "folder=runs/parts")
+        for file in ("student.safetensors", "student_best.safetensors"):  # their cards, too
+            assert (parts / file).read_bytes() == (whole / file).read_bytes()
+        shutil.rmtree(parts)
 
 
 @pytest.mark.parametrize("ranks_before", [1, 2])

@@ -168,6 +168,7 @@ def refuse_other_classes(by_name: Path, by_number: Path, by_map: Path) -> None:
         (["real_labels=gone.json"], r"real_labels: gone.json: there is no such file; download it again"),
         (["val_labels=gone.txt"], r"val_labels: it is the order of the images of real_labels=FILE; give both, or none"),
         (["out=gone/out.json"], r"out: there is no folder gone for gone/out.json; create it first"),
+        (["out=runs"], r"out: runs is a folder; name a file"),
     ):
         with pytest.raises(RecipeError, match=message) as refused:
             evaluate.main(["runs/ce", "speed=no", *words])
@@ -231,6 +232,20 @@ def test_several_labels_are_accepted_in_the_order_of_imagenets_validation_images
     ):
         with pytest.raises(RecipeError, match=message):
             evaluate.main([*words, "speed=no", *options])
+
+
+def test_a_batch_that_does_not_fit_into_memory_costs_its_speed_alone(capsys: pytest.CaptureFixture[str]):
+    class Large(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return images.flatten(1)
+
+    network = FeatureTaps(Large(), {}, frozenset())
+    autocast = torch.autocast("cpu", enabled=False)
+    found = measure_speed(network, 2, torch.device("cpu"), torch.contiguous_format, autocast)
+    assert [speed.batch for speed in found] == [1]
+    assert "note: speed: a batch of 128 images does not fit" in capsys.readouterr().out
 
 
 def test_latency_is_the_median_of_a_steady_clock(monkeypatch: pytest.MonkeyPatch):

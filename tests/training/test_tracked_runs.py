@@ -158,6 +158,7 @@ def test_a_project_a_name_or_tags_that_no_tracker_takes_are_one_line(recipes: Pa
 
 @pytest.mark.long
 @pytest.mark.timeout(0)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow calls
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("wandb", "mlflow")),
     reason="wandb and mlflow, extras of this project, are not installed",
