@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.builders.student import student_from_card
@@ -16,6 +15,7 @@ from pipeline.exporting.timm_folder import MODEL_CARD, write_timm_folder
 from pipeline.exporting.trained import CARD_FILE, TrainedStudent
 from pipeline.models.from_timm import PREFIX
 from pipeline.runs.card import read_card
+from pipeline.training.checkpoint import export_student
 
 WEIGHTS = "model.safetensors"
 
@@ -27,8 +27,7 @@ def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
     if student.recipe.student.model.startswith(PREFIX):
         write_timm_folder(student, folder)
         return
-    state = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, student.card.metadata())
+    export_student(student.model, folder / WEIGHTS, student.card)
     (folder / MODEL_CARD).write_text(student.description)
     (folder / CARD_FILE).write_text(student.card_text + "\n")
 

@@ -14,8 +14,9 @@ import pytest
 import timm
 import torch
 import yaml
+from lost_loss import lose, write_own_loss
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline import export
 from pipeline.errors import RecipeError
@@ -23,6 +24,7 @@ from pipeline.exporting import hub
 from pipeline.exporting.formats import FORMATS
 from pipeline.runs.card import read_card
 from pipeline.runs.files import read_result
+from shards.documents import DamagedFile
 
 Train = Callable[..., None]
 
@@ -90,6 +92,34 @@ def test_a_network_of_timm_is_a_folder_that_timm_reads(run_train: Train, recipes
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     assert model.num_classes == 20
+
+
+def test_a_network_of_ones_own_is_exported_from_its_best_weights_without_the_file_of_its_loss(
+    run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = write_own_loss(recipes, "exported_loss", monkeypatch)
+    # One block that runs three times, and tied weights.
+    network = {"model": {"path": "odd_networks:Looped", "stages": {"stage1": "stem"}}}
+    recipe = yaml.safe_load(Path("ce.yaml").read_text()) | {"student": network, "losses": {"exported_loss:Own": {}}}
+    Path("own.yaml").write_text(yaml.safe_dump(recipe | {"folder": "runs/own"}))
+    run_train("own.yaml", "epochs=1")
+    lose(file)
+    best = load_file("runs/own/student_best.safetensors")
+    for name in ("onnx", "pt2", "hub"):
+        export.main(["runs/own", f"format={name}", "weights=best", "images=4"])
+        assert "the same top-1 on 4 of 4 validation images" in capsys.readouterr().out
+    written = load_file("runs/own/export/student_best-hub/model.safetensors")
+    assert written.keys() == best.keys()
+    assert all(torch.equal(written[key], best[key]) for key in best)
+
+
+def test_weights_from_before_there_was_a_card_are_refused_in_one_line(trained: Path):
+    weights = trained / "student.safetensors"
+    save_file(load_file(weights), weights)
+    (trained / "result.json").unlink()
+    with pytest.raises(DamagedFile, match=r"student\.safetensors: has no card, which says its network") as raised:
+        export.main(["runs/ce", "format=pt2"])
+    assert "\n" not in str(raised.value)
 
 
 def answer_post(path: str, content: bytes, endpoint: str, sent: dict[str, Any]) -> Any:

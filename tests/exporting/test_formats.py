@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -23,6 +26,7 @@ from pipeline.models import create_model
 from pipeline.models.folding import fold_batchnorms
 from pipeline.runs.card import Card
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 STATS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -47,10 +51,14 @@ def student_of(model: nn.Module, name: str, images_BCHW: Tensor, classes: int, s
     return TrainedStudent(model, images_BCHW, logits_BK, card, recipe)
 
 
-@pytest.fixture(scope="module")
-def small() -> TrainedStudent:
+def small_student() -> TrainedStudent:
     torch.manual_seed(0)
     return student_of(create_model("cifar_resnet8", 10), "cifar_resnet8", torch.randn(8, 3, 32, 32), 10, 32)
+
+
+@pytest.fixture(scope="module")
+def small() -> TrainedStudent:
+    return small_student()
 
 
 @pytest.mark.parametrize("name", ["pt2", "onnx", "torchscript", "hub"])
@@ -91,13 +99,26 @@ def test_a_file_carries_the_card_and_no_folder_of_this_machine(small: TrainedStu
     assert shapes == [["batch", 3, 32, 32], ["batch", 10]]
 
 
-def test_the_same_student_gives_the_same_bytes(small: TrainedStudent, tmp_path: Path):
+WRITE = """
+import sys, torch
+from pathlib import Path
+sys.path[:0] = {paths}
+from test_formats import small_student
+from pipeline.exporting.formats import FORMATS
+for name in ("onnx", "pt2"):
+    FORMATS[name].write(small_student(), Path({folder!r}) / f"student.{{name}}")
+"""
+
+
+@pytest.mark.endurance
+def test_two_processes_write_the_same_bytes(tmp_path: Path):
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        paths = [str(ROOT), str(ROOT / "tests" / "exporting"), str(ROOT / "tests" / "support")]
+        code = WRITE.format(paths=paths, folder=str(tmp_path / seed))
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
     for name in ("onnx", "pt2"):
-        paths = [tmp_path / f"{number}" / f"student{FORMATS[name].ending}" for number in (1, 2)]
-        for path in paths:
-            path.parent.mkdir(exist_ok=True)
-            FORMATS[name].write(small, path)
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert (tmp_path / "1" / f"student.{name}").read_bytes() == (tmp_path / "2" / f"student.{name}").read_bytes()
 
 
 def test_a_file_that_answers_otherwise_is_refused(small: TrainedStudent):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from gloo_ranks import Ranks
+from lost_loss import lose, write_own_loss
 from safetensors.torch import load_file
 from shard_factory import open_loader
 from training_on_ranks import run
@@ -31,15 +31,6 @@ from shards.read import SplitReader
 
 Train = Callable[..., None]
 WEIGHTS = "runs/ce/student.safetensors"
-OWN_LOSS = """
-from torch.nn import functional as F
-from pipeline.losses import Loss
-
-class Own(Loss):
-    needs_teacher = False
-    def forward(self, student, teacher, batch):
-        return {"own": F.cross_entropy(student.logits_BK, batch.labels_B)}
-"""
 
 
 def evaluated(*words: str, out: str = "out.json") -> EvaluationFile:
@@ -111,14 +102,11 @@ def test_ranks_write_the_file_of_one_process(run_train: Train, recipes: Path, se
 def test_a_run_is_evaluated_where_the_file_of_its_own_loss_is_gone(
     run_train: Train, recipes: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.syspath_prepend(recipes)
-    Path("gone_loss.py").write_text(OWN_LOSS)
+    file = write_own_loss(recipes, "gone_loss", monkeypatch)
     recipe = yaml.safe_load(Path("ce.yaml").read_text()) | {"losses": {"gone_loss:Own": {}}, "folder": "runs/own"}
     Path("own.yaml").write_text(yaml.safe_dump(recipe))
     run_train("own.yaml", "epochs=1")
-    Path("gone_loss.py").unlink()
-    shutil.rmtree("__pycache__", ignore_errors=True)
-    del sys.modules["gone_loss"]
+    lose(file)
     with pytest.raises(RecipeError, match="no loss at 'gone_loss:Own'"):
         run_train("own.yaml", "epochs=1")
     assert evaluated("runs/own").metrics["top1"] == json.loads(Path("runs/own/result.json").read_text())["top1"]
