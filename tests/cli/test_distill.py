@@ -63,7 +63,8 @@ def test_an_unknown_command_ends_in_one_line(distill, words: list[str], message:
     assert distill(*words) == (2, "", f"error: distill: {message}\n")
 
 
-def test_a_command_gets_its_own_words(distill):
+def test_a_command_gets_its_own_words(distill, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "shards.verify", raising=False)  # as in a new process; runpy would warn
     code, _, error = distill("shards", "verify", "--nothing")
     assert code == 2
     assert error.startswith("error: ")
