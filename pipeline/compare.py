@@ -62,7 +62,8 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError("command line: jobs trains in several processes and side in one; give one of them")
     # Seed by seed, so that an interrupted comparison has about equally many runs of every recipe.
     methods = [[f"method={name}"] for name in split_names(options.get("methods", ""))] or [[]]
-    changes = [[*method, *overrides] for method in methods]
+    # The students that a recipe compares with are not in this table, and would not get the overrides.
+    changes = [["compare=[]", *method, *overrides] for method in methods]
     requested = [(path, [*each, f"seed={seed}"]) for seed in seeds for path in recipes for each in changes]
     loaded = [load_recipe(path, each) for path, each in requested]
     folder, times = Counter(map(run_folder, loaded)).most_common(1)[0]

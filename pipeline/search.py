@@ -75,7 +75,8 @@ class Search:
     def run_overrides(self, trial: Trial, seed: int) -> list[str]:
         """Return the overrides of a trial's run."""
         folder = self.folder / f"trial-{trial.number:03d}" / f"seed-{seed}"
-        return [*self.overrides, *overrides_of(trial.values), f"seed={seed}", f"folder={folder}"]
+        # The students that a recipe compares with are no part of a trial.
+        return ["compare=[]", *self.overrides, *overrides_of(trial.values), f"seed={seed}", f"folder={folder}"]
 
     @property
     def record(self) -> SearchRecord:

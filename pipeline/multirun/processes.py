@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def train_run(run: Run, cores: list[int], *, quiet: bool) -> str | None:
         return None
     if process.returncode:
         reason = errors.strip().splitlines()[-1] if errors else f"exit code {process.returncode}"
-        return f"{run.command} {' '.join(run.overrides)}: {reason}"
+        return f"{run.command} {shlex.join(run.overrides)}: {reason}"
     if run.result is not None:
         last, best = percent(run.result.last), percent(run.result.best)
         print(f"{run.folder}: {find_task(run.recipe.task).title} {last}, best {best}", flush=True)

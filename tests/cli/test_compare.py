@@ -21,6 +21,7 @@ from pipeline.cli import entry
 from pipeline.distributed import signals
 from pipeline.errors import RecipeError
 from pipeline.multirun.processes import train_run
+from pipeline.runs.files import read_result
 from pipeline.training.journal import trace
 
 Train = Callable[..., None]
@@ -71,7 +72,7 @@ def test_a_run_that_fails_is_named_with_its_command_and_reason_under_the_table_o
         compare.main(["bad.yaml", "ce.yaml", "jobs=2", "epochs=1"])
     message = str(caught.value)
     assert message.startswith("1 of 2 runs failed: ")
-    assert "bad.yaml epochs=1 seed=0: error: " in message
+    assert "bad.yaml 'compare=[]' epochs=1 seed=0: error: " in message
     assert "became NaN or inf at step" in message
     _, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert row.startswith("| `ce`")
@@ -114,6 +115,17 @@ def test_a_finished_run_does_not_ask_for_the_teacher_it_had(
     compare.main(["kd.yaml"])
     assert "$" not in capfd.readouterr().out
     assert not (place / "runs" / "teacher").exists()
+
+
+def test_overrides_are_for_the_runs_of_the_table_and_no_other_student_is_trained(run_train: Train, place: Path):
+    own = yaml.safe_load((place / "ce.yaml").read_text())
+    (place / "teacher.yaml").write_text(yaml.safe_dump({**own, "student": {"model": "cifar_resnet20"}}))
+    run_train("teacher.yaml")
+    kd = {"teacher": {"recipe": "teacher.yaml"}, "losses": {"kd": {"temperature": 4.0}}, "compare": ["ce.yaml"]}
+    (place / "kd.yaml").write_text(yaml.safe_dump({**own, **kd}))
+    compare.main(["kd.yaml", "ce.yaml", "epochs=2"])
+    results = [read_result(place / "runs" / name / "seed-0") for name in ("kd", "ce")]
+    assert [result and result.epochs for result in results] == [2, 2]
 
 
 def lines_of(journal: Path) -> int:
