@@ -28,7 +28,7 @@ from pipeline.runs.identity import Run
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.accelerator import create_accelerator
-from pipeline.training.checkpoint import Checkpoints, exported_best
+from pipeline.training.checkpoint import Best, Checkpoints, exported_best
 from pipeline.training.graph import maybe_graph
 from pipeline.training.journal import TrainingJournal
 from pipeline.training.observer import LossObserver
@@ -78,8 +78,15 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         parts.runs,
         LossObserver(recipe, accelerator, loader, teacher, unwrapped),
     )
-    best = exported_best(run.folder / STUDENT_BEST, session.task.metric)
-    return session, State(saved.progress, saved.journal_bytes, best)
+    return session, State(saved.progress, saved.journal_bytes, _best_so_far(session, saved.progress.epoch))
+
+
+def _best_so_far(session: Session, epochs: int) -> Best:
+    """Return what the best weights reached in the ``epochs`` that have ended; a file that is gone is told."""
+    path = session.run.folder / STUDENT_BEST
+    if epochs and session.loader.has_validation and not path.exists() and session.accelerator.is_main_process:
+        print(f"warning: {path} is gone; the best weights will be those of the evaluations from here on")
+    return exported_best(path, session.task.metric)
 
 
 def _build(

@@ -41,7 +41,7 @@ FROM_SHARDS = Job(TRAIN, ("ce.yaml", "journal.trackers=[]"), "ce", run_result)
 TARGETS = {
     "a run": Target("half", GOES_ON),
     "a checkpoint": Target("half/checkpoints/step-3", GOES_ON),
-    "a finished run, evaluated": Target("finished", Job(EVALUATE, ("finished",), "finished", run_result)),
+    "a finished run, evaluated": Target("finished", Job(EVALUATE, ("finished", "speed=no"), "finished", run_result)),
     "a cache, trained from": Target("cache", FROM_CACHE),
     "a cache, verified": Target("cache", Job(CACHE, ("--verify", "cached.yaml"), "cache", nothing), proves=True),
     "a cache, verified and written again": Target(

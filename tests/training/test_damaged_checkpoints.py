@@ -197,3 +197,11 @@ def test_nothing_in_a_checkpoint_is_executed(
         assert "it would call posix.mkdir, which is not data" in told
     follow(told, run)
     assert not (recipes / "hatched").exists()
+
+
+def test_best_weights_that_are_gone_are_told(run_train: Train, recipes: Path, capsys: pytest.CaptureFixture[str]):
+    run_train("ce.yaml", "stop.steps=7")
+    (recipes / "runs" / "ce" / "student_best.safetensors").unlink()
+    capsys.readouterr()
+    run_train("ce.yaml", "stop.steps=8")
+    assert "warning: runs/ce/student_best.safetensors is gone; the best weights" in capsys.readouterr().out
