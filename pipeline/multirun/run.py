@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,7 +109,7 @@ class ConcurrentRun:
         if reason is None:  # not the user's: whoever mends it needs its place
             traceback.print_exception(error, file=sys.stderr)
             reason = f"{type(error).__name__}: {one_line(error)}"
-        self.error = f"{self.run.command} {' '.join(self.run.overrides)}: {reason}"
+        self.error = f"{self.run.command} {shlex.join(self.run.overrides)}: {reason}"
         self.is_training = False
         self._journal.close()
         tqdm.write(f"{self.run.folder}: failed: {reason}", file=sys.stderr)
