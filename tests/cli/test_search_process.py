@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, run, start
 
-from pipeline.multirun.space import Choice
+from pipeline.multirun.space import Categorical
 from pipeline.multirun.study import Study
 from pipeline.runs.files import read_result
 from pipeline.training.journal import trace
@@ -55,6 +55,6 @@ def test_a_search_that_is_stopped_and_killed_trains_every_step_once_and_records_
 
     steps = [[line["step"] for line in trace(journal) if "total" in line] for journal in journals]
     assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
-    trials = Study(recipes / "runs" / "found", {"schedule.rate": Choice(values=(0.01, 0.1))}, seed=0).trials()
+    trials = Study(recipes / "runs" / "found", {"schedule.rate": Categorical(values=(0.01, 0.1))}, seed=0).trials()
     results = [read_result(folder) for folder in folders]
     assert [trial.metric for trial in trials] == [result and result.last for result in results]
