@@ -37,7 +37,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.builders.loader import build_loader
-from pipeline.builders.student import build_student, student_spec
+from pipeline.builders.student import student_from_card
 from pipeline.cli import entry
 from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
 from pipeline.config.recipe import LoadedRecipe
@@ -51,7 +51,6 @@ from pipeline.exporting.model_card import model_card
 from pipeline.exporting.trained import AT_ONCE, TrainedStudent
 from pipeline.frozen_model import FrozenModel
 from pipeline.models.folding import fold_batchnorms
-from pipeline.models.weights import load_weights
 from pipeline.runs.card import read_card
 from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.evaluation_file import EVALUATIONS, read_evaluation
@@ -124,10 +123,10 @@ def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, argument
     loader = build_loader(recipe, manifest, device, ("val",))
     if not loader.has_validation:
         raise RecipeError(f"data.path: {recipe.data.path} has no validation images to check the exported file with")
-    spec = student_spec(recipe.student, frozenset())
-    model = build_student(spec, loader.num_classes, recipe.seed).model.eval()
-    if note := load_weights(model, str(file), recipe.student.model, arguments=spec.arguments):
-        print(f"note: weights: {note}")
+    if loader.num_classes != len(card.classes):
+        classes = f"{loader.num_classes} classes, and {file} has {len(card.classes)}"
+        raise RecipeError(f"data.path: {recipe.data.path} has {classes}; give the shards that it was trained on")
+    model = student_from_card(file, card)
     images_BCHW = _validation_images(loader, arguments.images)
     with torch.no_grad():
         logits_BK = torch.cat([model(piece_BCHW) for piece_BCHW in images_BCHW.split(AT_ONCE)])
@@ -136,7 +135,7 @@ def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, argument
     evaluation = file.parent / EVALUATIONS.get(file.name, "")
     known = read_evaluation(evaluation) if evaluation.is_file() else None
     description = model_card(loaded, file, card, known)
-    return TrainedStudent(model, images_BCHW, logits_BK, card, recipe, arguments.fold, description)
+    return TrainedStudent(model, images_BCHW, logits_BK, card, arguments.fold, description)
 
 
 def _validation_images(loader: Loader, count: int) -> Tensor:

@@ -26,7 +26,6 @@ if __name__ == "__main__":
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 from pipeline.cli import entry
 from pipeline.commands import as_started
@@ -36,7 +35,7 @@ from pipeline.errors import RecipeError
 from pipeline.frozen_model import FrozenModel
 from pipeline.multirun.record import SearchRecord, read_search_record
 from pipeline.multirun.space import Range
-from pipeline.multirun.study import NEEDS_OPTUNA, Study, best_trial
+from pipeline.multirun.study import Study, best_trial, check_optuna
 from pipeline.plots.trials import PlottedTrial, SearchedKey
 from pipeline.reports.report import report_page
 from pipeline.reports.reported_run import check_same_data, find_folders, read_run
@@ -90,8 +89,7 @@ def _runs_page(folders: Sequence[Path]) -> str:
 
 
 def _search_page(folder: Path, record: SearchRecord) -> str:
-    if find_spec("optuna") is None:
-        raise RecipeError(NEEDS_OPTUNA)
+    check_optuna()
     trials = Study(folder, record.space, record.seeds[0]).trials()
     loaded, best = load_recipe(Path(record.recipe), record.overrides), best_trial(trials)
     facts = SearchFacts(

@@ -29,7 +29,6 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from pipeline.cli import entry
 from pipeline.commands import as_started
@@ -43,7 +42,7 @@ from pipeline.errors import Interrupted, RecipeError, error_context
 from pipeline.multirun.processes import train_run
 from pipeline.multirun.record import SearchRecord, read_search_record
 from pipeline.multirun.space import Space, check_overrides, overrides_of, parse_space
-from pipeline.multirun.study import NEEDS_OPTUNA, Study, Trial, best_trial, recover
+from pipeline.multirun.study import Study, Trial, best_trial, check_optuna, recover
 from pipeline.runs.dependencies import ensure_dependencies
 from pipeline.runs.drawing import draw_report
 from pipeline.runs.files import NEW_FOLDER_HINT, REPORT_FILE, write_json
@@ -129,8 +128,7 @@ def _run_trials(search: Search, study: Study, trials: int, launch: Launch) -> bo
 
 def _read_search(options: dict[str, str], args: Sequence[str]) -> Search:
     """Return the search of a command line. Raises RecipeError if a value of the space does not fit the recipe."""
-    if find_spec("optuna") is None:
-        raise RecipeError(NEEDS_OPTUNA)
+    check_optuna()
     if unused := [arg for arg in args if arg.startswith("seed=")]:
         raise RecipeError(f"command line: {unused[0]}: use seeds=0,1,2, the seeds of a trial, instead")
     path, overrides = parse_recipe_args(args)

@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pipeline.builders.student import student_from_card
 from pipeline.errors import RecipeError, one_line
 from pipeline.exporting.timm_folder import MODEL_CARD, write_timm_folder
-from pipeline.exporting.trained import CARD_FILE, TrainedStudent
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent, inference
 from pipeline.models.from_timm import PREFIX
 from pipeline.runs.card import read_card
 from pipeline.training.checkpoint import export_student
@@ -24,7 +23,7 @@ def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
     """Write the files of a hub's repository; for a network of timm they are those that timm reads, and the card."""
     if student.folded:
         raise RecipeError("format=hub holds the plain weights; leave out fold=yes")
-    if student.recipe.student.model.startswith(PREFIX):
+    if student.card.model.startswith(PREFIX):
         write_timm_folder(student, folder)
         return
     export_student(student.model, folder / WEIGHTS, student.card)
@@ -34,13 +33,7 @@ def write_hub_folder(student: TrainedStudent, folder: Path) -> None:
 
 def run_hub_folder(folder: Path) -> Callable[[Tensor], Tensor]:
     """Return the network of a folder, from images [B, C, H, W] to logits [B, K]."""
-    model = student_from_card(folder / WEIGHTS, read_card(folder / WEIGHTS))
-
-    def run(images_BCHW: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(images_BCHW)
-
-    return run
+    return inference(student_from_card(folder / WEIGHTS, read_card(folder / WEIGHTS)))
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:

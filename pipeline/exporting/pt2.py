@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.exporting.trained import CARD_FILE, TrainedStudent, trace_student
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent, inference, trace_student
 
 
 def write_pt2(student: TrainedStudent, path: Path) -> None:
@@ -18,5 +18,4 @@ def write_pt2(student: TrainedStudent, path: Path) -> None:
 
 def run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
     """Return the program of a file, from images [B, C, H, W] to logits [B, K]."""
-    module = torch.export.load(path).module()
-    return lambda images_BCHW: module(images_BCHW)
+    return inference(torch.export.load(path).module())

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.errors import RecipeError
-from pipeline.exporting.trained import CARD_FILE, TrainedStudent
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent, inference
 from pipeline.models.from_timm import PREFIX
 
 MODEL_CARD = "README.md"
@@ -18,7 +17,7 @@ MODEL_CARD = "README.md"
 
 def write_timm_folder(student: TrainedStudent, folder: Path) -> None:
     """Write weights, configuration and model card. Raises RecipeError if the network is none of timm's."""
-    name = student.recipe.student.model
+    name = student.card.model
     if not name.startswith(PREFIX):
         raise RecipeError(f"{name} is none of timm's networks (timm/NAME); give format=hub, onnx, pt2 or torchscript")
     if student.folded:
@@ -31,7 +30,7 @@ def write_timm_folder(student: TrainedStudent, folder: Path) -> None:
         student.model,
         str(folder),
         model_config=config,
-        model_args=dict(student.card.arguments or {}),
+        model_args=student.card.arguments,
         safe_serialization=True,
         data_config=_preprocessing(student),
     )
@@ -43,23 +42,17 @@ def run_timm_folder(folder: Path) -> Callable[[Tensor], Tensor]:
     """Return the network that timm makes of a folder, from images [B, C, H, W] to logits [B, K]."""
     import timm
 
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-    def run(images_BCHW: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(images_BCHW)
-
-    return run
+    return inference(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
 
 def _preprocessing(student: TrainedStudent) -> dict[str, Any]:
     """Return timm's words for the images of validation."""
-    data = student.recipe.data.for_validation
+    card = student.card
     return {
-        "input_size": (3, data.size, data.size),
+        "input_size": (3, card.size, card.size),
         "interpolation": "bilinear",
-        "mean": data.mean,
-        "std": data.std,
-        "crop_pct": data.size / (data.resize or data.size),
+        "mean": card.mean,
+        "std": card.std,
+        "crop_pct": card.size / (card.resize or card.size),
         "crop_mode": "center",
     }

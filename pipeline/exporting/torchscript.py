@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.exporting.trained import CARD_FILE, TrainedStudent, naming_operations, trace_student
+from pipeline.exporting.trained import CARD_FILE, TrainedStudent, inference, naming_operations, trace_student
 
 
 def write_torchscript(student: TrainedStudent, path: Path) -> None:
@@ -25,10 +25,4 @@ def run_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
     """Return the network of a file, from images [B, C, H, W] to logits [B, K]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = torch.jit.load(str(path))
-
-    def run(images_BCHW: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module(images_BCHW)
-
-    return run
+        return inference(torch.jit.load(str(path)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
 from pipeline.runs.card import CARD, Card
 
@@ -34,7 +33,6 @@ class TrainedStudent(NamedTuple):
     logits_BK: Tensor
     """The student's logits of these images, before BatchNorms were folded."""
     card: Card
-    recipe: Recipe
     folded: bool = False
     """Whether BatchNorms are folded into convolutions, so that the weights are no longer those of the factory."""
     description: str = ""
@@ -49,6 +47,16 @@ class TrainedStudent(NamedTuple):
     def card_text(self) -> str:
         """Return the student's card as JSON."""
         return self.card.metadata()[CARD]
+
+
+def inference(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the network as a function without gradients, from images [B, C, H, W] to logits [B, K]."""
+
+    def run(images_BCHW: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(images_BCHW)
+
+    return run
 
 
 def trace_student(student: TrainedStudent) -> torch.export.ExportedProgram:

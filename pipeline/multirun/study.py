@@ -11,10 +11,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import one_line
+from pipeline.errors import RecipeError, one_line
 from pipeline.multirun.space import Range, Space
 from pipeline.runs.files import NEW_FOLDER_HINT
 from shards.documents import DamagedFile
@@ -22,7 +23,6 @@ from shards.documents import DamagedFile
 STUDY_FILE = "study.log"
 _NAME = "search"
 """Name of the study in its file."""
-NEEDS_OPTUNA = "search needs Optuna; pip install '.[search]'"
 RANDOM_TRIALS = 8
 """Trials before the proposals follow the results."""
 
@@ -106,6 +106,12 @@ class Study:
     def _trial(self, frozen: Any) -> Trial:
         values = {key: _plain(value, frozen.distributions[key]) for key, value in frozen.params.items()}
         return Trial(frozen.number, values, frozen.value, frozen.state == self._optuna.trial.TrialState.FAIL)
+
+
+def check_optuna() -> None:
+    """Raise RecipeError if Optuna is not installed."""
+    if find_spec("optuna") is None:
+        raise RecipeError("search needs Optuna; pip install '.[search]'")
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
 from pipeline.exporting.comparison import compare_outputs
 from pipeline.exporting.formats import FORMATS
@@ -33,10 +32,6 @@ STATS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 def student_of(model: nn.Module, name: str, images_BCHW: Tensor, classes: int, size: int) -> TrainedStudent:
     """A student with the statistics of these images, as if it had been trained."""
-    recipe = Recipe.model_validate(
-        {"student": {"model": name}, "losses": {"ce": {}}, "epochs": 1, "batch": 4, "schedule": {"rate": 0.1}}
-        | {"data": {"path": "shards", "size": size, **STATS}}
-    )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean over all batches, of which there is one
@@ -50,7 +45,7 @@ def student_of(model: nn.Module, name: str, images_BCHW: Tensor, classes: int, s
         **{"task": "classification", "model": name, "arguments": {}, "size": size, "identity": "0" * 64, **STATS},
         classes=tuple(f"class {k}" for k in range(classes)),
     )
-    return TrainedStudent(model, images_BCHW, logits_BK, card, recipe)
+    return TrainedStudent(model, images_BCHW, logits_BK, card)
 
 
 def small_student() -> TrainedStudent:
