@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from statistics import quantiles
+from statistics import median
 
 import torch
 
@@ -14,10 +14,13 @@ from pipeline.features.taps import FeatureTaps, evaluating
 from pipeline.runs.evaluation_file import Speed
 
 BATCHES = (1, 128)
-_SECONDS = 1.0
-"""About how long a batch size is measured."""
-_FEWEST, _MOST = 5, 200
-"""Repeats of a batch size."""
+ROUNDS = 12
+"""Times that every batch size is measured, in turn. A machine's speed drifts over seconds, so one stretch of time would
+show too narrow a spread."""
+_SECONDS = 0.4
+"""About how long a batch size is measured in a round."""
+_FEWEST, _MOST = 3, 100
+"""Repeats of a batch size in a round."""
 
 
 @torch.inference_mode()
@@ -30,36 +33,39 @@ def measure_speed(
 ) -> list[Speed]:
     """Return the speed of a network on random images of ``size`` pixels, for each batch size.
 
-    It runs in eval mode under ``autocast``, after a warm-up. Repeats fill about a second for each batch size. A batch
-    for which the GPU has no memory is left out, with a note.
+    It runs in eval mode under ``autocast``, after a warm-up, in ``ROUNDS`` rounds. A batch for which the GPU has no
+    memory is left out, with a note.
     """
-    found = []
+    rounds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     with evaluating(network), autocast:
-        for batch in BATCHES:
-            images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-            try:
-                seconds = _repeat(lambda images=images_BCHW: network(images), device)
-            except torch.OutOfMemoryError:  # all other figures are there already, and would be lost
-                print(f"note: speed: a batch of {batch} images does not fit into the GPU's memory, and is left out")
-                continue
-            found.append(summarize_times(batch, seconds))
-    return found
+        for _ in range(ROUNDS):
+            for batch in list(rounds):
+                # New images in every round: where they lie in memory changes the speed, too.
+                images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
+                try:
+                    rounds[batch].append(_measure_round(lambda images=images_BCHW: network(images), device))
+                except torch.OutOfMemoryError:  # all other figures are there already, and would be lost
+                    print(
+                        f"note: speed: a batch of {batch} images does not fit into the GPU's memory, and is left out"
+                    )
+                    del rounds[batch]
+    return [summarize_rounds(batch, seconds) for batch, seconds in rounds.items()]
 
 
-def summarize_times(batch: int, seconds: list[float]) -> Speed:
-    """Return median and quartiles of the ``seconds`` of a forward of ``batch`` images."""
-    low, middle, high = quantiles(seconds, n=4, method="inclusive")
+def summarize_rounds(batch: int, seconds: list[float]) -> Speed:
+    """Return the median of the rounds and their range; ``seconds`` is each round's for a forward of ``batch`` images."""
+    middle = median(seconds)
     return Speed(
         batch=batch,
         latency_ms=1000 * middle,
-        low_ms=1000 * low,
-        high_ms=1000 * high,
+        low_ms=1000 * min(seconds),
+        high_ms=1000 * max(seconds),
         images_per_second=batch / middle,
     )
 
 
-def _repeat(forward: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the seconds of repeated forwards, after a warm-up that also says how many fit into the time."""
+def _measure_round(forward: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of repeated forwards, after a warm-up that also says how many fit into the time."""
     first = measure("forward", forward, device=device, repeats=1, warmup=2)
     repeats = min(max(math.ceil(_SECONDS / first.median), _FEWEST), _MOST)
-    return measure("forward", forward, device=device, repeats=repeats, warmup=0).seconds
+    return measure("forward", forward, device=device, repeats=repeats, warmup=0).median

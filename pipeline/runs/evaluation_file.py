@@ -76,7 +76,7 @@ class NetworkCost(_Section):
 
 
 class Speed(_Section):
-    """The time of a forward of the student: the median of many, and their first and third quartile."""
+    """The time of a forward of the student: the median of several rounds, the fastest and the slowest of them."""
 
     batch: PositiveInt
     latency_ms: float

@@ -245,3 +245,13 @@ def test_latency_is_the_median_of_a_steady_clock(monkeypatch: pytest.MonkeyPatch
         figures = (speed.low_ms, speed.latency_ms, speed.high_ms, speed.images_per_second)
         assert figures == pytest.approx((10, 10, 10, 100 * batch))
     assert network.training
+
+
+def test_the_spread_of_latency_covers_a_machine_that_becomes_slower(monkeypatch: pytest.MonkeyPatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + max(n - 300, 0) * 0.01)
+    network = FeatureTaps(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), {}, frozenset())
+    found = measure_speed(network, 2, torch.device("cpu"), torch.channels_last, torch.autocast("cpu", enabled=False))
+    for speed in found:
+        assert (speed.low_ms, speed.high_ms) == pytest.approx((10, 20))
+        assert 10 < speed.latency_ms <= 20
