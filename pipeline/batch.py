@@ -31,14 +31,21 @@ class Outputs(NamedTuple):
     """The outputs of a network, student or teacher."""
 
     logits: Tensor
-    """What the head computes: [B, K] of a classifier, [B, 0] without a head."""
+    """What the head computes: [B, K] of a classifier, [B, 0] without a head, a map [B, K, H, W] of a segmenter."""
     features: dict[str, Tensor]
     """Features by the tap's name in the recipe, such as ``stage4`` or ``last``."""
 
     @property
     def logits_BK(self) -> Tensor:
-        """Return the logits of a classifier, [B, K]."""
-        return self.logits
+        """Return the logits as rows, [B, K]. A map [B, K, H, W] has a row for each pixel, [B·H·W, K]."""
+        return self.logits.permute(0, 2, 3, 1).flatten(0, 2) if self.logits.ndim == 4 else self.logits
+
+    def with_logits(self, logits_BK: Tensor) -> Outputs:
+        """Return the same outputs with other logits, given as rows; those of a map become a map again."""
+        if self.logits.ndim < 4:
+            return self._replace(logits=logits_BK)
+        batch, _, height, width = self.logits.shape
+        return self._replace(logits=logits_BK.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)

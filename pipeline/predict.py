@@ -46,6 +46,7 @@ from pipeline.frozen_model import FrozenModel
 from pipeline.runs.card import Card, read_card
 from pipeline.runs.files import check_student
 from pipeline.runs.ownership import check_new_file
+from pipeline.tasks._registry import find_task
 from pipeline.training.result import aligned
 from shards.manifest import write_atomically
 
@@ -88,6 +89,8 @@ def main(args: Sequence[str]) -> None:
         check_new_file(Path(arguments.out), "out")
     weights, card = Path(words[0]), read_card(Path(words[0]))
     check_student(weights)
+    if find_task(card.task).of_pixels:
+        raise RecipeError(f"{weights}: task: {card.task} has no class of an image; export.py writes a network to run")
     paths = image_files([Path(word) for word in words[1:]])
     model = student_from_card(weights, card).to(_device())
     found, failed = predict(model, card, paths, arguments)

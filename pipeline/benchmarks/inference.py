@@ -11,6 +11,7 @@ import torch
 
 from pipeline.benchmarks.measure import measure
 from pipeline.features.taps import FeatureTaps, evaluating
+from pipeline.image_size import ImageSize, height_width
 from pipeline.runs.evaluation_file import Speed
 
 BATCHES = (1, 128)
@@ -26,7 +27,7 @@ _FEWEST, _MOST = 3, 100
 @torch.inference_mode()
 def measure_speed(
     network: FeatureTaps,
-    size: int,
+    size: ImageSize,
     device: torch.device,
     layout: torch.memory_format,
     autocast: AbstractContextManager[object],
@@ -41,19 +42,17 @@ def measure_speed(
         for _ in range(ROUNDS):
             for batch in list(rounds):
                 # New images in every round: where they lie in memory changes the speed, too.
-                images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
+                images_BCHW = torch.randn(batch, 3, *height_width(size), device=device).contiguous(memory_format=layout)
                 try:
                     rounds[batch].append(_measure_round(lambda images=images_BCHW: network(images), device))
                 except torch.OutOfMemoryError:  # all other figures are there already, and would be lost
-                    print(
-                        f"note: speed: a batch of {batch} images does not fit into the GPU's memory, and is left out"
-                    )
+                    print(f"note: speed: a batch of {batch} images does not fit into the GPU's memory, and is left out")
                     del rounds[batch]
     return [summarize_rounds(batch, seconds) for batch, seconds in rounds.items()]
 
 
 def summarize_rounds(batch: int, seconds: list[float]) -> Speed:
-    """Return the median of the rounds and their range; ``seconds`` is each round's for a forward of ``batch`` images."""
+    """Return the median and the range of the rounds' ``seconds`` for a forward of ``batch`` images."""
     middle = median(seconds)
     return Speed(
         batch=batch,

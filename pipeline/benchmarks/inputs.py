@@ -9,6 +9,7 @@ from pipeline.batch import Batch, Outputs, rows_per_rank
 from pipeline.builders.meta import trial_targets
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
+from pipeline.image_size import height_width
 
 
 def micro_batch(recipe: Recipe) -> int:
@@ -18,11 +19,11 @@ def micro_batch(recipe: Recipe) -> int:
 
 def draw_batch(recipe: Recipe, labels_by_id: np.ndarray, num_classes: int, device: torch.device) -> Batch:
     """Return a rank's micro-batch of noise, with ids and labels of the training set, and targets without content."""
-    rows, size = micro_batch(recipe), recipe.data.size
+    rows, size = micro_batch(recipe), height_width(recipe.data.size)
     present = np.flatnonzero(labels_by_id >= 0)  # an id without an image has the label −1
     ids_B = np.random.default_rng(recipe.seed).choice(present, rows, replace=rows > len(present))
     layout = torch.channels_last if recipe.data.channels_last else torch.contiguous_format
-    images_BCHW = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=layout)
+    images_BCHW = torch.randn(rows, 3, *size, device=device).contiguous(memory_format=layout)
     labels_B, ids_B = (torch.as_tensor(x, device=device) for x in (labels_by_id[ids_B], ids_B))
     targets = trial_targets(recipe, labels_B, num_classes)
     return Batch(images_BCHW, labels_B, ids_B, {}, {name: x.to(device) for name, x in targets.items()})

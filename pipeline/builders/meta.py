@@ -28,6 +28,7 @@ from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context, one_line
 from pipeline.features.taps import FeatureTaps, NormParameters
+from pipeline.image_size import ImageSize, height_width
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
 from pipeline.tasks._registry import find_task
@@ -67,7 +68,7 @@ class ProbedModels(NamedTuple):
 def probe_models(
     recipe: Recipe,
     sources: Sequence[Recipe],
-    measure: Callable[[ModelSpec, int, int], ProbedNetwork],
+    measure: Callable[[ModelSpec, int, ImageSize], ProbedNetwork],
     manifest: Manifest | None = None,
 ) -> ProbedModels:
     """Return the recipe's networks, each built by ``measure``, and the facts that the losses are built from.
@@ -146,7 +147,7 @@ def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tup
 
 
 @cache  # recipes of one table often have the same networks
-def probe(spec: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
+def probe(spec: ModelSpec, num_classes: int, image_size: ImageSize) -> ProbedNetwork:
     """Return the summary of a network, and the network, on the meta device if it can run there."""
     try:
         with torch.device("meta"):
@@ -156,7 +157,7 @@ def probe(spec: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
         return run_probe(spec, num_classes, image_size)
 
 
-def run_probe(spec: ModelSpec, num_classes: int, image_size: int) -> ProbedNetwork:
+def run_probe(spec: ModelSpec, num_classes: int, image_size: ImageSize) -> ProbedNetwork:
     """Return the summary of a network, and the network, on torch's default device."""
     taps = spec.build(num_classes)
     with FlopCounter() as counted:
@@ -173,7 +174,7 @@ def _initial_norms(norms: dict[str, NormParameters]) -> dict[str, NormParameters
 
 def trial_targets(recipe: Recipe, labels_B: Tensor, num_classes: int) -> dict[str, Tensor]:
     """Return targets of images with those labels, for a trial of the losses: the task's, and those of mixed images."""
-    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes)
+    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes, height_width(recipe.data.size))
     return blank | unmixed_targets(recipe.data, labels_B, num_classes)
 
 
@@ -218,11 +219,11 @@ def student_macs(recipe: Recipe, manifest: Manifest) -> float | None:
 
 def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     """Return the operations of the forward and backward of a micro-batch, per image."""
-    rows, size = recipe.batch // recipe.accumulation, recipe.data.size
+    rows, size = recipe.batch // recipe.accumulation, height_width(recipe.data.size)
     zeros_B = torch.zeros(rows, dtype=torch.int64)
     task = find_task(recipe.task)
     targets = trial_targets(recipe, zeros_B, parts.facts.num_classes)
-    batch = Batch(torch.empty(rows, 3, size, size), zeros_B, zeros_B, {}, targets)
+    batch = Batch(torch.empty(rows, 3, *size), zeros_B, zeros_B, {}, targets)
     teacher = FakeModel(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
     distiller = Distiller(parts.student[1], recipe.losses, parts.facts, task).to("meta")
     with FlopCounter() as counted:

@@ -137,7 +137,7 @@ class Recipe(FrozenModel):
 
     task: TaskName = "classification"
     """What the images' targets are, and which metrics are measured: ``classification``, with one class of every image,
-    or ``multilabel``, with any number of classes."""
+    ``multilabel``, with any number of classes, or ``segmentation``, with a class of every pixel."""
     student: StudentConfig
     """The network that is trained."""
     teacher: TeacherConfig | None = None
@@ -192,7 +192,14 @@ class Recipe(FrozenModel):
     def _losses_fit_the_task(self) -> Recipe:
         task = find_task(self.task)
         for name, spec in self.losses.items():
-            if spec.reads_labels and not task.one_class:
+            pixels = task.of_pixels and spec.takes_pixels
+            if task.of_pixels and not pixels and spec.config.reads_head():
+                own = ", or set its takes_pixels to True" if ":" in name else ""
+                raise ValueError(
+                    f"the loss {name!r} compares images by their logits, and task: {self.task} has those of pixels; "
+                    f"remove the loss{own}"
+                )
+            if spec.reads_labels and not task.one_class and not pixels:
                 own = ", or set its reads_labels to False" if ":" in name else ""
                 raise ValueError(
                     f"the loss {name!r} reads the class of an image, and an image of task: {self.task} has not one; "
@@ -203,6 +210,14 @@ class Recipe(FrozenModel):
                     f"the loss {name!r} reads the targets {', '.join(sorted(missing))}, which task: {self.task} has "
                     "not; remove the loss, or set task"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _crop_fits_the_task(self) -> Recipe:
+        of_pixels = find_task(self.task).of_pixels
+        if of_pixels != (self.data.crop == "scaled"):
+            other = "scaled" if of_pixels else "random_resized or pad"
+            raise ValueError(f"data.crop: {self.data.crop} is not for task: {self.task}; set data.crop: {other}")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ Boxes are (top, left, height, width) in pixels. Shape suffixes: B rows of a batc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -107,6 +109,29 @@ def pad_crop(ids_B: ArrayLike, view: ArrayLike, *, seed: int, pad: int) -> NDArr
     """Return the (top, left) [B, 2] of a crop of the original size from the image padded by ``pad``: 0 … 2·pad."""
     for_top, for_left, _, _ = uniforms(ids_B, view, Purpose.PAD, seed=seed)
     return np.floor(np.stack([for_top, for_left], axis=1) * (2 * pad + 1)).astype(np.int64)
+
+
+def scaled_crop(
+    ids_B: ArrayLike,
+    view: ArrayLike,
+    widths_B: ArrayLike,
+    heights_B: ArrayLike,
+    *,
+    seed: int,
+    scales: Sequence[float],
+    size: tuple[int, int],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each image's (height, width) [B, 2] after a random scale, and the (top, left) [B, 2] of a random crop.
+
+    A side is the scale × the image's side, rounded to the nearest number, halves up. ``size`` is the (height, width) of
+    the crop. Along a side that is shorter than the crop, the crop begins at 0.
+    """
+    for_scale, for_top, for_left, _ = uniforms(ids_B, view, Purpose.SCALE, seed=seed)
+    factors_B = np.asarray(scales)[np.floor(for_scale * len(scales)).astype(np.int64)]
+    sides_B2 = np.stack([np.asarray(heights_B, np.int64), np.asarray(widths_B, np.int64)], axis=1)
+    resized_B2 = np.maximum(np.floor(sides_B2 * factors_B[:, None] + 0.5).astype(np.int64), 1)
+    places_B2 = np.maximum(resized_B2 - np.asarray(size), 0) + 1
+    return resized_B2, np.floor(np.stack([for_top, for_left], axis=1) * places_B2).astype(np.int64)
 
 
 def flips(ids_B: ArrayLike, view: ArrayLike, *, seed: int, probability: float) -> NDArray[np.bool_]:

@@ -31,7 +31,7 @@ class Augmenter:
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config = config
         self._device = device
-        augmentations = build_augmentations(config.augment, config.size)
+        augmentations = build_augmentations(config.augment, config.side)
         self._augmentations = [each for each in augmentations if each.kind != "mixtures"]  # those come last
 
     @cached_property

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from pipeline.augmentations._registry import Augmentations, find_augmentation
 from pipeline.data.holdout import Holdout
 from pipeline.frozen_model import FrozenModel
+from pipeline.image_size import height_width, size_text
 
 MAX_PIXELS = 2**14
 """Largest side of an image, in pixels."""
@@ -16,6 +17,8 @@ MAX_VIEWS = 100_000
 """Largest number of augmented views."""
 MAX_REPEAT = 1000
 """Largest number of times that an epoch has an image."""
+SCALES = tuple(step / 10 for step in range(5, 21))
+"""Factors of ``crop: scaled``, if a recipe gives none: 0.5, 0.6, … 2.0, as in the code behind Cityscapes' tables."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 
@@ -43,15 +46,20 @@ class Config(FrozenModel):
     loader: Literal["dali", "memory", "synthetic"] = "dali"
     """Source of the images: ``dali`` decodes during training. ``memory`` keeps a small data set decoded on the device.
     ``synthetic`` reads no image and returns noise, to measure a step that never waits for input."""
-    size: Side
-    """Side of the square images of a batch, in pixels, in training and in validation."""
-    validation_size: Side | None = None
-    """Side of the square images of validation, in pixels; null is ``size``. Networks often do best on images somewhat
+    size: Side | tuple[Side, Side]
+    """Side of the square images of a batch, in pixels, in training and in validation; or their [height, width]."""
+    validation_size: Side | tuple[Side, Side] | None = None
+    """Size of the images of validation, likewise; null is ``size``. Networks often do best on images somewhat
     larger than those they were trained on, because random crops enlarge what they show."""
     resize: Side | None = None
     """Short side in pixels before the centre crop of validation; null is the size of validation images."""
-    crop: Literal["random_resized", "pad"] = "random_resized"
-    """Crop of training images: a random area and aspect ratio, or the original size out of the zero-padded image."""
+    crop: Literal["random_resized", "pad", "scaled"] = "random_resized"
+    """Crop of training images: a random area and aspect ratio, or the original size out of the zero-padded image.
+    ``scaled``, for images with masks, enlarges or reduces the image by one of ``scales`` and takes a random place of
+    it. Its validation images are whole, padded to ``validation_size``."""
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    """``scaled``: factors of an image's sides, of which each image gets one, all with the same probability; null is
+    0.5, 0.6, … 2.0."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     """``random_resized``: smallest and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -114,8 +122,9 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Config:
-        key, crop = ("validation_size", self.validation_size) if self.validation_size else ("size", self.size)
-        if self.resize is not None and self.resize < crop:
+        key, size = ("validation_size", self.validation_size) if self.validation_size else ("size", self.size)
+        crop = max(height_width(size))
+        if self.resize is not None and self.resize < crop and self.crop != "scaled":
             raise ValueError(f"resize: {self.resize} is smaller than the crop, {key}: {crop}; raise resize")
         same = (None, self.size)
         if self.loader == "memory" and (
@@ -125,6 +134,28 @@ class Config(FrozenModel):
                 "loader: memory does not resize images: set crop: pad, and remove resize and validation_size"
             )
         return self
+
+    @model_validator(mode="after")
+    def _crop_takes_the_size(self) -> Config:
+        if self.crop != "scaled":
+            sizes = {"size": self.size, "validation_size": self.validation_size}
+            if odd := [key for key, size in sizes.items() if isinstance(size, tuple)]:
+                raise ValueError(
+                    f"{odd[0]}: {size_text(sizes[odd[0]])}: crop: {self.crop} makes square images; give one number, or "
+                    "crop: scaled with images that have masks"
+                )
+            return self
+        unfit = {"resize": self.resize, "augment": self.augment, "repeat": self.repeat > 1}
+        if odd := [key for key, given in unfit.items() if given]:
+            raise ValueError(f"{odd[0]}: crop: scaled does not take it; remove it")
+        if self.loader == "memory":
+            raise ValueError("loader: memory does not take crop: scaled; set loader: dali")
+        return self
+
+    @property
+    def side(self) -> int:
+        """Return the side of the images, which are square for every crop except ``scaled``."""
+        return height_width(self.size)[0]
 
     @property
     def for_validation(self) -> Config:

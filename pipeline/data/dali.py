@@ -26,6 +26,7 @@ from pipeline.data.jpeg_engine import uses_engine
 from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.read_ahead import cuda_index
 from pipeline.data.requests import SampleRequest, describe_sample
+from pipeline.tasks._masks import IGNORED, MASK
 from shards.read import SplitReader
 
 RESIZE = "linear, antialiased"
@@ -73,11 +74,24 @@ class Inputs(NamedTuple):
     """1 where the image is mirrored."""
 
 
+AnyInputs = tuple[Any, ...]
+"""The inputs of a graph, a NamedTuple whose fields have a row for each image: lists or arrays."""
+
+
+class Graph(NamedTuple):
+    """A kind of graph: how its inputs are made of a request, and how its pipeline is created."""
+
+    inputs: Callable[[SampleRequest], AnyInputs]
+    create: Callable[[Callable[[], AnyInputs], Config, int, LoaderSettings, torch.device], Pipeline]
+    run: Callable[[Pipeline, torch.device], tuple[Tensor, ...]]
+    """Returns the next images, and their masks if it makes any."""
+
+
 class InFlight(NamedTuple):
     """A request that DALI is working on. It keeps the inputs alive, because DALI reads them without a copy."""
 
     request: SampleRequest
-    inputs: Inputs
+    inputs: AnyInputs
 
 
 class DaliDecoder:
@@ -87,8 +101,15 @@ class DaliDecoder:
     """
 
     def __init__(
-        self, reader: SplitReader, config: Config, batch: int, settings: LoaderSettings, device: torch.device
+        self,
+        reader: SplitReader,
+        config: Config,
+        batch: int,
+        settings: LoaderSettings,
+        device: torch.device,
+        graph: Graph | None = None,
     ) -> None:
+        graph = graph or Graph(image_inputs, create_pipeline, lambda *running: (run(*running),))
         self._reader = reader
         self._config = config
         self._device = device
@@ -100,7 +121,8 @@ class DaliDecoder:
         # this iterator, and the callback reads from whichever iterator is stored here.
         self._requests: Iterator[SampleRequest] = iter(())
         self._in_flight: deque[InFlight] = deque()
-        self._pipeline = create_pipeline(self._next_inputs, config, batch, settings, device)
+        self._graph = graph
+        self._pipeline = graph.create(self._next_inputs, config, batch, settings, device)
 
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batch of each request, with images [B, C, H, W] in float32.
@@ -111,16 +133,18 @@ class DaliDecoder:
         # DALI has shut down.
         self._drain()
         self._requests = requests
-        while (images := self._run()) is not None:
+        while (outputs := self._run()) is not None:
             # DALI returns batches in the order in which it pulled them, so these images belong to the oldest request.
             request = self._in_flight.popleft().request
-            if len(images) > len(request.rows_B):  # the engine's first batch
-                images = images[: len(request.rows_B)]
-            yield request.to_batch(self._finished(images, request), self._device)
+            if len(outputs[0]) > len(request.rows_B):  # the engine's first batch
+                outputs = tuple(output[: len(request.rows_B)] for output in outputs)
+            images, *masks = outputs
+            batch = request.to_batch(self._finished(images, request), self._device)
+            yield with_masks(batch, masks[0], request) if masks else batch
             if self._requests is not requests:
                 raise RuntimeError("another stream of this loader has begun; use one stream at a time")
 
-    def _next_inputs(self) -> Inputs:
+    def _next_inputs(self) -> AnyInputs:
         """Return the inputs of the next request; DALI calls this.
 
         Raises StopIteration at the end of the requests.
@@ -129,16 +153,16 @@ class DaliDecoder:
         # So the requests advance ahead of the images, and ``_in_flight`` holds those in between.
         # DALI takes StopIteration for the end of the data: it still returns the batches in its queue.
         request = next(self._requests)
-        inputs = _inputs(request)
+        inputs = self._graph.inputs(request)
         if self._fills_next:
             inputs, self._fills_next = _filled(inputs, self._batch), False
         self._in_flight.append(InFlight(request, inputs))
         return inputs
 
-    def _run(self) -> Tensor | None:
-        """Return the images of the oldest request in flight, or None after the last."""
+    def _run(self) -> tuple[Tensor, ...] | None:
+        """Return the images of the oldest request in flight, and their masks if there are any; None after the last."""
         try:
-            images = run(self._pipeline, self._device)
+            return self._graph.run(self._pipeline, self._device)
         except StopIteration:
             return None
         except RuntimeError as error:
@@ -149,7 +173,6 @@ class DaliDecoder:
                 f"data.path: {describe_sample(self._reader, row)} cannot be decoded; "
                 f"shards/verify.py {self._reader.folder} lists what is wrong"
             ) from error
-        return images
 
     def _finished(self, images: Tensor, request: SampleRequest) -> Tensor:
         """Return the images of the graph as those of a batch, [B, C, H, W]."""
@@ -176,7 +199,7 @@ class DaliDecoder:
         singles = [single for flight in self._in_flight for single in _split_rows(flight)]
         source = iter(singles)
         settings = LoaderSettings(threads=1, prefetch=1)
-        probe = create_pipeline(lambda: next(source).inputs, self._config, 1, settings, torch.device("cpu"))
+        probe = self._graph.create(lambda: next(source).inputs, self._config, 1, settings, torch.device("cpu"))
         for single in singles:
             try:
                 probe.run()
@@ -211,7 +234,7 @@ def create_pipeline(
             boxes = fn.slice(fn.decoders.image(encoded, **how), **where)
         images = fn.resize(boxes, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.slice(
-            images, start=crops, shape=(config.size, config.size), axes=(0, 1), out_of_bounds_policy="pad"
+            images, start=crops, shape=(config.side, config.side), axes=(0, 1), out_of_bounds_policy="pad"
         )
         if config.augment:
             pipeline.set_outputs(fn.flip(images, horizontal=flips))
@@ -249,19 +272,35 @@ def normalized(images: Any, flips: Any, config: Config) -> Any:
 
 def run(pipeline: Pipeline, device: torch.device) -> Tensor:
     """Return the next images of a pipeline, in its own layout and dtype. Raises StopIteration after the last."""
+    (images,) = run_outputs(pipeline, device)
+    return images
+
+
+def run_outputs(pipeline: Pipeline, device: torch.device) -> tuple[Tensor, ...]:
+    """Return the next batch of each output of a pipeline, as ``run`` does."""
     if device.type != "cuda":
-        (images,) = pipeline.run()
-        return torch.from_dlpack(images.as_tensor())
+        return tuple(torch.from_dlpack(output.as_tensor()) for output in pipeline.run())
     # DALI's outputs are ordered on torch's stream, so the host does not wait for them. They are copied into torch's
     # memory, because DALI reuses its own buffers.
     stream = torch.cuda.current_stream(device)
-    (images,) = pipeline.run(stream)
-    dense = images.as_tensor()
+    return tuple(_copied(output.as_tensor(), device, stream) for output in pipeline.run(stream))
+
+
+def _copied(dense: Any, device: torch.device, stream: torch.cuda.Stream) -> Tensor:
     copy = torch.empty(dense.shape(), dtype=_dali.plugin.pytorch.to_torch_type[dense.dtype], device=device)
     return feed_ndarray(dense, copy, cuda_stream=stream)
 
 
-def _inputs(request: SampleRequest) -> Inputs:
+def with_masks(batch: Batch, masks_BHW1: Tensor, request: SampleRequest) -> Batch:
+    """Return the batch with the masks of its images among its targets; padded rows have no class anywhere."""
+    masks_BHW, padded_B = masks_BHW1[..., 0], request.ids_B < 0
+    if padded_B.any():
+        masks_BHW = masks_BHW.masked_fill(padded_B.to(masks_BHW.device)[:, None, None], IGNORED)
+    return batch._replace(targets={**batch.targets, MASK: masks_BHW})
+
+
+def image_inputs(request: SampleRequest) -> Inputs:
+    """Return the inputs of the graph for a request."""
     boxes, resized, crops, flips = request.geometry
     return Inputs(
         request.encoded,
@@ -273,10 +312,10 @@ def _inputs(request: SampleRequest) -> Inputs:
     )
 
 
-def _filled(inputs: Inputs, batch: int) -> Inputs:
+def _filled(inputs: AnyInputs, batch: int) -> AnyInputs:
     """Return the inputs with their rows repeated, so that there are ``batch`` of them."""
-    rows = np.resize(np.arange(len(inputs.encoded)), batch)
-    return Inputs._make([[inputs.encoded[row] for row in rows], *(values[rows] for values in inputs[1:])])
+    rows = np.resize(np.arange(len(inputs[0])), batch)
+    return tuple([values[row] for row in rows] if isinstance(values, list) else values[rows] for values in inputs)
 
 
 def _split_rows(flight: InFlight) -> Iterator[InFlight]:
@@ -284,4 +323,4 @@ def _split_rows(flight: InFlight) -> Iterator[InFlight]:
     request, inputs = flight
     for row in range(len(request.rows_B)):
         one = slice(row, row + 1)
-        yield InFlight(request._replace(rows_B=request.rows_B[one]), Inputs._make(values[one] for values in inputs))
+        yield InFlight(request._replace(rows_B=request.rows_B[one]), tuple(values[one] for values in inputs))

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment, memory, synthetic
-from pipeline.data.config import Config
+from pipeline.data.config import SCALES, Config
 from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.mixer import partners
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
+from pipeline.image_size import height_width, size_text
 from shards.manifest import Manifest
 from shards.read import SplitReader
 
@@ -171,9 +172,11 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
 
     A cache of teacher outputs records them.
     """
-    crop_keys = ("pad",) if config.crop == "pad" else ("scale", "ratio")
+    crop_keys = {"pad": ("pad",), "random_resized": ("scale", "ratio"), "scaled": ()}[config.crop]
     keys = ("size", "crop", *crop_keys, "flip", "mean", "std", "seed")
     values = {key: getattr(config, key) for key in keys}
+    if config.crop == "scaled":
+        values["scales"] = config.scales or SCALES
     if config.augment:  # caches that were written before this key have none
         values["augment"] = config.model_dump(mode="json", include={"augment"})["augment"]
     if config.mixes:
@@ -202,20 +205,33 @@ def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
             reader.check_sizes()
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"data.path: {error}") from None
+    if config.crop == "scaled" and split == "val":
+        _check_whole_images(config, reader)
     if config.loader == "memory" or (config.loader == "dali" and config.crop == "pad" and split == "train"):
         _check_sides(config, reader)
     return reader
 
 
+def _check_whole_images(config: Config, reader: SplitReader) -> None:
+    """Raise ValueError for a validation image that is larger than ``data.validation_size``."""
+    sides = np.stack([reader.samples["height"], reader.samples["width"]], axis=1)
+    largest, given = tuple(sides.max(axis=0).tolist()), config.for_validation.size
+    if np.any(np.asarray(largest) > height_width(given)):
+        raise ValueError(
+            f"data.validation_size: {size_text(given)}: crop: scaled validates whole images, and the largest have "
+            f"{size_text(largest)} pixels (height × width); set validation_size: {list(largest)}"
+        )
+
+
 def _check_sides(config: Config, reader: SplitReader) -> None:
     """Raise ValueError for an image whose size differs from ``data.size``."""
     samples = reader.samples
-    odd = np.flatnonzero((samples["width"] != config.size) | (samples["height"] != config.size))
+    odd = np.flatnonzero((samples["width"] != config.side) | (samples["height"] != config.side))
     if len(odd):
         key = "loader: memory" if config.loader == "memory" else "crop: pad"
         width, height = samples["width"][odd[0]], samples["height"][odd[0]]
         raise ValueError(
-            f"data.{key} needs images of data.size: {config.size} × {config.size}, "
+            f"data.{key} needs images of data.size: {config.side} × {config.side}, "
             f"but {describe_sample(reader, int(odd[0]))} is {width} × {height}; "
             "set data.size, or data.loader: dali with data.crop: random_resized"
         )
@@ -235,9 +251,18 @@ def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch
         return {split: decoders[reader] for split, reader in plan.readers.items()}
     decoder = _dali().DaliDecoder
     return {
-        split: decoder(reader, configs[split], batches[split], settings, device)
+        split: decoder(reader, configs[split], batches[split], settings, device, _graph(reader, configs[split]))
         for split, reader in plan.readers.items()
     }
+
+
+def _graph(reader: SplitReader, config: Config) -> Any:
+    """Return the graph of images with masks; None if the images have none."""
+    if not reader.has_masks:
+        return None
+    from pipeline.data.dali_masks import mask_graph  # after DALI itself
+
+    return mask_graph(config)
 
 
 def _dali() -> ModuleType:

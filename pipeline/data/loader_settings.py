@@ -19,6 +19,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from pipeline.data.config import Config
 from pipeline.distributed import collectives
 from pipeline.frozen_model import FrozenModel
+from pipeline.image_size import size_text
 from shards.cores import usable_cores
 from shards.manifest import Manifest, write_atomically
 
@@ -60,7 +61,7 @@ def workload_key(config: Config, manifest: Manifest, device: torch.device) -> st
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     # The mean size is rounded to a power of two below, so that data sets of similar images share one result.
     kib = sum(shard.filesize for shard in shards) / sum(shard.nsamples for shard in shards) / 1024
-    images = f"{manifest.image} of about {2 ** round(math.log2(kib))} KiB to {config.size} px"
+    images = f"{manifest.image} of about {2 ** round(math.log2(kib))} KiB to {size_text(config.size)} px"
     decoder = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return f"{decoder}, {cores()} cores, {images}, {config.crop}"
 

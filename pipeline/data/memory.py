@@ -46,12 +46,12 @@ class MemoryDecoder:
     def __init__(self, reader: SplitReader, config: Config, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._side = config.size + 2 * config.pad
-        images_NHWC = torch.from_numpy(decode_split(reader, config.size)).to(device)
+        self._side = config.side + 2 * config.pad
+        images_NHWC = torch.from_numpy(decode_split(reader, config.side)).to(device)
         # F.pad counts from the last dimension: no padding of C, ``pad`` on both sides of W and of H.
         self._pixels_PC = F.pad(images_NHWC, (0, 0, *[config.pad] * 4)).flatten(0, 2)
         self._augmenter = Augmenter(config, device)
-        along = torch.arange(config.size, device=device)
+        along = torch.arange(config.side, device=device)
         plain_HW = along[:, None] * self._side + along
         self._offsets_2HW = torch.stack([plain_HW, plain_HW.flip(1)])
         """Distance of a crop's pixels from its first one, as stored and mirrored."""

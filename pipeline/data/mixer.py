@@ -83,7 +83,7 @@ class Mixer:
 
     def __init__(self, config: Config, samples: NDArray, rows_N: NDArray[np.int64], classes: int) -> None:
         self._seed = config.seed
-        augmentations = enumerate(build_augmentations(config.augment, config.size))
+        augmentations = enumerate(build_augmentations(config.augment, config.side))
         mixings = [(position, each) for position, each in augmentations if isinstance(each, MixAugmentation)]
         # One of two has a switch: the probability that it takes the other's place.
         self._mixings = sorted(mixings, key=lambda each: hasattr(each[1].config, "switch"))

@@ -51,7 +51,7 @@ def _read(reader: SplitReader, plan: BatchSampler):
 
 def _random_resized(encoded, config: Config, device: torch.device):
     drawn = {"random_area": config.scale, "random_aspect_ratio": config.ratio}
-    resized = {"size": [config.size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
+    resized = {"size": [config.side] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
     if not decodes_boxes(device):
         return fn.random_resized_crop(fn.decoders.image(encoded, **decoding(config, device)), **drawn, **resized)
     return fn.resize(fn.decoders.image_random_crop(encoded, **drawn, **decoding(config, device)), **resized)
@@ -61,4 +61,4 @@ def _pad_cropped(images, config: Config):
     # ``values`` draws from a list of whole numbers, each with the same probability, so that the cast rounds nothing.
     offsets = range(-config.pad, config.pad + 1)
     start = fn.cast(fn.random.uniform(values=[float(offset) for offset in offsets], shape=(2,)), dtype=types.INT32)
-    return fn.slice(images, start=start, shape=(config.size,) * 2, axes=(0, 1), out_of_bounds_policy="pad")
+    return fn.slice(images, start=start, shape=(config.side,) * 2, axes=(0, 1), out_of_bounds_policy="pad")

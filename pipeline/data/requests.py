@@ -22,9 +22,10 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
 from pipeline.data.augmenter import Augmenter, Drawn
-from pipeline.data.config import Config
+from pipeline.data.config import SCALES, Config
 from pipeline.data.mixer import Mixer, Mixture
 from pipeline.data.read_ahead import CPU
+from pipeline.image_size import height_width
 from pipeline.tasks.multilabel import LABELS
 from shards.read import SplitReader
 
@@ -66,6 +67,8 @@ class SampleRequest(NamedTuple):
     geometry: Geometry
     encoded: list[NDArray[np.uint8]]
     """The encoded images, in memory; empty for a loader that does not decode."""
+    masks: list[NDArray[np.uint8]]
+    """The encoded masks, in memory; empty for images without."""
     ids_B: Tensor
     labels_B: Tensor
     batch: int
@@ -97,6 +100,12 @@ def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Ge
     """Return the random geometry of rows of a sample table, for one view or a view of each row."""
     ids, widths, heights = samples_B["id"], samples_B["width"], samples_B["height"]
     flips = augment.flips(ids, view, seed=config.seed, probability=config.flip)
+    if config.crop == "scaled":
+        boxes = _full_boxes(widths, heights)
+        resized, crops = augment.scaled_crop(
+            ids, view, widths, heights, seed=config.seed, scales=config.scales or SCALES, size=height_width(config.size)
+        )
+        return Geometry(boxes, resized, crops, flips)
     if config.crop == "pad":
         offsets = augment.pad_crop(ids, view, seed=config.seed, pad=config.pad)
         boxes = _full_boxes(widths, heights)
@@ -104,7 +113,7 @@ def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Ge
     boxes = augment.random_resized_crop(
         ids, view, widths, heights, seed=config.seed, scale=config.scale, ratio=config.ratio
     )
-    return Geometry(boxes, np.full_like(boxes[:, 2:], config.size), np.zeros_like(boxes[:, :2]), flips)
+    return Geometry(boxes, np.full_like(boxes[:, 2:], config.side), np.zeros_like(boxes[:, :2]), flips)
 
 
 def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
@@ -113,7 +122,10 @@ def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
     Only the middle of a very long and thin image is decoded. The centre crop uses no more of it, and the whole image
     would take gigabytes once its short side is resized.
     """
-    boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.size
+    if config.crop == "scaled":  # the whole image, at its own size
+        boxes = _full_boxes(samples_B["width"], samples_B["height"])
+        return Geometry(boxes, boxes[:, 2:], np.zeros_like(boxes[:, :2]), np.zeros(len(samples_B), np.bool_))
+    boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.side
     resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or size, size)
     return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
 
@@ -254,6 +266,7 @@ class BatchSampler:
             decoded_rows,
             training_geometry(self.config, decoded, views),
             self._encoded("train", decoded_rows, pool),
+            self._masks("train", rows, pool),
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
@@ -271,6 +284,7 @@ class BatchSampler:
             rows,
             validation_geometry(self.config, samples),
             self._encoded("val", rows, pool),
+            self._masks("val", rows, pool),
             self._host(np.where(real, samples["id"], -1)),
             self._host(np.where(real, samples["label"], -1).astype(np.int64)),
             self.validation_batch,
@@ -284,10 +298,11 @@ class BatchSampler:
     def _encoded(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
         if not self.encoded:
             return []
-        views = self.readers[split].bytes(rows)
-        # ``list`` waits for the threads and raises their exceptions.
-        list(pool.map(_read_into_memory, [views[start::_READS_AT_ONCE] for start in range(_READS_AT_ONCE)]))
-        return views
+        return _read_by_threads(self.readers[split].bytes(rows), pool)
+
+    def _masks(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
+        reader = self.readers[split]
+        return _read_by_threads(reader.masks(rows), pool) if self.encoded and reader.has_masks else []
 
     def _extra(self, ids: NDArray[np.int64], views: NDArray[np.int64], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
         if self.columns is None:
@@ -333,6 +348,13 @@ def _take(
                 column.take(ids_B, axis=0, out=out[name], mode="clip")
             elif len(at):
                 out[name][at] = column.take(ids_B[at], axis=0, mode="clip")
+
+
+def _read_by_threads(views: list[NDArray[np.uint8]], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
+    """Read memory-mapped files into memory, several at once, and return them."""
+    # ``list`` waits for the threads and raises their exceptions.
+    list(pool.map(_read_into_memory, [views[start::_READS_AT_ONCE] for start in range(_READS_AT_ONCE)]))
+    return views
 
 
 def _read_into_memory(views: list[NDArray[np.uint8]]) -> None:

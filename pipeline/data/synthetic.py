@@ -14,6 +14,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest
+from pipeline.image_size import height_width
 
 
 def synthetic_fingerprint() -> dict[str, str]:
@@ -27,7 +28,7 @@ class SyntheticDecoder:
     def __init__(self, config: Config, batch: int, device: torch.device) -> None:
         self._device = device
         draws = torch.Generator(device).manual_seed(config.seed)
-        images_BHWC = torch.randn(batch, config.size, config.size, 3, generator=draws, device=device)
+        images_BHWC = torch.randn(batch, *height_width(config.size), 3, generator=draws, device=device)
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         self._images_BCHW = images_BCHW if config.channels_last else images_BCHW.contiguous()
 

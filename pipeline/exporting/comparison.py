@@ -26,7 +26,8 @@ class OutputComparison(NamedTuple):
     same: int
     """Number of images of which both have the same answer."""
     answer: str = "top-1"
-    """What is the answer: the largest logit, or of images with several classes all decisions."""
+    """What is the answer: the largest logit, or of images with several classes all decisions, or of a segmenter the
+    largest logit of every pixel."""
 
     def __str__(self) -> str:
         return (
@@ -45,7 +46,9 @@ def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) ->
     if LABELS in find_task(student.card.task).targets:
         same_B = ((logits_BK > 0) == (expected_BK > 0)).all(1)
         return OutputComparison(len(logits_BK), difference, int(same_B.sum()), "decisions")
-    return OutputComparison(len(logits_BK), difference, int((logits_BK.argmax(1) == expected_BK.argmax(1)).sum()))
+    same = logits_BK.argmax(1) == expected_BK.argmax(1)
+    answer = "top-1" if same.ndim == 1 else "class of every pixel"
+    return OutputComparison(len(logits_BK), difference, int(same.view(len(same), -1).all(1).sum()), answer)
 
 
 def _run_on(student: TrainedStudent, run: Callable[[Tensor], Tensor], rows: slice, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.recipe import LoadedRecipe, Recipe
+from pipeline.image_size import size_text
 from pipeline.models.from_timm import PREFIX
 from pipeline.runs.card import Card
 from pipeline.runs.evaluation_file import EvaluationFile
@@ -84,8 +85,11 @@ def _figures(card: Card, result: Result | None, evaluation: EvaluationFile | Non
 
 
 def _preprocessing(card: Card) -> Iterator[tuple[str, str]]:
-    short = card.resize or card.size
-    yield "size", f"{card.size} × {card.size} pixels, the centre of an image whose short side is resized to {short}"
+    if isinstance(card.size, tuple):
+        yield "size", f"{size_text(card.size)} pixels, whole images, padded below and on the right"
+    else:
+        short = f"the centre of an image whose short side is resized to {card.resize or card.size}"
+        yield "size", f"{card.size} × {card.size} pixels, {short}"
     yield "mean", ", ".join(f"{value:g}" for value in card.mean)
     yield "standard deviation", ", ".join(f"{value:g}" for value in card.std)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import RecipeError
 from pipeline.exporting.trained import CARD_FILE, TrainedStudent, inference
+from pipeline.image_size import height_width
 from pipeline.models.from_timm import PREFIX
 
 MODEL_CARD = "README.md"
@@ -48,11 +49,12 @@ def run_timm_folder(folder: Path) -> Callable[[Tensor], Tensor]:
 def _preprocessing(student: TrainedStudent) -> dict[str, Any]:
     """Return timm's words for the images of validation."""
     card = student.card
+    side = height_width(card.size)[0]
     return {
-        "input_size": (3, card.size, card.size),
+        "input_size": (3, *height_width(card.size)),
         "interpolation": "bilinear",
         "mean": card.mean,
         "std": card.std,
-        "crop_pct": card.size / (card.resize or card.size),
+        "crop_pct": side / (card.resize or side),
         "crop_mode": "center",
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Outputs
 from pipeline.features.names import canonical, deep_stages, find_stage
+from pipeline.image_size import ImageSize, height_width, size_text
 
 CAM = "cam"
 """Name of the one tap that is computed, not captured: the class activation map [K, H, W].
@@ -103,19 +104,19 @@ class FeatureTaps(nn.Module):
         """
         self._captured = captured = {}
         try:
-            logits_BK = self.model(images_BCHW)
+            logits = self.model(images_BCHW)
         finally:
             self._captured = None
-        if not isinstance(logits_BK, Tensor):
+        if not isinstance(logits, Tensor):
             raise ValueError(
-                f"{_type(self.model)} returned a {_type(logits_BK)}, expected one tensor of logits; give a factory "
+                f"{_type(self.model)} returned a {_type(logits)}, expected one tensor of logits; give a factory "
                 "whose network has no auxiliary heads"
             )
         image_size = (images_BCHW.shape[2], images_BCHW.shape[3])
         features = {name: self._features(name, path, captured, image_size) for name, path in self.paths.items()}
         if CAM in self.wanted:
             features[CAM] = self._class_activation(features["map"])
-        return Outputs(logits_BK, {name: features[name] for name in self.wanted})
+        return Outputs(logits, {name: features[name] for name in self.wanted})
 
     def tapped_modules(self) -> set[nn.Module]:
         """Return the modules whose input or output is captured."""
@@ -230,21 +231,22 @@ class FeatureTaps(nn.Module):
             module.inplace = False  # type: ignore[assignment]
 
 
-def tap_shapes(taps: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes, without the batch, of each tap and of ``logits`` on square images of ``image_size`` pixels.
+def tap_shapes(taps: FeatureTaps, image_size: ImageSize) -> dict[str, tuple[int, ...]]:
+    """Return the shapes, without the batch, of each tap and of ``logits`` on images of ``image_size`` pixels.
 
     The network runs once, in evaluation mode. BatchNorm statistics, random states and the modules' modes are left
     unchanged. Raises ValueError if the network fails on such an image.
     """
     parameter = next(taps.parameters())
-    image_1CHW = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    image_1CHW = torch.zeros(1, 3, *height_width(image_size), dtype=parameter.dtype, device=parameter.device)
     try:
         with evaluating(taps), torch.no_grad():
             outputs = taps(image_1CHW)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or _type(error)
-        raise ValueError(f"{_type(taps.model)} cannot take images of {image_size} pixels: {reason}") from error
-    found = {**outputs.features, "logits": outputs.logits_BK}
+        size = size_text(image_size)
+        raise ValueError(f"{_type(taps.model)} cannot take images of {size} pixels: {reason}") from error
+    found = {**outputs.features, "logits": outputs.logits}
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 

@@ -97,6 +97,8 @@ class Loss(nn.Module):
     which are ``batch.targets["soft_BK"]``. ``dominant``: ``labels_B``, the class of the larger share. None refuses."""
     targets: ClassVar[frozenset[str]] = frozenset()
     """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
+    takes_pixels: ClassVar[bool] = False
+    """Whether the loss of logits takes a map of them, whose pixels are its rows; the tasks of pixels need that."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class Loss(nn.Module):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of ``forward`` × weight × ramp, computed in at least float32 with autocast off."""
-        with autocast(student.logits_BK, None):
+        with autocast(student.logits, None):
             return self.scaled(self(*self.select_features(student, teacher), batch), progress)
 
     def select_features(self, student: Outputs, teacher: Outputs) -> tuple[Outputs, Outputs]:

@@ -26,7 +26,12 @@ class LossSpec:
     config: Loss.Config
 
     def build(self, facts: Facts) -> Loss:
-        """Return the loss, built from the config and ``facts``."""
+        """Return the loss, built from the config and ``facts``.
+
+        Raises ValueError if it compares maps of logits of different size.
+        """
+        if self.reads_teachers_head and self.takes_pixels:
+            _check_maps(self.name, facts)
         return self.loss(self.config, facts)
 
     @property
@@ -51,6 +56,11 @@ class LossSpec:
         return own or any(spec.refuses_mixed for spec in self._inner)
 
     @property
+    def takes_pixels(self) -> bool:
+        """Return whether this loss and its inner losses take the pixels of a map of logits as rows."""
+        return _declared(self.loss, "takes_pixels", False) and all(spec.takes_pixels for spec in self._inner)
+
+    @property
     def targets(self) -> frozenset[str]:
         """The names in a batch's targets that this loss and its inner losses read."""
         return self.loss.targets.union(*(spec.targets for spec in self._inner))
@@ -58,6 +68,14 @@ class LossSpec:
     @property
     def _inner(self) -> list[LossSpec]:
         return [value for _, value in self.config if isinstance(value, LossSpec)]
+
+
+def _check_maps(name: str, facts: Facts) -> None:
+    """Raise ValueError unless student and teacher have logits of the same pixels."""
+    ours, theirs = (shapes.get("logits", ())[1:] for shapes in (facts.student_shapes, facts.teacher_shapes))
+    if ours != theirs:
+        sizes = " and ".join(" × ".join(map(str, size)) or "no map" for size in (ours, theirs))
+        raise ValueError(f"{name}: the maps of logits of student and teacher are {sizes}; give both one output stride")
 
 
 def _declared(loss: type[Loss], name: str, default: Any) -> Any:

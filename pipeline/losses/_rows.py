@@ -67,7 +67,7 @@ class BatchLoss(Loss):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of ``forward`` × weight × ramp, on the gathered rows or as the mean over the groups."""
-        with autocast(student.logits_BK, None):
+        with autocast(student.logits, None):
             student, teacher = map(self.reduce, self.select_features(student, teacher))
             groups = self.row_groups(student, teacher, batch)
             found = [self(*group) for group in groups]

@@ -36,8 +36,8 @@ class LogitTransform(Loss):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the inner loss's parts on the transformed logits × weight × ramp."""
-        with autocast(student.logits_BK, None):
+        with autocast(student.logits, None):
             student, teacher = self.select_features(student, teacher)
             student_BK, teacher_BK = self.transform(student.logits_BK, teacher.logits_BK.detach())
-            transformed = student._replace(logits=student_BK), teacher._replace(logits=teacher_BK)
+            transformed = student.with_logits(student_BK), teacher.with_logits(teacher_BK)
             return self.scaled(self.inner.parts(*transformed, batch, progress), progress)

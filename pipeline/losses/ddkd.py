@@ -15,7 +15,7 @@ from typing import Self
 from pydantic import model_validator
 
 from pipeline.losses._registry import InnerLoss
-from pipeline.losses.diffkd import DiffKD, LogitBranch
+from pipeline.losses.diffkd import DiffKD, LogitBranch, LogitMapBranch
 
 
 class DDKD(DiffKD):
@@ -28,7 +28,7 @@ class DDKD(DiffKD):
         feature map may be off.
         """
 
-        logits: LogitBranch | None = None
+        logits: LogitBranch | LogitMapBranch | None = None
         """Branch that denoises the logits; required."""
         logit_distance: InnerLoss | None = None
         """Loss between the student's denoised logits and the teacher's: DKD, or a loss that wraps it; required."""

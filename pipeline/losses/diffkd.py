@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.diffusion.config import Diffusion
@@ -48,12 +48,21 @@ class FeatureBranch(FrozenModel):
 
 
 class LogitBranch(FrozenModel):
-    """The branch that denoises and compares the logits, taken as a map of K channels and one pixel."""
+    """The branch that denoises and compares the logits, by 1 × 1 convolutions. Logits [B, K] are a map of one pixel."""
 
     predictor_expansion: PositiveInt
     """Factor by which the blocks of the noise predictor expand the channels."""
     adapter_expansion: PositiveInt
     """Factor by which the block of the noise adapter expands the channels."""
+
+
+class LogitMapBranch(FrozenModel):
+    """The branch that denoises and compares a map of logits, by networks that see neighbouring pixels."""
+
+    predictor_reduction: PositiveInt
+    """Factor by which the bottlenecks of the noise predictor reduce the channels, of which there is one per class."""
+    adapter_reduction: PositiveInt
+    """Factor by which the bottleneck of the noise adapter reduces the channels."""
 
 
 class DiffKD(Loss):
@@ -65,6 +74,7 @@ class DiffKD(Loss):
 
     scope = "statistics"
     reads_labels = False
+    takes_pixels = True
 
     class Config(Loss.Config):
         """The config of DiffKD; ``configs/methods/diffkd.yaml`` and ``ddkd.yaml`` have the published values.
@@ -76,8 +86,10 @@ class DiffKD(Loss):
         """Noise schedule and sampler of the denoising, shared by both branches."""
         feature: FeatureBranch | None = None
         """Branch that denoises a feature map; null is off."""
-        logits: LogitBranch | None = None
-        """Branch that denoises the logits; null is off."""
+        logits: LogitBranch | LogitMapBranch | None = None
+        """Branch that denoises the logits; null is off. A map of logits is denoised pixel by pixel with
+        ``predictor_expansion`` and ``adapter_expansion``, or by 3 × 3 convolutions with ``predictor_reduction`` and
+        ``adapter_reduction``."""
         logit_distance: InnerLoss | None = None
         """Loss between the student's denoised logits and the teacher's; its weight and ramp are multiplied by λ3."""
         diffusion_weight: NonNegativeFloat
@@ -112,7 +124,7 @@ class DiffKD(Loss):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of both branches × weight × ramp."""
-        with autocast(student.logits_BK, None):
+        with autocast(student.logits, None):
             student, teacher = self.select_features(student, teacher)
             parts = self.feature_parts(student, teacher) | self.logit_parts(student, teacher, batch, progress)
             return self.scaled(parts, progress)
@@ -138,8 +150,8 @@ class DiffKD(Loss):
         if self.logit_denoiser is None or self.logit_distance is None:
             return {}
         c = self.config
-        denoised = self.logit_denoiser(student.logits_BK[:, :, None, None], teacher.logits_BK[:, :, None, None])
-        denoised_student = student._replace(logits=denoised.student_BCHW[:, :, 0, 0])
+        denoised = self.logit_denoiser(_as_map(student.logits), _as_map(teacher.logits))
+        denoised_student = student._replace(logits=denoised.student_BCHW.reshape(student.logits.shape))
         distances = self.logit_distance.parts(denoised_student, teacher, batch, progress)
         parts = {f"logit_{name}": c.distance_weight * value for name, value in distances.items()}
         return parts | {"diffusion_logit": c.diffusion_weight * denoised.diffusion_loss}
@@ -150,8 +162,8 @@ class DiffKD(Loss):
         Without a teacher's answers, its map is left out: γ and the denoised student do not depend on its values.
         """
         known, seen = teacher is not None, {}
-        teacher = teacher or _blank_outputs(self.facts, student.logits_BK)
-        with autocast(student.logits_BK, None):
+        teacher = teacher or _blank_outputs(self.facts, student.logits)
+        with autocast(student.logits, None):
             student, teacher = self.select_features(student, teacher)
             if self.feature_denoiser is not None:
                 of_student, of_teacher = stage_names(self.config.feature.stage)
@@ -160,14 +172,19 @@ class DiffKD(Loss):
                 seen["gamma"] = observed.gamma
                 seen["maps"] = {name: rows for name, rows in observed.maps.items() if known or name != "teacher"}
             if self.logit_denoiser is not None:
-                logits = [outputs.logits_BK[:, :, None, None] for outputs in (student, teacher)]
+                logits = [_as_map(outputs.logits) for outputs in (student, teacher)]
                 seen["gamma_logits"] = observe_denoiser(self.logit_denoiser, *logits, seed=0).gamma
         return seen
 
 
-def _blank_outputs(facts: Facts, like_BK: Tensor) -> Outputs:
+def _as_map(logits: Tensor) -> Tensor:
+    """Return logits [B, K] as a map [B, K, 1, 1], and a map as it is."""
+    return logits[:, :, None, None] if logits.ndim == 2 else logits
+
+
+def _blank_outputs(facts: Facts, like: Tensor) -> Outputs:
     """Return zeros in the shape of a teacher's outputs for as many images."""
-    zeros = {name: like_BK.new_zeros(len(like_BK), *shape) for name, shape in facts.teacher_shapes.items()}
+    zeros = {name: like.new_zeros(len(like), *shape) for name, shape in facts.teacher_shapes.items()}
     return Outputs(zeros.pop("logits"), zeros)
 
 
@@ -195,11 +212,12 @@ def logit_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:
     c, norm, classes = config.logits, config.diffusion.norm, facts.num_classes
     if c is None:
         return None
-    return Denoiser(
-        config.diffusion,
-        classes,
-        classes,
-        predictor=logit_predictor(classes, c.predictor_expansion, norm),
-        adapter=logit_adapter(classes, c.adapter_expansion, norm),
-        autocast=facts.autocast,
-    )
+    if isinstance(c, LogitBranch):
+        predictor = logit_predictor(classes, c.predictor_expansion, norm)
+        adapter: nn.Module = logit_adapter(classes, c.adapter_expansion, norm)
+    else:
+        if len(facts.student_shapes["logits"]) != 3:
+            raise ValueError("logits.predictor_reduction: the logits are no map; give predictor_expansion instead")
+        predictor = map_predictor(classes, c.predictor_reduction, norm)
+        adapter = Bottleneck(classes, c.adapter_reduction, norm)
+    return Denoiser(config.diffusion, classes, classes, predictor=predictor, adapter=adapter, autocast=facts.autocast)

@@ -85,6 +85,7 @@ class DIST(Loss):
 
     scope = "statistics"
     reads_labels = False
+    takes_pixels = True
 
     class Config(Loss.Config):
         """The config of DIST, such as ``{beta: 1.0, gamma: 1.0, temperature: 4.0}``."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._functional import kl_divergence
+from pipeline.losses._pixels import label_pixels
 
 
 def dkd_loss(
@@ -41,10 +42,12 @@ def split_at_label(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]
 class DKD(Loss):
     """KD with separate weights for the label's class and the other classes.
 
-    It needs hard labels: of a mixed image it takes the class of the larger share.
+    It needs hard labels: of a mixed image it takes the class of the larger share, and of a map of logits those of the
+    mask, at the map's size.
     """
 
     mixed_labels = "dominant"
+    takes_pixels = True
 
     class Config(Loss.Config):
         """The config of DKD, such as ``{alpha: 1.0, beta: 8.0, temperature: 4.0, ramp: {linear_epochs: 20}}``."""
@@ -62,15 +65,12 @@ class DKD(Loss):
         super().__init__(config, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss part ``dkd``."""
+        """Return the loss part ``dkd``; of maps it is the mean over the pixels that have a class."""
+        if student.logits.ndim < 4:
+            return {"dkd": self._of_rows(student.logits_BK, teacher.logits_BK, batch.labels_B)}
+        rows = label_pixels(batch, student.logits, teacher.logits)
+        return {"dkd": rows.factor * self._of_rows(rows.student_RK, rows.teacher_RK, rows.labels_R)}
+
+    def _of_rows(self, student_BK: Tensor, teacher_BK: Tensor, labels_B: Tensor) -> Tensor:
         c = self.config
-        return {
-            "dkd": dkd_loss(
-                student.logits_BK,
-                teacher.logits_BK,
-                batch.labels_B,
-                alpha=c.alpha,
-                beta=c.beta,
-                temperature=c.temperature,
-            )
-        }
+        return dkd_loss(student_BK, teacher_BK, labels_B, alpha=c.alpha, beta=c.beta, temperature=c.temperature)

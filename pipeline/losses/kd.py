@@ -22,6 +22,7 @@ class KD(Loss):
     """KL divergence from the teacher's softened class probabilities."""
 
     reads_labels = False
+    takes_pixels = True
 
     class Config(Loss.Config):
         """The config of KD, such as ``{temperature: 4.0}``."""

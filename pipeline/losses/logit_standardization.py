@@ -25,6 +25,7 @@ class LogitStandardization(LogitTransform):
     """A loss that computes its inner loss on standardised logits; the inner temperature is the paper's base one."""
 
     reads_labels = False
+    takes_pixels = True
 
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the standardised logits of student and teacher."""

@@ -32,6 +32,7 @@ class Perception(LogitTransform):
 
     scope = "statistics"
     reads_labels = False
+    takes_pixels = True
 
     class Config(LogitTransform.Config):
         """The config of perception reconstruction, such as ``{inner: {dkd: {…}}}``."""

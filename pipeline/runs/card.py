@@ -37,8 +37,8 @@ class Card(FrozenModel):
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Mean and standard deviation of red, green and blue, for pixel values in 0 … 1."""
-    size: PositiveInt
-    """Side of a validation image in pixels."""
+    size: PositiveInt | tuple[PositiveInt, PositiveInt]
+    """Side of a validation image in pixels, or its height and width."""
     resize: PositiveInt | None = None
     """Short side before the centre crop; None is ``size``."""
     accuracy: dict[str, float] | None = None

@@ -69,8 +69,14 @@ class Task(ABC):
         """Return the title of the main metric."""
         return self.titles[self.metric]
 
-    def blank_targets(self, rows: int, num_classes: int) -> dict[str, Tensor]:
-        """Return targets of a batch without any content, on torch's default device, for a trial of the losses."""
+    of_pixels: ClassVar[bool] = False
+    """Whether the logits are maps, whose pixels have classes; losses of logits must take such maps then."""
+
+    def blank_targets(self, rows: int, num_classes: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return targets of a batch without any content, on torch's default device, for a trial of the losses.
+
+        ``size`` is the height and width of the images.
+        """
         return {}
 
     @abstractmethod

@@ -30,7 +30,7 @@ class MultiLabel(Task):
     training_metric = "f1"
     targets = frozenset({LABELS})
 
-    def blank_targets(self, rows: int, num_classes: int) -> dict[str, Tensor]:
+    def blank_targets(self, rows: int, num_classes: int, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return labels of images without any class."""
         return {LABELS: torch.zeros(rows, num_classes, dtype=torch.uint8)}
 
