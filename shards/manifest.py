@@ -25,6 +25,8 @@ VERSION = 1
 MANIFEST_ADVICE = "copy it again, or run the preparation again"
 """How to repair a folder with a damaged or missing file; the end of error messages."""
 
+MOST_MASK_CLASSES = 255
+"""Largest number of classes of pixels: a mask has a byte for each pixel, and the last value means no class."""
 MOST_IDS = 10**8
 """Largest number of ids in a split: a sample's key has eight digits."""
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -34,6 +36,9 @@ _Name = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
 """A plain file name, which cannot point to another folder."""
 _IMAGE = "(jpg|jpeg|png|webp)"
 _STRICT = ConfigDict(extra="forbid")
+
+ShardTaskName = Literal["classification", "multilabel", "segmentation"]
+"""What the images of shards have: one class, any number of classes, or a mask."""
 
 
 def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +113,11 @@ class Manifest:
     """Everything else that the bytes depend on: seed, shard size, digest of the source's listing."""
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION
-    task: Literal["classification", "multilabel"] = "classification"
-    """Whether an image has one class, or any number of them. The file has this key only in the second case."""
+    task: ShardTaskName = "classification"
+    """Whether an image has one class, any number of them, or a mask: a class for each pixel.
+
+    The file has this key only in the second and third case.
+    """
     sha256: str = field(default="", compare=False)
     """Digest of the file that was read, which identifies the complete folder. It is not written to the file."""
 
@@ -128,6 +136,7 @@ class Manifest:
         values = {key: value for key, value in asdict(self).items() if key != "sha256"}
         if self.task == "classification":  # its files are the same bytes as before there were other tasks
             del values["task"]
+        if self.task != "multilabel":
             for split in values["splits"].values():
                 del split["targets_sha256"]
         return values
@@ -155,6 +164,9 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     Raises DamagedFile if the contents are invalid or contradictory.
     """
     manifest = parse_document(content, location, Manifest, "copy it again, or prepare the shards again")
+    if manifest.task == "segmentation" and manifest.num_classes > MOST_MASK_CLASSES:
+        message = f"{manifest.num_classes:,} classes, but a mask has {MOST_MASK_CLASSES} at most"
+        raise DamagedFile(f"{location}: classes: {message}; copy it again, or prepare the shards again")
     for name, split in manifest.splits.items():
         for key, message in _contradictions(name, split, manifest.task):
             raise DamagedFile(f"{location}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")

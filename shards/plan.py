@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from shards.journal import ShardRecord
-from shards.manifest import Manifest
+from shards.manifest import MOST_MASK_CLASSES, Manifest, ShardTaskName
 from shards.write import MAX_LABEL
 
 
@@ -31,6 +31,10 @@ class ImageItem(NamedTuple):
     offset: int = -1
     targets: bytes | None = None
     """A byte for each class, 1 if the image has it, where it has any number of them; ``label`` is then 0."""
+    mask: str = ""
+    """Path of the image's mask, where it has one; ``label`` is then 0."""
+    mask_size: int = 0
+    """Size of the mask's file in bytes."""
 
 
 class EncodedImage(NamedTuple):
@@ -39,6 +43,8 @@ class EncodedImage(NamedTuple):
     data: bytes
     width: int
     height: int
+    mask: bytes | None = None
+    """The encoded mask of the same size, where it has one."""
 
 
 class Unusable(Exception):
@@ -70,7 +76,7 @@ class ShardTask(NamedTuple):
 
     path: Path
     image: str
-    multilabel: bool
+    task: ShardTaskName
     split: str
     ids: list[int]
     items: list[ImageItem]
@@ -88,6 +94,8 @@ def make_job(
     source: ImageSource,
     options: argparse.Namespace,
     transform: dict[str, Any],
+    *,
+    has_masks: bool = False,
     **plan: Any,
 ) -> PreparationJob:
     """Return the preparation, with sorted listings, so that an index in a listing is an id.
@@ -95,12 +103,7 @@ def make_job(
     Its header contains everything that the output's bytes depend on. Raises ValueError for a split without files, for
     too many classes, and for a class whose name no text file can contain.
     """
-    if len(classes) > MAX_LABEL + 1:
-        advice = "leave some out, or write tars with webdataset and list them with shards/index.py"
-        raise ValueError(f"there are {len(classes):,} classes, but {MAX_LABEL + 1:,} are the most: {advice}")
-    for name in classes:
-        if printable(name) != name:
-            raise ValueError(f"the class {printable(name)} has a name that is not UTF-8 text: rename its folder")
+    _check_classes(classes, has_masks)
     for split, items in listings.items():
         if not items:
             raise ValueError(f"the source has no files for the split '{split}': add them, or remove its folder")
@@ -113,7 +116,21 @@ def make_job(
     header = Manifest(tool, image, tuple(classes), transform, plan)
     if any(item.targets is not None for items in listings.values() for item in items):
         header = replace(header, task="multilabel")
+    if has_masks:
+        header = replace(header, task="segmentation")
     return PreparationJob(header, listings, source)
+
+
+def _check_classes(classes: Sequence[str], has_masks: bool) -> None:
+    if has_masks and len(classes) > MOST_MASK_CLASSES:
+        reason = "a mask has one byte for each pixel"
+        raise ValueError(f"there are {len(classes):,} classes, but {MOST_MASK_CLASSES} are the most: {reason}")
+    if len(classes) > MAX_LABEL + 1:
+        advice = "leave some out, or write tars with webdataset and list them with shards/index.py"
+        raise ValueError(f"there are {len(classes):,} classes, but {MAX_LABEL + 1:,} are the most: {advice}")
+    for name in classes:
+        if printable(name) != name:
+            raise ValueError(f"the class {printable(name)} has a name that is not UTF-8 text: rename its folder")
 
 
 def printable(name: str) -> str:
@@ -134,6 +151,8 @@ def _listing_sha256(items: list[ImageItem]) -> str:
     for item in items:
         digest.update(f"{item.path}\0{item.label}\0{item.size}\n".encode(errors="surrogateescape"))
         digest.update(item.targets or b"")
+        if item.mask:
+            digest.update(f"{item.mask}\0{item.mask_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -151,7 +170,7 @@ def plan_shards(
             yield ShardTask(
                 path,
                 job.header.image,
-                job.header.task == "multilabel",
+                job.header.task,
                 split,
                 ids.tolist(),
                 shard_items,

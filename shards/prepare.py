@@ -19,7 +19,7 @@ from shards.command import add_jobs, for_each, positive, print_above, progress_b
 from shards.journal import PREPARATION_JOURNAL, PreparationJournal, ShardRecord, check_same_job, describe
 from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
 from shards.plan import ImageItem, PreparationJob, ShardTask, Unusable, plan_shards, printable
-from shards.read import SAMPLE_DTYPE, SplitReader
+from shards.read import SplitReader, sample_dtype
 from shards.scan import index_fits, is_on_record, scan_shard
 from shards.write import ShardWriter, index_path, write_samples, write_targets
 
@@ -64,7 +64,7 @@ def prepare(job: PreparationJob, folder: Path, options: argparse.Namespace) -> i
 def _print_plan(job: PreparationJob, folder: Path, tasks: list[ShardTask]) -> None:
     total = 0
     for split, items in job.listings.items():
-        size = sum(item.size for item in items)
+        size = sum(item.size + item.mask_size for item in items)
         shards = sum(task.split == split for task in tasks)
         total += size
         print(f"{split}: {len(items):,} files, {_gigabytes(size)}, {shards:,} shards of about {len(items) // shards:,}")
@@ -148,9 +148,9 @@ def make_shard(task: ShardTask) -> Finished:
     record = task.record
     if record is not None:
         if record.shard.nsamples == 0:
-            return Finished(record, np.empty(0, SAMPLE_DTYPE))
+            return Finished(record, np.empty(0, sample_dtype(task.task)))
         if is_on_record(task.path, record.shard):
-            scan = scan_shard(task.path, task.image, multilabel=task.multilabel)
+            scan = scan_shard(task.path, task.image, task.task)
             if index_fits(task.path, scan):
                 return Finished(record, scan.rows)
     return _write_shard(task)
@@ -161,14 +161,16 @@ def _write_shard(task: ShardTask) -> Finished:
     with ShardWriter(task.path, task.image) as writer:
         for number, item in zip(task.ids, task.items, strict=True):
             try:
-                writer.add(number, item.label, *task.source.load(task.split, item), item.targets)
+                image = task.source.load(task.split, item)
+                writer.add(number, item.label, image.data, image.width, image.height, item.targets, image.mask)
             except Unusable as reason:
                 if task.strict:
                     raise ValueError(f"{task.split}/{item.path} is not a usable image: {reason}") from None
                 left_out.append(LeftOut(number, f"{task.split}/{printable(item.path)}", str(reason)))
         if len(left_out) == len(task.ids):
             # No file: DALI counts a tar without members as one empty sample.
-            return Finished(ShardRecord(Shard(task.path.name, 0, 0, ""), tuple(left_out)), np.empty(0, SAMPLE_DTYPE))
+            record = ShardRecord(Shard(task.path.name, 0, 0, ""), tuple(left_out))
+            return Finished(record, np.empty(0, sample_dtype(task.task)))
         shard, rows = writer.close()
     return Finished(ShardRecord(shard, tuple(left_out)), rows)
 

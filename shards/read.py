@@ -11,7 +11,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BufferedReader
 from pathlib import Path
 
@@ -34,6 +34,13 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 """A row of the sample table. ``offset`` and ``size`` are the position of the encoded image in its tar, in bytes."""
+MASKED_SAMPLE_DTYPE = np.dtype([*SAMPLE_DTYPE.descr, ("mask_offset", "<i8"), ("mask_size", "<i8")])
+"""The row of a sample that has a mask, and the position of its encoded mask in the same tar."""
+
+
+def sample_dtype(task: str) -> np.dtype:
+    """Return the type of a row of the sample table, by the task of the manifest."""
+    return MASKED_SAMPLE_DTYPE if task == "segmentation" else SAMPLE_DTYPE
 
 
 def samples_path(folder: Path, split: str) -> Path:
@@ -51,8 +58,8 @@ class SplitReader:
 
     ``samples`` [N] is the sample table, read-only and memory-mapped. Its rows are in storage order, by shard and by
     position in the shard. ``targets`` are the classes of each row's image, uint8 [N, K] with 1 for a class that it has.
-    It is None if every image has one class. Both are checked against their digests. Pass ``manifest`` if it has been
-    read already. Raises FileNotFoundError or ValueError if the folder is damaged or incomplete.
+    It is None for other tasks. Both are checked against their digests. Pass ``manifest`` if it has been read already.
+    Raises FileNotFoundError or ValueError if the folder is damaged or incomplete.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest | None = None) -> None:
@@ -63,7 +70,12 @@ class SplitReader:
                 f"{self.folder} contains no split '{split}', only {', '.join(sorted(self.manifest.splits))}"
             )
         self.split = self.manifest.splits[split]
-        self.samples = self._map_table(samples_path(self.folder, split), _check_samples, load_samples)
+        dtype = sample_dtype(self.manifest.task)
+        self.samples = self._map_table(
+            samples_path(self.folder, split),
+            partial(_check_samples, dtype=dtype),
+            partial(load_samples, dtype=dtype),
+        )
         self.targets: np.ndarray | None = None
         if self.split.targets_sha256:
             self.targets = self._map_table(targets_path(self.folder, split), _check_targets, load_targets)
@@ -78,16 +90,21 @@ class SplitReader:
         open all tars at the same time, the images of some tars are copied instead. Raises FileNotFoundError or
         ValueError for a tar that is missing or has another size.
         """
-        views = []
-        samples = self.samples[rows]
-        for shard, offset, size in zip(
-            samples["shard"].tolist(), samples["offset"].tolist(), samples["size"].tolist(), strict=True
-        ):
-            tar = self._tars.get(shard)
-            if tar is None:
-                tar = self._map_tar(shard)
-            views.append(self._read(shard, offset, size) if tar is None else tar[offset : offset + size])
-        return views
+        return self._views(rows, "offset", "size")
+
+    @property
+    def has_masks(self) -> bool:
+        """Return whether every image has a mask."""
+        return self.manifest.task == "segmentation"
+
+    def masks(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the encoded masks of some rows of ``samples``, as ``bytes`` returns the images.
+
+        A mask is a grey PNG of 8 bits, of its image's size. Raises ValueError if the shards have none.
+        """
+        if not self.has_masks:
+            raise ValueError(f"{self.folder} has no masks: its task is {self.manifest.task}")
+        return self._views(rows, "mask_offset", "mask_size")
 
     def labels_by_id(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the label of every id, int64 [id_count]; −1 for an id that is not in those ``rows`` of ``samples``."""
@@ -97,14 +114,19 @@ class SplitReader:
         return labels
 
     def classes_in_use(self) -> set[int]:
-        """Return the classes that have an image."""
+        """Return the classes that have an image; all of them where only masks say it, which are not read here."""
+        if self.has_masks:
+            return set(range(self.manifest.num_classes))
         if self.targets is None:
             return set(np.unique(self.samples["label"]).tolist())
         return set(np.flatnonzero(self.targets.any(axis=0)).tolist())
 
     @property
     def strata(self) -> np.ndarray:
-        """Return the class of each row over which choices of images are even, int64 [N]: of several, the rarest."""
+        """Return the class of each row over which choices of images are even, int64 [N].
+
+        Of several classes it is the rarest. Images with masks are all of one.
+        """
         return self.samples["label"].astype(np.int64) if self.targets is None else rarest_class(self.targets)
 
     def check_sizes(self) -> None:
@@ -114,6 +136,19 @@ class SplitReader:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: {MANIFEST_ADVICE}")
             _check_size(path, path.stat(), shard)
+
+    def _views(self, rows: np.ndarray, offset: str, size: str) -> list[np.ndarray]:
+        """Return the bytes at the positions in two columns of some rows, as views where the tar is mapped."""
+        views = []
+        samples = self.samples[rows]
+        for shard, start, length in zip(
+            samples["shard"].tolist(), samples[offset].tolist(), samples[size].tolist(), strict=True
+        ):
+            tar = self._tars.get(shard)
+            if tar is None:
+                tar = self._map_tar(shard)
+            views.append(self._read(shard, start, length) if tar is None else tar[start : start + length])
+        return views
 
     def _map_table(self, path: Path, check: Callable[..., None], load: Callable[[Path], np.ndarray]) -> np.ndarray:
         """Return a table of the split, memory-mapped, after ``check`` of its digest and its values."""
@@ -157,13 +192,16 @@ def _next_descriptor(file: int) -> int:
     return descriptor
 
 
-def load_samples(path: Path) -> np.ndarray:
-    """Return a sample table, memory-mapped; its values are not checked. Raises ValueError for any other file."""
+def load_samples(path: Path, dtype: np.dtype = SAMPLE_DTYPE) -> np.ndarray:
+    """Return a sample table of such rows, memory-mapped; its values are not checked.
+
+    Raises ValueError for any other file.
+    """
     try:
         samples = np.lib.format.open_memmap(path, mode="r")  # reads .npy files only, and refuses pickled objects
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a sample table ({error}): {MANIFEST_ADVICE}") from None
-    if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
+    if samples.dtype != dtype or samples.ndim != 1:
         raise ValueError(f"{path} is not a sample table: {MANIFEST_ADVICE}")
     return samples
 
@@ -195,7 +233,7 @@ def _check_size(path: Path, status: os.stat_result, shard: Shard) -> None:
 
 
 @lru_cache(maxsize=64)
-def _check_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
+def _check_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int, dtype: np.dtype) -> None:
     """Check a sample table against the manifest: its digest, and every value in it.
 
     A process does this once for each ``stamp``, the state of the file. ImageNet's table of 51 MB takes less than a
@@ -204,7 +242,7 @@ def _check_samples(path: Path, stamp: tuple[int, ...], split: Split, num_classes
     """
     if sha256_of(path) != split.samples_sha256:
         raise ValueError(f"{path} has a sha256 that differs from the manifest: {MANIFEST_ADVICE}")
-    samples = load_samples(path)
+    samples = load_samples(path, dtype)
     if len(samples) != split.samples:
         raise ValueError(f"{path} has {len(samples):,} rows, but {split.samples:,} in the manifest: {MANIFEST_ADVICE}")
     for row, column, reason in _wrong_rows(samples, split, num_classes):
@@ -233,19 +271,26 @@ def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator
     ids = samples["id"][order]
     repeated = np.zeros(len(samples), np.bool_)
     repeated[order[1:]] = ids[1:] == ids[:-1]
-    # After these checks every image is inside of its tar, and ids and labels are valid indices.
+    # After these checks every image and mask is inside of its tar, and ids and labels are valid indices.
     for column, wrong, reason in (
         ("id", _outside(samples["id"], 0, split.id_count), f"not from 0 to {split.id_count - 1:,}"),
         ("id", repeated, "which is used more than once"),
         ("label", _outside(samples["label"], 0, num_classes), f"but there are {num_classes:,} classes"),
         ("shard", samples["shard"] != shards, "but the manifest has another"),
-        ("offset", _outside(samples["offset"], 0, tar_sizes + 1), "outside of its tar"),
-        ("size", _outside(samples["size"], 0, tar_sizes - samples["offset"] + 1), "beyond its tar's end"),
+        *_wrong_positions(samples, "", tar_sizes),
+        *(_wrong_positions(samples, "mask_", tar_sizes) if samples.dtype == MASKED_SAMPLE_DTYPE else ()),
         ("width", _outside(samples["width"], 1, split.max_width + 1), f"not from 1 to {split.max_width:,}"),
         ("height", _outside(samples["height"], 1, split.max_height + 1), f"not from 1 to {split.max_height:,}"),
     ):
         if wrong.any():
             yield int(wrong.argmax()), column, reason
+
+
+def _wrong_positions(samples: np.ndarray, prefix: str, tar_sizes: np.ndarray) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Yield the columns of a position in a tar, whether each row's value is wrong, and the reason."""
+    offset, size = f"{prefix}offset", f"{prefix}size"
+    yield offset, _outside(samples[offset], 0, tar_sizes + 1), "outside of its tar"
+    yield size, _outside(samples[size], 0, tar_sizes - samples[offset] + 1), "beyond its tar's end"
 
 
 def _outside(values: np.ndarray, low: int, end: int | np.ndarray) -> np.ndarray:

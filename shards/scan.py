@@ -10,7 +10,7 @@ import numpy as np
 
 from shards.archives import DamagedArchive, Member, list_members
 from shards.manifest import Shard, sha256_of
-from shards.read import SAMPLE_DTYPE
+from shards.read import sample_dtype
 from shards.write import index_entry, index_path, index_text, member_names
 
 
@@ -34,26 +34,29 @@ def index_fits(tar: Path, scan: Scan) -> bool:
     return path.is_file() and path.read_bytes() == scan.index_text.encode()
 
 
-def scan_shard(path: Path, image: str, *, multilabel: bool = False) -> Scan:
-    """Return the rows and index text of a tar, from its headers and small members. Raises ValueError for damage."""
-    size = len(member_names(0, image, multilabel=multilabel))
+def scan_shard(path: Path, image: str, task: str = "classification") -> Scan:
+    """Return the rows and index text of a tar, from its headers and small members.
+
+    ``image`` and ``task`` are those of the manifest. Raises ValueError for damage.
+    """
+    size = len(member_names(0, image, task))
     try:
         with path.open("rb") as file:
             members = list_members(path, file)
             samples = [members[start : start + size] for start in range(0, len(members), size)]
-            rows = [_read_row(file, sample, image, multilabel) for sample in samples]
-            targets = [_read(file, sample[-1]) for sample in samples] if multilabel else []
+            rows = [_read_row(file, sample, image, task) for sample in samples]
+            targets = [_read(file, sample[-1]) for sample in samples] if task == "multilabel" else []
     except DamagedArchive:
         raise
     except (struct.error, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     lines = [" ".join(index_entry(*member) for member in sample) for sample in samples]
-    return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines), targets)
+    return Scan(np.array(rows, sample_dtype(task)), index_text(lines), targets)
 
 
-def _read_row(file: BinaryIO, sample: list[Member], image: str, multilabel: bool) -> tuple[int, ...]:
+def _read_row(file: BinaryIO, sample: list[Member], image: str, task: str) -> tuple[int, ...]:
     picture, *small = sample
-    if len(small) != 3 + multilabel:
+    if len(sample) != len(member_names(0, image, task)):
         raise ValueError(f"the sample of {picture.name} is incomplete")
     label, sample_id, sides = (_read(file, member) for member in small[:3])
     if len(label) != 4 or not label.isdigit():
@@ -61,9 +64,9 @@ def _read_row(file: BinaryIO, sample: list[Member], image: str, multilabel: bool
     row = (*struct.unpack("<q", sample_id), int(label), 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
     names = tuple(member.name for member in sample)
     # All members must belong to the same id, in the order in which they are written.
-    if names != member_names(row[0], image, multilabel=multilabel):
+    if names not in [member_names(row[0], extension, task) for extension in image.split(";")]:
         raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
-    return row
+    return (*row, small[-1].offset, small[-1].size) if task == "segmentation" else row
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,12 @@ import numpy as np
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_main
 from shards.foreign import ForeignShard, foreign_shards, scan_foreign
 from shards.jpeg import decode_jpeg, ends_in_grey
-from shards.manifest import Manifest, Shard, Split, read_manifest, sha256_of
+from shards.manifest import Manifest, Shard, ShardTaskName, Split, read_manifest, sha256_of
+from shards.masks import IGNORED_VALUE, check_size, decode_mask, meaning_of_values, to_classes
 from shards.plan import Unusable
-from shards.read import SAMPLE_DTYPE, load_samples, load_targets, samples_path, targets_path
+from shards.read import load_samples, load_targets, sample_dtype, samples_path, targets_path
 from shards.scan import Scan, index_fits, scan_shard
 from shards.write import index_path
-
-NO_ROWS = np.empty(0, SAMPLE_DTYPE)
 
 
 class VerifyTask(NamedTuple):
@@ -41,8 +41,8 @@ class VerifyTask(NamedTuple):
     expected: np.ndarray | None
     foreign: ForeignShard | None = None
     """How to read a tar that another tool wrote."""
-    num_targets: int | None = None
-    """Number of classes, if an image has any number of them."""
+    task: ShardTaskName = "classification"
+    num_classes: int = 0
     targets: np.ndarray | None = None
     """The shard's rows of the table of targets (None: there is no such table, or it is unusable)."""
 
@@ -57,23 +57,25 @@ class CheckedShard(NamedTuple):
     """Ids of images that end in plain grey."""
     targets: list[bytes] = []  # noqa: RUF012
     """The targets that its tar really contains."""
+    pixels: np.ndarray = np.zeros(256, np.int64)
+    """Number of pixels of each value in its masks."""
 
 
 def check_shard(task: VerifyTask) -> CheckedShard:
     """Check a tar, its index and its images. Runs in a worker process."""
     path, shard = task.folder / task.shard.url, task.shard
+    no_rows = np.empty(0, sample_dtype(task.task))
     if not path.is_file():
-        return CheckedShard(task, [f"{path} is missing"], NO_ROWS, [])
+        return CheckedShard(task, [f"{path} is missing"], no_rows, [])
     problems = []
     if path.stat().st_size != shard.filesize:
         problems.append(f"{path} has {path.stat().st_size:,} bytes, but {shard.filesize:,} in the manifest")
     elif sha256_of(path) != shard.sha256:
         problems.append(f"{path} has a sha256 that differs from the manifest")
     try:
-        multilabel = task.num_targets is not None
-        scan = scan_foreign(path, task.foreign) if task.foreign else scan_shard(path, task.image, multilabel=multilabel)
+        scan = scan_foreign(path, task.foreign) if task.foreign else scan_shard(path, task.image, task.task)
     except ValueError as error:
-        return CheckedShard(task, [*problems, str(error)], NO_ROWS, [])
+        return CheckedShard(task, [*problems, str(error)], no_rows, [])
     if len(scan.rows) != shard.nsamples:
         problems.append(f"{path} contains {len(scan.rows):,} samples, according to the manifest {shard.nsamples:,}")
     if not index_fits(path, scan):
@@ -81,11 +83,28 @@ def check_shard(task: VerifyTask) -> CheckedShard:
         problems.append(f"{index} does not fit its tar" if index.is_file() else f"{index} is missing")
     if task.expected is not None:
         problems += _check_rows(path, scan.rows, task.expected)
-    if task.num_targets is not None:
-        problems += _check_targets(path, scan, task.num_targets, task.targets)
+    if task.task == "multilabel":
+        problems += _check_targets(path, scan, task.num_classes, task.targets)
     grey: list[int] = []
     problems += _check_images(path, scan.rows, task.foreign is not None, grey)
-    return CheckedShard(task, problems, scan.rows, grey, scan.targets)
+    pixels = np.zeros(256, np.int64)
+    if task.task == "segmentation":
+        problems += _check_masks(path, scan.rows, task.num_classes, pixels)
+    return CheckedShard(task, problems, scan.rows, grey, scan.targets, pixels)
+
+
+def _check_masks(path: Path, rows: np.ndarray, num_classes: int, pixels: np.ndarray) -> Iterator[str]:
+    """Yield the problems of a tar's masks, and add the number of pixels of each value to ``pixels``."""
+    meaning = meaning_of_values(num_classes)
+    with path.open("rb") as file:
+        for row in rows:
+            file.seek(row["mask_offset"])
+            try:
+                mask_HW = decode_mask(file.read(row["mask_size"]))
+                check_size(mask_HW, row["width"], row["height"])
+                pixels += np.bincount(to_classes(mask_HW, meaning).ravel(), minlength=256)
+            except Unusable as reason:
+                yield f"{path}: the sample of id {row['id']} is unusable: {reason}"
 
 
 def _check_targets(path: Path, scan: Scan, num_targets: int, expected: np.ndarray | None) -> Iterator[str]:
@@ -101,7 +120,7 @@ def _check_targets(path: Path, scan: Scan, num_targets: int, expected: np.ndarra
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
     if len(rows) != len(expected):
         return [f"{path} contains {len(rows):,} samples, the sample table {len(expected):,}"]
-    names = [name for name in SAMPLE_DTYPE.names or () if name != "shard" and (rows[name] != expected[name]).any()]
+    names = [name for name in rows.dtype.names or () if name != "shard" and (rows[name] != expected[name]).any()]
     return [f"{path} and the sample table disagree about {', '.join(names)}"] if names else []
 
 
@@ -140,10 +159,12 @@ def check_split(manifest: Manifest, split: Split, rows: np.ndarray) -> Iterator[
         yield f"{split.name}: the largest sides are not the manifest's {split.max_width} and {split.max_height}"
 
 
-def check_table(folder: Path, split: Split) -> tuple[np.ndarray | None, list[str]]:
+def check_table(
+    folder: Path, split: Split, task: ShardTaskName = "classification"
+) -> tuple[np.ndarray | None, list[str]]:
     """Return the rows of a split's sample table, None if it is unusable, and the problems of its file."""
     path = samples_path(folder, split.name)
-    table, problems = _read_table(path, split.samples_sha256, load_samples)
+    table, problems = _read_table(path, split.samples_sha256, partial(load_samples, dtype=sample_dtype(task)))
     if table is None:
         return None, problems
     indices = np.repeat(np.arange(len(split.shards)), [shard.nsamples for shard in split.shards])
@@ -183,13 +204,14 @@ def _tasks_of(
 ) -> Iterator[VerifyTask]:
     """Yield the task of each shard of a split."""
     foreign = foreign_shards(manifest, split) if manifest.is_foreign else {}
-    num_targets = manifest.num_classes if manifest.task == "multilabel" else None
     ends = np.cumsum([shard.nsamples for shard in split.shards])
     for number, (shard, end) in enumerate(zip(split.shards, ends.tolist(), strict=True)):
         expected = None if table is None else table[table["shard"] == number]
         own = None if targets is None else targets[end - shard.nsamples : end]
         how = foreign.get(shard.url)
-        yield VerifyTask(folder, shard, manifest.image, split.name, expected, how, num_targets, own)
+        yield VerifyTask(
+            folder, shard, manifest.image, split.name, expected, how, manifest.task, manifest.num_classes, own
+        )
 
 
 def verify(folder: Path, jobs: int) -> list[str]:
@@ -197,7 +219,7 @@ def verify(folder: Path, jobs: int) -> list[str]:
     manifest = read_manifest(folder)
     problems, tasks = [], []
     for split in manifest.splits.values():
-        table, wrong = check_table(folder, split)
+        table, wrong = check_table(folder, split, manifest.task)
         problems += wrong
         targets, wrong = check_targets_table(folder, split, manifest)
         problems += wrong
@@ -215,18 +237,31 @@ def verify(folder: Path, jobs: int) -> list[str]:
     results = [checked[task.shard.url] for task in tasks]
     problems += [problem for result in results for problem in result.problems]
     for split in manifest.splits.values():
-        rows = np.concatenate([NO_ROWS, *(result.rows for result in results if _is_in_split(result, split))])
-        problems += check_split(manifest, split, rows)
-        targets = [row for result in results if _is_in_split(result, split) for row in result.targets]
-        _print_histogram(manifest, split, rows, _images_by_class(manifest, rows, targets))
-        _print_grey(
-            split.name, sorted(number for result in results for number in result.grey if _is_in_split(result, split))
-        )
+        problems += _check_and_print(manifest, split, [each for each in results if each.task.split == split.name])
     return problems
 
 
-def _is_in_split(result: CheckedShard, split: Split) -> bool:
-    return result.task.split == split.name
+def _check_and_print(manifest: Manifest, split: Split, results: list[CheckedShard]) -> list[str]:
+    """Print what a split has, and return its problems as a whole."""
+    rows = np.concatenate([np.empty(0, sample_dtype(manifest.task)), *(result.rows for result in results)])
+    if manifest.task == "segmentation":
+        _print_pixels(manifest, split, rows, np.sum([result.pixels for result in results], axis=0))
+    else:
+        targets = [row for result in results for row in result.targets]
+        _print_histogram(manifest, split, rows, _images_by_class(manifest, rows, targets))
+    _print_grey(split.name, sorted(number for result in results for number in result.grey))
+    return list(check_split(manifest, split, rows))
+
+
+def _print_pixels(manifest: Manifest, split: Split, rows: np.ndarray, pixels: np.ndarray) -> None:
+    counts, total = pixels[: manifest.num_classes], max(1, pixels.sum())
+    shares = 100 * counts[counts > 0] / total
+    range_text = f"{shares.min():.3g} to {shares.max():.3g} % of the pixels in a class" if len(shares) else "no pixels"
+    print(
+        f"{split.name}: {len(rows):,} images with masks in {len(split.shards):,} shards; "
+        f"{len(shares):,} of {manifest.num_classes:,} classes, {range_text}, "
+        f"{100 * pixels[IGNORED_VALUE] / total:.3g} % ignored; {len(split.left_out):,} files left out"
+    )
 
 
 def _print_grey(split: str, ids: list[int]) -> None:

@@ -8,7 +8,8 @@ The bytes of a tar depend on its samples alone. A sample's key is its id, such a
 - ``00000042.wh.i32``, width and height in pixels.
 
 The last two are little-endian integers. Where an image has any number of classes, there is a fifth member,
-``00000042.labels.u8``. It has a byte for each class: 1 if the image has it, else 0. The label in ``cls`` is then 0000.
+``00000042.labels.u8``. It has a byte for each class: 1 if the image has it, else 0. Where it has a mask, the fifth
+member is ``00000042.mask.png``. The label in ``cls`` is then 0000.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from types import TracebackType
 import numpy as np
 
 from shards.manifest import Shard, free_bytes, sync_path, unwritable, write_atomically, writing
-from shards.read import SAMPLE_DTYPE, samples_path, targets_path
+from shards.read import MASKED_SAMPLE_DTYPE, SAMPLE_DTYPE, samples_path, targets_path
 
 MAX_LABEL = 9_999
 MAX_ID = 99_999_999
 INDEX_VERSION = "v1.2"
 _BLOCK = tarfile.BLOCKSIZE
+_FIFTH_MEMBERS = {"multilabel": "labels.u8", "segmentation": "mask.png"}
+_PNG_MAGIC = b"\x89PNG"
 
 
 class ShardWriter:
@@ -50,11 +53,19 @@ class ShardWriter:
         self._offset = 0
         self._index: list[str] = []
         self._rows: list[tuple[int, ...]] = []
+        self._has_masks = False
 
     def add(
-        self, sample_id: int, label: int, image: bytes, width: int, height: int, targets: bytes | None = None
+        self,
+        sample_id: int,
+        label: int,
+        image: bytes,
+        width: int,
+        height: int,
+        targets: bytes | None = None,
+        mask: bytes | None = None,
     ) -> None:
-        """Append a sample, with ``targets`` if it has several classes.
+        """Append a sample, with ``targets`` if it has several classes, or with an encoded ``mask``.
 
         Raises ValueError if the label or the id has too many digits.
         """
@@ -62,12 +73,16 @@ class ShardWriter:
             raise ValueError(f"label {label} does not fit the four digits of a cls member")
         if not 0 <= sample_id <= MAX_ID:
             raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
-        # The image is the first member, so its content begins one block, the header, after the current offset.
         contents = [image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height)]
-        contents += [] if targets is None else [targets]
-        self._rows.append((sample_id, label, 0, self._offset + _BLOCK, len(image), width, height))
-        names = member_names(sample_id, self.image, multilabel=targets is not None)
-        self._index.append(" ".join(self._add_member(*member) for member in zip(names, contents, strict=True)))
+        contents += [each for each in (targets, mask) if each is not None]
+        task = "segmentation" if mask is not None else "classification" if targets is None else "multilabel"
+        names = member_names(sample_id, image_extension(image, self.image), task)
+        written = [self._add_member(*member) for member in zip(names, contents, strict=True)]
+        offsets, entries = zip(*written, strict=True)
+        row = (sample_id, label, 0, offsets[0], len(image), width, height)
+        self._has_masks = mask is not None
+        self._rows.append(row if mask is None else (*row, offsets[-1], len(mask)))
+        self._index.append(" ".join(entries))
 
     def close(self) -> tuple[Shard, np.ndarray]:
         """Finish the tar and return its record and its rows of the sample table, with ``shard`` 0."""
@@ -81,7 +96,8 @@ class ShardWriter:
             self._temporary.rename(self.path)
             sync_path(self.path.parent)
         shard = Shard(self.path.name, len(self._rows), self._offset, self._hash.hexdigest())
-        return shard, np.array(self._rows, SAMPLE_DTYPE)
+        dtype = MASKED_SAMPLE_DTYPE if self._has_masks else SAMPLE_DTYPE
+        return shard, np.array(self._rows, dtype)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -93,14 +109,15 @@ class ShardWriter:
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
-    def _add_member(self, name: str, content: bytes) -> str:
+    def _add_member(self, name: str, content: bytes) -> tuple[int, str]:
+        """Write a member, and return the offset of its content and its entry in the index."""
         header = tarfile.TarInfo(name)  # no time, owner or host: its defaults are zeros, empty names and mode 0644
         header.size = len(content)
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        entry = index_entry(name, self._offset, len(content))
+        offset = self._offset
         self._write(content)
         self._write(bytes(-len(content) % _BLOCK))
-        return entry
+        return offset, index_entry(name, offset, len(content))
 
     def _write(self, content: bytes) -> None:
         try:
@@ -111,10 +128,17 @@ class ShardWriter:
         self._offset += len(content)
 
 
-def member_names(sample_id: int, image: str, *, multilabel: bool = False) -> tuple[str, ...]:
+def member_names(sample_id: int, image: str, task: str = "classification") -> tuple[str, ...]:
     """Return the names of a sample's members, in their order; ``image`` is the image's extension."""
-    extensions = (image, "cls", "id.i64", "wh.i32", *(["labels.u8"] if multilabel else []))
+    extensions = (image, "cls", "id.i64", "wh.i32", *([_FIFTH_MEMBERS[task]] if task in _FIFTH_MEMBERS else []))
     return tuple(f"{sample_id:08d}.{extension}" for extension in extensions)
+
+
+def image_extension(image: bytes, extensions: str) -> str:
+    """Return the extension of an encoded image: that of the manifest, or of ``jpg;png`` the one that it is."""
+    if ";" not in extensions:
+        return extensions
+    return "png" if image.startswith(_PNG_MAGIC) else "jpg"
 
 
 def index_entry(name: str, offset: int, size: int) -> str:
