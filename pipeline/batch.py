@@ -45,7 +45,8 @@ class Outputs(NamedTuple):
         if self.logits.ndim < 4:
             return self._replace(logits=logits_BK)
         batch, _, height, width = self.logits.shape
-        return self._replace(logits=logits_BK.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2))
+        maps_BHWK = logits_BK.view(batch, height, width, logits_BK.shape[1])
+        return self._replace(logits=maps_BHWK.permute(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ class DaliDecoder:
 
 
 def create_pipeline(
-    source: Callable[[], Inputs], config: Config, batch: int, settings: LoaderSettings, device: torch.device
+    source: Callable[[], AnyInputs], config: Config, batch: int, settings: LoaderSettings, device: torch.device
 ) -> Pipeline:
     """Return a DALI pipeline that turns the inputs from ``source`` into normalised images. Its first run builds it.
 

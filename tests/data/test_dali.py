@@ -131,7 +131,7 @@ def test_a_box_decoded_alone_has_the_pixels_of_one_cut_out_of_the_whole_image(
 ) -> None:
     decode_on_cpu(monkeypatch)
     config = config_of(drawn, size=96)
-    inputs = [dali._inputs(request) for request in open_loader(config, batch=6).plan.training(Progress(1), 3)]
+    inputs = [dali.image_inputs(request) for request in open_loader(config, batch=6).plan.training(Progress(1), 3)]
 
     def decoded(version: nvjpeg.Version | None) -> list[Tensor]:
         monkeypatch.setattr(nvjpeg, "version", lambda: version)
