@@ -1,7 +1,7 @@
 """Images and their masks: finding the pairs in folders, and writing them as shards. All preparations of masks use it.
 
-An image and its mask have the same path in their folders, but for the extension and for an ending of the name, such as
-``_leftImg8bit`` and ``_gtFine_labelIds``.
+An image and its mask have the same path in their folders. Only the extensions differ, and endings of the names, such
+as ``_leftImg8bit`` and ``_gtFine_labelIds``.
 """
 
 from __future__ import annotations

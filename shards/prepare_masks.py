@@ -3,8 +3,10 @@
     python shards/prepare_masks.py IMAGES MASKS DESTINATION --classes classes.txt
 
 A mask is a PNG of one byte for each pixel, the class: grey, or with a palette, whose indices count. Pixels of value 255
-have no class. ``--classes`` names the classes from 0 on, one on each line. An image and its mask have the same path in
-IMAGES and in MASKS, but for the extension and the endings that ``--image-suffix`` and ``--mask-suffix`` name.
+have no class. ``--classes`` names the classes from 0 on, one on each line.
+
+An image and its mask have the same path in IMAGES and in MASKS. Only the extensions differ, and endings of the names,
+which ``--image-suffix`` and ``--mask-suffix`` give.
 
 The splits are the folders ``train`` and ``val`` in both, where there are some. Otherwise lists name the images of each
 split, a path without extension on each line, or ``--val-share`` sets some aside.

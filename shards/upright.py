@@ -1,7 +1,7 @@
 """Conversion of images whose targets are places in the image, such as masks.
 
-Such an image is stored as people see it, so a rotation in its EXIF is applied. A PNG stays a PNG, without a loss. What
-is stored already in the wanted way keeps its bytes: an upright grey or RGB JPEG, and a grey or RGB PNG of 8 bits.
+Such an image is stored as people see it, so a rotation in its EXIF is applied. A PNG stays a PNG, without a loss. An
+upright image keeps its bytes if it is a grey or RGB JPEG, or a grey or RGB PNG of 8 bits.
 """
 
 from __future__ import annotations

@@ -73,10 +73,9 @@ def test_camvid_validates_on_the_test_frames_if_asked_and_trains_on_val(tmp_path
 @pytest.mark.shared
 def test_real_camvid_comes_through_with_every_pixel(tmp_path):
     with tarfile.open(CAMVID) as tar:
-        members = [each for each in tar.getmembers() if each.isfile() and "README" not in each.name]
-        tar.extractall(tmp_path, sorted(members, key=lambda each: each.name)[::40], filter="data")
-        names = {Path(each.name).stem for each in sorted(members, key=lambda each: each.name)[::40]}
-        tar.extractall(tmp_path, [each for each in members if Path(each.name).stem in names], filter="data")
+        members = [each for each in tar.getmembers() if each.isfile() and not each.name.endswith(".txt")]
+        some = sorted({Path(each.name).stem for each in members})[::40]
+        tar.extractall(tmp_path, [each for each in members if Path(each.name).stem in some], filter="data")
     out, source = tmp_path / "out", tmp_path / "camvid"
     assert prepare_camvid.main([str(source), str(out), "--val", "test", *JOBS]) == 0
     for split, folder in (("train", "train"), ("val", "test")):
