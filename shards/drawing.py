@@ -64,51 +64,60 @@ def draw_image(class_name: str, side: int, random: np.random.Generator) -> np.nd
     shape, texture = class_name.split("-")
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     # The order of the random calls is part of the format: it decides the demo's pixels.
-    canvas = _background(x, y, random)
+    canvas = draw_background(x, y, random)
     radius = random.uniform(0.5, 0.8)
     center = random.uniform(-0.7, 0.7, 2) * (1 - radius)
     tilt = random.uniform(-0.4, 0.4)
-    outline = SHAPES[shape](*_rotate((x - center[0]) / radius, (y - center[1]) / radius, tilt)) * radius
-    canvas = _paint(canvas, outline, _texture_colours(TEXTURES[texture], x, y, random))
-    canvas = _paint(canvas, _bar(x, y, random), random.uniform(0, 1, 3))
-    light = 1 + random.uniform(0, 0.3) * _rotate_randomly(x, y, random)[0]
+    outline = SHAPES[shape](*rotate((x - center[0]) / radius, (y - center[1]) / radius, tilt)) * radius
+    canvas = paint(canvas, outline, texture_colours(TEXTURES[texture], x, y, random))
+    canvas = paint(canvas, _bar(x, y, random), random.uniform(0, 1, 3))
+    return light_and_noise(canvas, x, y, random)
+
+
+def light_and_noise(canvas: np.ndarray, x: Field, y: Field, random: np.random.Generator) -> np.ndarray:
+    """Return the canvas, uint8 [S, S, 3], lit from one side and with noise."""
+    light = 1 + random.uniform(0, 0.3) * rotate_randomly(x, y, random)[0]
     noise = random.normal(0, random.uniform(0.01, 0.05), canvas.shape)
     return np.clip(255 * (canvas * light[..., None] + noise), 0, 255).round().astype(np.uint8)
 
 
-def _rotate(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
+def rotate(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
+    """Return the coordinates in a frame that is rotated by an angle, in radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _rotate_randomly(x: Field, y: Field, random: np.random.Generator) -> tuple[Field, Field]:
-    return _rotate(x, y, random.uniform(0, 2 * np.pi))
+def rotate_randomly(x: Field, y: Field, random: np.random.Generator) -> tuple[Field, Field]:
+    """Return the coordinates in a frame of a random direction."""
+    return rotate(x, y, random.uniform(0, 2 * np.pi))
 
 
-def _paint(canvas: np.ndarray, distance: Field, colour: np.ndarray) -> np.ndarray:
+def paint(canvas: np.ndarray, distance: Field, colour: np.ndarray) -> np.ndarray:
     """Return the canvas with ``colour`` inside of an outline, by the signed distance to it."""
     # Anti-aliasing: a pixel on the outline is a mixture of both colours.
     share = np.clip(0.5 - distance * len(distance) / 2, 0, 1)[..., None]
     return canvas * (1 - share) + colour * share
 
 
-def _background(x: Field, y: Field, random: np.random.Generator) -> np.ndarray:
+def draw_background(x: Field, y: Field, random: np.random.Generator) -> np.ndarray:
+    """Return a dark background of two colours with a few blobs, float64 [S, S, 3]."""
     one, other = random.uniform(0, 0.45, (2, 3))
-    share = 0.5 + 0.35 * _rotate_randomly(x, y, random)[0][..., None]
+    share = 0.5 + 0.35 * rotate_randomly(x, y, random)[0][..., None]
     canvas = one * share + other * (1 - share)
     for _ in range(random.integers(1, 6)):
         center = random.uniform(-1, 1, 2)
-        long, broad = _rotate_randomly(x - center[0], y - center[1], random)
+        long, broad = rotate_randomly(x - center[0], y - center[1], random)
         blob = np.hypot(long / random.uniform(0.1, 0.6), broad / random.uniform(0.05, 0.2)) - 1
-        canvas = _paint(canvas, 0.1 * blob, random.uniform(0, 0.6, 3))
+        canvas = paint(canvas, 0.1 * blob, random.uniform(0, 0.6, 3))
     return canvas
 
 
-def _texture_colours(
+def texture_colours(
     texture: Callable[[Field, Field], Field], x: Field, y: Field, random: np.random.Generator
 ) -> np.ndarray:
+    """Return two bright colours in a pattern of random direction and phase, float64 [S, S, 3]."""
     waves = random.uniform(4, 7) * np.pi  # per unit, and the image is 2 units wide: a period of 9 to 16 pixels of 64
-    u, v = _rotate_randomly(waves * x, waves * y, random)
+    u, v = rotate_randomly(waves * x, waves * y, random)
     share = np.clip(0.5 + 2 * texture(u + random.uniform(0, 7), v + random.uniform(0, 7)), 0, 1)[..., None]
     one = random.uniform(0.6, 1, 3)
     other = one - random.uniform(0.15, 0.5, 3)
@@ -116,4 +125,4 @@ def _texture_colours(
 
 
 def _bar(x: Field, y: Field, random: np.random.Generator) -> Field:
-    return np.abs(_rotate_randomly(x, y, random)[0] - random.uniform(-0.7, 0.7)) - random.uniform(0, 0.1)
+    return np.abs(rotate_randomly(x, y, random)[0] - random.uniform(-0.7, 0.7)) - random.uniform(0, 0.1)

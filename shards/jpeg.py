@@ -40,7 +40,7 @@ class Transform:
         size = self.target(*image.size)
         if image.format in _JPEG and image.mode in ("L", "RGB") and size == image.size:
             return EncodedImage(data, *size)
-        image = _convert(image)
+        image = to_rgb(image)
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)
         return EncodedImage(encode_jpeg(image, self.quality), *size)
@@ -100,7 +100,8 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _convert(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB of 8 bits; a grey JPEG stays grey. Raises Unusable if it cannot be converted."""
     if image.mode == "L" and image.format in _JPEG:
         return image
     if image.mode.startswith("I"):  # grey of 16 bits: Pillow would clip values at 255

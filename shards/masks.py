@@ -64,10 +64,11 @@ def meaning_of_values(
 ) -> Meaning:
     """Return the class of each value of a file: the value itself below ``num_classes``, or what ``changed`` says.
 
-    With ``changed`` only its keys are classes. The values ``ignored`` and 255 have none.
+    With ``changed`` only its keys are classes. The values ``ignored`` have none, nor has 255 unless it is changed.
     """
-    of_value = {value: value for value in range(num_classes)} if changed is None else dict(changed)
-    of_value |= dict.fromkeys((*ignored, IGNORED_VALUE), IGNORED_VALUE)
+    of_value = {IGNORED_VALUE: IGNORED_VALUE}
+    of_value |= {value: value for value in range(num_classes)} if changed is None else changed
+    of_value |= dict.fromkeys(ignored, IGNORED_VALUE)
     return tuple(of_value.get(value, REFUSED) for value in range(256))
 
 

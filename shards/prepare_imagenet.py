@@ -165,6 +165,12 @@ def add_image_options(parser: ArgumentParser) -> None:
         metavar="S",
         help="use this share of every class, such as 0.1, for validation, chosen at random; for a data set without val",
     )
+    add_conversion_options(parser, "shrunk images, PNG and CMYK")
+    add_arguments(parser)
+
+
+def add_conversion_options(parser: ArgumentParser, encoded_again: str) -> None:
+    """Add the options of size and quality, and of a subset; ``encoded_again`` names the images that become JPEGs."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--resize-short", type=positive, metavar="N", help="shrink the shorter side to N pixels")
     size.add_argument("--max-side", type=positive, metavar="N", help="shrink the longer side to N pixels")
@@ -174,7 +180,7 @@ def add_image_options(parser: ArgumentParser) -> None:
         choices=range(1, 101),
         metavar="Q",
         default=95,
-        help="quality of JPEGs that are encoded again: shrunk images, PNG and CMYK (default: %(default)s)",
+        help=f"quality of JPEGs that are encoded again: {encoded_again} (default: %(default)s)",
     )
     parser.add_argument(
         "--subset",
@@ -182,7 +188,6 @@ def add_image_options(parser: ArgumentParser) -> None:
         metavar="N",
         help="only N images per split, evenly over its classes, with new ids",
     )
-    add_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pipeline.runs.folder import load_run
 from pipeline.runs.identity import differing_keys, fixed_settings
 from pipeline.runs.weights import CONTENT, with_normalization
 
-_DRAWN = ("prepare_demo", "half_hour")
+_DRAWN = ("prepare_demo", "prepare_scenes", "half_hour")
 """Scripts that draw the images of their shards."""
 _NO_VERSIONS = ("device", "commit", "uncommitted_changes")
 """Keys of ``versions.json`` that are no versions."""

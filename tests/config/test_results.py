@@ -170,7 +170,7 @@ def test_another_run_of_a_recorded_seed_is_refused(project: Path):
 
 
 def test_drawn_images_measure_no_data_set(project: Path):
-    for script in ("prepare_demo", "half_hour"):
+    for script in ("prepare_demo", "prepare_scenes", "half_hour"):
         change(RUN / "seed-0" / RESULT_FILE, shards=script)
         assert "its images are drawn" in refusal()
 
