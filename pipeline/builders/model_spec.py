@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import RecipeError, error_context
 from pipeline.features.patterns import freeze, frozen_norms
-from pipeline.features.taps import FeatureTaps, tap_shapes
+from pipeline.features.taps import FeatureTaps, Resolution, tap_shapes
 from pipeline.models import create_model
 from pipeline.models.arguments import ArgumentError
 from pipeline.models.headless import without_head
@@ -55,7 +55,7 @@ class ModelSpec(NamedTuple):
             known = without_head(model, known) if self.headless else known
             return FeatureTaps(model, known, self.taps, frozen_norms(model, self.frozen))
 
-    def probe(self, network: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
+    def probe(self, network: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""
         with error_context(f"{self.key}.model"):
             shapes = tap_shapes(network, self.size or image_size)

@@ -34,6 +34,10 @@ JOIN = "|"
 """Character between the paths of tensors whose channels are concatenated."""
 
 
+Resolution = int | tuple[int, int]
+"""Size of images in pixels: the side of square ones, or height and width."""
+
+
 class NormParameters(NamedTuple):
     """The scale and shift of a BatchNorm, per channel."""
 
@@ -55,7 +59,7 @@ class TensorFormat(NamedTuple):
 
 
 class FeatureTaps(nn.Module):
-    """A model whose forward returns ``Outputs``: its logits and the features named in ``wanted``.
+    """A model whose forward returns ``Outputs``: its logits, or a map of them, and the features named in ``wanted``.
 
     ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted`` become the keys of
     ``Outputs.features``. An alias such as ``last`` is kept as the key. ``all`` and ``all.preact`` are replaced by the
@@ -103,19 +107,19 @@ class FeatureTaps(nn.Module):
         """
         self._captured = captured = {}
         try:
-            logits_BK = self.model(images_BCHW)
+            logits = self.model(images_BCHW)
         finally:
             self._captured = None
-        if not isinstance(logits_BK, Tensor):
+        if not isinstance(logits, Tensor):
             raise ValueError(
-                f"{_type(self.model)} returned a {_type(logits_BK)}, expected one tensor of logits; give a factory "
+                f"{_type(self.model)} returned a {_type(logits)}, expected one tensor of logits; give a factory "
                 "whose network has no auxiliary heads"
             )
         image_size = (images_BCHW.shape[2], images_BCHW.shape[3])
         features = {name: self._features(name, path, captured, image_size) for name, path in self.paths.items()}
         if CAM in self.wanted:
             features[CAM] = self._class_activation(features["map"])
-        return Outputs(logits_BK, {name: features[name] for name in self.wanted})
+        return Outputs(logits, {name: features[name] for name in self.wanted})
 
     def tapped_modules(self) -> set[nn.Module]:
         """Return the modules whose input or output is captured."""
@@ -230,22 +234,29 @@ class FeatureTaps(nn.Module):
             module.inplace = False  # type: ignore[assignment]
 
 
-def tap_shapes(taps: FeatureTaps, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes, without the batch, of each tap and of ``logits`` on square images of ``image_size`` pixels.
+def tap_shapes(taps: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
+    """Return the shapes, without the batch, of each tap and of ``logits`` on images of ``image_size`` pixels.
 
     The network runs once, in evaluation mode. BatchNorm statistics, random states and the modules' modes are left
     unchanged. Raises ValueError if the network fails on such an image.
     """
     parameter = next(taps.parameters())
-    image_1CHW = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    height, width = height_and_width(image_size)
+    image_1CHW = torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
     try:
         with evaluating(taps), torch.no_grad():
             outputs = taps(image_1CHW)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or _type(error)
-        raise ValueError(f"{_type(taps.model)} cannot take images of {image_size} pixels: {reason}") from error
-    found = {**outputs.features, "logits": outputs.logits_BK}
+        pixels = image_size if isinstance(image_size, int) else f"{height} × {width}"
+        raise ValueError(f"{_type(taps.model)} cannot take images of {pixels} pixels: {reason}") from error
+    found = {**outputs.features, "logits": outputs.logits}
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
+
+
+def height_and_width(image_size: Resolution) -> tuple[int, int]:
+    """Return the height and width of images of that size."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.batch import Batch, Outputs
-from pipeline.features.taps import FeatureTaps, tap_shapes
+from pipeline.features.taps import FeatureTaps, Resolution, height_and_width, tap_shapes
 from pipeline.models.folding import fold_batchnorms
 from pipeline.teachers.config import RGBTriple
 
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         taps: FeatureTaps,
         *,
         batch: int,
-        image_size: int,
+        image_size: Resolution,
         dtype: torch.dtype,
         device: torch.device,
         given: Normalization | None = None,
@@ -77,7 +77,7 @@ class Teacher(nn.Module):
         features = {name: torch.cat([chunk.features[name] for chunk in chunks])[:rows] for name in chunks[0].features}
         return Outputs(torch.cat([chunk.logits for chunk in chunks])[:rows], features)
 
-    def shapes(self, image_size: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tap and of the logits, without the batch, on images of that size."""
         return tap_shapes(self.taps, self.resize or image_size)
 
@@ -112,19 +112,19 @@ def _renormalization(given: Normalization, expected: Normalization) -> tuple[Ten
 
 
 @torch.no_grad()
-def _fold(taps: FeatureTaps, image_size: int) -> None:
+def _fold(taps: FeatureTaps, image_size: Resolution) -> None:
     """Fold the BatchNorms of ``taps.model`` into its convolutions.
 
     Raises ValueError if a tap or the logits change by more than ``TOLERANCE``.
     """
     weight = next(taps.parameters())
-    image_1CHW = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(weight)
+    image_1CHW = torch.randn(1, 3, *height_and_width(image_size), generator=torch.Generator().manual_seed(0)).to(weight)
     before = taps(image_1CHW)
     fold_batchnorms(taps.model, image_1CHW, spared=taps.tapped_modules())
     after = taps(image_1CHW)
-    logits = {"logits": before.logits_BK} if before.logits_BK.numel() else {}  # none without a head
+    logits = {"logits": before.logits} if before.logits.numel() else {}  # none without a head
     for name, value in {**before.features, **logits}.items():
-        new = after.logits_BK if name == "logits" else after.features[name]
+        new = after.logits if name == "logits" else after.features[name]
         change = ((new - value).abs().max() / value.abs().max().clamp_min(1e-12)).item()
         if not change <= TOLERANCE:  # written like this, because a NaN must fail, too
             raise ValueError(f"teacher: folding BatchNorm changes {name} by {change:.0e} of its size; set fold: false")
