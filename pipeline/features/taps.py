@@ -56,7 +56,7 @@ class TensorFormat(NamedTuple):
 
 
 class FeatureTaps(nn.Module):
-    """A model whose forward returns ``Outputs``: its logits and the features named in ``wanted``.
+    """A model whose forward returns ``Outputs``: its logits, or a map of them, and the features named in ``wanted``.
 
     ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted`` become the keys of
     ``Outputs.features``. An alias such as ``last`` is kept as the key. ``all`` and ``all.preact`` are replaced by the

@@ -21,6 +21,8 @@ from pipeline.models import (
     cifar_vgg,
     cifar_wrn,
     mobilenet_v1,
+    plain_fpn,
+    segmentation,
 )
 from pipeline.models.arguments import check_arguments, failed
 from pipeline.models.from_timm import PREFIX, create_timm_model
@@ -33,8 +35,10 @@ PROJECT_MODELS = {
     **cifar_shufflenet_v1.MODELS,
     **cifar_shufflenet_v2.MODELS,
     **mobilenet_v1.MODELS,
+    **segmentation.MODELS,
+    **plain_fpn.MODELS,
 }
-"""This project's networks by name, as functions of the number of classes."""
+"""This project's networks by name, as functions of the number of classes, and torchvision's of segmentation."""
 
 AUXILIARY = ("googlenet", "inception_v3")
 """Torchvision's networks that return several tensors in training mode, unless ``aux_logits`` is False."""
@@ -49,6 +53,8 @@ def known_models() -> list[str]:
 
 def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
+
+    Those of a segmentation network are a map, [B, ``num_classes``, h, w].
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory. Raises ValueError if there is

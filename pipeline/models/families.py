@@ -28,6 +28,7 @@ from torchvision.models import (
     VisionTransformer,
 )
 from torchvision.models.resnet import Bottleneck
+from torchvision.ops import Conv2dNormActivation
 
 from pipeline.models.cifar_mobilenet_v2 import CifarMobileNetV2
 from pipeline.models.cifar_resnet import CifarResNet
@@ -36,6 +37,7 @@ from pipeline.models.cifar_shufflenet_v2 import CifarShuffleNetV2
 from pipeline.models.cifar_vgg import CifarVGG
 from pipeline.models.cifar_wrn import CifarWideResNet
 from pipeline.models.mobilenet_v1 import MobileNetV1
+from pipeline.models.segmenter import Segmenter
 
 HEADS = ("fc", "classifier", "head", "heads")
 POOL_TYPES = ("avgpool", "global_pool")
@@ -92,14 +94,19 @@ def _stem_and_stages(preact: str | None, norm: str | None) -> Family:
 
 def _resnet(model: nn.Module) -> Paths:
     """Return the paths of torchvision's and this project's ResNets."""
+    return {"stem": "maxpool" if isinstance(model, ResNet) else "relu"} | _residual_stages(model) | head(model)
+
+
+def _residual_stages(model: nn.Module, prefix: str = "") -> Paths:
+    """Return the paths of the stages of a ResNet, whose own path is ``prefix``, with a dot at its end."""
     # A block calls one ReLU module several times. The last call follows the sum, so its input is ``.preact``.
-    found = {"stem": "maxpool" if isinstance(model, ResNet) else "relu"}
+    found: Paths = {}
     for number in range(1, 5):
-        if hasattr(model, f"layer{number}"):
-            last = _children(model, f"layer{number}")[-1]
+        if hasattr(model.get_submodule(prefix.rstrip(".")), f"layer{number}"):
+            last = _children(model, f"{prefix}layer{number}")[-1]
             norm = "bn3" if isinstance(model.get_submodule(last), Bottleneck) else "bn2"
-            found |= stage_entry(number, f"layer{number}", f"{last}.relu:in", f"{last}.{norm}")
-    return found | head(model)
+            found |= stage_entry(number, f"{prefix}layer{number}", f"{last}.relu:in", f"{last}.{norm}")
+    return found
 
 
 def _cifar_wrn(model: nn.Module) -> Paths:
@@ -262,6 +269,47 @@ def quarters(layers: list[str]) -> list[str]:
     return [layers[number * len(layers) // 4 - 1] for number in range(1, 5)]
 
 
+def _segmenter(model: nn.Module) -> Paths:
+    """Return the paths of a backbone's stages, of ``decode``, the input of the last convolution, and of the heads."""
+    if hasattr(model.backbone, "layer1"):
+        found = {"stem": "backbone.maxpool"} | _residual_stages(model, "backbone.")
+    elif hasattr(model.backbone, "stage1"):
+        found = _plain_stages(model)
+    else:
+        found = _mobile_backbone(model)
+    layers = _children(model, "classifier")
+    first = len(layers) - 1
+    # Taken before dropout, so that losses compare features without its noise.
+    while isinstance(model.get_submodule(layers[first - 1]), nn.Dropout):
+        first -= 1
+    # LRASPP adds up the answers of its two last convolutions; the deeper one is the last.
+    logits = layers[-1] if isinstance(model.classifier, nn.Sequential) else "classifier"
+    aux = {} if model.aux_classifier is None else {"aux": "aux_classifier"}
+    return found | {"decode": f"{layers[first]}:in", "logits": logits} | aux
+
+
+def _plain_stages(model: nn.Module) -> Paths:
+    """Return the paths of stages of convolution, BatchNorm and ReLU."""
+    found: Paths = {}
+    for number in range(1, 5):
+        last = _children(model, f"backbone.stage{number}")[-1]
+        found |= stage_entry(number, f"backbone.stage{number}", f"{last}.2:in", f"{last}.1")
+    return found
+
+
+def _mobile_backbone(model: nn.Module) -> Paths:
+    """Return the paths of the stages of a MobileNetV2 or V3 in which dilation replaces the last strides."""
+    blocks = _children(model, "backbone")
+    # Torchvision marks the blocks that halve the map in the classification network.
+    halving = [number for number, path in enumerate(blocks) if getattr(model.get_submodule(path), "_is_cn", False)]
+    found = {"stem": blocks[0]}
+    for number, start in enumerate([*halving[1:], len(blocks)], start=1):
+        end = blocks[start - 1]
+        activation = f"{end}.2:in" if isinstance(model.get_submodule(end), Conv2dNormActivation) else None
+        found |= stage_entry(number, end, activation, _last_norm(model, end))
+    return found
+
+
 def _children(model: nn.Module, path: str) -> list[str]:
     """Return the paths of the children of the module at ``path``, in order."""
     return [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
@@ -291,6 +339,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     CifarMobileNetV2: _stem_and_stages(None, "layers.2.1"),
     CifarShuffleNetV1: _stem_and_stages("relu:in", "widen.1"),
     CifarShuffleNetV2: _stem_and_stages("relu:in", None),
+    Segmenter: _segmenter,
     MobileNetV1: _stem_and_stages("1.2:in", "1.1"),
     ResNet: _resnet,
     MobileNetV2: _mobile,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.shufflenetv2 import InvertedResidual
 
+from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model, known_models
 from pipeline.models.cifar_mobilenet_v2 import LinearBottleneck
 from pipeline.models.cifar_shufflenet_v2 import ShuffleUnitV2
 from pipeline.models.create import PROJECT_MODELS
+from pipeline.models.stages import stages
 from pipeline.models.weights import load_weights
 
 # name: parameters at 100 classes, MMAC of one 32-pixel image
@@ -45,20 +49,37 @@ IMAGENET = {
     "mobilenet_v2": (3_504_872, 0.301),
     "efficientnet_b0": (5_288_548, 0.386),
 }
+# name: parameters at 19 classes, GMAC of an image of 512 × 1024 pixels with the auxiliary head
+SEGMENTATION = {
+    "fcn_resnet50": (35_320_678, 296.1),
+    "fcn_resnet101": (54_312_806, 451.3),
+    "deeplabv3_resnet50": (42_003_046, 346.5),
+    "deeplabv3_resnet101": (60_995_174, 501.7),
+    "deeplabv3_mobilenet_v3_large": (11_028_792, 19.7),
+    "lraspp_mobilenet_v3_large": (3_221_198, 3.9),
+    "deeplabv3_resnet18": (13_459_494, 114.4),
+    "deeplabv3_resnet34": (23_567_654, 199.0),
+    "deeplabv3_mobilenet_v2": (3_233_171, 26.6),
+    "pspnet_resnet18": (12_770_854, 107.2),
+    "pspnet_resnet34": (22_879_014, 191.7),
+    "plain_fpn": (344_419, 2.8),
+}
+# Those with a stem of three convolutions, as the published tables of Cityscapes have it.
+DEEP_STEM = {"deeplabv3_resnet18": (13_607_974, 129.4), "pspnet_resnet18": (12_919_334, 122.1)}
 
 
-def on_meta(name: str, num_classes: int) -> nn.Module:
+def on_meta(name: str, num_classes: int, arguments: dict[str, Any] | None = None) -> nn.Module:
     with torch.device("meta"):
-        return create_model(name, num_classes)
+        return create_model(name, num_classes, arguments)
 
 
 def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def macs(model: nn.Module, image_size: int) -> float:
+def macs(model: nn.Module, height: int, width: int | None = None) -> float:
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device="meta"))
+        model(torch.zeros(1, 3, height, width or height, device="meta"))
     return counter.get_total_flops() / 2
 
 
@@ -80,8 +101,27 @@ def test_the_swin_transformer_has_the_published_size():
     assert count(on_meta("swin_t", 1000)) == 28_288_354
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        *((name, {}, size) for name, size in SEGMENTATION.items()),
+        *((name, {"stem": "deep"}, size) for name, size in DEEP_STEM.items()),
+    ],
+)
+def test_a_segmentation_network_has_the_published_size(name: str, arguments: dict[str, Any], size: tuple[int, float]):
+    model = on_meta(name, 19, arguments).eval()
+    assert count(model) == size[0]
+    with_aux = FeatureTaps(model, stages(model), {"aux"} & stages(model).keys())
+    assert macs(with_aux, 512, 1024) / 1e9 == pytest.approx(size[1], abs=0.05)
+
+
+@pytest.mark.parametrize(("arguments", "parameters"), [({"width": 16}, 343_574), ({"width": 4, "depth": 1}, 9_658)])
+def test_the_networks_of_the_segmentation_demo_are_small(arguments: dict[str, Any], parameters: int):
+    assert count(on_meta("plain_fpn", 6, arguments)) == parameters
+
+
 def test_every_network_of_ours_is_in_the_tables():
-    assert PROJECT_MODELS.keys() == CIFAR.keys() | {"mobilenet_v1"}
+    assert PROJECT_MODELS.keys() == CIFAR.keys() | {"mobilenet_v1"} | SEGMENTATION.keys()
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -168,9 +208,10 @@ def test_a_misspelt_model_is_refused_with_a_suggestion():
         create_model("resnet_50", 10)
 
 
-def test_known_models_are_classifiers_of_torchvision_and_our_own():
+def test_known_models_are_classifiers_and_segmenters_of_torchvision_and_our_own():
     assert {"resnet50", "swin_t", "mobilenet_v1", "cifar_resnet32x4"} <= set(known_models())
-    assert not {"fcn_resnet50", "raft_small"} & set(known_models())
+    assert {"fcn_resnet50", *torchvision.models.list_models(torchvision.models.segmentation)} <= set(known_models())
+    assert "raft_small" not in known_models()
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
