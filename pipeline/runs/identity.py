@@ -55,6 +55,7 @@ _OPTIONS = {
     "unit": "step",
     "warmup": False,
     "augment": [],
+    "linear": False,
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")
