@@ -93,8 +93,8 @@ def cifar_overrides(options: Options, method: str) -> list[str]:
 
 
 def all_methods() -> list[str]:
-    """Return the methods that need no earlier run."""
-    return [name for name in known_methods() if name != "ab"]
+    """Return the methods that need no earlier run and no masks."""
+    return [name for name in known_methods() if name not in ("ab", "ifvd")]
 
 
 def short_run(options: Options, method: str) -> list[str]:

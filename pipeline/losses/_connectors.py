@@ -2,7 +2,7 @@
 
 They are trained with the student and left out at export.
 
-B batch, C channels, H W space.
+B batch, C D channels, H W space.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.batch import Outputs
 from pipeline.distributed.norms import NormFactory, batch_norm
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._stages import StageChoices, channels, pair_stages, stage_taps
+from pipeline.losses._functional import pool_to_smaller
+from pipeline.losses._stages import FeatureMapLoss, StageChoices, channels, pair_stages, stage_taps
 
 
 class ConnectorLoss(Loss):
@@ -62,6 +64,42 @@ class PreactLoss(ConnectorLoss):
     def connector(self, student: str, teacher: str) -> nn.Module:
         """Return the network that brings the student's tap to the teacher's shape."""
         raise NotImplementedError
+
+
+class AlignedMapLoss(FeatureMapLoss):
+    """A loss on pairs of maps of one shape.
+
+    ``connectors`` holds the student's connector of each level. Where both networks have the same number of channels it
+    is the identity, elsewhere a 1×1 convolution without bias.
+    """
+
+    def __init__(self, config: FeatureMapLoss.Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.connectors = nn.ModuleList(self.connector(*pair) for pair in self.levels)
+
+    def connector(self, student: str, teacher: str) -> nn.Module:
+        """Return the network that brings the student's tap to the teacher's channels."""
+        return channel_connector(self.facts, student, teacher)
+
+    def aligned_maps(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """Return each level's map of the student and of the teacher, both in one shape.
+
+        Maps of different size are average-pooled to the smaller one. The teacher's get no gradient.
+        """
+        pairs = []
+        for student_BCHW, teacher_BDHW, connector in zip(*self.maps(student, teacher), self.connectors, strict=True):
+            student_BCHW, teacher_BDHW = pool_to_smaller(student_BCHW, teacher_BDHW.detach())
+            pairs.append((self.autocast_call(connector, student_BCHW), teacher_BDHW))
+        return pairs
+
+
+def channel_connector(facts: Facts, student: str, teacher: str, *, bias: bool = False) -> nn.Module:
+    """Return a 1×1 convolution from the student's channels to the teacher's, or the identity if they are equal.
+
+    Raises ValueError if a tap is not a map.
+    """
+    student_C, teacher_C = channels(facts.student_shapes, student), channels(facts.teacher_shapes, teacher)
+    return nn.Identity() if student_C == teacher_C else nn.Conv2d(student_C, teacher_C, 1, bias=bias)
 
 
 def convolution_norm(in_channels: int, out_channels: int, size: int, norm: NormFactory) -> nn.Sequential:

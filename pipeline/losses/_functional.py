@@ -52,3 +52,9 @@ def distances(x_BD: Tensor) -> Tensor:
     # Computed from differences. Expanding to ‖x‖² + ‖y‖² − 2x·y would lose every digit in float32, if vectors of length
     # 1000 are close to each other.
     return torch.cdist(x_BD, x_BD, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def rounding(count: Tensor | int, mean: Tensor) -> Tensor:
+    """Return a bound of the rounding error in ‖x − mean‖² for ``count`` equal numbers, where it should be zero."""
+    limits = torch.finfo(mean.dtype)
+    return (count * (16 * limits.eps * mean.detach()).square()).clamp(min=limits.tiny)

@@ -80,8 +80,8 @@ class FeatureMapLoss(Loss):
             return stage_taps(self.stages)
 
         def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
+            """Return whether a stage is ``logits``, the map that a segmentation network's head computes."""
+            return "logits" in self.taps().teacher
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import global_sum
 from pipeline.losses._base import Loss
+from pipeline.losses._functional import rounding
 from pipeline.losses._rows import StatScope, group_size, mean_by_rows
 
 _EPS = 1e-8
@@ -57,12 +58,6 @@ def intra_class(p_BK: Tensor, q_BK: Tensor, *, across_ranks: bool = True) -> Ten
     p_BK, q_BK = (both_BJ - mean_J).chunk(2, 1)
     product_K, *squares = all_reduce(torch.stack([p_BK * q_BK, p_BK.square(), q_BK.square()]).sum(1))
     return 1 - cosine(product_K, squares, rounding(sums[0], mean_J).chunk(2)).mean()
-
-
-def rounding(count: Tensor | int, mean: Tensor) -> Tensor:
-    """Return a bound of the rounding error in ‖x − mean‖² for ``count`` equal numbers, where it should be zero."""
-    limits = torch.finfo(mean.dtype)
-    return (count * (16 * limits.eps * mean.detach()).square()).clamp(min=limits.tiny)
 
 
 def cosine(product: Tensor, squares: Sequence[Tensor], noise: Sequence[Tensor]) -> Tensor:

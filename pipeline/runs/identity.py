@@ -56,6 +56,7 @@ _OPTIONS = {
     "warmup": False,
     "augment": [],
     "scales": None,
+    "linear": False,
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

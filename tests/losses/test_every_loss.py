@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from loss_cases import (
     CLASSES,
     PROGRESS,
+    STUDENT_SHAPES,
+    TEACHER_SHAPES,
     Example,
     at_the_teacher,
     config_of,
@@ -20,6 +22,7 @@ from loss_cases import (
     example,
     inputs_of,
     oracle,
+    shapes_of,
     those_with,
     with_global_statistics,
 )
@@ -35,10 +38,25 @@ quick = settings(max_examples=15, derandomize=True, deadline=None)
 
 @every_loss
 def test_a_loss_equals_its_oracle_to_ten_digits(name: str):
-    case = example(name)
-    expected = oracle(name).parts(
-        load_spec(name, config_of(name)).config.model_dump(mode="json"), inputs_of(case, seed=3)
-    )
+    assert_equals_oracle(example(name), name)
+
+
+@every_loss
+def test_a_loss_of_maps_equals_its_oracle_on_maps_that_are_wider_than_high(name: str):
+    taps = load_spec(name, config_of(name)).config.taps()
+    read = [*shapes_of(taps.student, STUDENT_SHAPES).values(), *shapes_of(taps.teacher, TEACHER_SHAPES).values()]
+    if any(len(shape) == 3 for shape in read):
+        assert_equals_oracle(example(name, rows=2, student=wide(STUDENT_SHAPES), teacher=wide(TEACHER_SHAPES)), name)
+
+
+def wide(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with every map half as wide again."""
+    return {name: (*shape[:-1], shape[-1] * 3 // 2) if len(shape) == 3 else shape for name, shape in shapes.items()}
+
+
+def assert_equals_oracle(case: Example, name: str) -> None:
+    config = load_spec(name, config_of(name)).config.model_dump(mode="json")
+    expected = oracle(name).parts(config, inputs_of(case, seed=3))
     weight = case.loss.config.weight
     found = case.parts(seed=3)
     assert set(found) == set(expected)

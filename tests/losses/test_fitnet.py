@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import Example, config_of, example, inputs_of, oracle
+from oracles._feature_maps import at_the_smaller, convolution, maps
 from torch import nn
 
 from pipeline.losses._base import Facts
@@ -80,3 +81,33 @@ def test_the_regressor_alone_runs_under_autocast():
     case.loss.regressor[0].register_forward_hook(lambda _module, _inputs, y: seen.append(y.dtype))  # type: ignore[index]
     assert case.total().dtype == torch.float32
     assert seen == [torch.bfloat16]
+
+
+def linear(student: tuple[int, ...], teacher: tuple[int, ...]) -> Example:
+    """Return the loss with a regressor of one convolution between maps of those shapes."""
+    spec = load_spec("fitnet", {"weight": 10.0, "stage": "stage4", "linear": True})
+    return example("fitnet", spec, rows=2, student={"stage4": student}, teacher={"stage4": teacher})
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((3, 4, 6), (5, 4, 6)), ((4, 4, 6), (4, 4, 6)), ((3, 4, 6), (2, 8, 12))]
+)
+def test_a_linear_regressor_is_one_convolution_without_bias_norm_and_activation(
+    student: tuple[int, ...], teacher: tuple[int, ...]
+):
+    case = linear(student, teacher)
+    ((name, weight),) = case.loss.named_parameters()
+    assert (name, weight.shape) == ("regressor.weight", (teacher[0], student[0], 1, 1))
+    x, y = at_the_smaller(*maps(inputs_of(case, seed=0), "stage4", "stage4"))
+    guess = convolution(x, weight.detach().numpy())
+    assert case.total().item() == pytest.approx(10 * ((guess - y) ** 2).mean(), rel=1e-10)
+
+
+def test_a_linear_regressor_learns_negative_hints():
+    case = linear((3, 4, 6), (5, 4, 6))
+    below = {"stage4": -case.teacher.features["stage4"].detach().abs()}
+    case = case._replace(teacher=case.teacher._replace(features=below))
+    with torch.no_grad():
+        case.loss.regressor.weight.zero_()  # type: ignore[union-attr]
+    case.total().backward()
+    assert case.loss.regressor.weight.grad.abs().amax() > 0  # type: ignore[union-attr]

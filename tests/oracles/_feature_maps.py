@@ -79,6 +79,21 @@ def maps(inputs, student, teacher):
     return np.array(inputs.student_features[student]), np.array(inputs.teacher_features[teacher])
 
 
+def named_pairs(config):
+    """Return the (student, teacher) names of a config's stages, each a name or a pair of them."""
+    return [(s, s) if isinstance(s, str) else (s["student"], s["teacher"]) for s in config["stages"]]
+
+
+def aligned(inputs, level, student, teacher):
+    """Return a level's maps at the smaller size, the student's by ``connectors.LEVEL``, if it has a weight."""
+    own = {key: value for key, value in inputs.parameters.items() if key.startswith(f"connectors.{level}.")}
+    student, teacher = at_the_smaller(*maps(inputs, student, teacher))
+    if own:
+        weight, bias = (own.get(f"connectors.{level}.{key}") for key in ("weight", "bias"))
+        student = convolution(student, weight, bias)
+    return student, teacher
+
+
 def regressor(parameters, prefix, student, teacher):
     """Return the convolution that fits the sizes, and the norm: parameters ``0.…`` and ``1.…`` below the prefix."""
     weight, bias = parameters[f"{prefix}0.weight"], parameters[f"{prefix}0.bias"]

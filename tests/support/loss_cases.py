@@ -19,12 +19,15 @@ from pipeline.batch import Batch, Outputs, Progress
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
+from pipeline.tasks._masks import IGNORED, MASK
 from pipeline.tasks.multilabel import LABELS
 
 NAMES = known_losses()
 # Past every warm-up.
 PROGRESS = Progress(steps_per_epoch=10, step=215)
 CLASSES = 5
+# Height and width of the masks, larger than any map.
+MASK_SIZE = 13
 STUDENT_SHAPES = {
     "embedding": (6,),
     "cam": (CLASSES, 2, 2),
@@ -110,6 +113,13 @@ def norms_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, NormParameters]:
     return found
 
 
+def targets_of(rows: int) -> dict[str, Tensor]:
+    """Return the targets of every task: several classes an image, and masks whose every sixth stripe has no class."""
+    several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
+    stripes = (torch.arange(rows * MASK_SIZE**2) // 3 % (CLASSES + 1)).view(rows, MASK_SIZE, MASK_SIZE)
+    return {LABELS: several, MASK: stripes.where(stripes < CLASSES, IGNORED).to(torch.uint8)}
+
+
 def example(
     name: str,
     spec: LossSpec | None = None,
@@ -140,8 +150,7 @@ def example(
 
         return Outputs(made((CLASSES,)), {stage: made(shape) for stage, shape in shapes.items()})
 
-    several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
-    targets = {LABELS: several} if spec.targets else {}
+    targets = {name: x for name, x in targets_of(rows).items() if name in spec.targets}
     batch = Batch(torch.zeros(rows, 3, 4, 4, dtype=dtype), torch.from_numpy(labels), torch.arange(rows), {}, targets)
     return Example(loss, outputs(student_shapes), outputs(teacher_shapes), batch)
 
@@ -169,7 +178,7 @@ class Inputs(NamedTuple):
     labels_by_id: list[int]
     seed: int
     """torch's seed before the loss draws."""
-    targets: dict[str, list[list[int]]]
+    targets: dict[str, list[Any]]
 
 
 def inputs_of(case: Example, seed: int) -> Inputs:
@@ -205,7 +214,7 @@ def those_with(trait: str) -> pytest.MarkDecorator:
 @contextmanager
 def draws_of_the_global_batch(rank: int, world: int) -> Iterator[None]:
     """Give a rank the rows of what one process with all rows would draw."""
-    randn, randint = torch.randn, torch.randint
+    rand, randn, randint = torch.rand, torch.randn, torch.randint
 
     def rows(size: int) -> slice:
         return slice(rank * size, (rank + 1) * size)
@@ -216,5 +225,9 @@ def draws_of_the_global_batch(rank: int, world: int) -> Iterator[None]:
     def randint_rows(high: int, size: tuple[int, ...], **options: Any) -> Tensor:
         return randint(high, (world * size[0], *size[1:]), **options)[rows(size[0])]
 
-    with mock.patch("torch.randn_like", randn_like), mock.patch("torch.randint", randint_rows):
+    def rand_rows(size: tuple[int, ...], **options: Any) -> Tensor:
+        return rand(world * size[0], *size[1:], **options)[rows(size[0])]
+
+    drawn = {"randn_like": randn_like, "randint": randint_rows, "rand": rand_rows}
+    with mock.patch.multiple("torch", **drawn):
         yield

@@ -20,7 +20,10 @@ from pipeline import train
 from pipeline.training import session
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-METHODS = ("ddkd", "dkd", "perception", "dist", "crd", "rkd", "irg", "pkt", "sp", "review", "ofd", "vid", "nst", "at")
+METHODS = (
+    *("ddkd", "dkd", "perception", "dist", "crd", "rkd", "irg", "pkt", "sp", "review", "ofd", "vid", "nst", "at"),
+    *("cwd", "skd", "mgd", "pkd"),
+)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "unique_", "repeat_interleave")
 COPYING = ("lift_fresh",)
 """What ``torch.tensor`` ends in: a copy from memory that is not pinned, for which the host waits."""
