@@ -15,6 +15,7 @@ import numpy as np
 import published_diffusion
 import published_features
 import published_logits
+import published_maps
 import published_relations
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 FORMULAS = (
     published_logits.FORMULAS
     | published_features.FORMULAS
+    | published_maps.FORMULAS
     | published_relations.FORMULAS
     | published_diffusion.FORMULAS
 )
