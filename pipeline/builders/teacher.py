@@ -241,7 +241,7 @@ def check_sizes(cache: Cache, manifest: Manifest) -> None:
     ids, logits = manifest.splits["train"].id_count, cache.header.kinds.get(LOGITS)
     if cache.header.id_count != ids:
         raise RecipeError(f"{cache.folder} has rows for {cache.header.id_count:,} ids, but the shards have {ids:,}")
-    if logits and logits.shape != (manifest.num_classes,):
+    if logits and logits.shape[0] != manifest.num_classes:
         classes = manifest.num_classes
         raise RecipeError(f"{cache.folder} has {logits.shape[0]} logits, but the shards have {classes} classes")
 

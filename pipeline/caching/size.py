@@ -83,7 +83,7 @@ def _storage_choices(name: str, shape: tuple[int, ...], wanted: bool, rank: int 
     if rank is not None and rank > shape[0]:
         raise RecipeError(f"encode: {name} has {shape[0]} channels; give at most {shape[0]} components, got {rank}")
     plain = Choice(name, CacheEntry(shape=shape), wanted and rank is None)
-    if rank is None and len(shape) == 1:
+    if rank is None and (len(shape) == 1 or name == LOGITS):
         return [plain]
     encoded = Encoding(rank=rank or max(shape[0] // CHANNEL_DIVISOR, 1), sha256="", unexplained=0.0)
     return [plain, Choice(name, CacheEntry(shape=shape, encoded=encoded), rank is not None)]

@@ -73,7 +73,7 @@ def stored(outputs: Outputs, kinds: Iterable[str], encoders: dict[str, Encoder])
     """
     rows = {}
     for kind in kinds:
-        output = outputs.logits_BK if kind == LOGITS else outputs.features[kind]
+        output = outputs.logits if kind == LOGITS else outputs.features[kind]
         output = encoders[kind].encode(output) if kind in encoders else output
         rows[kind] = output.to(torch.float16).cpu().contiguous().numpy()
         if not np.isfinite(rows[kind]).all():

@@ -82,7 +82,7 @@ class CachedTeacher(nn.Module):
             return Outputs(found.get(LOGITS, batch.images_BCHW.new_empty((len(batch.images_BCHW), 0))), features)
         live: Outputs = self.live(batch)
         features |= {tap: live.features[tap] for tap in self.live_taps}
-        return Outputs(found.get(LOGITS, live.logits_BK), features)
+        return Outputs(found.get(LOGITS, live.logits), features)
 
     def _decode(self, kind: str, rows: Tensor) -> Tensor:
         if kind in self.encoders:
@@ -107,7 +107,7 @@ def half_answers(teacher: AnyTeacher, answers: Outputs) -> dict[tuple[str, str],
     # The mixture of an ensemble is float32, so the logits of its members are returned instead.
     members = network.member_logits if isinstance(network, TeacherEnsemble) else None
     keys = ["teacher"] if members is None else [f"teacher.members.{number}" for number in range(len(members))]
-    logits = [answers.logits_BK] if members is None else members
+    logits = [answers.logits] if members is None else members
     found = {(key, "logits"): value for key, value in zip(keys, logits, strict=True) if has_logits}
     found |= {(keys[0], f"features ({tap})"): answers.features[tap] for tap in taps}
     return {key: value for key, value in found.items() if value.dtype == torch.float16 and network is not None}

@@ -41,8 +41,8 @@ class ViewLogits(nn.Module):
         count = len(self.loader.plan.readers["train"].samples)
         parts = ((np.arange(start, min(start + self.rows, count)), view) for start in range(0, count, self.rows))
         for batch in self.loader.views(parts):
-            logits_BK = self.teacher(batch).logits_BK
+            logits = self.teacher(batch).logits
             if not len(self.logits_NK):
-                self.logits_NK = logits_BK.new_zeros((self.loader.id_count, logits_BK.shape[1]))
-            self.logits_NK[batch.ids_B] = logits_BK
+                self.logits_NK = logits.new_zeros((self.loader.id_count, *logits.shape[1:]))
+            self.logits_NK[batch.ids_B] = logits
         self.view = view
