@@ -5,7 +5,7 @@ rest of the name is the component, in lower case. Members without a component, a
 
 A sample needs one image and one label. The image is a component ``jpg``, ``jpeg``, ``png`` or ``webp``. The label is
 the component ``cls``: digits, a class name, or a raw integer of 4 or 8 bytes, little endian. Or it is a value in the
-component ``json``.
+component ``json``. Instead of a label a sample may have a mask, in a component that is named.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from PIL import Image
 from shards.archives import Member, list_members
 from shards.classes import Label, number_of
 from shards.jpeg import decode_jpeg, open_image
-from shards.manifest import LeftOut, Manifest, Shard, Split, sha256_of
+from shards.manifest import LeftOut, Manifest, Shard, ShardTaskName, Split, sha256_of
+from shards.masks import check_size, decode_mask, meaning_of_values, to_classes
 from shards.plan import Unusable, printable
-from shards.read import SAMPLE_DTYPE
+from shards.read import sample_dtype
 from shards.scan import Scan
 from shards.write import index_text
 
@@ -45,11 +46,22 @@ class Members(NamedTuple):
     """Names of the members to read.
 
     ``label_key`` is the key of the label in ``json``; None means ``cls``, or one of ``LABEL_KEYS``. ``image_key`` is
-    the component of the image; None means the only one there is.
+    the component of the image; None means the only one there is. ``mask_key`` is the component of the mask; None means
+    that samples have labels.
     """
 
     label_key: str | None = None
     image_key: str | None = None
+    mask_key: str | None = None
+
+    @property
+    def task(self) -> ShardTaskName:
+        """Return the task of such samples."""
+        return "segmentation" if self.mask_key else "classification"
+
+    def described(self) -> dict[str, str | None]:
+        """Return the names as the manifest has them: that of the mask only where there is one."""
+        return {key: value for key, value in self._asdict().items() if value or key != "mask_key"}
 
 
 class ForeignSample(NamedTuple):
@@ -66,6 +78,8 @@ class IndexTask(NamedTuple):
     url: str
     members: Members
     strict: bool
+    num_classes: int = 0
+    """Number of classes of pixels, where samples have masks."""
 
 
 class IndexedTar(NamedTuple):
@@ -168,23 +182,49 @@ def index_tar(task: IndexTask) -> IndexedTar:
         for position, sample in enumerate(_samples(task.path, file)):
             try:
                 component = find_image(task.path, sample, task.members.image_key)
-                label, source = read_label(file, sample, task.members.label_key)
+                label, source = _label_of(file, sample, task.members)
                 member = sample.members[component]
                 image = _decode(_content(file, member))
+                mask = _check_mask(file, sample, task, image.size)
             except Unusable as reason:
                 name = f"{task.url}/{printable(sample.key)}"
                 if task.strict:
                     raise ValueError(f"{name} is not a usable sample: {reason}") from None
                 left_out.append(LeftOut(position, name, str(reason)))
                 continue
-            rows.append((position, -1, 0, member.offset, member.size, *image.size))
+            rows.append((position, -1, 0, member.offset, member.size, *image.size, *mask))
             labels.append(label)
             keys.append(sample.key)
             lines.append(_index_line(sample))
             images |= {component, _KINDS[image.format or ""]}
             sources.setdefault(source, f"{task.url}/{printable(sample.key)}")
     shard = Shard(task.url, len(rows), task.path.stat().st_size, sha256_of(task.path))
-    return IndexedTar(shard, np.array(rows, SAMPLE_DTYPE), labels, keys, left_out, index_text(lines), images, sources)
+    table = np.array(rows, sample_dtype(task.members.task))
+    return IndexedTar(shard, table, labels, keys, left_out, index_text(lines), images, sources)
+
+
+def _label_of(file: BinaryIO, sample: ForeignSample, members: Members) -> tuple[Label, str]:
+    """Return the label of a sample, which is 0 where it has a mask, and where it stands."""
+    return (0, "its mask") if members.mask_key else read_label(file, sample, members.label_key)
+
+
+def _mask_position(sample: ForeignSample, members: Members) -> tuple[int, ...]:
+    """Return offset and size of a sample's mask, nothing if samples have none. Raises Unusable if it is missing."""
+    if members.mask_key is None:
+        return ()
+    if members.mask_key not in sample.members:
+        raise Unusable(f"no mask: its members are {', '.join(sample.members)}, none is {members.mask_key}")
+    member = sample.members[members.mask_key]
+    return member.offset, member.size
+
+
+def _check_mask(file: BinaryIO, sample: ForeignSample, task: IndexTask, size: tuple[int, int]) -> tuple[int, ...]:
+    """Return the position of a sample's mask, if there are masks. Raises Unusable if it does not fit the image."""
+    position = _mask_position(sample, task.members)
+    if position:
+        mask_HW = decode_mask(_content(file, sample.members[task.members.mask_key or ""]))
+        check_size(to_classes(mask_HW, meaning_of_values(task.num_classes)), *size)
+    return position
 
 
 def foreign_shards(manifest: Manifest, split: Split) -> dict[str, ForeignShard]:
@@ -216,13 +256,14 @@ def scan_foreign(path: Path, shard: ForeignShard) -> Scan:
                 continue
             try:
                 member = sample.members[find_image(path, sample, shard.members.image_key)]
-                label, _ = read_label(file, sample, shard.members.label_key)
+                label, _ = _label_of(file, sample, shard.members)
                 sides = open_image(_content(file, member), webp=True).size
+                mask = _mask_position(sample, shard.members)
             except Unusable as reason:
                 raise ValueError(f"{path}: {printable(sample.key)} is not a usable sample: {reason}") from None
-            rows.append((number, number_of(label, shard.labels), 0, member.offset, member.size, *sides))
+            rows.append((number, number_of(label, shard.labels), 0, member.offset, member.size, *sides, *mask))
             lines.append(_index_line(sample))
-    return Scan(np.array(rows, SAMPLE_DTYPE), index_text(lines))
+    return Scan(np.array(rows, sample_dtype(shard.members.task)), index_text(lines))
 
 
 def _samples(path: Path, file: BinaryIO) -> list[ForeignSample]:

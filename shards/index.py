@@ -25,10 +25,11 @@ from pathlib import Path
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from shards.classes import Label, name_labels, number_of, without_images
+from shards.classes import Label, name_labels, number_of, read_classes, without_images
 from shards.command import Parser, add_jobs, for_each, print_above, progress_bar, run_main
 from shards.foreign import IMAGE_COMPONENTS, IndexedTar, IndexTask, Members, index_tar
 from shards.manifest import MANIFEST, MOST_IDS, Manifest, Split, read_manifest, write_atomically, write_manifest
+from shards.plan import check_classes
 from shards.read import samples_path
 from shards.split_names import add_split_options, assign_splits, print_splits, split_of
 from shards.write import index_path, write_samples
@@ -43,10 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_splits(splits, list(tars))
     chosen = {name: tars[name] for names in splits.values() for name in names}
     check_destination(folder, chosen, linked=bool(options.destination))
-    found = read_tars(chosen, Members(options.label_key, options.image_key), options)
+    found = read_tars(chosen, _members(options), options)
     parts = {split: [found[name] for name in names] for split, names in splits.items()}
     _write(folder, chosen, parts, options)
     return 0
+
+
+def _members(options: Namespace) -> Members:
+    """Return the members to read. Raises ValueError for options that contradict one another."""
+    if options.mask_key and (options.label_key or not options.classes):
+        advice = "remove --label-key" if options.label_key else "name the classes of pixels with --classes FILE"
+        raise ValueError(f"--mask-key: samples with masks have no labels: {advice}")
+    return Members(options.label_key, options.image_key, options.mask_key)
+
+
+def _pixel_classes(options: Namespace) -> list[str]:
+    classes = read_classes(options.classes, set())
+    check_classes(classes, has_masks=True)
+    return classes
 
 
 def find_tars(sources: Sequence[Path], linked: bool) -> dict[str, Path]:
@@ -124,7 +139,8 @@ def read_tars(tars: dict[str, Path], members: Members, options: Namespace) -> di
                 print_above(bar, f"left out: {entry.path}: {entry.reason}")
             bar.update(len(tar.rows) + len(tar.left_out))
 
-        tasks = [IndexTask(path, name, members, options.strict) for name, path in tars.items()]
+        num_classes = len(_pixel_classes(options)) if members.mask_key else 0
+        tasks = [IndexTask(path, name, members, options.strict, num_classes) for name, path in tars.items()]
         for_each(index_tar, tasks, options.jobs, receive)
     return found
 
@@ -144,9 +160,10 @@ def _write(folder: Path, tars: dict[str, Path], parts: dict[str, list[IndexedTar
     numbers = {name: number for number, name in enumerate(classes)}
     splits = {split: _write_split(folder, split, each, numbers) for split, each in parts.items()}
     images = ";".join(sorted({kind for each in parts.values() for tar in each for kind in tar.images}))
-    members = Members(options.label_key, options.image_key)._asdict()
-    write_manifest(folder, Manifest("index", images, tuple(classes), {}, {"members": members}, splits))
-    for line in _report(folder, splits, parts, classes, numbers):
+    members = _members(options)
+    plan = {"members": members.described()}
+    write_manifest(folder, Manifest("index", images, tuple(classes), {}, plan, splits, task=members.task))
+    for line in _report(folder, splits, parts, classes, numbers, options):
         print(line)
 
 
@@ -213,6 +230,7 @@ def _report(
     parts: dict[str, list[IndexedTar]],
     classes: list[str],
     numbers: dict[str, int],
+    options: Namespace,
 ) -> Iterator[str]:
     for name, split in splits.items():
         yield (
@@ -220,7 +238,7 @@ def _report(
             f"{len(split.left_out):,} samples left out"
         )
         labels = {number_of(label, numbers) for tar in parts[name] for label in tar.labels}
-        if message := without_images(labels, classes):
+        if not options.mask_key and (message := without_images(labels, classes)):
             yield f"{name}: {message}"
     if "val" not in splits:
         yield "there is no validation split: training will not validate; --val PATTERN names its tars"
@@ -238,6 +256,9 @@ def _parser() -> ArgumentParser:
         "--classes", type=Path, metavar="FILE", help="class names, one per line, in the order of labels"
     )
     parser.add_argument("--label-key", metavar="KEY", help="key of the label in json members (default: cls members)")
+    parser.add_argument(
+        "--mask-key", metavar="NAME", help="ending of the mask, such as mask.png, where samples have one and no label"
+    )
     parser.add_argument(
         "--image-key",
         choices=IMAGE_COMPONENTS,

@@ -48,8 +48,9 @@ def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: expected a whole number of at least {least}, got {value!r}")
     members = plan.get("members", {})
     keys = members.keys() if isinstance(members, dict) else {""}
-    if keys - {"label_key", "image_key"} or not all(isinstance(members[key], str | None) for key in keys):
-        raise ValueError(f"members: expected names for label_key and image_key, got {members!r}")
+    known = {"label_key", "image_key", "mask_key"}
+    if keys - known or not all(isinstance(members[key], str | None) for key in keys):
+        raise ValueError(f"members: expected names for label_key, image_key and mask_key, got {members!r}")
     return plan
 
 

@@ -103,7 +103,7 @@ def make_job(
     Its header contains everything that the output's bytes depend on. Raises ValueError for a split without files, for
     too many classes, and for a class whose name no text file can contain.
     """
-    _check_classes(classes, has_masks)
+    check_classes(classes, has_masks=has_masks)
     for split, items in listings.items():
         if not items:
             raise ValueError(f"the source has no files for the split '{split}': add them, or remove its folder")
@@ -121,7 +121,8 @@ def make_job(
     return PreparationJob(header, listings, source)
 
 
-def _check_classes(classes: Sequence[str], has_masks: bool) -> None:
+def check_classes(classes: Sequence[str], *, has_masks: bool) -> None:
+    """Raise ValueError for too many classes, and for a name that no text file can contain."""
     if has_masks and len(classes) > MOST_MASK_CLASSES:
         reason = "a mask has one byte for each pixel"
         raise ValueError(f"there are {len(classes):,} classes, but {MOST_MASK_CLASSES} are the most: {reason}")

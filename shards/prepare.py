@@ -179,7 +179,8 @@ def _finish_split(folder: Path, name: str, parts: list[Finished], items: list[Im
     left_out = sorted((entry for part in parts for entry in part.record.left_out), key=lambda entry: entry.id)
     parts = [part for part in parts if len(part.rows)]
     if not parts:
-        raise ValueError(f"the split '{name}' has no usable image; the first of its files is {left_out[0].path}")
+        first = f"{left_out[0].path}: {left_out[0].reason}"
+        raise ValueError(f"the split '{name}' has no usable image; the first of its files is {first}")
     samples, sha256 = write_samples(folder, name, [part.rows for part in parts])
     # An id is an index in the listing.
     targets = [of_row for number in samples["id"].tolist() if (of_row := items[number].targets) is not None]

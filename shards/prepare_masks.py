@@ -8,7 +8,8 @@ have no class. ``--classes`` names the classes from 0 on, one on each line.
 An image and its mask have the same path in IMAGES and in MASKS. Only the extensions differ, and endings of the names,
 which ``--image-suffix`` and ``--mask-suffix`` give.
 
-The splits are the folders ``train`` and ``val`` in both, where there are some. Otherwise lists name the images of each
+The splits are the folders ``train`` and ``val`` in both, where there are some. They may also lie above the two folders:
+``'data/{split}/images'`` is then IMAGES, and ``'data/{split}/masks'`` is MASKS. Otherwise lists name the images of each
 split, a path without extension on each line, or ``--val-share`` sets some aside.
 """
 
@@ -30,6 +31,7 @@ from shards.masks import IGNORED_VALUE, Meaning, meaning_of_values
 from shards.pairs import Endings, MaskedSplit, add_masked_options, find_pairs, prepare_masked
 
 _SPLIT_OPTIONS = ("train", "val", "val_share")
+_SPLIT = "{split}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,12 +50,15 @@ def _find_splits(options: Namespace) -> dict[str, MaskedSplit]:
     """Return the splits by folders or lists; all images are for training where there are neither."""
     images, masks = options.images, options.masks
     endings = Endings(*map(_without_extension, (options.image_suffix, options.mask_suffix)))
-    if (images / "train").is_dir():
+    if _SPLIT in str(images) or (images / "train").is_dir():
         if given := [name for name in _SPLIT_OPTIONS if getattr(options, name)]:
             raise ValueError(f"--{given[0].replace('_', '-')}: {images} has a folder train/ already: remove the option")
-        val = next((name for name in (*VALIDATION, "test") if (images / name).is_dir()), None)
+        val = next((name for name in (*VALIDATION, "test") if _of_split(images, name).is_dir()), None)
         folders = {"train": "train"} | ({"val": val} if val else {})
-        return {split: find_pairs(images / name, masks / name, endings) for split, name in folders.items()}
+        return {
+            split: find_pairs(_of_split(images, name), _of_split(masks, name), endings)
+            for split, name in folders.items()
+        }
     if options.val and not options.train:
         raise ValueError("--val: give --train, too, the list of the training images")
     if not options.train:
@@ -62,6 +67,11 @@ def _find_splits(options: Namespace) -> dict[str, MaskedSplit]:
     names = {split: [_without_extension(line) for line in read_lines(path)] for split, path in lists.items()}
     _check_names(names, lists)
     return {split: find_pairs(images, masks, endings, each) for split, each in names.items()}
+
+
+def _of_split(folder: Path, name: str) -> Path:
+    """Return the folder of a split: inside of ``folder``, or in the place that its path leaves for the name."""
+    return Path(str(folder).replace(_SPLIT, name)) if _SPLIT in str(folder) else folder / name
 
 
 def _check_names(names: dict[str, list[str]], lists: dict[str, Path]) -> None:

@@ -90,7 +90,7 @@ SHARD = (*TRAIN, "shards", 0)
         (put("plan", "samples_per_shard", to=0), "plan: Value error, samples_per_shard: expected a whole number"),
         (
             put("plan", "members", to=["label"]),
-            "plan: Value error, members: expected names for label_key and image_key",
+            "plan: Value error, members: expected names for label_key, image_key and mask_key",
         ),
         (put("plan", "members", to={"key": "a"}), "plan: Value error, members: expected names for label_key"),
         (put("plan", "members", to={"label_key": 1}), "plan: Value error, members: expected names for label_key"),

@@ -14,7 +14,7 @@ from pictures import decode, encode, jpeg, pixels
 from PIL import Image
 
 from shards.jpeg import Transform
-from shards.plan import Unusable
+from shards.plan import EncodedImage, Unusable
 
 
 def picture(mode: str) -> Image.Image:
@@ -53,7 +53,7 @@ def is_baseline(data: bytes) -> bool:
     ids=["colour", "grey", "progressive", "with comment", "rubbish behind", "rotated by EXIF", "MPO"],
 )
 def test_a_usable_jpeg_keeps_its_bytes_and_its_stored_size(data):
-    assert Transform().apply(data) == (data, 20, 16)
+    assert Transform().apply(data) == EncodedImage(data, 20, 16)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "I;16"])

@@ -15,6 +15,7 @@ import pytest
 from masked import PIXEL_CLASSES, draw_masked, write_masked
 from pictures import decode, encode
 
+from shards.index import main as index
 from shards.manifest import Manifest, Split, read_manifest, write_manifest
 from shards.masks import decode_mask, encode_mask
 from shards.read import SAMPLE_DTYPE, SplitReader, samples_path
@@ -205,3 +206,44 @@ def test_images_of_two_kinds_lie_in_one_tar_by_their_own_names(tmp_path):
     assert verify(folder, 1) == []
     with tarfile.open(folder / "train-000000.tar") as tar:
         assert {"00000000.png", "00000001.jpg"} <= {*tar.getnames()}
+
+
+def list_in_place(folder: Path, classes: tuple[str, ...], *more: str) -> Path:
+    """List the tars of a folder as those of another tool, in a folder beside it."""
+    (folder.parent / "classes.txt").write_text("\n".join(classes))
+    listed = folder.parent / "listed"
+    options = ["--mask-key", "mask.png", "--classes", str(folder.parent / "classes.txt"), "--jobs", "1"]
+    assert index([str(folder), "--destination", str(listed), *options, *more]) == 0
+    return listed
+
+
+def test_tars_of_other_tools_with_masks_are_listed_in_place(folder, capsys):
+    listed = list_in_place(folder, PIXEL_CLASSES)
+    assert "no image" not in capsys.readouterr().out
+    manifest = read_manifest(listed)
+    assert (manifest.task, manifest.classes) == ("segmentation", PIXEL_CLASSES)
+    assert manifest.plan["members"]["mask_key"] == "mask.png"
+    for split in ("train", "val"):
+        one, other = SplitReader(listed, split), SplitReader(folder, split)
+        rows = np.arange(len(other.samples))
+        assert [bytes(mask) for mask in one.masks(rows)] == [bytes(mask) for mask in other.masks(rows)]
+        assert [bytes(image) for image in one.bytes(rows)] == [bytes(image) for image in other.bytes(rows)]
+    assert verify(listed, 1) == []
+    assert "train: 8 images with masks in 2 shards; 3 of 3 classes" in capsys.readouterr().out
+
+
+def test_a_listed_sample_whose_mask_does_not_fit_is_left_out(folder, capsys):
+    with pytest.raises(ValueError, match=r"the split 'train' has no usable sample; .* its mask has the value 2 in"):
+        list_in_place(folder, PIXEL_CLASSES[:2])
+    with pytest.raises(ValueError, match=r"no usable sample; .*: no mask: its members are png, .*, none is seg.png"):
+        list_in_place(folder, PIXEL_CLASSES, "--mask-key", "seg.png")
+    assert "left out: train-000000.tar/00000000: no mask" in capsys.readouterr().err
+
+
+def test_options_of_masks_that_contradict_one_another_are_refused(folder):
+    with pytest.raises(ValueError, match=r"--mask-key: samples with masks have no labels: remove --label-key"):
+        list_in_place(folder, PIXEL_CLASSES, "--label-key", "cls")
+    with pytest.raises(ValueError, match=r"--mask-key: .*: name the classes of pixels with --classes FILE"):
+        index([str(folder), "--destination", str(folder.parent / "listed"), "--mask-key", "mask.png"])
+    with pytest.raises(ValueError, match="there are 256 classes, but 255 are the most"):
+        list_in_place(folder, tuple(f"class {number}" for number in range(256)))

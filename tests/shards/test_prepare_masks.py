@@ -209,6 +209,17 @@ def flat(source: Path) -> Path:
     return source
 
 
+def test_splits_may_lie_above_the_folders_of_images_and_masks(source, contents):
+    whole = contents(prepare(source))
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (source / split).mkdir(exist_ok=True)
+            (source / kind / split).rename(source / split / kind)
+    folders = [str(source / "{split}" / kind) for kind in ("images", "masks")]
+    assert main([*folders, str(source / "above"), "--classes", str(source / "classes.txt"), *OPTIONS]) == 0
+    assert contents(source / "above") == whole
+
+
 SUFFIXES = ("--image-suffix", "_rgb", "--mask-suffix", "_label.png")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -64,6 +66,19 @@ def test_a_png_of_another_kind_becomes_one_of_rgb(image):
     assert stored.data[24:26] == b"\x08\x02"
     expected = pixels(1)[..., 0] if image.mode.startswith("I") else np.asarray(image.convert("RGB"))
     assert np.array_equal(decode(stored.data)[..., 0], expected.reshape(16, 20, -1)[..., 0])
+
+
+def test_a_png_of_sixteen_bits_a_channel_becomes_one_of_eight():
+    values = np.random.default_rng(0).integers(0, 2**16, (4, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(each)) + name + each + struct.pack(">I", zlib.crc32(name + each))
+        for name, each in chunks.items()
+    )
+    stored = read_upright(data).stored(KEPT)
+    assert stored.data[24] == 8
+    assert np.array_equal(decode(stored.data), values >> 8)
 
 
 def test_a_shrunk_png_stays_a_png():
