@@ -60,8 +60,9 @@ def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origin
     """
     origins = {} if origins is None else origins
     tree = compose_files(source, origins)
-    # Whole losses on the command line make a pair complete, too; a key of one does not.
-    has_losses = "losses" in tree or any(
+    # Whole losses on the command line make a pair complete, too; a key of one does not. Nor do those of its own
+    # ``overrides``, which replace the task's loss in any method.
+    has_losses = _names_losses(source) or any(
         override.partition("=")[0].count(".") < 2 for override in _of_losses(overrides)
     )
     if not has_losses and "student" in tree:
@@ -75,6 +76,11 @@ def compose(source: RecipeSource, overrides: Sequence[str] = (), origins: Origin
     filled = _without_nulls(constants.fill(tree, ()))
     constants.check_command_line()
     return filled
+
+
+def _names_losses(source: RecipeSource) -> bool:
+    """Return whether a recipe has losses of its own, or a method."""
+    return source.method is not None or bool({"losses", "method"} & own_tree(source.path).keys())
 
 
 def _need_method(source: RecipeSource, overrides: Sequence[str]) -> NoReturn:

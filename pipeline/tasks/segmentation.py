@@ -54,7 +54,7 @@ class Segmentation(Task):
         """Return the number of pixels for which both predict the same class, and that of all pixels with a class."""
         mask_BHW = batch.targets[MASK]
         ours_BHW, theirs_BHW = (upsampled(outputs.logits, mask_BHW).argmax(1) for outputs in (a, b))
-        has_class_BHW = mask_BHW != IGNORED
+        has_class_BHW = _has_class(batch)
         return torch.stack([((ours_BHW == theirs_BHW) & has_class_BHW).sum(), has_class_BHW.sum()])
 
     def detail_rows(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -89,13 +89,18 @@ def _count_pixels(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
     mask_BHW = batch.targets[MASK]
     logits_BKHW = upsampled(outputs.logits.float(), mask_BHW)
     classes = logits_BKHW.shape[1]
-    has_class_BHW = (mask_BHW != IGNORED) & (batch.labels_B >= 0)[:, None, None]
+    has_class_BHW = _has_class(batch)
     labels_BHW = mask_BHW.long().masked_fill(~has_class_BHW, 0)
     # Pixels without a class are counted apart, in a cell of their own that is cut off.
     cells_BHW = (labels_BHW * classes + logits_BKHW.argmax(1)).masked_fill(~has_class_BHW, classes**2)
     counts = [torch.bincount(cells.flatten(), minlength=classes**2 + 1)[:-1] for cells in cells_BHW]
     nll_BHW = -logits_BKHW.log_softmax(1).gather(1, labels_BHW[:, None])[:, 0]
     return torch.stack(counts), nll_BHW.masked_fill(~has_class_BHW, 0.0).sum((1, 2), dtype=torch.float64)
+
+
+def _has_class(batch: Batch) -> Tensor:
+    """Return which pixels count, bool [B, H, W]: those with a class, in rows that are no padding."""
+    return (batch.targets[MASK] != IGNORED) & (batch.labels_B >= 0)[:, None, None]
 
 
 def square(counts: Tensor) -> Tensor:

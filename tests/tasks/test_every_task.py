@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.tasks._base import Evaluation
+from pipeline.tasks._masks import IGNORED, MASK, upsampled
 from pipeline.tasks._registry import find_task, known_tasks
 from pipeline.tasks.multilabel import LABELS, MultiLabel, mean_average_precision
 
@@ -29,22 +30,32 @@ def split(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return logits_NK, labels_N, (torch.rand(IMAGES, CLASSES, generator=draws) < 0.3).to(torch.uint8)
 
 
-def batches(rows: np.ndarray, size: int) -> Iterator[tuple[Outputs, Batch]]:
+def maps(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return maps of logits of each image, [N, K, 2, 3], and masks of twice their size, some pixels without a class."""
+    draws = torch.Generator().manual_seed(seed)
+    logits_NKHW = torch.randint(-4, 5, (IMAGES, CLASSES, 2, 3), generator=draws) / 2
+    masks_NHW = torch.randint(CLASSES + 1, (IMAGES, 4, 6), generator=draws)
+    return logits_NKHW, torch.where(masks_NHW < CLASSES, masks_NHW, IGNORED).to(torch.uint8)
+
+
+def batches(rows: np.ndarray, size: int, name: str) -> Iterator[tuple[Outputs, Batch]]:
     """Yield those rows of the split in batches; a row beyond the split is padding, a copy of the last image."""
     logits_NK, labels_N, several_NK = split()
+    logits_NKHW, masks_NHW = maps()
+    logits = logits_NKHW if find_task(name).of_pixels else logits_NK
     for start in range(0, len(rows), size):
         part = torch.from_numpy(rows[start : start + size])
         real_B, row_B = part < IMAGES, part.clamp(max=IMAGES - 1)
         labels_B, ids_B = (torch.where(real_B, x, -1) for x in (labels_N[row_B], row_B))
-        targets = {LABELS: several_NK[row_B]}
-        yield Outputs(logits_NK[row_B], {}), Batch(torch.empty(len(part), 0), labels_B, ids_B, {}, targets)
+        targets = {LABELS: several_NK[row_B], MASK: masks_NHW[row_B]}
+        yield Outputs(logits[row_B], {}), Batch(torch.empty(len(part), 0), labels_B, ids_B, {}, targets)
 
 
 def evaluation(rank: int, world: int, name: str, size: int) -> Evaluation:
     """Return a task's metrics over a rank's share of the split, with padding where ranks are uneven."""
     rows = np.arange(-(-IMAGES // world)) * world + rank
     task = find_task(name)
-    return task.summarize(task.see(*batch) for batch in batches(rows, size))
+    return task.summarize(task.see(*batch) for batch in batches(rows, size, name))
 
 
 @every_task
@@ -70,9 +81,12 @@ def binary_cross_entropy(logits_NK: np.ndarray, several_NK: np.ndarray) -> float
 def test_the_loss_is_that_of_the_task_over_real_images_in_float64():
     logits_NK, labels_N, several_NK = (x.numpy() for x in split())
     logits_NK = logits_NK.astype(np.float64)
+    logits_NKHW, masks_NHW = maps()
+    pixels = upsampled(logits_NKHW.double(), masks_NHW).permute(0, 2, 3, 1).numpy()[masks_NHW.numpy() != IGNORED]
     expected = {
         "classification": cross_entropy(logits_NK, labels_N),
         "multilabel": binary_cross_entropy(logits_NK, several_NK),
+        "segmentation": cross_entropy(pixels, masks_NHW.numpy()[masks_NHW.numpy() != IGNORED]),
     }
     assert {name: evaluation(0, 1, name, 8).loss for name in known_tasks()} == pytest.approx(expected, rel=1e-6)
 
@@ -80,22 +94,28 @@ def test_the_loss_is_that_of_the_task_over_real_images_in_float64():
 @every_task
 def test_a_task_measures_what_it_names_and_a_perfect_network_reaches_a_hundred(name: str):
     task, (_, labels_N, several_NK) = find_task(name), split()
-    perfect_NK = (several_NK if LABELS in task.targets else torch.nn.functional.one_hot(labels_N, CLASSES)) - 0.5
-    ids_N = torch.arange(IMAGES)
-    batch = Batch(torch.empty(IMAGES, 0), labels_N, ids_N, {}, {LABELS: several_NK})
-    found = task.summarize([task.see(Outputs(perfect_NK, {}), batch)])
+    masks_NHW, one_hot = maps()[1], torch.nn.functional.one_hot
+    answers = {
+        "classification": one_hot(labels_N, CLASSES),
+        "multilabel": several_NK,
+        "segmentation": one_hot(masks_NHW.long() % IGNORED, CLASSES).permute(0, 3, 1, 2),
+    }
+    perfect, ids_N = answers[name] - 0.5, torch.arange(IMAGES)
+    batch = Batch(torch.empty(IMAGES, 0), labels_N, ids_N, {}, {LABELS: several_NK, MASK: masks_NHW})
+    found = task.summarize([task.see(Outputs(perfect, {}), batch)])
     assert list(found.metrics) == list(task.titles)
     assert set(found.metrics.values()) == {100.0}
     assert found.main == found.metrics[task.metric]
-    assert task.measure_batch(Outputs(perfect_NK, {}), batch).item() == pytest.approx(100)
+    assert task.measure_batch(Outputs(perfect, {}), batch).item() == pytest.approx(100)
 
 
 @every_task
 def test_networks_agree_with_themselves_and_padding_is_no_decision(name: str):
     task = find_task(name)
-    ((outputs, batch),) = batches(np.arange(IMAGES + 2), IMAGES + 2)
+    ((outputs, batch),) = batches(np.arange(IMAGES + 2), IMAGES + 2, name)
     same, decisions = task.agreement(outputs, outputs, batch).tolist()
-    assert same == decisions == IMAGES * (1 if task.one_class else CLASSES)
+    pixels = int((maps()[1] != IGNORED).sum())
+    assert same == decisions == {"classification": IMAGES, "multilabel": IMAGES * CLASSES, "segmentation": pixels}[name]
     other = Outputs(-outputs.logits - 0.25, {})
     assert task.agreement(outputs, other, batch)[0] < decisions
 
@@ -133,5 +153,5 @@ def test_f1_counts_all_decisions_together():
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no task 'segmenting'; known are classification, multilabel"):
+    with pytest.raises(ValueError, match="no task 'segmenting'; known are classification, multilabel, segmentation"):
         find_task("segmenting")
