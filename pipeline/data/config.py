@@ -127,8 +127,10 @@ class Config(FrozenModel):
         if self.resize is not None and self.resize < crop and self.crop != "scaled":
             raise ValueError(f"resize: {self.resize} is smaller than the crop, {key}: {crop}; raise resize")
         same = (None, self.size)
-        if self.loader == "memory" and (
-            self.crop != "pad" or self.resize not in same or self.validation_size not in same
+        if (
+            self.loader == "memory"
+            and self.crop != "scaled"
+            and (self.crop != "pad" or self.resize not in same or self.validation_size not in same)
         ):
             raise ValueError(
                 "loader: memory does not resize images: set crop: pad, and remove resize and validation_size"

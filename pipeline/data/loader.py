@@ -242,7 +242,12 @@ def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch
     config, batches = plan.config, {"train": plan.decoded_rows, "val": plan.validation_batch}
     configs = {"train": config, "val": config.for_validation}
     if config.loader == "synthetic":
-        return {split: synthetic.SyntheticDecoder(configs[split], batches[split], device) for split in plan.readers}
+        return {
+            split: synthetic.SyntheticDecoder(
+                configs[split], batches[split], device, reader.manifest.num_classes if reader.has_masks else None
+            )
+            for split, reader in plan.readers.items()
+        }
     if config.loader == "memory":
         # One decoder for both splits if images are held out: it keeps the pixels of all of them.
         decoders = {

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import torch
+from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest
 from pipeline.image_size import height_width
+from pipeline.tasks._masks import MASK
 
 
 def synthetic_fingerprint() -> dict[str, str]:
@@ -23,18 +25,28 @@ def synthetic_fingerprint() -> dict[str, str]:
 
 
 class SyntheticDecoder:
-    """A decoder that gives the same noise to every request. ``batch`` is the largest number of rows in a request."""
+    """A decoder that gives the same noise to every request. ``batch`` is the largest number of rows in a request.
 
-    def __init__(self, config: Config, batch: int, device: torch.device) -> None:
+    ``mask_classes`` is the number of classes of images with masks, whose pixels then have random ones.
+    """
+
+    def __init__(self, config: Config, batch: int, device: torch.device, mask_classes: int | None = None) -> None:
         self._device = device
         draws = torch.Generator(device).manual_seed(config.seed)
         images_BHWC = torch.randn(batch, *height_width(config.size), 3, generator=draws, device=device)
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         self._images_BCHW = images_BCHW if config.channels_last else images_BCHW.contiguous()
+        self._targets: dict[str, Tensor] = {}
+        if mask_classes:
+            size = (batch, *height_width(config.size))
+            masks_BHW = torch.randint(mask_classes, size, dtype=torch.uint8, generator=draws, device=device)
+            self._targets = {MASK: masks_BHW}
 
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batch of each request, with one image per row, [B, C, H, W] in float32."""
         for request in requests:
             images_BCHW = self._images_BCHW[: len(request.rows_B)]
             # A copy, because mixing overwrites its images.
-            yield request.to_batch(images_BCHW.clone() if request.mixture else images_BCHW, self._device)
+            batch = request.to_batch(images_BCHW.clone() if request.mixture else images_BCHW, self._device)
+            targets = {name: x[: len(request.rows_B)] for name, x in self._targets.items()}
+            yield batch._replace(targets=batch.targets | targets) if targets else batch
