@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.distributed.collectives import all_reduce_mean
+from pipeline.distributed.collectives import all_reduce_mean, world_size
 from pipeline.tasks._masks import IGNORED, MASK, masks_at
 
 
@@ -33,14 +33,14 @@ def label_pixels(batch: Batch, student_BKHW: Tensor, teacher_BKHW: Tensor) -> La
     student_RK, teacher_RK = (
         Outputs(logits, {}).logits_BK.masked_fill(~has_class_R[:, None], 0.0) for logits in (student_BKHW, teacher_BKHW)
     )
-    factor = len(labels_R) / mean_count(has_class_R)
+    factor = (len(labels_R) / mean_count(has_class_R)).to(student_RK.dtype)
     return LabelledPixels(student_RK, teacher_RK, labels_R.masked_fill(~has_class_R, 0), factor)
 
 
 def mean_count(mask: Tensor) -> Tensor:
-    """Return how many elements of ``mask`` are True on a rank, in the mean over the ranks; at least one over all.
+    """Return how many elements of ``mask`` are True, as the ranks' mean in float64; at least one over all ranks.
 
     A sum over this rank's pixels, divided by it, is a loss whose mean over the ranks is the mean over all pixels. This
     is a collective: every rank must call it.
     """
-    return all_reduce_mean(mask.sum(dtype=torch.float32)).clamp(min=torch.finfo(torch.float32).tiny)
+    return all_reduce_mean(mask.sum(dtype=torch.float64)).clamp(min=1 / world_size())

@@ -39,7 +39,7 @@ class SegmentationLoss(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``segmentation``, and ``aux`` of the auxiliary head."""
         mask_BHW = batch.targets[MASK]
-        pixels = mean_count(mask_BHW != IGNORED)
+        pixels = mean_count(mask_BHW != IGNORED).to(student.logits.dtype)
         parts = {"segmentation": pixel_cross_entropy(student.logits, mask_BHW) / pixels}
         if self.config.aux_weight:
             of_head = pixel_cross_entropy(student.features[AUXILIARY], mask_BHW)

@@ -72,10 +72,10 @@ def test_a_loss_reads_what_the_teachers_head_computes_if_it_says_so(name: str):
     expected = case.parts()
     if case.loss.config.reads_head():
         of_head = {stage: x.flip(0) + 1 for stage, x in case.teacher.features.items() if stage == "cam"}
-        other = Outputs(case.teacher.logits_BK.flip(0).square(), case.teacher.features | of_head)
+        other = Outputs(case.teacher.logits.flip(0).square(), case.teacher.features | of_head)
         assert any(value != expected[part] for part, value in case._replace(teacher=other).parts().items())
     else:
-        headless = case.teacher._replace(logits=case.teacher.logits_BK[:, :0])
+        headless = case.teacher._replace(logits=case.teacher.logits[:, :0])
         assert case._replace(teacher=headless).parts() == expected
 
 
@@ -100,14 +100,14 @@ def test_gradient_reaches_the_student_and_every_parameter_and_never_the_teacher(
     case = example(name)
     case.total().backward()
     reads_logits = "reads the logits" in oracle(name).PROPERTIES
-    assert reads_logits or case.student.logits_BK.grad is None
+    assert reads_logits or case.student.logits.grad is None
     for tensor in case.student_tensors() if reads_logits else case.student.features.values():
         assert tensor.grad is not None
         assert tensor.grad.abs().amax() > 0
     for key, parameter in case.loss.named_parameters():
         assert parameter.grad is not None, key
         assert key in shifts_under_norms(case.loss) or parameter.grad.abs().amax() > 1e-12, key
-    for tensor in (case.teacher.logits_BK, *case.teacher.features.values()):
+    for tensor in (case.teacher.logits, *case.teacher.features.values()):
         assert tensor.grad is None
 
 
@@ -125,7 +125,7 @@ def test_gradient_is_exact(name: str):
     def total(*_: torch.Tensor) -> torch.Tensor:
         return case.total()
 
-    tensors = [case.student.logits_BK, *case.student.features.values()]
+    tensors = [case.student.logits, *case.student.features.values()]
     assert torch.autograd.gradcheck(total, tensors, fast_mode=len(tensors) > 1)
 
 
@@ -209,7 +209,7 @@ def constant(case: Example) -> Example:
 
     def filled(outputs: Outputs) -> Outputs:
         features = {stage: torch.full_like(x, 0.5).requires_grad_() for stage, x in outputs.features.items()}
-        return Outputs(torch.full_like(outputs.logits_BK, 0.5).requires_grad_(), features)
+        return Outputs(torch.full_like(outputs.logits, 0.5).requires_grad_(), features)
 
     return case._replace(student=filled(case.student), teacher=filled(case.teacher))
 
@@ -233,7 +233,7 @@ def flat_student(case: Example, level: float, rows: slice) -> Example:
         return x.requires_grad_()
 
     features = {stage: flat(x) for stage, x in case.student.features.items()}
-    return case._replace(student=Outputs(flat(case.student.logits_BK), features))
+    return case._replace(student=Outputs(flat(case.student.logits), features))
 
 
 def largest_gradient(case: Example) -> float:
@@ -266,8 +266,8 @@ def test_a_loss_is_never_negative(name: str, seed: int, scale: float, rows: int)
 
 def shifted(case: Example, shift: torch.Tensor) -> Example:
     return case._replace(
-        student=case.student._replace(logits=case.student.logits_BK + shift),
-        teacher=case.teacher._replace(logits=case.teacher.logits_BK - 2 * shift),
+        student=case.student._replace(logits=case.student.logits + shift),
+        teacher=case.teacher._replace(logits=case.teacher.logits - 2 * shift),
     )
 
 

@@ -28,11 +28,14 @@ PROGRESS = Progress(steps_per_epoch=10, step=215)
 CLASSES = 5
 # Height and width of the masks, larger than any map.
 MASK_SIZE = 13
+# Height and width of maps of logits.
+MAP_SIZE = (3, 4)
 STUDENT_SHAPES = {
     "embedding": (6,),
     "cam": (CLASSES, 2, 2),
     "class_head": (CLASSES,),
     "token_head": (CLASSES,),
+    "aux": (CLASSES, 2, 3),
     "last": (8, 4, 4),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
@@ -66,14 +69,14 @@ class Example(NamedTuple):
         return torch.stack(list(self.parts(seed).values())).sum()
 
     def student_tensors(self) -> list[Tensor]:
-        return [self.student.logits_BK, *self.student.features.values()]
+        return [self.student.logits, *self.student.features.values()]
 
     def at(self, rows: list[int]) -> Example:
         """Return the case with those rows of its inputs, as leaves of their own."""
 
         def of(outputs: Outputs) -> Outputs:
             features = {stage: x.detach()[rows].requires_grad_() for stage, x in outputs.features.items()}
-            return Outputs(outputs.logits_BK.detach()[rows].requires_grad_(), features)
+            return Outputs(outputs.logits.detach()[rows].requires_grad_(), features)
 
         targets = {name: x[rows] for name, x in self.batch.targets.items()}
         batch = Batch(*(x[rows] for x in self.batch[:3]), {}, targets)
@@ -131,16 +134,22 @@ def example(
     seed: int = 0,
     student: dict[str, tuple[int, ...]] = STUDENT_SHAPES,
     teacher: dict[str, tuple[int, ...]] = TEACHER_SHAPES,
+    of_pixels: bool = False,
 ) -> Example:
-    """Return the loss with float32 parameters (float64 ones for float64 inputs) and random inputs of that size."""
+    """Return the loss with float32 parameters (float64 ones for float64 inputs) and random inputs of that size.
+
+    With ``of_pixels``, or for a loss that needs that, the logits are maps.
+    """
     spec = spec or load_spec(name, config_of(name))
     taps = spec.config.taps()
     student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
+    logits = (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
     # The data set goes on after the batch, and has a hole.
     labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
     labels = labels_by_id[:rows]
     norms = norms_of(teacher_shapes)
-    facts = Facts(CLASSES, student_shapes, teacher_shapes, len(labels_by_id), labels_by_id, norms, autocast)
+    facts_of = ({**shapes, "logits": logits} for shapes in (student_shapes, teacher_shapes))
+    facts = Facts(CLASSES, *facts_of, len(labels_by_id), labels_by_id, norms, autocast)
     torch.manual_seed(zlib.crc32(name.encode()) + seed)
     loss = spec.build(facts).to(torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -148,9 +157,10 @@ def example(
         def made(shape: tuple[int, ...]) -> Tensor:
             return (scale * torch.randn(rows, *shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
-        return Outputs(made((CLASSES,)), {stage: made(shape) for stage, shape in shapes.items()})
+        return Outputs(made(logits), {stage: made(shape) for stage, shape in shapes.items()})
 
-    targets = {name: x for name, x in targets_of(rows).items() if name in spec.targets}
+    read = {*spec.targets, MASK} if of_pixels else spec.targets
+    targets = {name: x for name, x in targets_of(rows).items() if name in read}
     batch = Batch(torch.zeros(rows, 3, 4, 4, dtype=dtype), torch.from_numpy(labels), torch.arange(rows), {}, targets)
     return Example(loss, outputs(student_shapes), outputs(teacher_shapes), batch)
 
@@ -159,7 +169,7 @@ def at_the_teacher(name: str, *, scale: float = 1.0, seed: int = 0, rows: int = 
     """Return a case whose student answers exactly what its teacher does."""
     case = example(name, scale=scale, seed=seed, rows=rows, student=TEACHER_SHAPES)
     same = {stage: case.teacher.features[stage].detach().clone().requires_grad_() for stage in case.student.features}
-    return case._replace(student=Outputs(case.teacher.logits_BK.detach().clone().requires_grad_(), same))
+    return case._replace(student=Outputs(case.teacher.logits.detach().clone().requires_grad_(), same))
 
 
 class Inputs(NamedTuple):
@@ -179,6 +189,8 @@ class Inputs(NamedTuple):
     seed: int
     """torch's seed before the loss draws."""
     targets: dict[str, list[Any]]
+    map_size: tuple[int, ...]
+    """Height and width of maps of logits, whose pixels are the rows of logits; () for other logits."""
 
 
 def inputs_of(case: Example, seed: int) -> Inputs:
@@ -194,6 +206,7 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         [] if case.loss.facts.labels_by_id is None else case.loss.facts.labels_by_id.tolist(),
         seed,
         {name: x.tolist() for name, x in case.batch.targets.items()},
+        tuple(case.student.logits.shape[2:]),
     )
 
 
