@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from pipeline.distributed.sync_batchnorm import synchronize_batchnorms
 from pipeline.errors import RecipeError, error_context
 from pipeline.features.patterns import freeze, frozen_norms
 from pipeline.features.taps import FeatureTaps, tap_shapes
@@ -34,6 +35,8 @@ class ModelSpec(NamedTuple):
     """Side in pixels to which its images are resized; None for those of the batch as they are."""
     headless: bool = False
     """Whether the network has no head; its logits are then [B, 0]."""
+    synced: bool = False
+    """Whether its BatchNorms take the statistics of all ranks."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -54,6 +57,8 @@ class ModelSpec(NamedTuple):
         with error_context(f"{self.key}.stages"):
             known = stages(model) | dict(self.stages)
             known = without_head(model, known) if self.headless else known
+            if self.synced:
+                synchronize_batchnorms(model)
             return FeatureTaps(model, known, self.taps, frozen_norms(model, self.frozen))
 
     def probe(self, network: FeatureTaps, image_size: ImageSize) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ from pipeline.runs.identity import Run
 def student_spec(config: StudentConfig, taps: frozenset[str]) -> ModelSpec:
     """Return the specification of the student with those taps."""
     stages, arguments = frozenset((config.stages or {}).items()), json.dumps(config.arguments or {}, sort_keys=True)
-    return ModelSpec("student", config.model, stages, taps, arguments, config.freeze)
+    return ModelSpec("student", config.model, stages, taps, arguments, config.freeze, synced=config.sync_batchnorm)
 
 
 def build_student(

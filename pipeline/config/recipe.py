@@ -64,6 +64,9 @@ class StudentConfig(FrozenModel):
     """More keyword arguments of the network's factory, such as ``{drop_path_rate: 0.1, img_size: 32}`` of timm's."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that do not train, such as ``[conv1, "layer1.*"]``; their BatchNorms stay as they are."""
+    sync_batchnorm: bool = False
+    """True to normalise by the statistics of all ranks' rows (SyncBatchNorm), where a rank has few. Several ranks then
+    train as one does."""
     start: StartConfig | None = None
     """Initial weights; null is a random initialisation by ``seed``."""
     compile: bool = False

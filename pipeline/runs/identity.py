@@ -43,6 +43,7 @@ _OPTIONS = {
     "compile": False,
     "compress": None,
     "checkpoint": False,
+    "sync_batchnorm": False,
     "weights_key": None,
     "head": "keep",
     "arguments": {},

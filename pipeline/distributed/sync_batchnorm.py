@@ -1,0 +1,57 @@
+"""Batch normalisation of a student over the rows of all ranks, for batches of few rows a rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distributed.collectives import all_reduce_sum, standardize_columns, world_size
+
+
+class SyncedBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm, which needs GPUs, with the same statistics on CPUs.
+
+    On one rank, and in evaluation mode, it computes what BatchNorm2d does, to the bit.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised, scaled and shifted map [B, C, H, W]."""
+        if world_size() == 1 or not self.training:
+            return nn.BatchNorm2d.forward(self, input)  # pyright: ignore[reportArgumentType]
+        return super().forward(input) if input.is_cuda else self._on_cpus(input)
+
+    def _on_cpus(self, x_BCHW: Tensor) -> Tensor:
+        x_BHWC = x_BCHW.movedim(1, -1)
+        rows_RC = x_BHWC.flatten(0, -2)
+        self._track(rows_RC.detach())
+        normal_BHWC = standardize_columns(rows_RC, self.eps).view(x_BHWC.shape)
+        return (normal_BHWC * self.weight + self.bias).movedim(-1, 1)
+
+    def _track(self, rows_RC: Tensor) -> None:
+        """Update the running averages by the mean and the unbiased variance of the rows of all ranks."""
+        rows = rows_RC.new_full((1,), len(rows_RC))
+        count, sums_C = all_reduce_sum(torch.cat([rows, rows_RC.sum(0)])).tensor_split([1])
+        mean_C = sums_C / count
+        variance_C = all_reduce_sum((rows_RC - mean_C).square().sum(0)) / (count - 1)
+        for average, value in ((self.running_mean, mean_C), (self.running_var, variance_C)):
+            average.lerp_(value, self.momentum or 0.0)  # type: ignore[union-attr]
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+
+
+def synchronize_batchnorms(model: nn.Module) -> None:
+    """Replace every BatchNorm2d of a network by one over the rows of all ranks, with the same parameters."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(module, name, _synced(child))
+
+
+def _synced(norm: nn.BatchNorm2d) -> SyncedBatchNorm:
+    if not norm.affine or not norm.track_running_stats or norm.momentum is None:
+        raise ValueError("sync_batchnorm: a BatchNorm without scale, shift or running averages cannot be synchronised")
+    synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    synced.weight, synced.bias = norm.weight, norm.bias
+    synced.running_mean, synced.running_var = norm.running_mean, norm.running_var
+    synced.num_batches_tracked = norm.num_batches_tracked
+    synced.training = norm.training
+    return synced
