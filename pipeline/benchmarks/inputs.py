@@ -40,4 +40,4 @@ def draw_outputs(
     """Return random outputs for ``rows`` images: logits and taps of those shapes, with maps in that memory layout."""
     drawn = {name: torch.rand(rows, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     drawn = {name: x.contiguous(memory_format=layout) if x.ndim == 4 else x for name, x in drawn.items()}
-    return Outputs(drawn.pop("logits"), drawn)
+    return Outputs(drawn["logits"], drawn)  # a map of logits may be a tap, too

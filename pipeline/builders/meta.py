@@ -76,7 +76,8 @@ def probe_models(
     ``sources`` are the recipes of ``teacher.runs``; ``manifest`` is that of the shards, if it was read already.
     """
     num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
-    spec = student_spec(recipe.student, recipe.taps.student)
+    # BatchNorm over all ranks counts as BatchNorm; torch's works on GPUs only.
+    spec = student_spec(recipe.student, recipe.taps.student)._replace(synced=False)
     student = measure(spec, num_classes, recipe.data.size)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
@@ -124,7 +125,7 @@ class FakeModel(nn.Module):
         """Return features and logits with the shapes of the network's."""
         rows, device = len(images_BCHW), images_BCHW.device
         found = {name: torch.rand(rows, *shape, device=device) for name, shape in self.shapes.items()}
-        return Outputs(found.pop("logits"), found)
+        return Outputs(found["logits"], found)  # a map of logits may be a tap, too
 
 
 def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tuple[int, np.ndarray, str]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from pipeline.distributed.collectives import all_reduce_sum, standardize_columns, world_size
 
 
-class SyncedBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which needs GPUs, with the same statistics on CPUs.
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """What torch's SyncBatchNorm computes on GPUs, on CPUs.
 
     On one rank, and in evaluation mode, it computes what BatchNorm2d does, to the bit.
     """
@@ -17,11 +17,8 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised, scaled and shifted map [B, C, H, W]."""
         if world_size() == 1 or not self.training:
-            return nn.BatchNorm2d.forward(self, input)  # pyright: ignore[reportArgumentType]
-        return super().forward(input) if input.is_cuda else self._on_cpus(input)
-
-    def _on_cpus(self, x_BCHW: Tensor) -> Tensor:
-        x_BHWC = x_BCHW.movedim(1, -1)
+            return super().forward(input)
+        x_BHWC = input.movedim(1, -1)
         rows_RC = x_BHWC.flatten(0, -2)
         self._track(rows_RC.detach())
         normal_BHWC = standardize_columns(rows_RC, self.eps).view(x_BHWC.shape)
@@ -40,6 +37,9 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
 
 def synchronize_batchnorms(model: nn.Module) -> None:
     """Replace every BatchNorm2d of a network by one over the rows of all ranks, with the same parameters."""
+    if torch.cuda.is_available():
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:

@@ -31,6 +31,7 @@ class AT(FeatureMapLoss):
     """A loss that matches attention maps, which show at which pixels a stage's features are large."""
 
     reads_labels = False
+    takes_pixels = True
 
     class Config(FeatureMapLoss.Config):
         """The config of AT, such as ``{weight: 1000.0, p: 2.0}``."""

@@ -27,6 +27,7 @@ class CWD(AlignedMapLoss):
 
     scope = "statistics"
     reads_labels = False
+    takes_pixels = True
 
     class Config(AlignedMapLoss.Config):
         """The config of CWD, such as ``{stages: [stage4, logits], weights: [50.0, 3.0], temperature: 4.0}``."""

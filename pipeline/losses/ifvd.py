@@ -45,6 +45,7 @@ class IFVD(FeatureMapLoss):
     """A loss that matches how near each pixel's feature is to the mean feature of its class in the image."""
 
     reads_labels = False
+    takes_pixels = True
     targets = frozenset({MASK})
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ class MGD(AlignedMapLoss):
     """
 
     reads_labels = False
+    takes_pixels = True
 
     class Config(AlignedMapLoss.Config):
         """The config of MGD, such as ``{weight: 2.0e-5, stages: [stage4], hidden: pixels, share: 0.75}``."""

@@ -57,6 +57,7 @@ class PKD(AlignedMapLoss):
 
     scope = "statistics"
     reads_labels = False
+    takes_pixels = True
 
     class Config(AlignedMapLoss.Config):
         """The config of PKD, such as ``{weight: 6.0, stages: [last]}``."""

@@ -39,6 +39,7 @@ class SKD(FeatureMapLoss):
     """A loss that matches which regions of an image the networks find similar."""
 
     reads_labels = False
+    takes_pixels = True
 
     class Config(FeatureMapLoss.Config):
         """The config of SKD, such as ``{weight: 10.0, stages: [stage4], pool: 2}``."""
