@@ -45,6 +45,7 @@ _OPTIONS = {
     "checkpoint": False,
     "weights_key": None,
     "head": "keep",
+    "part": "all",
     "arguments": {},
     "freeze": [],
     "rates": {},
