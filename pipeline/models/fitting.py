@@ -69,15 +69,7 @@ def fit_state(
     architecture.
     """
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    everything = found = list(_candidates(content, model, wanted, part))
-    if not everything:
-        raise ValueError(f"{source}: expected tensors by name, a state dict; {WEIGHTS_ADVICE}")
-    if key is not None:
-        found = [candidate for candidate in found if candidate.key == key or candidate.key.startswith(f"{key}.")]
-    if not found:
-        keys = dict.fromkeys(candidate.key for candidate in everything if candidate.key)
-        known = ", ".join(keys) or "no keys, remove weights_key"
-        raise ValueError(f"{source}: holds no weights under weights_key {key!r}; it has {known}")
+    found = _under_key(list(_candidates(content, model, wanted, part)), source, key)
     wanted = _without(wanted, left_out)
     fitting = [candidate._replace(state=_without(candidate.state, left_out)) for candidate in found]
     fitting = [candidate for candidate in fitting if not _misfits(candidate.state, wanted)]
@@ -91,6 +83,20 @@ def fit_state(
             raise ValueError(message)
         fitting = [nearest._replace(state=state)]
     return _choose(fitting, source, key)
+
+
+def _under_key(everything: list[Candidate], source: str, key: str | None) -> list[Candidate]:
+    """Return the candidates under ``key``, all if it is None. Raises ValueError if there are none."""
+    found = everything
+    if not everything:
+        raise ValueError(f"{source}: expected tensors by name, a state dict; {WEIGHTS_ADVICE}")
+    if key is not None:
+        found = [candidate for candidate in found if candidate.key == key or candidate.key.startswith(f"{key}.")]
+    if not found:
+        keys = dict.fromkeys(candidate.key for candidate in everything if candidate.key)
+        known = ", ".join(keys) or "no keys, remove weights_key"
+        raise ValueError(f"{source}: holds no weights under weights_key {key!r}; it has {known}")
+    return found
 
 
 def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor], part: bool) -> Iterator[Candidate]:

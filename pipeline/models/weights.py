@@ -22,7 +22,7 @@ from pipeline.models.segmentation import backbone_network
 from pipeline.models.stages import stages
 from pipeline.models.weights_file import is_file, read_file
 
-Part = Literal["all", "backbone"]
+FilledPart = Literal["all", "backbone"]
 """Part of a network that weights fill."""
 
 
@@ -34,7 +34,7 @@ def load_weights(
     *,
     arguments: Mapping[str, Any] | None = None,
     left_out: frozenset[str] = frozenset(),
-    part: Part = "all",
+    part: FilledPart = "all",
 ) -> str:
     """Load ``source`` into ``model``: a file (see ``is_file``), or published weights of the network ``name``.
 
@@ -80,7 +80,7 @@ def weights_sha256(
     arguments: Mapping[str, Any] | None = None,
     new_head: bool = False,
     headless: Mapping[str, str] | None = None,
-    part: Part = "all",
+    part: FilledPart = "all",
 ) -> str:
     """Return the sha256 of the network's tensors, which does not depend on the file's format or other contents.
 
@@ -110,19 +110,19 @@ def _read_fitted(
     key: str | None,
     left_out: frozenset[str],
     arguments: Mapping[str, Any] | None,
-    part: Part,
+    part: FilledPart,
 ) -> Fitted:
     """Return the weights of ``model``, a part of the network ``name``, from ``source``, with their values checked."""
     of_backbone = part == "backbone"
     published = backbone_network(name) if of_backbone else name
     content: Any = read_file(Path(source)) if is_file(source) else published_weights(published, source, arguments)
-    shown = f"the backbone of {name}" if of_backbone else name
-    fitted = fit_state(content, model, source, shown, key, left_out, arguments, part=of_backbone)
+    named = f"the backbone of {name}" if of_backbone else name
+    fitted = fit_state(content, model, source, named, key, left_out, arguments, part=of_backbone)
     check_finite(fitted.state, model, source)
     return fitted
 
 
-def _part_of(model: nn.Module, part: Part) -> nn.Module:
+def _part_of(model: nn.Module, part: FilledPart) -> nn.Module:
     """Return the part of the network that weights fill. Raises ValueError for a network without a backbone."""
     if part == "all":
         return model
