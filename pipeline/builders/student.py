@@ -17,6 +17,7 @@ from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
 from pipeline.models.published import published_normalization
+from pipeline.models.segmentation import backbone_network
 from pipeline.models.weights import head_tensors, load_weights
 from pipeline.models.weights_file import is_file
 from pipeline.optim.optimizer import check_optimizer
@@ -71,15 +72,17 @@ def load_start(run: Run, student: FeatureTaps) -> None:
     if start is None:
         return
     weights = start.weights or str(finished(run.start).folder / STUDENT)
-    expected = None if is_file(weights) else published_normalization(model, weights)
+    network = backbone_network(model) if start.part == "backbone" else model
+    expected = None if is_file(weights) else published_normalization(network, weights)
     if expected is not None and expected != (data.mean, data.std):
         overrides = " ".join(f"data.{key}=[{','.join(map(str, getattr(expected, key)))}]" for key in ("mean", "std"))
-        print_note("student.start", f"{weights} of {model} was trained with another mean and std; set {overrides}")
+        print_note("student.start", f"{weights} of {network} was trained with another mean and std; set {overrides}")
     with error_context("student.start"):
         check_student(Path(weights))
         classes, new = run.manifest.num_classes, start.head == "new"
         head = head_tensors(model, classes, arguments) if new else frozenset[str]()
-        note = load_weights(student.model, weights, model, start.weights_key, arguments=arguments, left_out=head)
+        options = {"arguments": arguments, "left_out": head, "part": start.part}
+        note = load_weights(student.model, weights, model, start.weights_key, **options)
     print_note("student.start", note)
 
 

@@ -43,6 +43,8 @@ class StartConfig(RunReference):
     """Key of the weights in a file that has several, such as ``model_ema``; default: the raw weights."""
     head: Literal["keep", "new"] = "keep"
     """``new``: the classifier keeps its random initialisation, so the weights may be of other classes."""
+    part: Literal["all", "backbone"] = "all"
+    """``backbone``: the heads keep their random initialisation, so the weights may be a classification network's."""
 
     @model_validator(mode="after")
     def _one_source(self) -> StartConfig:
@@ -50,6 +52,8 @@ class StartConfig(RunReference):
             raise ValueError("both weights and recipe name the initial weights; set recipe: null, or remove weights")
         if self.weights is None and self.recipe is None:
             raise ValueError("give weights (a file) or recipe (a run's student)")
+        if self.part == "backbone" and self.head == "new":
+            raise ValueError("part: backbone leaves every head as it is; remove head")
         return self
 
 

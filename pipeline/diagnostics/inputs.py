@@ -23,6 +23,7 @@ from pipeline.data.loader_settings import LoaderSettings
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
+from pipeline.models.segmentation import backbone_network
 from pipeline.models.weights_file import is_file
 from pipeline.runs.identity import Run, resolve
 from pipeline.teachers.cache import LOGITS, Cache
@@ -156,7 +157,8 @@ def check_teacher_source(loaded: LoadedRecipe, launch: Launch) -> Finding:
     recipe, config = loaded.recipe, loaded.recipe.teacher
     networks = teacher_networks(config).values() if config and config.uses_live_model else ()
     named = [(network.model or "", network.weights) for network in networks]
-    named += [(recipe.student.model, recipe.student.start.weights)] if recipe.student.start else []
+    student, start = recipe.student.model, recipe.student.start
+    named += [(backbone_network(student) if start.part == "backbone" else student, start.weights)] if start else []
     findings = [_find_weights(model, source) for model, source in named if source]
     findings += [_find_cache(recipe, config, config.cache)] if config and config.cache else []
     if _needs_runs(recipe) and not any(finding.status == "FAIL" for finding in findings):

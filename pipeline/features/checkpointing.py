@@ -27,9 +27,11 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules with modules of their own that are in a ``Sequential`` or ``ModuleList``."""
+    """Yield the outermost modules with modules of their own in a ``Sequential``, ``ModuleList`` or ``ModuleDict``."""
+    containers = (nn.Sequential, nn.ModuleList)
     for child in model.children():
-        if isinstance(model, (nn.Sequential, nn.ModuleList)) and not isinstance(child, (nn.Sequential, nn.ModuleList)):
+        # A ModuleDict in another container is a block itself: DenseNet's.
+        if isinstance(model, (*containers, nn.ModuleDict)) and not isinstance(child, containers):
             if any(True for _ in child.children()) and any(True for _ in child.parameters()):
                 yield child
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from pipeline.models.weights_file import WEIGHTS_ADVICE, mappings
 
 COUNTER = "num_batches_tracked"
 """Name of a buffer that old weights lack: BatchNorm did not count its batches then. Nothing here reads it."""
-TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")
-"""Auxiliary heads of torchvision's GoogLeNet and Inception, used in training only; ``create_model`` omits them."""
+TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
+"""Auxiliary heads of torchvision's networks, used in training only: a network here may be without them."""
 PROFILER_COUNTERS = ("total_ops", "total_params")
 """Buffers that thop, a counter of operations, leaves in every module."""
 AVERAGED = "ema"
@@ -56,25 +56,20 @@ def fit_state(
     key: str | None = None,
     left_out: frozenset[str] = frozenset(),
     arguments: Mapping[str, Any] | None = None,
+    *,
+    part: bool = False,
 ) -> Fitted:
     """Return the weights of ``model`` that are found in ``content``; the model itself is not changed.
 
     They may be anywhere in it, under a common prefix, and under the names of well-known code. If several fit, such as
     raw and averaged weights, ``key`` selects one of them. Without ``key`` the raw weights are taken, and the note names
     the others. The network's tensors in ``left_out`` may have any shape or be missing, and are not in the result.
-    ``arguments`` are those that the network was built with. Raises ValueError, in one line, for weights of another
+    ``arguments`` are those that the network was built with. With ``part``, the model is a part of a network, such as
+    its backbone, and the file may have other modules besides. Raises ValueError, in one line, for weights of another
     architecture.
     """
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    everything = found = list(_candidates(content, model, wanted))
-    if not everything:
-        raise ValueError(f"{source}: expected tensors by name, a state dict; {WEIGHTS_ADVICE}")
-    if key is not None:
-        found = [candidate for candidate in found if candidate.key == key or candidate.key.startswith(f"{key}.")]
-    if not found:
-        keys = dict.fromkeys(candidate.key for candidate in everything if candidate.key)
-        known = ", ".join(keys) or "no keys, remove weights_key"
-        raise ValueError(f"{source}: holds no weights under weights_key {key!r}; it has {known}")
+    found = _under_key(list(_candidates(content, model, wanted, part)), source, key)
     wanted = _without(wanted, left_out)
     fitting = [candidate._replace(state=_without(candidate.state, left_out)) for candidate in found]
     fitting = [candidate for candidate in fitting if not _misfits(candidate.state, wanted)]
@@ -84,17 +79,33 @@ def fit_state(
         state = _loaded_by_model(model, nearest.state, left_out)
         state = state or _loaded_by_timm(model, nearest.state, name, left_out, arguments)
         if state is None:
-            message = _mismatch_message(_without(nearest.state, left_out), wanted, source, name, bool(left_out))
+            message = _mismatch_message(_without(nearest.state, left_out), wanted, source, name, part or bool(left_out))
             raise ValueError(message)
         fitting = [nearest._replace(state=state)]
     return _choose(fitting, source, key)
 
 
-def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) -> Iterator[Candidate]:
+def _under_key(everything: list[Candidate], source: str, key: str | None) -> list[Candidate]:
+    """Return the candidates under ``key``, all if it is None. Raises ValueError if there are none."""
+    found = everything
+    if not everything:
+        raise ValueError(f"{source}: expected tensors by name, a state dict; {WEIGHTS_ADVICE}")
+    if key is not None:
+        found = [candidate for candidate in found if candidate.key == key or candidate.key.startswith(f"{key}.")]
+    if not found:
+        keys = dict.fromkeys(candidate.key for candidate in everything if candidate.key)
+        known = ", ".join(keys) or "no keys, remove weights_key"
+        raise ValueError(f"{source}: holds no weights under weights_key {key!r}; it has {known}")
+    return found
+
+
+def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor], part: bool) -> Iterator[Candidate]:
     """Yield a candidate for each mapping with tensors, each set of names and each prefix.
 
-    The sets of names are ours and those of well-known code.
+    The sets of names are ours and those of well-known code. Of a ``part``, other modules are left out, not other layers
+    of its own modules.
     """
+    modules = {name.partition(".")[0] for name in wanted}
     heads = head_prefixes(model)
     removed = [f"{head}{kind}" for head in heads for kind in ("weight", "bias")]
     ours_by_name = [{name: name for name in wanted}, foreign_names(model, [*wanted, *removed])]
@@ -107,6 +118,9 @@ def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor]) ->
                 }
                 state = {ours.get(name, name): value for name, value in stripped.items() if not _needless(name, wanted)}
                 unprefixed = [name for name in tensors if not name.startswith(prefix)]
+                if part:
+                    unprefixed += [f"{prefix}{name}" for name in state if name.partition(".")[0] not in modules]
+                    state = {name: value for name, value in state.items() if name.partition(".")[0] in modules}
                 of_head = [name for name in state if name.startswith(heads)]
                 state = {name: value for name, value in state.items() if name not in of_head}
                 yield Candidate(".".join(filter(None, (path, prefix.rstrip(".")))), state, unprefixed, of_head)
@@ -224,10 +238,7 @@ def _mismatch_message(
     missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    head = list(wanted)[-1].rpartition(".")[0]
-    other_rows = all(key.startswith(f"{head}.") and _differ_in_rows(state[key], wanted[key]) for key in reshaped)
-    if reshaped and other_rows and not (missing or unexpected or new_head):
-        # Only the head has other rows: it has another number of classes, and the shards set that of the network.
+    if reshaped and not (missing or unexpected or new_head) and _other_classes(state, wanted, reshaped):
         found, expected = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
         advice = "a student may start with student.start.head=new, a teacher of features be used with teacher.head=none"
         return f"{source}: the weights have {found} classes, the network and the shards have {expected}; {advice}"
@@ -239,9 +250,16 @@ def _mismatch_message(
     return f"{source}: weights of another architecture than {name}: {'; '.join(problems)}"
 
 
-def _differ_in_rows(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same shape except for their first dimension."""
-    return one.ndim == other.ndim > 0 and one.shape[1:] == other.shape[1:]
+def _other_classes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], reshaped: Iterable[str]) -> bool:
+    """Return whether the ``reshaped`` tensors differ in their number of classes alone.
+
+    It is the number of rows of the last layer, and of an auxiliary head besides.
+    """
+    last = list(wanted)[-1]
+    rows = [len(tensors[last]) if tensors[last].ndim else 0 for tensors in (state, wanted)]
+    # Each must have as many classes as the last, and be equal in its other dimensions.
+    expected = [((rows[0], *wanted[key].shape[1:]), (rows[1], *wanted[key].shape[1:])) for key in reshaped]
+    return expected == [(tuple(state[key].shape), tuple(wanted[key].shape)) for key in reshaped]
 
 
 def check_finite(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:

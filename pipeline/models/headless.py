@@ -6,19 +6,28 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from pipeline.models.segmenter import Segmenter
+
 
 class NoHead(nn.Module):
-    """The place of a removed head. It has no weights, and its logits have no classes, [B, 0]."""
+    """The place of a removed head. It has no weights, and its logits have no classes, [B, 0].
+
+    ``of_map`` says that the head was a convolution, whose logits are a map.
+    """
+
+    def __init__(self, *, of_map: bool = False) -> None:
+        super().__init__()
+        self.of_map = of_map
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, …, 0] for features [B, …, D]: a network may pool or flatten after its head."""
-        return x[..., :0]
+        """Return [B, 0] for a map; logits [B, …, 0] for features [B, …, D], which the network may pool or flatten."""
+        return x.flatten(1)[:, :0] if self.of_map else x[..., :0]
 
 
 def without_head(model: nn.Module, stages: Mapping[str, str]) -> dict[str, str]:
-    """Replace the module of the stage ``logits`` by ``NoHead``, and return the other stages.
+    """Replace the module of the stage ``logits`` by ``NoHead``, remove an auxiliary head, and return the other stages.
 
-    Raises ValueError if the stages do not name it, or the network has no such module.
+    Raises ValueError if the stages do not name it, if there is no such module, or if it is not a segmenter's last one.
     """
     if "logits" not in stages:
         raise ValueError(
@@ -26,12 +35,16 @@ def without_head(model: nn.Module, stages: Mapping[str, str]) -> dict[str, str]:
         )
     path = stages["logits"].partition(":")[0]
     try:
-        model.get_submodule(path)
+        head = model.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"head: none: {type(model).__name__} has no module {path!r}: {error}") from error
+    if isinstance(model, Segmenter):
+        if not isinstance(head, nn.Conv2d):
+            raise ValueError(f"head: none: the logits at {path!r} are not those of one convolution; keep the head")
+        model.aux_classifier = None
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, NoHead())
-    return {name: other for name, other in stages.items() if name != "logits"}
+    setattr(model.get_submodule(parent), name, NoHead(of_map=isinstance(model, Segmenter)))
+    return {name: other for name, other in stages.items() if name not in ("logits", "aux")}
 
 
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:

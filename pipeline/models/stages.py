@@ -1,5 +1,7 @@
 """The canonical stages ``stem, stage1 … stage4, map, embedding, logits`` of a network, by module path.
 
+A segmentation network has ``decode, logits, aux`` after its stages.
+
 The syntax of a path:
 
 - ``layer4``: the output of that module.
@@ -19,6 +21,8 @@ The meaning of a name:
 - ``stageN.norm`` is no tap, but a module: the BatchNorm that ends ``stageN.preact``, before a shortcut is added.
 - ``map`` is the tensor that is averaged for the last linear layer.
 - ``embedding`` is the input of the last linear layer.
+- ``decode`` is the map that the last convolution of a segmentation network's main head reads, before dropout.
+- ``aux`` is the output of its auxiliary head, which runs only if it is tapped.
 
 In networks for ImageNet, stage n is the last tensor with 1 / 2ⁿ⁺¹ of the image's width. In VGGs a stage is a block, on
 ImageNet as on CIFAR. Where convolutions without padding make odd widths, stage n is the last tensor after n + 1
@@ -26,6 +30,9 @@ halvings. AlexNet's four stages are 55, 27, 13 and 6 pixels wide, the last a poo
 has three stages. It has no ``map`` and no ``embedding``: its last layer is a convolution, and the average of its
 activated output is the logits. In ShuffleNetV2, a stage's last activation is of half of the channels, which are its
 ``.preact``.
+
+In segmentation networks, stage n is that of the classification network with the same backbone. The last two are larger
+there by the strides that dilations replace.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from pipeline.models.file_memo import memoized_by_file
 from pipeline.models.fitting import Fitted, check_finite, fit_state
 from pipeline.models.headless import without_head
 from pipeline.models.published import published_weights
+from pipeline.models.segmentation import backbone_network
 from pipeline.models.stages import stages
 from pipeline.models.weights_file import is_file, read_file
+
+FilledPart = Literal["all", "backbone"]
+"""Part of a network that weights fill."""
 
 
 def load_weights(
@@ -30,18 +34,21 @@ def load_weights(
     *,
     arguments: Mapping[str, Any] | None = None,
     left_out: frozenset[str] = frozenset(),
+    part: FilledPart = "all",
 ) -> str:
     """Load ``source`` into ``model``: a file (see ``is_file``), or published weights of the network ``name``.
 
     Torchvision's weights have names such as IMAGENET1K_V1; timm's are given by a tag or ``pretrained``. If a file holds
     several weights that fit, ``key`` selects among them. ``fit_state`` explains how weights are found in a file. The
     model was built with ``arguments``. It keeps its own tensors for the names in ``left_out``, such as those of
-    ``head_tensors``.
+    ``head_tensors``. With ``part="backbone"``, only the backbone is filled, from weights of a classification network or
+    of any network with such a backbone.
 
     Returns a line about weights that were chosen or left out, or "". Raises ValueError or FileNotFoundError if the
     weights cannot be read, are of another architecture, or contain invalid values. The model is then unchanged.
     """
-    state, note = _read_fitted(model, source, name, key, left_out, arguments)
+    model = _part_of(model, part)
+    state, note = _read_fitted(model, source, name, key, left_out, arguments, part)
     # An update of the network's own state dict, which also has its modules' versions (``_metadata``): the tensors
     # already have the current names and shapes. It also has batch counters, which old weights lack.
     updated = model.state_dict()
@@ -73,11 +80,13 @@ def weights_sha256(
     arguments: Mapping[str, Any] | None = None,
     new_head: bool = False,
     headless: Mapping[str, str] | None = None,
+    part: FilledPart = "all",
 ) -> str:
     """Return the sha256 of the network's tensors, which does not depend on the file's format or other contents.
 
-    With ``new_head``, the classifier's tensors are left out. ``headless`` are the recipe's stages of a network without
-    its head; None is the complete network. The digest of a file is remembered until the file changes.
+    With ``new_head``, the classifier's tensors are left out. ``part`` is that of ``load_weights``. ``headless`` are
+    the recipe's stages of a network without its head; None is the complete network. The digest of a file is remembered
+    until the file changes.
     """
 
     def digest() -> str:
@@ -85,9 +94,10 @@ def weights_sha256(
         model = _meta_model(name, num_classes, arguments)
         if headless is not None:
             without_head(model, stages(model) | dict(headless))
-        return _sha256(_read_fitted(model, source, name, key, left_out, arguments).state)
+        return _sha256(_read_fitted(_part_of(model, part), source, name, key, left_out, arguments, part).state)
 
     options: list[Any] = [*(["new head"] if new_head else []), *([dict(arguments)] if arguments else [])]
+    options += ["part: backbone"] if part == "backbone" else []
     # Lists and not pairs, because the remembered ones are compared after JSON.
     options += [] if headless is None else [["head: none", *map(list, sorted(headless.items()))]]
     return memoized_by_file(Path(source), [name, num_classes, key, *options], digest) if is_file(source) else digest()
@@ -100,12 +110,26 @@ def _read_fitted(
     key: str | None,
     left_out: frozenset[str],
     arguments: Mapping[str, Any] | None,
+    part: FilledPart,
 ) -> Fitted:
-    """Return the weights of ``model`` from ``source``, with their values checked."""
-    content: Any = read_file(Path(source)) if is_file(source) else published_weights(name, source, arguments)
-    fitted = fit_state(content, model, source, name, key, left_out, arguments)
+    """Return the weights of ``model``, a part of the network ``name``, from ``source``, with their values checked."""
+    of_backbone = part == "backbone"
+    published = backbone_network(name) if of_backbone else name
+    content: Any = read_file(Path(source)) if is_file(source) else published_weights(published, source, arguments)
+    named = f"the backbone of {name}" if of_backbone else name
+    fitted = fit_state(content, model, source, named, key, left_out, arguments, part=of_backbone)
     check_finite(fitted.state, model, source)
     return fitted
+
+
+def _part_of(model: nn.Module, part: FilledPart) -> nn.Module:
+    """Return the part of the network that weights fill. Raises ValueError for a network without a backbone."""
+    if part == "all":
+        return model
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(f"part: backbone: {type(model).__name__} has no module named backbone; remove part")
+    return backbone
 
 
 def _meta_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:

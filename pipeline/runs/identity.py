@@ -46,6 +46,7 @@ _OPTIONS = {
     "sync_batchnorm": False,
     "weights_key": None,
     "head": "keep",
+    "part": "all",
     "arguments": {},
     "freeze": [],
     "rates": {},

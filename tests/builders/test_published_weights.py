@@ -137,7 +137,8 @@ def test_a_start_says_which_images_it_expects_and_the_words_that_give_them(
 
 
 def test_all_of_torchvisions_weights_say_what_they_expect():
-    for name in torchvision.models.list_models(torchvision.models):
+    modules = (torchvision.models, torchvision.models.segmentation)
+    for name in [name for module in modules for name in torchvision.models.list_models(module)]:
         for weights in torchvision.models.get_model_weights(name).__members__:
             assert published_normalization(name, weights) is not None
     assert published_normalization("resnet18", "GONE") is None

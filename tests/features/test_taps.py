@@ -232,6 +232,14 @@ def test_an_image_that_a_network_cannot_take_is_refused_in_one_line(size: int, r
         tap_shapes(FeatureTaps(Demanding(), {}, []), size)
 
 
+def test_shapes_are_those_of_images_that_are_not_square_too():
+    taps = tapped("cifar_resnet8", "stage2")
+    assert tap_shapes(taps, (32, 64)) == {"stage2": (32, 16, 32), "logits": (10,)}
+    assert tap_shapes(taps, (32, 32)) == tap_shapes(taps, 32)
+    with pytest.raises(ValueError, match=r"^Demanding cannot take images of 64 × 16 pixels: "):
+        tap_shapes(FeatureTaps(Demanding(), {}, []), (64, 16))
+
+
 def test_the_probe_leaves_modes_statistics_and_random_states_alone():
     taps = tapped("mobilenet_v2", "last").train()
     taps.model.get_submodule("features.3").eval()

@@ -15,6 +15,7 @@ from pipeline.features.names import tap_names
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import create_model
 from pipeline.models.arguments import ArgumentError
+from pipeline.models.segmentation_heads import PyramidPooling
 from pipeline.models.segmenter import Segmenter
 from pipeline.models.stages import stages
 
@@ -186,6 +187,49 @@ def test_dilation_gives_the_classification_networks_values_at_every_second_pixel
     with torch.no_grad():
         small_map, large = (each(images(128, 128).double()).features["stage3"] for each in taps)
     torch.testing.assert_close(large[:, :, ::2, ::2], small_map)
+
+
+def test_the_pyramid_pools_are_means_of_bins_enlarged_between_their_centres():
+    torch.manual_seed(0)
+    pyramid = PyramidPooling(8).eval().double()
+    x = torch.randn(2, 8, 7, 12, dtype=torch.float64)
+    found = pyramid(x)
+    assert torch.equal(found[:, :8], x)
+    for number, size in enumerate((1, 2, 3, 6)):
+        bins = torch.stack([torch.stack([mean(x, i, j, size) for j in range(size)], -1) for i in range(size)], -2)
+        small_map = pyramid.pools[number][1:](bins)
+        rows, columns = (torch.linspace(0, size - 1, length).double().tolist() for length in (7, 12))
+        for i, j in ((0, 0), (3, 5), (6, 11), (2, 8)):
+            expected = between(small_map, rows[i], columns[j])
+            torch.testing.assert_close(found[:, 8 + 2 * number : 10 + 2 * number, i, j], expected, rtol=1e-6, atol=1e-7)
+
+
+def mean(x: Tensor, row: int, column: int, size: int) -> Tensor:
+    """Return the mean of the bin of a pool: all pixels that it touches."""
+    ends = [(n * each // size, -((-(n + 1) * each) // size)) for n, each in ((row, x.shape[2]), (column, x.shape[3]))]
+    return x[:, :, slice(*ends[0]), slice(*ends[1])].mean((2, 3))
+
+
+def between(x: Tensor, row: float, column: float) -> Tensor:
+    """Return the value of a map at a point between its pixels."""
+    top, left = int(row), int(column)
+    bottom, right = min(top + 1, x.shape[2] - 1), min(left + 1, x.shape[3] - 1)
+    down, along = row - top, column - left
+    above = (1 - along) * x[:, :, top, left] + along * x[:, :, top, right]
+    below = (1 - along) * x[:, :, bottom, left] + along * x[:, :, bottom, right]
+    return (1 - down) * above + down * below
+
+
+def test_the_plain_networks_head_adds_up_three_stages():
+    taps = small("plain_fpn", {"width": 4}, "stage2", "stage3", "stage4").eval()
+    summed: list[Tensor] = []
+    taps.model.get_submodule("classifier.0").register_forward_hook(lambda _m, _a, output: summed.append(output))
+    with torch.no_grad():
+        features = taps(images()).features
+        laterals = taps.model.get_submodule("classifier.0.laterals")
+        maps = [laterals[number](features[f"stage{number + 2}"]) for number in range(3)]
+    expected = sum(value.repeat_interleave(2**n, 2).repeat_interleave(2**n, 3) for n, value in enumerate(maps))
+    torch.testing.assert_close(summed[0], expected)
 
 
 @pytest.mark.parametrize(

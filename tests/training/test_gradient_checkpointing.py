@@ -33,6 +33,10 @@ NETWORKS = {
     "mobilenet_v3_small": {},
     "efficientnet_b0": {},
     "densenet121": {},
+    "deeplabv3_resnet18": {"width": 0.125},
+    "deeplabv3_mobilenet_v2": {"width": 0.25},
+    "pspnet_resnet18": {"width": 0.125},
+    "plain_fpn": {"width": 4},
     "timm/vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "drop_path_rate": 0.3, "proj_drop_rate": 0.1},
     "timm/convnext_atto": {"drop_path_rate": 0.3},
 }
@@ -56,7 +60,8 @@ class Counted(nn.Module):
 def built(name: str, checkpointed: bool, wanted: tuple[str, ...] = ()) -> FeatureTaps:
     torch.manual_seed(0)
     model = create_model(name, 5, NETWORKS[name])
-    taps = FeatureTaps(model, stages(model), wanted)
+    auxiliary = {"aux"} & stages(model).keys()  # a head that only runs if it is tapped
+    taps = FeatureTaps(model, stages(model), {*wanted, *auxiliary})
     if checkpointed:
         checkpoint_blocks(model)
     return taps.train()
@@ -96,9 +101,11 @@ def test_outputs_gradients_and_buffers_are_the_same_bits(name: str):
     assert set(counts) <= {2}  # the statistics of BatchNorm took in each pass once
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18"])
-def test_taps_are_the_same_also_within_a_block(name: str):
-    wanted = ("stage1", "stage2.preact", "stage3", "last", "embedding")
+@pytest.mark.parametrize(
+    ("name", "deep"), [("cifar_resnet20", "embedding"), ("resnet18", "embedding"), ("deeplabv3_resnet18", "aux")]
+)
+def test_taps_are_the_same_also_within_a_block(name: str, deep: str):
+    wanted = ("stage1", "stage2.preact", "stage3", "last", deep)
     plain, checkpointed = built(name, False, wanted), built(name, True, wanted)
     ours, theirs = step(plain), step(checkpointed)
     assert ours.features.keys() == theirs.features.keys() == set(wanted)
