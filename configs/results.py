@@ -36,7 +36,8 @@ def page(text: str, tables: Tables, results: Path) -> str:
     parts = []
     for dataset, facts in tables.datasets.items():
         for name, pair in facts.pairs.items():
-            title = f"{facts.title}, {tables.networks[pair.teacher]} to {tables.networks[pair.student]}"
+            metric = "" if facts.metric == "top-1" else f", {facts.metric}"
+            title = f"{facts.title}{metric}, {tables.networks[pair.teacher]} to {tables.networks[pair.student]}"
             teachers = measured.get(Path(dataset, "teachers"), {}).get(pair.teacher, [])
             cells = measured.pop(Path(dataset, name), {})
             parts.append(pair_section(title, f"configs/{dataset}/{name}.yaml", tables, pair, cells, teachers))

@@ -35,13 +35,15 @@ class PairTable(FrozenModel):
     methods: tuple[str, ...] = ()
     """Methods of its table; default: all."""
     published: dict[str, dict[str, float]]
-    """Top-1 in percent by method, by the paper and its table; top-5 where the name of the table ends so."""
+    """The metric in percent by method, by the paper and its table; top-5 where the name of the table ends so."""
 
 
 class DatasetTables(FrozenModel):
     """The pairs of a data set."""
 
     title: str
+    metric: str = "top-1"
+    """What the published numbers are."""
     pairs: dict[str, PairTable]
 
 
@@ -54,8 +56,11 @@ class Tables(FrozenModel):
 
     def table_of(self, source: RecipeSource) -> PairTable | None:
         """Return the table of a recipe's pair, None if the papers have none."""
-        dataset = self.datasets.get(source.path.parent.name) if source.path.parent.parent == CONFIGS else None
+        dataset = self._dataset_of(source)
         return dataset and dataset.pairs.get(source.path.stem)
+
+    def _dataset_of(self, source: RecipeSource) -> DatasetTables | None:
+        return self.datasets.get(source.path.parent.name) if source.path.parent.parent == CONFIGS else None
 
     def methods_of(self, pair: PairTable) -> tuple[str, ...]:
         """Return the methods of a pair's table, in their order."""
@@ -70,8 +75,9 @@ class Tables(FrozenModel):
     def published_text(self, source: RecipeSource) -> str:
         """Return what the papers print of a recipe's pair and method, each number with the tables it stands in."""
         tables: dict[str, list[str]] = {}
+        dataset = self._dataset_of(source)
         for table, number in self.published(source).items():
-            kind = "top-5" if table.endswith("top-5") else "top-1"
+            kind = "top-5" if table.endswith("top-5") or dataset is None else dataset.metric
             tables.setdefault(f"{kind} {number:.2f}", []).append(table.removesuffix(", top-5"))
         return ", ".join(f"{number} ({'; '.join(names)})" for number, names in tables.items()) or "not reported"
 
