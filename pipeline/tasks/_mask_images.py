@@ -13,19 +13,22 @@ from pipeline.tasks._masks import IGNORED
 
 _GREY = (128, 128, 128)
 """Of pixels without a class; no class is grey."""
-_LIGHTNESS = (0.36, 0.55, 0.74)
-_GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of the golden ratio lie far from one another on the circle of hues, however many there are."""
+_LEAST, _MOST = 0.25, 0.8
+"""Range of the colours' lightness."""
+_SATURATION = 0.75
+_RATIO = 1.324717957244746
+"""The plastic number: multiples of 1/ratio and 1/ratio² lie far from one another in a plane, however many there are."""
 
 
 def palette() -> NDArray[np.uint8]:
     """Return the colours of all values of a mask, uint8 [256, 3], the same for any number of classes."""
-    colours = [
-        colorsys.hls_to_rgb((0.6 + number * _GOLDEN) % 1, _LIGHTNESS[number % len(_LIGHTNESS)], 0.65)
-        for number in range(IGNORED)
-    ]
-    levels = np.array(colours) * 255
-    return np.concatenate([levels.round(), [_GREY]]).astype(np.uint8)
+    colours = [_color(number) for number in range(IGNORED)]
+    return np.concatenate([(np.array(colours) * 255).round(), [_GREY]]).astype(np.uint8)
+
+
+def _color(number: int) -> tuple[float, float, float]:
+    lightness = _LEAST + (_MOST - _LEAST) * ((0.5 + number / _RATIO**2) % 1)
+    return colorsys.hls_to_rgb((0.6 + number / _RATIO) % 1, lightness, _SATURATION)
 
 
 def class_color(number: int) -> str:
