@@ -15,6 +15,8 @@ class, go to evaluation.json in the run folder; with other weights to evaluation
     real_labels=FILE      the labels of ReaL, which accept several classes of an image
     val_labels=FILE       the classes of the validation images, which real_labels needs with shards of this project
 
+Of masks it also prints the IoU of each class, and draws some images into evaluation_masks.png beside the file.
+
 docs/evaluation.md explains the figures, and how to measure on ImageNet-V2, -A, -R, -Sketch and ReaL.
 """
 
@@ -40,7 +42,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline.benchmarks.inference import measure_speed
+from pipeline.benchmarks.inference import BATCHES, MASK_BATCHES, measure_speed
 from pipeline.builders.loader import build_loader
 from pipeline.builders.meta import probe
 from pipeline.builders.split_classes import accept_real_labels, split_classes
@@ -57,7 +59,7 @@ from pipeline.features.taps import FeatureTaps
 from pipeline.frozen_model import FrozenModel
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
-from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, write_evaluation
+from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, MaskSheet, write_evaluation
 from pipeline.runs.files import RECIPE, read_identity, read_result
 from pipeline.runs.folder import NAMED_WEIGHTS, load_run, student_file
 from pipeline.runs.identity import classes_sha256, resolve, run_folder
@@ -70,8 +72,9 @@ from pipeline.training import zero
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.comparison import Comparison, SplitClasses, compare_networks
 from pipeline.training.evaluation import check_validation_size
-from pipeline.training.result import device_name
-from shards.manifest import MANIFEST, Manifest, read_manifest, sha256_of
+from pipeline.training.mask_sheet import DrawnSheet, MaskSamples
+from pipeline.training.result import aligned, device_name
+from shards.manifest import MANIFEST, Manifest, read_manifest, sha256_of, write_atomically
 
 _TITLES = {"nll": "NLL", "ece": "ECE"}
 
@@ -130,17 +133,34 @@ def main(args: Sequence[str]) -> None:
         run = resolve(subject.loaded, launch)
         teacher = build_live_teacher(run, _comparison_teacher(run.recipe.teacher), (), accelerator.device)
         check_validation_size(teacher, loader)
-    found = compare_networks(subject.task, student, teacher, loader.validation(), accelerator, classes)
+    masks = (
+        MaskSamples(recipe.data.for_validation, with_teacher=teacher is not None) if subject.task.of_pixels else None
+    )
+    watch = masks and masks.watch
+    found = compare_networks(subject.task, student, teacher, loader.validation(), accelerator, classes, watch)
+    sheet = masks and masks.draw()
     if not accelerator.is_main_process:
         return
     values = _figures(subject, found, classes) | {"speed": _speed(subject, student, accelerator)}
     evaluation = EvaluationFile.model_validate(values)
     print("\n".join(_describe(subject, evaluation)))
     if path := Path(arguments.out) if arguments.out else _own_file(subject):
-        write_evaluation(path, evaluation)
-        print(f"written to {path}")
+        _write(path, evaluation, sheet)
     else:
         print("not written, because it is no evaluation of a run's own images; give out=FILE")
+
+
+def _write(path: Path, evaluation: EvaluationFile, sheet: DrawnSheet | None) -> None:
+    """Write the file, and the picture of masks beside it."""
+    if sheet is None:
+        write_evaluation(path, evaluation)
+        print(f"written to {path}")
+        return
+    picture = path.with_name(f"{path.stem}_masks.png")
+    write_atomically(picture, sheet.png)
+    named = MaskSheet(file=picture.name, columns=sheet.columns, classes=sheet.classes)
+    write_evaluation(path, evaluation.model_copy(update={"masks": named}))
+    print(f"written to {path}, with the picture {picture.name}")
 
 
 def _read_subject(args: Sequence[str]) -> Subject:
@@ -206,7 +226,8 @@ def _find_classes(subject: Subject, loader: Loader) -> SplitClasses:
     if arguments.val_labels and not arguments.real_labels:
         raise RecipeError("val_labels: it is the order of the images of real_labels=FILE; give both, or none")
     if arguments.real_labels and not subject.task.one_class:
-        raise RecipeError(f"real_labels: the images of task: {subject.recipe.task} have several labels already")
+        have = "a class for every pixel" if subject.task.of_pixels else "several labels already"
+        raise RecipeError(f"real_labels: the images of task: {subject.recipe.task} have {have}; remove it")
     classes = split_classes(subject.network, subject.manifest, path, arguments.class_map)
     if arguments.real_labels is None:
         return classes
@@ -281,7 +302,8 @@ def _speed(subject: Subject, student: FeatureTaps, accelerator: Accelerator) -> 
     data = subject.recipe.data
     layout = torch.channels_last if data.channels_last else torch.contiguous_format
     autocast = zero.deepspeed_autocast(accelerator)
-    return measure_speed(student, data.for_validation.size, accelerator.device, layout, autocast)
+    batches = MASK_BATCHES if subject.task.of_pixels else BATCHES
+    return measure_speed(student, data.for_validation.size, accelerator.device, layout, autocast, batches)
 
 
 def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
@@ -292,7 +314,8 @@ def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
         return "  ".join(f"{title} {value:.2f}" for title, value in known.items() if value is not None)
 
     network, teacher, titles = evaluation.network, evaluation.teacher, subject.task.titles
-    lines = [f"{subject.weights}: {metrics(evaluation.metrics, titles)}  ({evaluation.samples:,} images)"]
+    lines = _describe_classes(evaluation)
+    lines += [f"{subject.weights}: {metrics(evaluation.metrics, titles)}  ({evaluation.samples:,} images)"]
     lines += [text] if (text := metrics(evaluation.metrics, _TITLES)) else []
     if len(evaluation.classes) < subject.network.num_classes:
         lines += [f"among {len(evaluation.classes):,} of the network's {subject.network.num_classes:,} classes"]
@@ -306,6 +329,26 @@ def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
         spread = f"{speed.latency_ms:.2f} ms ({speed.low_ms:.2f} – {speed.high_ms:.2f})"
         lines += [f"batch of {speed.batch}: {spread}, {speed.images_per_second:,.0f} images/s"]
     return lines
+
+
+def _describe_classes(evaluation: EvaluationFile) -> list[str]:
+    """Return a table with the IoU of each class; empty for another task than that of masks."""
+    ours, theirs = evaluation.per_class, evaluation.teacher and evaluation.teacher.per_class
+    if ours is None or ours.iou is None:
+        return []
+    total = max(sum(ours.samples), 1)
+    columns = {
+        "class": evaluation.classes,
+        "% of pixels": [f"{100 * samples / total:.2f}" for samples in ours.samples],
+        "IoU": [_two_digits(value) for value in ours.iou],
+    }
+    if theirs is not None and theirs.iou is not None:
+        columns["teacher's IoU"] = [_two_digits(value) for value in theirs.iou]
+    return [*aligned([list(columns), *map(list, zip(*columns.values(), strict=True))]).splitlines(), ""]
+
+
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _own_file(subject: Subject) -> Path | None:

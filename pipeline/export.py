@@ -7,9 +7,10 @@
     python pipeline/export.py RUN format=hub [push=OWNER/NAME]              a repository of the Hugging Face hub
 
 RUN is the folder of a finished run. A file takes any number of normalised images [B, 3, size, size] and returns their
-logits [B, classes]. ``fold=yes`` folds BatchNorms into convolutions. ``out=PATH`` names the file or folder, which is
-below RUN by default. ``images=64`` is the number of validation images that are compared. ``push`` uploads the folder,
-``private=yes`` to a private repository.
+logits [B, classes]. A segmenter returns maps [B, classes, height, width], smaller than the image. ``fold=yes``
+folds BatchNorms into convolutions. ``out=PATH`` names the file or folder, which is below RUN by default. ``images=64``
+is the number of validation images that are compared. ``push`` uploads the folder, ``private=yes`` to a private
+repository.
 """
 
 from __future__ import annotations

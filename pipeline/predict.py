@@ -1,13 +1,16 @@
-"""Name what is on images, by a student's weights file alone.
+"""Name what is on images, or draw their masks, by a student's weights file alone.
 
     python pipeline/predict.py runs/demo/seed-0/student.safetensors IMAGE_OR_FOLDER … [key=value …]
 
     top=5           number of classes per image; with several classes, at most that many
-    batch=64        images at once
+    batch=64        images at once; of masks 4
     out=FILE        write the classes to FILE.json or FILE.csv as well
+    out=FOLDER      of a segmenter: write a mask for each image
 
 A folder stands for all images in it and below. Of a student of several classes (task: multilabel), those with a
-probability above one half are named. A file that is no image is named, the others are done, and the exit code is 2.
+probability above one half are named. Of a segmenter the classes with most pixels are named. Its masks are PNGs with a
+palette, as large as the image, whose values are the classes. A file that is no image is named, the others are done, and
+the exit code is 2.
 """
 
 from __future__ import annotations
@@ -29,44 +32,46 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from pydantic import PositiveInt, field_validator
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from pipeline.builders.student import student_from_card
 from pipeline.cli import entry, print_answer
 from pipeline.config.arguments import parse_command_args, split_command_args
 from pipeline.data.config import Config
-from pipeline.data.images import read_image, validation_image
+from pipeline.data.images import read_image, validation_image, whole_image
 from pipeline.errors import AlreadyReported, RecipeError
 from pipeline.frozen_model import FrozenModel
+from pipeline.image_size import height_width
 from pipeline.runs.card import Card, read_card
 from pipeline.runs.files import check_student
-from pipeline.runs.ownership import check_new_file
+from pipeline.runs.ownership import check_new_file, check_writable
+from pipeline.tasks._mask_images import palette_png
+from pipeline.tasks._masks import upsampled
 from pipeline.tasks._registry import find_task
 from pipeline.training.result import aligned
 from shards.manifest import write_atomically
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 """Names of the files in a folder that are taken for images."""
+_FILES = (".json", ".csv")
+_STRIDE = 32
+"""A segmenter's map is this many times smaller than the image, or less; so padded sides are multiples of it."""
 
 
 class PredictArguments(FrozenModel):
     """The options of the command."""
 
     top: PositiveInt = 5
-    batch: PositiveInt = 64
+    batch: PositiveInt | None = None
     out: str | None = None
-
-    @field_validator("out")
-    @classmethod
-    def _is_json_or_csv(cls, out: str | None) -> str | None:
-        if out is not None and Path(out).suffix not in (".json", ".csv"):
-            raise ValueError("expected a file that ends in .json or .csv")
-        return out
 
 
 class Guess(NamedTuple):
@@ -85,20 +90,32 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError(f"command line: {unknown[0]}: unknown key; known are top, batch and out")
     if not words:
         raise RecipeError("command line: name a student.safetensors, then images or folders of images")
-    if arguments.out:
-        check_new_file(Path(arguments.out), "out")
     weights, card = Path(words[0]), read_card(Path(words[0]))
     check_student(weights)
-    if find_task(card.task).of_pixels:
-        raise RecipeError(f"{weights}: task: {card.task} has no class of an image; export.py writes a network to run")
-    paths = image_files([Path(word) for word in words[1:]])
+    of_pixels = find_task(card.task).of_pixels
+    _check_out(arguments.out, of_pixels=of_pixels)
+    images = [Path(word) for word in words[1:]]
+    paths = image_files(images)
+    targets = mask_files(images, Path(arguments.out)) if of_pixels and arguments.out else {}
     model = student_from_card(weights, card).to(_device())
-    found, failed = predict(model, card, paths, arguments)
-    print_answer(aligned([["image", "class", "probability"], *_rows(found)]))
-    if arguments.out:
-        write_atomically(Path(arguments.out), _as_text(found, Path(arguments.out).suffix).encode())
+    failed = (_masks if of_pixels else _classes)(model, card, paths, arguments, targets)
     if failed:
         raise AlreadyReported
+
+
+def _check_out(out: str | None, *, of_pixels: bool) -> None:
+    """Raise RecipeError if ``out`` is no file for classes, or no folder for masks."""
+    if out is None:
+        return
+    path = Path(out)
+    if not of_pixels:
+        if path.suffix not in _FILES:
+            raise RecipeError(f"command line: out: expected a file that ends in .json or .csv, got {out!r}")
+        check_new_file(path, "out")
+    elif path.suffix in _FILES or (path.exists() and not path.is_dir()):
+        raise RecipeError(f"command line: out: expected a folder, which gets a mask for each image, got {out!r}")
+    else:
+        check_writable(path, "out", "give out=ANOTHER")
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -116,6 +133,99 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def mask_files(images: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return the file of each image's mask: its path in the folder that was named, below ``out``, as ``.png``.
+
+    Raises RecipeError if two images would have the same file, or if it is one of the images.
+    """
+    files: dict[Path, Path] = {}
+    for above in images:
+        for path in image_files([above]):
+            inside = path.relative_to(above) if above.is_dir() else Path(path.name)
+            files[path] = (out / inside).with_suffix(".png")
+    originals = {path.resolve(): path for path in files}
+    owners: dict[Path, Path] = {}
+    for path, file in files.items():
+        if original := originals.get(file.resolve()):
+            raise RecipeError(
+                f"command line: out: the mask of {path} would replace the image {original}; give another folder"
+            )
+        if (other := owners.setdefault(file, path)).resolve() != path.resolve():
+            raise RecipeError(f"command line: out: {other} and {path} would have the same mask {file}; rename one")
+    return files
+
+
+def _classes(
+    model: nn.Module, card: Card, paths: Sequence[Path], arguments: PredictArguments, _: Mapping[Path, Path]
+) -> bool:
+    """Print the classes of the images, write them to ``out``, and return whether an image could not be read."""
+    found, failed = predict(model, card, paths, arguments)
+    print_answer(aligned([["image", "class", "probability"], *_rows(found)]))
+    if arguments.out:
+        write_atomically(Path(arguments.out), _as_text(found, Path(arguments.out).suffix).encode())
+    return failed
+
+
+def _masks(
+    model: nn.Module, card: Card, paths: Sequence[Path], arguments: PredictArguments, targets: Mapping[Path, Path]
+) -> bool:
+    """Print the share of the classes of each image, write masks, and return whether an image could not be read."""
+    rows = [["image", "class", "% of pixels"]]
+    distinct = list(dict.fromkeys(paths))
+    found = 0
+    for path, mask_HW in predict_masks(model, card, distinct, arguments.batch or 4):
+        found += 1
+        shares_K = 100 * np.bincount(mask_HW.ravel(), minlength=len(card.classes)) / mask_HW.size
+        for number, label in enumerate(np.argsort(-shares_K, kind="stable")[: arguments.top]):
+            if shares_K[label] > 0:
+                rows.append([_text(path) if number == 0 else "", card.classes[label], f"{shares_K[label]:.2f}"])
+        if path in targets:
+            targets[path].parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(targets[path], palette_png(mask_HW))
+    print_answer(aligned(rows))
+    return found < len(distinct)
+
+
+@torch.no_grad()
+def predict_masks(
+    model: nn.Module, card: Card, paths: Sequence[Path], at_once: int
+) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+    """Yield the class of every pixel of each image, uint8 [H, W]. An image that cannot be read is printed and left out.
+
+    Whole images are padded below and on the right to the card's size, or if larger, to a multiple of ``_STRIDE``.
+    """
+    config = Config(path="", size=card.size, crop="scaled", mean=card.mean, std=card.std)
+    for start in range(0, len(paths), at_once):
+        alike: dict[tuple[int, int], dict[Path, Tensor]] = {}
+        for path in paths[start : start + at_once]:
+            try:
+                x_CHW = whole_image(read_image(path), config)
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            alike.setdefault(_padded_size(card, x_CHW), {})[path] = x_CHW
+        for size, images in alike.items():
+            masks_BHW = _predict_padded(model, [*images.values()], size)
+            for (path, x_CHW), mask_HW in zip(images.items(), masks_BHW, strict=True):
+                yield path, mask_HW[: x_CHW.shape[1], : x_CHW.shape[2]].numpy()
+
+
+def _padded_size(card: Card, x_CHW: Tensor) -> tuple[int, int]:
+    height, width = (
+        least if side <= least else -(-side // _STRIDE) * _STRIDE
+        for side, least in zip(x_CHW.shape[1:], height_width(card.size), strict=True)
+    )
+    return height, width
+
+
+def _predict_padded(model: nn.Module, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return the classes of images that are padded to ``size``, uint8 [B, H, W], on the CPU."""
+    height, width = size
+    padded = [F.pad(x_CHW, (0, width - x_CHW.shape[2], 0, height - x_CHW.shape[1])) for x_CHW in images]
+    x_BCHW = torch.stack(padded).to(_device()).contiguous(memory_format=torch.channels_last)
+    return upsampled(model(x_BCHW).float(), x_BCHW[:, 0]).argmax(1).to(torch.uint8).cpu()
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, card: Card, paths: Sequence[Path], arguments: PredictArguments
@@ -124,9 +234,10 @@ def predict(
     config = Config(path="", size=card.size, resize=card.resize, mean=card.mean, std=card.std)
     found: dict[Path, list[Guess]] = {}
     failed = False
-    for start in range(0, len(paths), arguments.batch):
+    at_once = arguments.batch or 64
+    for start in range(0, len(paths), at_once):
         images: dict[Path, Tensor] = {}
-        for path in paths[start : start + arguments.batch]:
+        for path in paths[start : start + at_once]:
             try:
                 images[path] = validation_image(read_image(path), config)
             except ValueError as error:

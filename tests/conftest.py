@@ -25,7 +25,7 @@ nvjpeg.load_first()  # as the commands do, before a test imports torchvision
 # Two OpenMP threads wait for one another actively, and a test's tensors are small.
 torch.set_num_threads(1)
 
-pytest_plugins = ("drawn_shards", "main_job", "tiny_runs")
+pytest_plugins = ("drawn_shards", "main_job", "tiny_runs", "masked_runs")
 """Fixtures that several folders share; they lie in ``tests/support``."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from statistics import median
 
@@ -15,6 +15,8 @@ from pipeline.image_size import ImageSize, height_width
 from pipeline.runs.evaluation_file import Speed
 
 BATCHES = (1, 128)
+MASK_BATCHES = (1, 8)
+"""Of a network whose logits are maps: its images are large, and so is what it keeps of them."""
 ROUNDS = 12
 """Times that every batch size is measured, in turn. A machine's speed drifts over seconds, so one stretch of time would
 show too narrow a spread."""
@@ -31,13 +33,14 @@ def measure_speed(
     device: torch.device,
     layout: torch.memory_format,
     autocast: AbstractContextManager[object],
+    batches: Sequence[int] = BATCHES,
 ) -> list[Speed]:
-    """Return the speed of a network on random images of ``size`` pixels, for each batch size.
+    """Return the speed of a network on random images of ``size`` pixels, for each size of ``batches``.
 
     It runs in eval mode under ``autocast``, after a warm-up, in ``ROUNDS`` rounds. A batch for which the GPU has no
     memory is left out, with a note.
     """
-    rounds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    rounds: dict[int, list[float]] = {batch: [] for batch in batches}
     with evaluating(network), autocast:
         for _ in range(ROUNDS):
             for batch in list(rounds):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import RecipeError
+from pipeline.tasks._registry import find_task
 from pipeline.training.comparison import SplitClasses
 from shards.documents import DamagedFile, read_document
 from shards.image_order import image_numbers
@@ -26,8 +27,12 @@ def split_classes(network: Manifest, shards: Manifest, path: str, class_map: str
     """
     if class_map is None and shards.classes == network.classes:
         return SplitClasses(network.classes)
-    if network.task == "multilabel":
-        raise RecipeError(f"data.path: the classes of {path} are not those of the network; task: multilabel needs them")
+    if not find_task(network.task).one_class:
+        if class_map is not None:
+            raise RecipeError(f"class_map: task: {network.task} needs shards with the network's own classes; remove it")
+        raise RecipeError(
+            f"data.path: the classes of {path} are not those of the network; task: {network.task} needs them"
+        )
     numbers = _numbers_of(network, shards, path, class_map)
     columns = sorted(set(numbers))
     position = {number: index for index, number in enumerate(columns)}

@@ -55,7 +55,15 @@ def validation_image(pixels_HWC: NDArray[np.uint8], config: Config) -> Tensor:
         size = [int(side) for side in resized]
         x_CHW = F.interpolate(x_CHW[None], size=size, mode="bilinear", antialias=True)[0]
         x_CHW = x_CHW.round().clamp(0, 255)  # the loader's resized images are of 8 bits, too
-    x_CHW = _crop(x_CHW, int(crop[0]), int(crop[1]), config.for_validation.side)
+    return _standardized(_crop(x_CHW, int(crop[0]), int(crop[1]), config.for_validation.side), config)
+
+
+def whole_image(pixels_HWC: NDArray[np.uint8], config: Config) -> Tensor:
+    """Return the image at its own size, float32 [3, H, W], as validation with ``crop: scaled`` shows it."""
+    return _standardized(torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1), config)
+
+
+def _standardized(x_CHW: Tensor, config: Config) -> Tensor:
     mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
     return (x_CHW / 255 - mean_C11) / std_C11
 

@@ -46,6 +46,7 @@ def model_card(loaded: LoadedRecipe, weights: Path, card: Card, evaluation: Eval
         "",
         *_table(("property", "value"), _preprocessing(card)),
         "",
+        *_output(card),
         f"Weights: `{weights.name}`. Digest of the run: `{card.identity}`.",
         *_use(recipe),
     ]
@@ -53,9 +54,9 @@ def model_card(loaded: LoadedRecipe, weights: Path, card: Card, evaluation: Eval
 
 
 def _front_matter(recipe: Recipe, losses: list[str]) -> dict[str, Any]:
-    tags = ["image-classification", "knowledge-distillation", *losses]
+    purpose = "image-segmentation" if find_task(recipe.task).of_pixels else "image-classification"
     library = {"library_name": "timm"} if recipe.student.model.startswith(PREFIX) else {}
-    return {**library, "pipeline_tag": "image-classification", "tags": tags}
+    return {**library, "pipeline_tag": purpose, "tags": [purpose, "knowledge-distillation", *losses]}
 
 
 def _describe_teacher(loaded: LoadedRecipe) -> str:
@@ -92,6 +93,15 @@ def _preprocessing(card: Card) -> Iterator[tuple[str, str]]:
         yield "size", f"{card.size} × {card.size} pixels, {short}"
     yield "mean", ", ".join(f"{value:g}" for value in card.mean)
     yield "standard deviation", ", ".join(f"{value:g}" for value in card.std)
+
+
+def _output(card: Card) -> list[str]:
+    """Return what a segmenter's logits are; of an image they need no words."""
+    if not find_task(card.task).of_pixels:
+        return []
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(card.classes))
+    text = "Logits are maps, smaller than the image; interpolate them to its size (bilinear, align_corners)."
+    return [text, "", f"Classes: {names}.", ""]
 
 
 def _use(recipe: Recipe) -> list[str]:

@@ -59,9 +59,14 @@ def inference(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def trace_student(student: TrainedStudent) -> torch.export.ExportedProgram:
-    """Return the program of the network for any number of images. Raises RecipeError that names what prevents it."""
+def trace_student(student: TrainedStudent, *, any_size: bool = False) -> torch.export.ExportedProgram:
+    """Return the program of the network for any number of images. Raises RecipeError that names what prevents it.
+
+    With ``any_size`` it is for images of any height and width, too, if the network is.
+    """
     example, sizes = student.two_images, ({0: torch.export.Dim("batch")},)
+    if any_size:
+        sizes = ({**sizes[0], 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
     with naming_operations(), torch.no_grad():
         program = torch.export.export(student.model, (example,), dynamic_shapes=sizes)
     for module in program.graph_module.modules():

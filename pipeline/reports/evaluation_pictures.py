@@ -9,6 +9,7 @@ from pipeline.commands import as_started
 from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
+from pipeline.reports.mask_pictures import draw_class_ious, draw_mask_sheet, draw_pixel_confusion
 from pipeline.reports.methods import ALONE_COLOR, TEACHER_COLOR, MethodRuns, colored
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
@@ -37,9 +38,10 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
     if not evaluated:
         run = methods[0].first_run
         agreement = "" if run.teaches_itself else " agreement=yes"
-        text = "Calibration and single classes are shown once the run is evaluated:"
+        also = "masks" if run.task.of_pixels else "calibration"
+        text = f"{also.capitalize()} and single classes are shown once the run is evaluated:"
         return page.section(
-            "Single classes and calibration",
+            _heading(run),
             page.note(text, as_started(f"python pipeline/evaluate.py {run.folder}{agreement}")),
         )
     alone = next((run for run in references.alone if run.evaluation), None)
@@ -51,13 +53,21 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
     values = [[row.get(key, "") for key in columns] for row in rows]
     drawn = [_reliability(evaluated[:_MOST], teacher, alone)]
     drawn += [_gains(number, each, alone) for number, each in enumerate(evaluated[:_MOST])]
+    drawn += draw_class_ious([(each.name, each.color, each.evaluation) for each in evaluated])
+    for number, each in enumerate(evaluated[:_MOST]):
+        drawn += draw_pixel_confusion(number, each.name, each.evaluation)
+    sheets = [draw_mask_sheet(each.name, each.run.folder, each.evaluation) for each in evaluated[:_MOST]]
     stale = [
         page.note(f"{run.folder}: evaluation.json is of weights that this run no longer has; evaluate it again.")
         for _, _, run, evaluation in evaluated
         if evaluation.sha256 and run.result and evaluation.sha256 not in run.result.sha256.values()
     ]
     pictures = page.pictures([each for each in drawn if each])
-    return page.section("Single classes and calibration", page.table(columns, values), pictures, *stale)
+    return page.section(_heading(methods[0].first_run), page.table(columns, values), pictures, *sheets, *stale)
+
+
+def _heading(run: ReportedRun) -> str:
+    return "Single classes and masks" if run.task.of_pixels else "Single classes and calibration"
 
 
 def _evaluated(methods: Sequence[MethodRuns], references: References) -> list[Evaluated]:
@@ -124,9 +134,10 @@ def _gains(number: int, evaluated: Evaluated, alone: ReportedRun | None) -> tupl
     if not selected:
         return None
     text = "; ".join(f"{each} {gain:+.1f}" for each, gain in selected)
+    measure = "IoU" if run.task.of_pixels else "Accuracy"
     svg = draw_class_gains(
         f"classes-{number}",
-        f"Accuracy of single classes of {name} against {against}, in points: {text}",
+        f"{measure} of single classes of {name} against {against}, in points: {text}",
         selected,
         xlabel=f"points against {against}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Sequence
 
@@ -28,6 +29,12 @@ _STYLE = (
     "th, td { vertical-align: top; }",
     'pre, code { font: 0.85rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }',
     "pre { background: #f6f6f6; padding: 0.75rem; overflow-x: auto; }",
+    ".sheet { min-width: 20rem; max-width: 62rem; }",
+    ".sheet div { display: flex; font-size: 0.85rem; }",
+    ".sheet div span { flex: 1; text-align: center; }",
+    ".sheet img { display: block; width: 100%; height: auto; }",
+    ".legend span { display: inline-block; margin-right: 1rem; font-size: 0.85rem; }",
+    ".legend i { display: inline-block; width: 0.8rem; height: 0.8rem; margin-right: 0.3rem; }",
     "@media (min-width: 60rem) { .pictures { grid-template-columns: 1fr 1fr; } }",
     "@media print {",
     "body { max-width: none; padding: 0; font-size: 10pt; }",
@@ -36,6 +43,7 @@ _STYLE = (
     ".recipe { columns: 3; font-size: 7pt; }",
     "h2 { break-after: avoid; }",
     ".scroll { break-inside: avoid; }",
+    ".legend i, .sheet { print-color-adjust: exact; }",
     "}",
 )
 
@@ -92,6 +100,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
     body = "\n".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll">\n<table>\n<tr>{titles}</tr>\n{body}\n</table>\n</div>'
+
+
+def sheet(text: str, columns: Sequence[str], png: bytes, colours: Sequence[tuple[str, str]]) -> str:
+    """Return a PNG of equally wide columns with their names, and names of colours; it scrolls on a narrow screen."""
+    names = "".join(f"<span>{escaped(column)}</span>" for column in columns)
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    spoken = escaped(f"{text} Columns: {', '.join(columns)}.")
+    image = f'<img src="{source}" alt="{spoken}">'
+    legend = "".join(f'<span><i style="background:{color}"></i>{escaped(name)}</span>\n' for name, color in colours)
+    body = f'<div class="scroll">\n<div class="sheet">\n<div>{names}</div>\n{image}\n</div>\n</div>'
+    return f'{paragraph(text)}\n<p class="legend">\n{legend}</p>\n{body}'
 
 
 def preformatted(text: str) -> str:

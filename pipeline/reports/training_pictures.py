@@ -52,7 +52,7 @@ def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
     training = [
         curve for number, method in numbered for curve in _curves(number, method, task.training_metric, training=True)
     ]
-    measure = {"top1": "top-1"}.get(task.training_metric, task.training_metric)
+    measure = task.titles.get(task.training_metric, task.training_metric)
     title = f"{measure} on the training batches by epoch"
     svg = draw_curves("training", title, training, xlabel="epoch", ylabel=f"{measure}, %")
     drawn.append((f"{measure} on the training batches, in training mode", svg))

@@ -29,17 +29,19 @@ class PerClass(_Section):
     """Figures of each class, in the order of ``classes``."""
 
     samples: tuple[NonNegativeInt, ...]
-    """Images of the class."""
+    """Images of the class; of masks, pixels."""
     correct: tuple[NonNegativeInt, ...] | None = None
-    """Those of them whose first choice is right; None if an image has any number of classes."""
+    """Those of them whose first choice is right; None if an image has not exactly one class."""
     average_precision: tuple[_Number, ...] | None = None
-    """Average precision in percent, None for a class without an image; None as a whole if an image has one class."""
+    """Average precision in percent, None for a class without an image; only where an image has several classes."""
+    iou: tuple[_Number, ...] | None = None
+    """Intersection over union in percent, None for a class that occurs nowhere; only of masks."""
 
     @property
     def percent(self) -> list[float | None]:
-        """Return the accuracy of each class in percent, or its average precision; None for a class without an image."""
+        """Return the accuracy of each class in percent, its average precision or IoU; None for a class without any."""
         if self.correct is None:
-            return list(self.average_precision or ())
+            return list(self.iou or self.average_precision or ())
         pairs = zip(self.correct, self.samples, strict=True)
         return [100 * correct / samples if samples else None for correct, samples in pairs]
 
@@ -62,6 +64,17 @@ class EvaluatedTeacher(_Section):
     metrics: dict[str, _Number]
     per_class: PerClass | None
     reliability: Reliability | None
+
+
+class MaskSheet(_Section):
+    """The picture of some images with their masks: a PNG, whose rows are images."""
+
+    file: str
+    """Its name, in the same folder."""
+    columns: tuple[str, ...]
+    """What its columns are: ``image``, ``truth``, ``teacher`` and ``student``."""
+    classes: tuple[NonNegativeInt, ...]
+    """The classes that its masks have."""
 
 
 class NetworkCost(_Section):
@@ -111,8 +124,10 @@ class EvaluationFile(_Section):
     """Names of the classes among which the network chose."""
     per_class: PerClass | None
     confusion: tuple[tuple[NonNegativeInt, NonNegativeInt, PositiveInt], ...] | None
-    """Class of the image, first choice, and number of images, where that is not 0."""
+    """Class of the image, first choice, and number of images, where that is not 0; of masks, of pixels."""
     reliability: Reliability | None
+    masks: MaskSheet | None = None
+    """Only of masks."""
     teacher: EvaluatedTeacher | None
     agreement: _Number
     """Percentage of decisions in which student and teacher agree."""

@@ -5,7 +5,7 @@ B batch, C columns, K classes of the split, L classes of its shards, N images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,10 @@ class Comparison(NamedTuple):
     """Percentage of the task's decisions in which student and teacher agree."""
     kl: float | None = None
     """Mean of KL(teacher‖student) over the images, in nats."""
+
+
+Watch = Callable[[Batch, dict[str, Outputs]], None]
+"""What sees every batch, with the outputs of ``student``, and of ``teacher`` if there is one."""
 
 
 class SplitClasses(NamedTuple):
@@ -72,11 +76,12 @@ def compare_networks(
     batches: Iterable[Batch],
     accelerator: Accelerator,
     classes: SplitClasses,
+    watch: Watch | None = None,
 ) -> Comparison:
     """Return all measures of ``student`` in eval mode and of ``teacher``, over the images of all ranks.
 
     A row for each image is gathered from all ranks and sorted by id. So every number is the same on any number of
-    ranks, to the last bit, if the networks' outputs are.
+    ranks, to the last bit, if the networks' outputs are. ``watch`` gets every batch.
     """
     rows: list[Tensor] = []
     counts: list[Tensor] = []
@@ -84,12 +89,15 @@ def compare_networks(
         for batch in map(classes.select_images, batches):
             with zero.deepspeed_autocast(accelerator):
                 ours = classes.select_logits(student(batch.images_BCHW))
+            outputs = {"student": ours}
             columns = [batch.ids_B[:, None], task.detail_rows(ours, batch)]
             if teacher is not None:
-                theirs = classes.select_logits(teacher(batch))
+                outputs["teacher"] = theirs = classes.select_logits(teacher(batch))
                 counts.append(task.agreement(ours, theirs, batch))
                 columns += [task.detail_rows(theirs, batch), *_column(task.divergence(theirs, ours))]
             rows.append(torch.cat(columns, dim=1)[batch.labels_B >= 0])
+            if watch is not None:
+                watch(batch, outputs)
     return _summarize(task, _gather_sorted(torch.cat(rows)), counts, classes)
 
 

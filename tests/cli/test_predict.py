@@ -26,7 +26,7 @@ from pipeline.errors import ROOT, AlreadyReported
 from pipeline.models import create_model
 from pipeline.runs.card import Card, read_card
 from pipeline.training.checkpoint import Best, export_student, exported_best
-from shards.jpeg import _convert, decode_jpeg
+from shards.jpeg import decode_jpeg, to_rgb
 from shards.read import SplitReader
 
 Train = Callable[..., None]
@@ -172,7 +172,7 @@ def test_an_odd_image_has_the_pixels_of_the_shards(tmp_path: Path, name: str):
     else:
         keys = {"save_all": True, "append_images": [image.rotate(90)], "lossless": True}
     image.save(path, **keys)
-    of_shards = np.asarray(_convert(decode_jpeg(path.read_bytes(), webp=True)))
+    of_shards = np.asarray(to_rgb(decode_jpeg(path.read_bytes(), webp=True)))
     np.testing.assert_array_equal(read_image(path), of_shards)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,18 @@ def counted_once(recipe: Recipe, *sources: Any) -> float | None:
 
 @pytest.fixture
 def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``run_train("ce.yaml", "epochs=1")`` is the command in this process, in the folder of the recipes.
+    """``run_train("ce.yaml", "epochs=1")`` is the command in this process, in the folder of the recipes."""
+    with training_in(recipes, monkeypatch) as run:
+        yield run
+
+
+@contextmanager
+def training_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Yield the command of training in this process, in a folder of recipes.
 
     So are the runs that it stands on: their own processes, of seconds each, are what ``tests/cli`` is about.
     """
-    monkeypatch.chdir(recipes)
+    monkeypatch.chdir(folder)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*words: str) -> None:
@@ -104,7 +112,9 @@ def run_train(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
     monkeypatch.setattr("pipeline.runs.dependencies._status", status)
     monkeypatch.setattr("pipeline.builders.session.image_flops", counted_once)
-    with one_core():
-        yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with one_core():
+            yield run
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
