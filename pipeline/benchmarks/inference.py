@@ -11,7 +11,7 @@ import torch
 
 from pipeline.benchmarks.measure import measure
 from pipeline.features.taps import FeatureTaps, evaluating
-from pipeline.image_size import ImageSize, height_width
+from pipeline.image_size import Resolution, height_width
 from pipeline.runs.evaluation_file import Speed
 
 BATCHES = (1, 128)
@@ -29,7 +29,7 @@ _FEWEST, _MOST = 3, 100
 @torch.inference_mode()
 def measure_speed(
     network: FeatureTaps,
-    size: ImageSize,
+    size: Resolution,
     device: torch.device,
     layout: torch.memory_format,
     autocast: AbstractContextManager[object],

@@ -9,17 +9,9 @@ from pipeline.data.config import Config
 from pipeline.data.loader import Loader, create_loader
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from shards.manifest import Manifest
-
-CONTENTS = {
-    "classification": "have one class each",
-    "multilabel": "have any number of classes each",
-    "segmentation": "have masks",
-}
-"""What the images of shards of a task have."""
-SCRIPTS = {"multilabel": "prepare_multilabel.py", "segmentation": "prepare_masks.py"}
-"""Scripts that prepare images of a user's own for a task."""
 
 
 def build_loader(
@@ -52,10 +44,10 @@ def check_task(recipe: Recipe, manifest: Manifest) -> None:
     """Raise RecipeError if the images of the shards do not have the targets of the recipe's task."""
     if recipe.task == manifest.task:
         return
-    prepared = "" if recipe.task not in SCRIPTS else f"or prepare shards with shards/{SCRIPTS[recipe.task]}, "
+    script = find_task(recipe.task).script
     raise RecipeError(
-        f"task: {recipe.task}: the images in data.path: {recipe.data.path} {CONTENTS[manifest.task]}; "
-        f"set task: {manifest.task}, {prepared}or give another data.path"
+        f"task: {recipe.task}: the images in data.path: {recipe.data.path} {find_task(manifest.task).images_have}; "
+        f"set task: {manifest.task}, {f'or prepare shards with {script}, ' if script else ''}or give another data.path"
     )
 
 

@@ -28,7 +28,7 @@ from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context, one_line
 from pipeline.features.taps import FeatureTaps, NormParameters
-from pipeline.image_size import ImageSize, height_width
+from pipeline.image_size import Resolution, height_width
 from pipeline.losses._base import Facts
 from pipeline.precision import AUTOCAST
 from pipeline.tasks._registry import find_task
@@ -68,7 +68,7 @@ class ProbedModels(NamedTuple):
 def probe_models(
     recipe: Recipe,
     sources: Sequence[Recipe],
-    measure: Callable[[ModelSpec, int, ImageSize], ProbedNetwork],
+    measure: Callable[[ModelSpec, int, Resolution], ProbedNetwork],
     manifest: Manifest | None = None,
 ) -> ProbedModels:
     """Return the recipe's networks, each built by ``measure``, and the facts that the losses are built from.
@@ -148,7 +148,7 @@ def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tup
 
 
 @cache  # recipes of one table often have the same networks
-def probe(spec: ModelSpec, num_classes: int, image_size: ImageSize) -> ProbedNetwork:
+def probe(spec: ModelSpec, num_classes: int, image_size: Resolution) -> ProbedNetwork:
     """Return the summary of a network, and the network, on the meta device if it can run there."""
     try:
         with torch.device("meta"):
@@ -158,7 +158,7 @@ def probe(spec: ModelSpec, num_classes: int, image_size: ImageSize) -> ProbedNet
         return run_probe(spec, num_classes, image_size)
 
 
-def run_probe(spec: ModelSpec, num_classes: int, image_size: ImageSize) -> ProbedNetwork:
+def run_probe(spec: ModelSpec, num_classes: int, image_size: Resolution) -> ProbedNetwork:
     """Return the summary of a network, and the network, on torch's default device."""
     taps = spec.build(num_classes)
     with FlopCounter() as counted:

@@ -9,7 +9,7 @@ from pipeline.distributed.sync_batchnorm import synchronize_batchnorms
 from pipeline.errors import RecipeError, error_context
 from pipeline.features.patterns import freeze, frozen_norms
 from pipeline.features.taps import FeatureTaps, tap_shapes
-from pipeline.image_size import ImageSize
+from pipeline.image_size import Resolution
 from pipeline.models import create_model
 from pipeline.models.arguments import ArgumentError
 from pipeline.models.headless import without_head
@@ -61,7 +61,7 @@ class ModelSpec(NamedTuple):
                 synchronize_batchnorms(model)
             return FeatureTaps(model, known, self.taps, frozen_norms(model, self.frozen))
 
-    def probe(self, network: FeatureTaps, image_size: ImageSize) -> dict[str, tuple[int, ...]]:
+    def probe(self, network: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""
         with error_context(f"{self.key}.model"):
             shapes = tap_shapes(network, self.size or image_size)

@@ -143,8 +143,8 @@ class Recipe(FrozenModel):
     """The complete settings of a run."""
 
     task: TaskName = "classification"
-    """What the images' targets are, and which metrics are measured: ``classification``, with one class of every image,
-    ``multilabel``, with any number of classes, or ``segmentation``, with a class of every pixel."""
+    """What the images' targets are, and which metrics are measured. In ``classification`` an image has one class, in
+    ``multilabel`` any number of them, and in ``segmentation`` one for every pixel."""
     student: StudentConfig
     """The network that is trained."""
     teacher: TeacherConfig | None = None

@@ -78,7 +78,7 @@ AnyInputs = tuple[Any, ...]
 """The inputs of a graph, a NamedTuple whose fields have a row for each image: lists or arrays."""
 
 
-class Graph(NamedTuple):
+class DecodingGraph(NamedTuple):
     """A kind of graph: how its inputs are made of a request, and how its pipeline is created."""
 
     inputs: Callable[[SampleRequest], AnyInputs]
@@ -107,9 +107,9 @@ class DaliDecoder:
         batch: int,
         settings: LoaderSettings,
         device: torch.device,
-        graph: Graph | None = None,
+        graph: DecodingGraph | None = None,
     ) -> None:
-        graph = graph or Graph(image_inputs, create_pipeline, lambda *running: (run(*running),))
+        graph = graph or DecodingGraph(image_inputs, create_pipeline, lambda *running: (run(*running),))
         self._reader = reader
         self._config = config
         self._device = device

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali.pipeline import Pipeline
 
 from pipeline.data.config import Config
-from pipeline.data.dali import Graph, decoding, fn, new_pipeline, normalized, run_outputs, types
+from pipeline.data.dali import DecodingGraph, Pipeline, decoding, fn, new_pipeline, normalized, run_outputs, types
 from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.requests import SampleRequest
 from pipeline.image_size import height_width
@@ -39,9 +38,10 @@ class MaskedInputs(NamedTuple):
     """1 where image and mask are mirrored."""
 
 
-def mask_graph(config: Config) -> Graph:
+def mask_graph(config: Config) -> DecodingGraph:
     """Return the graph of images with masks."""
-    return Graph(lambda request: masked_inputs(request, height_width(config.size)), create_masked_pipeline, run_outputs)
+    size = height_width(config.size)
+    return DecodingGraph(lambda request: masked_inputs(request, size), create_masked_pipeline, run_outputs)
 
 
 def masked_inputs(request: SampleRequest, size: tuple[int, int]) -> MaskedInputs:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Outputs
 from pipeline.features.names import canonical, deep_stages, find_stage
-from pipeline.image_size import ImageSize, height_width, size_text
+from pipeline.image_size import Resolution, height_width, size_text
 
 CAM = "cam"
 """Name of the one tap that is computed, not captured: the class activation map [K, H, W].
@@ -231,7 +231,7 @@ class FeatureTaps(nn.Module):
             module.inplace = False  # type: ignore[assignment]
 
 
-def tap_shapes(taps: FeatureTaps, image_size: ImageSize) -> dict[str, tuple[int, ...]]:
+def tap_shapes(taps: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
     """Return the shapes, without the batch, of each tap and of ``logits`` on images of ``image_size`` pixels.
 
     The network runs once, in evaluation mode. BatchNorm statistics, random states and the modules' modes are left

@@ -42,8 +42,8 @@ def split_at_label(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]
 class DKD(Loss):
     """KD with separate weights for the label's class and the other classes.
 
-    It needs hard labels: of a mixed image it takes the class of the larger share, and of a map of logits those of the
-    mask, at the map's size.
+    It needs hard labels: of a mixed image it takes the class of the larger share. Of a map of logits it takes those of
+    the mask, at the map's size.
     """
 
     mixed_labels = "dominant"

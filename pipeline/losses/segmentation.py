@@ -9,7 +9,7 @@ from pipeline.losses._base import Loss, Taps
 from pipeline.losses._pixels import mean_count
 from pipeline.tasks._masks import IGNORED, MASK, upsampled
 
-AUXILIARY = "aux"
+AUX_TAP = "aux"
 """Tap of the auxiliary head's logits."""
 
 
@@ -34,7 +34,7 @@ class SegmentationLoss(Loss):
 
         def taps(self) -> Taps:
             """Return the auxiliary head of the student, if it learns."""
-            return Taps(frozenset({AUXILIARY} if self.aux_weight else ()))
+            return Taps(frozenset({AUX_TAP} if self.aux_weight else ()))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``segmentation``, and ``aux`` of the auxiliary head."""
@@ -42,7 +42,7 @@ class SegmentationLoss(Loss):
         pixels = mean_count(mask_BHW != IGNORED).to(student.logits.dtype)
         parts = {"segmentation": pixel_cross_entropy(student.logits, mask_BHW) / pixels}
         if self.config.aux_weight:
-            of_head = pixel_cross_entropy(student.features[AUXILIARY], mask_BHW)
+            of_head = pixel_cross_entropy(student.features[AUX_TAP], mask_BHW)
             parts["aux"] = self.config.aux_weight * of_head / pixels
         return parts
 

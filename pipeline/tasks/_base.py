@@ -54,6 +54,10 @@ class Task(ABC):
     """Titles of the metrics of validation, by their name in files; the first is the main one."""
     training_metric: ClassVar[str]
     """Name of the metric of a training batch in the journal."""
+    images_have: ClassVar[str]
+    """What the images of this task's shards have, as the end of a sentence about them."""
+    script: ClassVar[str | None] = None
+    """Command that prepares such shards; None if most of them do."""
     one_class: ClassVar[bool] = False
     """Whether an image has a single class, in ``labels_B``; losses that read it need such a task."""
     targets: ClassVar[frozenset[str]] = frozenset()

@@ -22,6 +22,7 @@ class Classification(Task):
 
     titles: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
     training_metric = "top1"
+    images_have = "have one class each"
     one_class = True
 
     def measure_batch(self, outputs: Outputs, batch: Batch) -> Tensor:

@@ -28,6 +28,8 @@ class MultiLabel(Task):
 
     titles: ClassVar[dict[str, str]] = {"map": "mAP", "f1": "F1"}
     training_metric = "f1"
+    images_have = "have any number of classes each"
+    script = "shards/prepare_multilabel.py"
     targets = frozenset({LABELS})
 
     def blank_targets(self, rows: int, num_classes: int, size: tuple[int, int]) -> dict[str, Tensor]:

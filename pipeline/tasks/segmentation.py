@@ -1,8 +1,8 @@
 """Segmentation: every pixel has one class.   B batch, K classes, N images, H W pixels of the mask.
 
-The metrics are those of PASCAL VOC and Cityscapes: IoU of a class over the pixels of all images, and its mean over the
-classes; and the share of right pixels. Logits are interpolated to the size of the mask. Pixels without a class count
-nowhere.
+The metrics are those of PASCAL VOC and Cityscapes. The IoU of a class is over the pixels of all images, and mIoU is its
+mean over the classes. The other metric is the share of right pixels. Logits are interpolated to the size of the mask.
+Pixels without a class count nowhere.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Segmentation(Task):
 
     titles: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
     training_metric = "pixel_accuracy"
+    images_have = "have masks"
+    script = "shards/prepare_masks.py"
     targets = frozenset({MASK})
     of_pixels = True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import NormParameters
-from pipeline.image_size import ImageSize
+from pipeline.image_size import Resolution
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
@@ -57,7 +57,7 @@ class CachedTeacher(nn.Module):
         norms = {tap: NormParameters(torch.tensor(n.weight), torch.tensor(n.bias)) for tap, n in stored.items() if n}
         return norms | (self.live.norms if self.live else {})
 
-    def shapes(self, image_size: ImageSize) -> dict[str, tuple[int, ...]]:
+    def shapes(self, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tap and of the logits, without the batch."""
         live = self.live.shapes(image_size) if self.live else {}
         kinds = self.cache.header.kinds

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import FeatureTaps
-from pipeline.image_size import ImageSize
+from pipeline.image_size import Resolution
 from pipeline.precision import promote_to_float32
 from pipeline.teachers.frozen import Teacher
 
@@ -35,7 +35,7 @@ class TeacherEnsemble(nn.Module):
         """Return the network of the first member, which provides the features."""
         return self.members[0].taps  # type: ignore[return-value]
 
-    def shapes(self, image_size: ImageSize) -> dict[str, tuple[int, ...]]:
+    def shapes(self, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the first member's taps and logits, without the batch."""
         return self.members[0].shapes(image_size)  # type: ignore[operator]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import FeatureTaps, tap_shapes
-from pipeline.image_size import ImageSize, height_width
+from pipeline.image_size import Resolution, height_width
 from pipeline.models.folding import fold_batchnorms
 from pipeline.teachers.config import RGBTriple
 
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
         taps: FeatureTaps,
         *,
         batch: int,
-        image_size: ImageSize,
+        image_size: Resolution,
         dtype: torch.dtype,
         device: torch.device,
         given: Normalization | None = None,
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
         features = {name: torch.cat([chunk.features[name] for chunk in chunks])[:rows] for name in chunks[0].features}
         return Outputs(torch.cat([chunk.logits for chunk in chunks])[:rows], features)
 
-    def shapes(self, image_size: ImageSize) -> dict[str, tuple[int, ...]]:
+    def shapes(self, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tap and of the logits, without the batch, on images of that size."""
         return tap_shapes(self.taps, self.resize or image_size)
 
@@ -113,7 +113,7 @@ def _renormalization(given: Normalization, expected: Normalization) -> tuple[Ten
 
 
 @torch.no_grad()
-def _fold(taps: FeatureTaps, image_size: ImageSize) -> None:
+def _fold(taps: FeatureTaps, image_size: Resolution) -> None:
     """Fold the BatchNorms of ``taps.model`` into its convolutions.
 
     Raises ValueError if a tap or the logits change by more than ``TOLERANCE``.

@@ -40,12 +40,12 @@ def test_every_cell_that_a_paper_prints_has_its_recipe():
             for method in methods:
                 assert load_recipe(CONFIGS / dataset / f"{name}.yaml", [f"method={method}"]).recipe.epochs
             printed += sum(len(numbers.keys() - {TEACHER}) for numbers in table.published.values())
-    assert (len(CIFAR_PAIRS), printed) == (11, 338)
+    assert (len(CIFAR_PAIRS), printed) == (11, 351)
 
 
 def test_the_tables_name_every_method_and_every_network():
-    stages_and_variants = {"ab_init", "ddkd_paper_literal", "perception_paper_literal"}
-    assert set(known_methods()) - TABLES.methods.keys() == stages_and_variants | {*MULTILABEL, *OF_TOKENS}
+    others = {"ab_init", "ddkd_paper_literal", "perception_paper_literal", "segmentation", *MULTILABEL, *OF_TOKENS}
+    assert set(known_methods()) - TABLES.methods.keys() == others
     assert TABLES.methods.keys() <= set(known_methods())
     for facts in TABLES.datasets.values():
         for table in facts.pairs.values():
@@ -195,6 +195,6 @@ def test_recipes_that_share_a_cache_have_the_same_teacher_and_the_same_views():
     for source in CACHED:
         tree = compose(source)
         by_folder.setdefault(tree["teacher"]["cache"], []).append({key: tree[key] for key in ("teacher", "data")})
-    assert len(by_folder) == 17  # eight teachers with a folder of logits and one of maps, and Tiny-ImageNet's
+    assert len(by_folder) == 19  # eight teachers with a folder of logits and one of maps, and three more of logits
     for found in by_folder.values():
         assert found == [found[0]] * len(found)

@@ -19,7 +19,7 @@ ENTRY_POINTS = {
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
-    {"batch", "errors", "frozen_model", "models", "network_arguments", "nvjpeg", "philox"},
+    {"batch", "errors", "frozen_model", "image_size", "models", "network_arguments", "nvjpeg", "philox"},
     {"augmentations", "commands", "distributed", "features", "precision", "run_reference"},
     {"tasks"},
     {"data", "optim", "diffusion"},
@@ -183,6 +183,7 @@ def unlisted_files_at_the_root(house: House) -> Iterator[str]:
         "batch",
         "errors",
         "frozen_model",
+        "image_size",
         "network_arguments",
         "nvjpeg",
         "philox",
