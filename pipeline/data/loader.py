@@ -22,6 +22,7 @@ from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.mixer import partners
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
+from pipeline.distributed import collectives
 from pipeline.image_size import height_width, size_text
 from shards.manifest import Manifest
 from shards.read import SplitReader
@@ -161,6 +162,8 @@ def create_loader(
             f"data.path: {config.path} has {times}{len(rows['train'])} training samples, fewer than one global "
             f"batch: {batch}; lower batch or prepare more samples"
         )
+    if config.crop == "scaled":
+        _check_scaled_sizes(config, {split: reader.samples[rows[split]] for split, reader in readers.items()})
     encoded, pin = config.loader == "dali", device.type == "cuda"
     plan = BatchSampler(config, readers, rows, batch, accumulation, seed, rank, world, columns, encoded, pin)
     settings = loader_settings(config, next(iter(readers.values())).manifest, device)
@@ -205,16 +208,26 @@ def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
             reader.check_sizes()
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"data.path: {error}") from None
-    if config.crop == "scaled" and split == "val":
-        _check_whole_images(config, reader)
     if config.loader == "memory" or (config.loader == "dali" and config.crop == "pad" and split == "train"):
         _check_sides(config, reader)
     return reader
 
 
-def _check_whole_images(config: Config, reader: SplitReader) -> None:
+def _check_scaled_sizes(config: Config, samples: dict[str, NDArray]) -> None:
+    """Print how many training images fill their crop at no scale, and check the sizes of the validation images."""
+    sides = {split: np.stack([rows["height"], rows["width"]], axis=1) for split, rows in samples.items()}
+    if "train" in sides:
+        largest = np.floor(sides["train"] * max(config.scales or SCALES) + 0.5)
+        small = int((largest < height_width(config.size)).any(axis=1).sum())
+        if small and collectives.is_main():
+            images = f"{small:,} of {len(sides['train']):,} training images"
+            print(f"note: data.size: {images} are smaller than {size_text(config.size)} at every scale, and are padded")
+    if "val" in sides:
+        _check_whole_images(config, sides["val"])
+
+
+def _check_whole_images(config: Config, sides: NDArray) -> None:
     """Raise ValueError for a validation image that is larger than ``data.validation_size``."""
-    sides = np.stack([reader.samples["height"], reader.samples["width"]], axis=1)
     largest, given = tuple(sides.max(axis=0).tolist()), config.for_validation.size
     if np.any(np.asarray(largest) > height_width(given)):
         raise ValueError(

@@ -48,8 +48,8 @@ def test_every_recipe_of_the_tree_is_built(source: RecipeSource):
     # Each loss gives its parts, and what has parameters of its own says so.
     for name in loaded.recipe.losses:
         assert any(part == name or part.startswith(f"{name}/") for part in report.parts)
-    assert report.student.parameters > 50_000
-    assert report.student.shapes["logits"] == (loaded.recipe.data.classes,)
+    assert report.student.parameters > 5_000
+    assert report.student.shapes["logits"][0] == loaded.recipe.data.classes
     assert len(report.teachers) == (loaded.recipe.teacher is not None)
     assert report.training_macs >= 3 * report.student.macs
 

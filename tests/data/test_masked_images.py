@@ -191,6 +191,22 @@ def test_a_cache_of_answers_is_bound_to_the_scales(masked: Path):
     assert facts[0] == facts[1] != facts[2]
 
 
+def test_held_out_training_images_are_validated_whole_too(masked: Path):
+    with pytest.raises(ValueError, match="the largest have 40 × 48 pixels"):
+        open_masked(config_of(masked, holdout={"share": 0.5}, validation_size=(32, 48)))
+    loader = open_masked(config_of(masked, holdout={"share": 0.5}))
+    assert sum(int((batch.ids_B >= 0).sum()) for batch in loader.validation()) == 6
+
+
+def test_images_that_fill_their_crop_at_no_scale_are_told(masked: Path, capsys: pytest.CaptureFixture[str]):
+    open_masked(config_of(masked, scales=(0.5, 1.0)))
+    assert (
+        "note: data.size: 12 of 12 training images are smaller than 32 × 52 at every scale" in capsys.readouterr().out
+    )
+    open_masked(config_of(masked))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

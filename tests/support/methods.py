@@ -21,7 +21,7 @@ MULTILABEL = [name for name in ALL if "bce" in losses_of(name)]
 """The methods for images of any number of classes."""
 OF_TOKENS = [name for name in ALL if "deit" in losses_of(name)]
 """The methods for students with a distillation token."""
-OF_MASKS = [name for name in ALL if "ifvd" in losses_of(name)]
+OF_MASKS = [name for name in ALL if losses_of(name).keys() & {"ifvd", "segmentation"}]
 """The methods that read the class of every pixel."""
 METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS)]
 """The methods for images of one class and any network."""
