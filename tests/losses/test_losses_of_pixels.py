@@ -14,7 +14,7 @@ from pipeline.losses._registry import known_losses, load_spec
 from pipeline.tasks._masks import IGNORED, MASK, masks_at
 
 SPECS = {name: load_spec(name, config_of(name)) for name in known_losses()}
-OF_PIXELS = [name for name, spec in SPECS.items() if spec.takes_pixels and spec.loss.needs_teacher]
+OF_PIXELS = [name for name, spec in SPECS.items() if spec.takes_pixels and spec.reads_teachers_head]
 DIFFUSION = SPECS["diffkd"].config.diffusion.model_dump(mode="json")
 DKD = {"alpha": 1.0, "beta": 2.0, "temperature": 2.0}
 
