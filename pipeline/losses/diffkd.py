@@ -151,7 +151,8 @@ class DiffKD(Loss):
             return {}
         c = self.config
         denoised = self.logit_denoiser(_as_map(student.logits), _as_map(teacher.logits))
-        denoised_student = student._replace(logits=denoised.student_BCHW.reshape(student.logits.shape))
+        logits = denoised.student_BCHW
+        denoised_student = student._replace(logits=logits if student.logits.ndim == 4 else logits[:, :, 0, 0])
         distances = self.logit_distance.parts(denoised_student, teacher, batch, progress)
         parts = {f"logit_{name}": c.distance_weight * value for name, value in distances.items()}
         return parts | {"diffusion_logit": c.diffusion_weight * denoised.diffusion_loss}
