@@ -12,6 +12,7 @@ B batch, C channels, H W space, K classes.
 
 from typing import Any, Literal, Self
 
+import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -183,9 +184,9 @@ def _as_map(logits: Tensor) -> Tensor:
 
 
 def _blank_outputs(facts: Facts, like: Tensor) -> Outputs:
-    """Return zeros in the shape of a teacher's outputs for as many images."""
+    """Return zeros in the shape of a teacher's outputs for as many images, whose logits are of the student's size."""
     zeros = {name: like.new_zeros(len(like), *shape) for name, shape in facts.teacher_shapes.items()}
-    return Outputs(zeros.pop("logits"), zeros)
+    return Outputs(torch.zeros_like(like), zeros)  # a map of logits may be a tap, too
 
 
 def feature_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:

@@ -17,6 +17,7 @@ SPECS = {name: load_spec(name, config_of(name)) for name in known_losses()}
 OF_PIXELS = [name for name, spec in SPECS.items() if spec.takes_pixels and spec.loss.needs_teacher]
 DIFFUSION = SPECS["diffkd"].config.diffusion.model_dump(mode="json")
 DKD = {"alpha": 1.0, "beta": 2.0, "temperature": 2.0}
+KD = {"temperature": 1.0}
 
 
 def test_losses_of_logits_that_take_pixels_are_known():
@@ -98,6 +99,18 @@ def test_a_map_of_logits_is_denoised_like_a_map_of_features(kind: str):
     loss = load_spec(inner, distance[inner]).build(case.loss.facts)
     same = loss.parts(case.student._replace(logits=denoised), case.teacher, case.batch, PROGRESS)[inner]
     assert found[f"logit_{inner}"].item() == pytest.approx(same.item(), rel=1e-12)
+
+
+def test_a_cached_teachers_student_is_observed_on_larger_images_than_it_learns_from():
+    reductions = {"predictor_reduction": 2, "adapter_reduction": 2}
+    weights = {"diffusion_weight": 1.0, "autoencoder_weight": 1.0, "distance_weight": 1.0}
+    branches = {"feature": {"stage": "logits", **reductions}, "logits": reductions, "logit_distance": {"kd": KD}}
+    shapes = {"logits": (CLASSES, *MAP_SIZE)}
+    loss = load_spec("diffkd", {"diffusion": DIFFUSION, **branches, **weights}).build(Facts(CLASSES, shapes, shapes))
+    map_BKHW = torch.randn(2, CLASSES, 2 * MAP_SIZE[0], 2 * MAP_SIZE[1])
+    seen = loss.observe(Outputs(map_BKHW, {"logits": map_BKHW}), None)
+    assert {"gamma", "gamma_logits"} <= seen.keys()
+    assert set(seen["maps"]) == {"student", "denoised"}
 
 
 def uneven(rank: int, world: int, name: str) -> list[float]:
