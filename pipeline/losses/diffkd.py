@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
@@ -99,6 +99,16 @@ class DiffKD(Loss):
         """λ2, the weight of the autoencoder's reconstruction loss."""
         distance_weight: NonNegativeFloat
         """λ3, the weight of the distances between student and teacher."""
+
+        @field_validator("logits", mode="before")
+        @classmethod
+        def _keys_are_of_one_kind(cls, value: Any) -> Any:
+            # Without this, a key of neither kind would be told as an error of both.
+            kinds = [list(kind.model_fields) for kind in (LogitBranch, LogitMapBranch)]
+            if isinstance(value, dict) and set(value) not in map(set, kinds):
+                expected = " or, of a map, ".join(" and ".join(kind) for kind in kinds)
+                raise ValueError(f"expected {expected}, got {' and '.join(map(str, value)) or 'nothing'}")
+            return value
 
         @model_validator(mode="after")
         def _branches_fit(self) -> Self:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gloo_ranks import Ranks
 from loss_cases import CLASSES, MAP_SIZE, PROGRESS, config_of, example, inputs_of, oracle
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
@@ -99,6 +100,22 @@ def test_a_map_of_logits_is_denoised_like_a_map_of_features(kind: str):
     loss = load_spec(inner, distance[inner]).build(case.loss.facts)
     same = loss.parts(case.student._replace(logits=denoised), case.teacher, case.batch, PROGRESS)[inner]
     assert found[f"logit_{inner}"].item() == pytest.approx(same.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["diffkd", "ddkd"])
+@pytest.mark.parametrize(
+    ("keys", "got"),
+    [
+        ({"predictor_expansion": 4}, "predictor_expansion"),
+        ({"predictor_expansion": 4, "adapter_reduction": 2}, "predictor_expansion and adapter_reduction"),
+        ({"predictor_expnsion": 4, "adapter_expansion": 2}, "predictor_expnsion and adapter_expansion"),
+    ],
+)
+def test_keys_of_a_branch_of_logits_that_are_of_neither_kind_are_named(kind: str, keys: dict[str, int], got: str):
+    config = {**config_of(kind), "logits": keys}
+    kinds = "predictor_expansion and adapter_expansion or, of a map, predictor_reduction and adapter_reduction"
+    with pytest.raises(ValidationError, match=f"expected {kinds}, got {got}"):
+        load_spec(kind, config)
 
 
 def test_a_cached_teachers_student_is_observed_on_larger_images_than_it_learns_from():
