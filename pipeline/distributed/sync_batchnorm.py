@@ -59,11 +59,9 @@ def synchronize_batchnorms(model: nn.Module) -> None:
 def _check_norm(norm: _BatchNorm) -> None:
     # timm's BatchNormAct2d ends in an activation, which torch's SyncBatchNorm would leave out.
     if type(norm) is not nn.BatchNorm2d:
-        raise ValueError(
-            f"sync_batchnorm: a {type(norm).__name__} cannot be synchronised, only BatchNorm2d; remove sync_batchnorm"
-        )
+        raise ValueError(f"a {type(norm).__name__} cannot be synchronised, only BatchNorm2d; remove sync_batchnorm")
     if not norm.affine or not norm.track_running_stats or norm.momentum is None:
-        raise ValueError("sync_batchnorm: a BatchNorm without scale, shift or running averages cannot be synchronised")
+        raise ValueError("a BatchNorm without scale, shift or running averages cannot be synchronised")
 
 
 def _synced(norm: Any) -> SyncedBatchNorm:
