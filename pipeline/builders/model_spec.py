@@ -57,8 +57,10 @@ class ModelSpec(NamedTuple):
         with error_context(f"{self.key}.stages"):
             known = stages(model) | dict(self.stages)
             known = without_head(model, known) if self.headless else known
-            if self.synced:
+        if self.synced:
+            with error_context(f"{self.key}.sync_batchnorm"):
                 synchronize_batchnorms(model)
+        with error_context(f"{self.key}.stages"):
             return FeatureTaps(model, known, self.taps, frozen_norms(model, self.frozen))
 
     def probe(self, network: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:

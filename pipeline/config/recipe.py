@@ -229,8 +229,11 @@ class Recipe(FrozenModel):
 
     @model_validator(mode="after")
     def _teacher_fits_the_task(self) -> Recipe:
-        if self.teacher is None or find_task(self.task).one_class:
+        task = find_task(self.task)
+        if self.teacher is None or task.one_class:
             return self
+        if task.of_pixels and self.teacher.size is not None:  # it makes squares, which would distort the pixels
+            raise ValueError(f"teacher.size resizes images to squares, and this is task: {self.task}; remove it")
         # Both are about a softmax over the classes.
         keys = {"expect_top1": self.teacher.expect_top1 is not None, "members": bool(self.teacher.members)}
         if found := [key for key, given in keys.items() if given]:

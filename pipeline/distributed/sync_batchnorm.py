@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.distributed.collectives import all_reduce_sum, standardize_columns, world_size
+from pipeline.distributed.launcher import read_launch
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
@@ -20,9 +24,9 @@ class SyncedBatchNorm(nn.BatchNorm2d):
             return super().forward(input)
         x_BHWC = input.movedim(1, -1)
         rows_RC = x_BHWC.flatten(0, -2)
-        self._track(rows_RC.detach())
+        self._track(rows_RC.detach().double())  # bfloat16, as of autocast, could not even count the rows
         normal_BHWC = standardize_columns(rows_RC, self.eps).view(x_BHWC.shape)
-        return (normal_BHWC * self.weight + self.bias).movedim(-1, 1)
+        return (normal_BHWC * self.weight + self.bias).movedim(-1, 1).to(input.dtype)
 
     def _track(self, rows_RC: Tensor) -> None:
         """Update the running averages by the mean and the unbiased variance of the rows of all ranks."""
@@ -31,24 +35,36 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         mean_C = sums_C / count
         variance_C = all_reduce_sum((rows_RC - mean_C).square().sum(0)) / (count - 1)
         for average, value in ((self.running_mean, mean_C), (self.running_var, variance_C)):
-            average.lerp_(value, self.momentum or 0.0)  # type: ignore[union-attr]
+            average.lerp_(value.to(average.dtype), self.momentum or 0.0)  # type: ignore[union-attr]
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
 
 
 def synchronize_batchnorms(model: nn.Module) -> None:
-    """Replace every BatchNorm2d of a network by one over the rows of all ranks, with the same parameters."""
-    if torch.cuda.is_available():
+    """Replace every BatchNorm2d of a network by one over the rows of all ranks, with the same parameters.
+
+    Raises ValueError for a BatchNorm of another kind, which may compute more.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        _check_norm(norm)
+    if not read_launch().on_cpu:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
+            if child in norms:
                 setattr(module, name, _synced(child))
 
 
-def _synced(norm: nn.BatchNorm2d) -> SyncedBatchNorm:
+def _check_norm(norm: _BatchNorm) -> None:
+    # timm's BatchNormAct2d ends in an activation, which torch's SyncBatchNorm would leave out.
+    if type(norm) is not nn.BatchNorm2d:
+        raise ValueError(f"a {type(norm).__name__} cannot be synchronised, only BatchNorm2d; remove sync_batchnorm")
     if not norm.affine or not norm.track_running_stats or norm.momentum is None:
-        raise ValueError("sync_batchnorm: a BatchNorm without scale, shift or running averages cannot be synchronised")
+        raise ValueError("a BatchNorm without scale, shift or running averages cannot be synchronised")
+
+
+def _synced(norm: Any) -> SyncedBatchNorm:
     synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum)
     synced.weight, synced.bias = norm.weight, norm.bias
     synced.running_mean, synced.running_var = norm.running_mean, norm.running_var

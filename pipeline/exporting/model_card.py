@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.recipe import LoadedRecipe, Recipe
-from pipeline.image_size import size_text
+from pipeline.image_size import height_width, size_text
 from pipeline.models.from_timm import PREFIX
 from pipeline.runs.card import Card
 from pipeline.runs.evaluation_file import EvaluationFile
@@ -86,11 +86,11 @@ def _figures(card: Card, result: Result | None, evaluation: EvaluationFile | Non
 
 
 def _preprocessing(card: Card) -> Iterator[tuple[str, str]]:
-    if isinstance(card.size, tuple):
-        yield "size", f"{size_text(card.size)} pixels, whole images, padded below and on the right"
+    if find_task(card.task).of_pixels:
+        yield "size", f"{size_text(height_width(card.size))} pixels, whole images, padded below and on the right"
     else:
         short = f"the centre of an image whose short side is resized to {card.resize or card.size}"
-        yield "size", f"{card.size} × {card.size} pixels, {short}"
+        yield "size", f"{size_text(height_width(card.size))} pixels, {short}"
     yield "mean", ", ".join(f"{value:g}" for value in card.mean)
     yield "standard deviation", ", ".join(f"{value:g}" for value in card.std)
 

@@ -12,8 +12,9 @@ B batch, C channels, H W space, K classes.
 
 from typing import Any, Literal, Self
 
+import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
@@ -98,6 +99,16 @@ class DiffKD(Loss):
         """λ2, the weight of the autoencoder's reconstruction loss."""
         distance_weight: NonNegativeFloat
         """λ3, the weight of the distances between student and teacher."""
+
+        @field_validator("logits", mode="before")
+        @classmethod
+        def _keys_are_of_one_kind(cls, value: Any) -> Any:
+            # Without this, a key of neither kind would be told as an error of both.
+            kinds = [list(kind.model_fields) for kind in (LogitBranch, LogitMapBranch)]
+            if isinstance(value, dict) and set(value) not in map(set, kinds):
+                expected = " or, of a map, ".join(" and ".join(kind) for kind in kinds)
+                raise ValueError(f"expected {expected}, got {' and '.join(map(str, value)) or 'nothing'}")
+            return value
 
         @model_validator(mode="after")
         def _branches_fit(self) -> Self:
@@ -184,9 +195,9 @@ def _as_map(logits: Tensor) -> Tensor:
 
 
 def _blank_outputs(facts: Facts, like: Tensor) -> Outputs:
-    """Return zeros in the shape of a teacher's outputs for as many images."""
+    """Return zeros in the shape of a teacher's outputs for as many images, whose logits are of the student's size."""
     zeros = {name: like.new_zeros(len(like), *shape) for name, shape in facts.teacher_shapes.items()}
-    return Outputs(zeros.pop("logits"), zeros)
+    return Outputs(torch.zeros_like(like), zeros)  # a map of logits may be a tap, too
 
 
 def feature_denoiser(config: DiffKD.Config, facts: Facts) -> Denoiser | None:

@@ -55,7 +55,7 @@ class Segmentation(Task):
     def agreement(self, a: Outputs, b: Outputs, batch: Batch) -> Tensor:
         """Return the number of pixels for which both predict the same class, and that of all pixels with a class."""
         mask_BHW = batch.targets[MASK]
-        ours_BHW, theirs_BHW = (upsampled(outputs.logits, mask_BHW).argmax(1) for outputs in (a, b))
+        ours_BHW, theirs_BHW = (upsampled(outputs.logits.float(), mask_BHW).argmax(1) for outputs in (a, b))
         has_class_BHW = _has_class(batch)
         return torch.stack([((ours_BHW == theirs_BHW) & has_class_BHW).sum(), has_class_BHW.sum()])
 

@@ -63,3 +63,9 @@ def test_a_layer_of_a_backbone_can_be_frozen():
     trained = [name for name, parameter in taps.model.named_parameters() if parameter.requires_grad]
     assert not any(name.startswith("backbone.layer1") or ".bn1." in name for name in trained)
     assert not taps.train().model.get_submodule("backbone.layer1.0.bn2").training
+
+
+def test_a_network_whose_norms_do_more_than_normalise_is_not_synchronised():
+    config = StudentConfig(model="timm/efficientnet_b0", sync_batchnorm=True)
+    with pytest.raises(RecipeError, match=r"^student\.sync_batchnorm: a BatchNormAct2d cannot be synchronised, only"):
+        student_spec(config, frozenset()).build(5)

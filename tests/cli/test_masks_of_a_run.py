@@ -27,9 +27,11 @@ from pipeline import evaluate, export, predict
 from pipeline.builders.student import student_from_card
 from pipeline.errors import AlreadyReported, RecipeError
 from pipeline.exporting.formats import FORMATS
+from pipeline.exporting.model_card import model_card
 from pipeline.exporting.trained import inference
 from pipeline.runs.card import read_card
 from pipeline.runs.evaluation_file import EvaluationFile, read_evaluation
+from pipeline.runs.folder import load_run
 from pipeline.tasks._mask_images import class_color, palette
 from shards.manifest import read_manifest, write_manifest
 
@@ -271,3 +273,10 @@ def test_a_segmenters_folder_for_a_hub_says_what_its_logits_are():
     assert "Classes: 0 ground, 1 box, 2 disc." in text
     with pytest.raises(RecipeError, match="plain_fpn is none of timm's networks"):
         export.main([str(RUN), "format=timm"])
+
+
+def test_a_model_card_says_that_square_images_of_a_segmenter_are_whole_too():
+    card = read_card(WEIGHTS).model_copy(update={"size": 48})
+    text = model_card(load_run(RUN, []), WEIGHTS, card, None)
+    assert "48 × 48 pixels, whole images, padded below and on the right" in text
+    assert "centre" not in text

@@ -75,6 +75,22 @@ def test_a_pair_has_no_losses_of_its_own_and_an_overlay_changes_the_labels_loss_
         assert yaml.safe_load(path.read_text()).get("losses", {}).keys() <= {"ce", "deit"}, path
 
 
+def names(tree: Any, above: str = "") -> list[str]:
+    """Return the dotted names of the values of a tree."""
+    if not isinstance(tree, dict):
+        return [above]
+    return [name for key, value in tree.items() for name in names(value, f"{above}.{key}" if above else key)]
+
+
+def test_every_constant_of_a_data_set_is_one_of_a_method():
+    used = set(re.findall(r"\$\{([a-z_0-9.]+)\}", "".join(path.read_text() for path in METHODS_FOLDER.glob("*.yaml"))))
+    for dataset in TABLES.datasets:
+        tree = yaml.safe_load((CONFIGS / dataset / f"{dataset}.yaml").read_text())
+        for name in names(tree.get("constants", {})):
+            parts = name.split(".")
+            assert used & {".".join(parts[:end]) for end in range(1, len(parts) + 1)}, f"{dataset}: {name}"
+
+
 @pytest.mark.parametrize("overlay", sorted(path.stem for path in (CONFIGS / "imagenet" / OVERLAYS).glob("*.yaml")))
 @pytest.mark.parametrize("pair", ["r34_r18", "r50_mbv1", "swin_l_swin_t", "regnety_deit_tiny"])
 def test_every_overlay_of_imagenet_lies_over_every_pair(pair: str, overlay: str):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gloo_ranks import Ranks
 from loss_cases import CLASSES, MAP_SIZE, PROGRESS, config_of, example, inputs_of, oracle
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
@@ -17,6 +18,7 @@ SPECS = {name: load_spec(name, config_of(name)) for name in known_losses()}
 OF_PIXELS = [name for name, spec in SPECS.items() if spec.takes_pixels and spec.reads_teachers_head]
 DIFFUSION = SPECS["diffkd"].config.diffusion.model_dump(mode="json")
 DKD = {"alpha": 1.0, "beta": 2.0, "temperature": 2.0}
+KD = {"temperature": 1.0}
 
 
 def test_losses_of_logits_that_take_pixels_are_known():
@@ -100,6 +102,34 @@ def test_a_map_of_logits_is_denoised_like_a_map_of_features(kind: str):
     assert found[f"logit_{inner}"].item() == pytest.approx(same.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["diffkd", "ddkd"])
+@pytest.mark.parametrize(
+    ("keys", "got"),
+    [
+        ({"predictor_expansion": 4}, "predictor_expansion"),
+        ({"predictor_expansion": 4, "adapter_reduction": 2}, "predictor_expansion and adapter_reduction"),
+        ({"predictor_expnsion": 4, "adapter_expansion": 2}, "predictor_expnsion and adapter_expansion"),
+    ],
+)
+def test_keys_of_a_branch_of_logits_that_are_of_neither_kind_are_named(kind: str, keys: dict[str, int], got: str):
+    config = {**config_of(kind), "logits": keys}
+    kinds = "predictor_expansion and adapter_expansion or, of a map, predictor_reduction and adapter_reduction"
+    with pytest.raises(ValidationError, match=f"expected {kinds}, got {got}"):
+        load_spec(kind, config)
+
+
+def test_a_cached_teachers_student_is_observed_on_larger_images_than_it_learns_from():
+    reductions = {"predictor_reduction": 2, "adapter_reduction": 2}
+    weights = {"diffusion_weight": 1.0, "autoencoder_weight": 1.0, "distance_weight": 1.0}
+    branches = {"feature": {"stage": "logits", **reductions}, "logits": reductions, "logit_distance": {"kd": KD}}
+    shapes = {"logits": (CLASSES, *MAP_SIZE)}
+    loss = load_spec("diffkd", {"diffusion": DIFFUSION, **branches, **weights}).build(Facts(CLASSES, shapes, shapes))
+    map_BKHW = torch.randn(2, CLASSES, 2 * MAP_SIZE[0], 2 * MAP_SIZE[1])
+    seen = loss.observe(Outputs(map_BKHW, {"logits": map_BKHW}), None)
+    assert {"gamma", "gamma_logits"} <= seen.keys()
+    assert set(seen["maps"]) == {"student", "denoised"}
+
+
 def uneven(rank: int, world: int, name: str) -> list[float]:
     """Return the parts of a loss and its gradient's sum, on a rank's images; the first images have few known pixels."""
     case = example(name, rows=4, of_pixels=True)
@@ -135,8 +165,6 @@ def test_images_without_any_class_train_nothing_and_end_no_run():
 @pytest.mark.parametrize("name", OF_PIXELS)
 def test_maps_of_logits_of_different_size_are_refused_in_one_line(name: str):
     spec = SPECS[name]
-    if not spec.reads_teachers_head:
-        return
     taps = {"last": (8, 4, 4)}
     ours, theirs = {"logits": (CLASSES, 3, 4), **taps}, {"logits": (CLASSES, 6, 8), **taps}
     with pytest.raises(ValueError, match=f"{name}: the maps of logits .* 3 × 4 and 6 × 8; give both one output stride"):

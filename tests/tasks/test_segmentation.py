@@ -122,6 +122,13 @@ def test_the_training_metric_counts_pixels_with_a_class_at_the_size_of_the_logit
     assert Segmentation().measure_batch(Outputs(logits_NKHW, {}), empty).item() == 0
 
 
+def test_agreement_interpolates_logits_of_half_precision_as_the_counts_do():
+    logits_NKHW = draw(7)[0].bfloat16()
+    batch = batch_of(torch.zeros(IMAGES, 60, 90, dtype=torch.uint8))
+    same, all_pixels = Segmentation().agreement(Outputs(logits_NKHW, {}), Outputs(logits_NKHW.float(), {}), batch)
+    assert same == all_pixels == IMAGES * 60 * 90
+
+
 def test_the_divergence_of_a_network_from_itself_is_zero_and_else_the_mean_over_the_pixels():
     logits_NKHW, _ = draw(5)
     other_NKHW, _ = draw(6)

@@ -148,6 +148,7 @@ REFUSED = [
     (["task=classification"], "needs|reads the targets mask_BHW|crop"),
     (["data.crop=pad", "data.size=24", "data.validation_size=null"], "data.crop: pad is not for task: segmentation"),
     (["teacher.expect_top1=50"], "teacher.expect_top1 needs images of one class, and this is task: segmentation"),
+    (["teacher.size=32"], "teacher.size resizes images to squares, and this is task: segmentation; remove it"),
     (["data.augment=[{erasing: {probability: 0.5}}]"], "augment: crop: scaled does not take it; remove it"),
 ]
 
