@@ -30,7 +30,8 @@ class LossSpec:
 
         Raises ValueError if it compares maps of logits of different size.
         """
-        if self.reads_teachers_head and self.takes_pixels:
+        # Losses that tap the maps of logits as features pool them to one size.
+        if self.reads_teachers_head and self.takes_pixels and "logits" not in self.config.taps().student:
             _check_maps(self.name, facts)
         return self.loss(self.config, facts)
 

@@ -50,7 +50,7 @@ class SegmentationLoss(Loss):
 def pixel_cross_entropy(logits_BKHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """Return the cross-entropy of the pixels with a class, summed."""
     logits_BKHW = upsampled(logits_BKHW, mask_BHW)
-    # F.cross_entropy of a map adds in no fixed order on a GPU, so that a run would not repeat.
+    # F.cross_entropy of a map adds in no fixed order on a GPU.
     log_p_BHW = logits_BKHW.log_softmax(1).gather(1, _as_index(mask_BHW))[:, 0]
     return -log_p_BHW.masked_fill(mask_BHW == IGNORED, 0.0).sum()
 

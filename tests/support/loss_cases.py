@@ -148,7 +148,7 @@ def example(
     labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
     labels = labels_by_id[:rows]
     norms = norms_of(teacher_shapes)
-    facts_of = ({**shapes, "logits": logits} for shapes in (student_shapes, teacher_shapes))
+    facts_of = ({"logits": logits, **shapes} for shapes in (student_shapes, teacher_shapes))
     facts = Facts(CLASSES, *facts_of, len(labels_by_id), labels_by_id, norms, autocast)
     torch.manual_seed(zlib.crc32(name.encode()) + seed)
     loss = spec.build(facts).to(torch.float64 if dtype == torch.float64 else torch.float32)
