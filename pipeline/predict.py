@@ -199,7 +199,7 @@ def predict_masks(
         alike: dict[tuple[int, int], dict[Path, Tensor]] = {}
         for path in paths[start : start + at_once]:
             try:
-                x_CHW = whole_image(read_image(path), config)
+                x_CHW = whole_image(read_image(path, upright=True), config)
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
                 continue

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.data.config import Config
@@ -17,13 +17,18 @@ from pipeline.data.requests import validation_geometry
 from pipeline.errors import one_line
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return an image as uint8 [H, W, 3], not rotated by EXIF, as in training. Raises ValueError if it is none."""
+def read_image(path: Path, *, upright: bool = False) -> NDArray[np.uint8]:
+    """Return an image as uint8 [H, W, 3]. Raises ValueError if it is none.
+
+    It is not rotated by EXIF, as in training on classes. ``upright`` rotates it, as shards with masks store it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual metadata, which nothing here reads
             with Image.open(path) as image:
                 image.load()
+                if upright:
+                    ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):  # grey of 16 bits: Pillow would clip values at 255
                     return _grey(np.asarray(image).astype(np.int64))
                 if image.mode == "F":

@@ -227,6 +227,20 @@ def test_predicted_masks_are_those_that_evaluate_counted(
     assert sum(float(line.split()[-1]) for line in lines[3:]) == pytest.approx(100 * (IMAGES + 1), abs=0.2)
 
 
+def test_a_photograph_that_its_exif_rotates_gets_the_mask_of_what_people_see(
+    evaluation: EvaluationFile, tmp_path: Path
+):
+    stored = Image.fromarray(draw_masked(7, 48, 40)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    stored.save(tmp_path / "photo.png", exif=exif)
+    stored.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    predict.main([str(WEIGHTS), str(tmp_path / "photo.png"), str(tmp_path / "upright.png"), f"out={tmp_path / 'out'}"])
+    photo, upright = (read_png(tmp_path / "out" / name) for name in ("photo.png", "upright.png"))
+    assert photo.size == upright.size == (40, 48)
+    assert np.array_equal(np.asarray(photo), np.asarray(upright))
+
+
 def test_masks_that_cannot_be_written_are_one_line_and_other_images_are_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
