@@ -27,7 +27,8 @@ HEAD_CHANNELS = 128
 """Channels of the project's own heads before the classifier, half of torchvision's, as in the published tables."""
 
 
-def deeplabv3_resnet(
+def _small_resnet(
+    kind: str,
     blocks: tuple[int, int, int, int],
     num_classes: int,
     *,
@@ -36,24 +37,10 @@ def deeplabv3_resnet(
     aux: bool = True,
     width: float = 1.0,
 ) -> Segmenter:
-    """Return DeepLabV3 with a ResNet of basic blocks: see ``dilated_resnet`` for the arguments."""
+    """Return DeepLabV3 or PSPNet with a ResNet of basic blocks: see ``dilated_resnet`` for the arguments."""
     backbone = dilated_resnet(blocks, stem=stem, output_stride=output_stride, width=width)
-    classifier = deeplab_head(8 * scaled(64, width), scaled(HEAD_CHANNELS, width), num_classes, output_stride)
-    return Segmenter(backbone, classifier, FCNHead(4 * scaled(64, width), num_classes) if aux else None)
-
-
-def pspnet_resnet(
-    blocks: tuple[int, int, int, int],
-    num_classes: int,
-    *,
-    stem: str = "plain",
-    output_stride: int = 8,
-    aux: bool = True,
-    width: float = 1.0,
-) -> Segmenter:
-    """Return PSPNet with a ResNet of basic blocks: see ``dilated_resnet`` for the arguments."""
-    backbone = dilated_resnet(blocks, stem=stem, output_stride=output_stride, width=width)
-    classifier = psp_head(8 * scaled(64, width), scaled(HEAD_CHANNELS, width), num_classes)
+    channels = 8 * scaled(64, width), scaled(HEAD_CHANNELS, width), num_classes
+    classifier = deeplab_head(*channels, output_stride) if kind == "deeplabv3" else psp_head(*channels)
     return Segmenter(backbone, classifier, FCNHead(4 * scaled(64, width), num_classes) if aux else None)
 
 
@@ -109,9 +96,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     },
     "deeplabv3_mobilenet_v3_large": _torchvision_mobilenet_v3,
     "lraspp_mobilenet_v3_large": _torchvision_lraspp,
-    "deeplabv3_resnet18": partial(deeplabv3_resnet, (2, 2, 2, 2)),
-    "deeplabv3_resnet34": partial(deeplabv3_resnet, (3, 4, 6, 3)),
+    **{
+        f"{kind}_{name}": partial(_small_resnet, kind, blocks)
+        for kind in ("deeplabv3", "pspnet")
+        for name, blocks in (("resnet18", (2, 2, 2, 2)), ("resnet34", (3, 4, 6, 3)))
+    },
     "deeplabv3_mobilenet_v2": deeplabv3_mobilenet_v2,
-    "pspnet_resnet18": partial(pspnet_resnet, (2, 2, 2, 2)),
-    "pspnet_resnet34": partial(pspnet_resnet, (3, 4, 6, 3)),
 }

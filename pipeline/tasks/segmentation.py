@@ -7,6 +7,7 @@ Pixels without a class count nowhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -69,7 +70,7 @@ class Segmentation(Task):
         counts_KK = square(rows_NC[:, :-1].sum(0).long())
         pixels = int(counts_KK.sum())
         nll = rows_NC[:, -1].sum().item() / max(pixels, 1)
-        metrics = {**_metrics(counts_KK), "nll": nll if torch.isfinite(torch.tensor(nll)) else None, "ece": None}
+        metrics = {**_metrics(counts_KK), "nll": nll if math.isfinite(nll) else None, "ece": None}
         ious = [None if union == 0 else 100 * both / union for both, union in _overlaps(counts_KK).tolist()]
         per_class: dict[str, list[Any]] = {"samples": counts_KK.sum(1).tolist(), "iou": ious}
         pairs = counts_KK.nonzero()
