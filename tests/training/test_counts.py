@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from gloo_ranks import Ranks
+from masked import PIXEL_CLASSES, write_masked
 from one_core import one_core
 from step_counts import EARLY, LATE, Counts, count
 
@@ -44,6 +45,8 @@ SHORT = {
 SMALLER = {"r50_mbv1/ddkd": ["losses.ddkd.feature.latent=256"]}
 RECIPES = {f"{pair}/{method}": 1 for pair, (*_, methods) in PAIRS.items() for method in methods}
 RECIPES |= {f"resnet56_resnet20/{method}, 2 ranks": 2 for method in ("perception", "ddkd")}
+OF_PIXELS = ("ce", "kd", "diffkd")
+RECIPES |= {f"demo_segmentation/{method}": 1 for method in OF_PIXELS}
 
 
 def write(folder: Path, shards: Path) -> None:
@@ -60,6 +63,20 @@ def write(folder: Path, shards: Path) -> None:
             (folder / f"{pair}.{method}.yaml").write_text(yaml.safe_dump(recipe))
 
 
+def write_of_pixels(folder: Path) -> None:
+    """Write the recipes of the demo of segmentation likewise, for small images with masks."""
+    write_masked(folder / "masked", 60, 0)
+    torch.manual_seed(0)
+    torch.save(create_model("plain_fpn", len(PIXEL_CLASSES)).state_dict(), folder / "plain_fpn.pt")
+    for method in OF_PIXELS:
+        tree = compose(RecipeSource(ROOT / "configs" / "demo_segmentation.yaml", method))
+        own = {"model": "plain_fpn", "weights": "plain_fpn.pt"} if method != "ce" else None
+        given = {key: tree[key] for key in ("task", "student", "losses", "optimizer")}
+        data = {"path": "masked", "size": [16, 24], "crop": "scaled", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+        recipe = {**SHORT, **given, "teacher": own, "data": data}
+        (folder / f"demo_segmentation.{method}.yaml").write_text(yaml.safe_dump(recipe))
+
+
 @pytest.fixture(scope="module")
 def counted(
     tmp_path_factory: pytest.TempPathFactory, shards: Path, ranks: Ranks, request: pytest.FixtureRequest
@@ -72,6 +89,7 @@ def counted(
         pytest.skip(f"nothing is stored for torch {VERSION}; record it: {HOW}")
     folder = tmp_path_factory.mktemp("counts")
     write(folder, shards)
+    write_of_pixels(folder)
     found = {}
     for name, world in RECIPES.items():
         words = [f"{name.partition(',')[0].replace('/', '.')}.yaml", f"folder=runs/{name.replace(' ', '')}"]
