@@ -150,7 +150,7 @@ def _padded(found: dict[str, Tensor]) -> Tensor:
     return padded_N6
 
 
-class RetinaNetDetector(Detector, RetinaNet):
+class RetinaNetDetector(Detector, RetinaNet):  # type: ignore[misc]  # another forward
     """RetinaNet, Lin et al., ICCV 2017, arXiv:1708.02002."""
 
     def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
@@ -158,7 +158,7 @@ class RetinaNetDetector(Detector, RetinaNet):
         self.add_taps("class", "box")
 
 
-class FCOSDetector(Detector, FCOS):
+class FCOSDetector(Detector, FCOS):  # type: ignore[misc]  # another forward
     """FCOS, Tian et al., ICCV 2019, arXiv:1904.01355, with one anchor for each cell."""
 
     def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
