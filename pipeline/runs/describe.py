@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.recipe import Recipe
+from pipeline.data.buckets import epoch_batches
 from pipeline.runs.files import CHECKPOINTS, checkpoint_folders, read_identity
 from pipeline.runs.identity import Run, differing_keys
 
@@ -13,7 +14,9 @@ NEW = "new"
 
 def steps_per_epoch(run: Run) -> int:
     """Return the number of complete global batches in an epoch; 0 if there are fewer images than that."""
-    return run.training_images * run.recipe.data.repeat // run.recipe.batch if "train" in run.manifest.splits else 0
+    if "train" not in run.manifest.splits:
+        return 0
+    return epoch_batches(run.recipe.data, run.manifest, run.recipe.batch)
 
 
 def describe_state(run: Run) -> str:

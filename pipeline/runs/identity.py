@@ -58,6 +58,9 @@ _OPTIONS = {
     "warmup": False,
     "augment": [],
     "scales": None,
+    "short": None,
+    "long": None,
+    "buckets": None,
     "linear": False,
 }
 # Keys whose values are the user's own names, in which nothing is off.
