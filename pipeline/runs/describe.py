@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.recipe import Recipe
-from pipeline.data.buckets import epoch_batches
 from pipeline.runs.files import CHECKPOINTS, checkpoint_folders, read_identity
 from pipeline.runs.identity import Run, differing_keys
 
 NEW = "new"
-
-
-def steps_per_epoch(run: Run) -> int:
-    """Return the number of complete global batches in an epoch; 0 if there are fewer images than that."""
-    if "train" not in run.manifest.splits:
-        return 0
-    return epoch_batches(run.recipe.data, run.manifest, run.recipe.batch)
 
 
 def describe_state(run: Run) -> str:
@@ -28,7 +20,7 @@ def describe_state(run: Run) -> str:
         return NEW
     if differing_keys(begun.values(), run.identity):
         return "holds the run of another recipe"
-    total, saved = run.recipe.epochs * steps_per_epoch(run), checkpoint_folders(run.folder / CHECKPOINTS)
+    total, saved = run.recipe.epochs * run.steps_per_epoch, checkpoint_folders(run.folder / CHECKPOINTS)
     if not saved:
         return "begun before its first checkpoint, starts at step 0 again"
     return f"continues at step {saved[-1].name.removeprefix('step-')} of {total}"
