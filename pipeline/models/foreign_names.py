@@ -1,7 +1,8 @@
 """Names that well-known code gives to weights of networks that have other names here.
 
-RepDistiller's and mdistiller's networks for CIFAR are the same as this project's, layer by layer. Torchvision's
-published DenseNets have the names of its first release. A family is a function from our name to the foreign name.
+RepDistiller's and mdistiller's networks for CIFAR are the same as this project's, layer by layer, and so is
+mmdetection's RetinaNet, whose P6 is computed from C5. Torchvision's published DenseNets have the names of its first
+release. A family is a function from our name to the foreign name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pipeline.models.cifar_shufflenet_v1 import CifarShuffleNetV1
 from pipeline.models.cifar_shufflenet_v2 import CifarShuffleNetV2
 from pipeline.models.cifar_vgg import CifarVGG
 from pipeline.models.cifar_wrn import CifarWideResNet
+from pipeline.models.detector import RetinaNetDetector
 
 _PAIR = ("conv", "bn")
 """Foreign names of the first and the second module of a ``Conv2dNormActivation``."""
@@ -103,6 +105,19 @@ def _densenet(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))(\d\.)", r"\1.\2", name)
 
 
+def _retinanet(name: str) -> str:
+    """Return mmdetection's name: P3 to P7 are one list of convolutions, and both towers are one head."""
+    name = re.sub(r"^backbone\.body\.", "backbone.", name)
+    name = re.sub(r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv.", name)
+    name = re.sub(r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv.", name)
+    for place, level in enumerate(("p6", "p7"), start=3):
+        name = name.replace(f"backbone.fpn.extra_blocks.{level}.", f"neck.fpn_convs.{place}.conv.")
+    for ours, kind, last in (("classification", "cls", "cls_logits"), ("regression", "reg", "bbox_reg")):
+        name = re.sub(rf"^head\.{ours}_head\.conv\.(\d)\.0\.", rf"bbox_head.{kind}_convs.\1.conv.", name)
+        name = name.replace(f"head.{ours}_head.{last}.", f"bbox_head.retina_{kind}.")
+    return name
+
+
 NAME_FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
     CifarWideResNet: _wide_resnet,
     CifarVGG: _vgg,
@@ -111,4 +126,5 @@ NAME_FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
     CifarShuffleNetV2: _shufflenet_v2,
     ResNet: _resnet,
     DenseNet: _densenet,
+    RetinaNetDetector: _retinanet,
 }
