@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.builders.inheriting import inherit_weights
 from pipeline.builders.student import build_student, check_optimizer_section, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
@@ -24,6 +25,7 @@ def build_distiller(
     spec = student_spec(recipe.student, recipe.taps.student)
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
     load_start(run, student)
+    inherit_weights(run, student.model)
     check_optimizer_section(recipe, student.model)  # before the folder is opened
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         spec.probe(student, validation_size)  # an error now, not after the first epoch

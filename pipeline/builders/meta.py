@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.builders.inheriting import inherited_names
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.student import student_spec
 from pipeline.builders.teacher import check_head, teacher_specs
@@ -82,6 +83,9 @@ def probe_models(
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
     teachers = [measure(spec, num_classes, recipe.data.size) for spec in teacher_specs(recipe, sources)]
+    if recipe.student.inherit:
+        with error_context("student.inherit"):
+            inherited_names(student[1].model, teachers[0][1].model, recipe.student.inherit)
     shapes, norms = _cached_shapes(recipe.teacher, recipe, teachers)
     facts = Facts(
         num_classes=num_classes,

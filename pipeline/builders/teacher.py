@@ -15,6 +15,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.loader import transform_fingerprint
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context
+from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights, weights_sha256
 from pipeline.models.weights_file import is_file
 from pipeline.precision import AUTOCAST
@@ -120,21 +121,27 @@ def frozen_networks(run: Run, config: Config) -> list[FrozenNetwork]:
     return found
 
 
+def trained_network(run: Run, network: FrozenNetwork, taps: frozenset[str] = frozenset()) -> tuple[FeatureTaps, str]:
+    """Return a teacher's network with its weights and those taps, and a line about the weights, or ""."""
+    if network.run is not None:
+        finished(network.run)
+    spec = network.spec._replace(taps=taps)
+    built = spec.build(run.manifest.num_classes)
+    with error_context(f"{spec.key}.weights"):
+        check_student(Path(network.weights))
+        key = network.config.weights_key
+        return built, load_weights(built.model, network.weights, spec.model, key, arguments=spec.arguments)
+
+
 def _build_frozen(
     run: Run, config: Config, network: FrozenNetwork, taps: frozenset[str], device: torch.device
 ) -> Teacher:
     """Return the frozen network with its weights and those taps."""
     data = run.recipe.data
-    if network.run is not None:
-        finished(network.run)
     spec = network.spec._replace(taps=taps)
-    built = spec.build(run.manifest.num_classes)
+    built, note = trained_network(run, network, taps)
     # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
     spec.probe(built, data.size)
-    with error_context(f"{spec.key}.weights"):
-        check_student(Path(network.weights))
-        key = network.config.weights_key
-        note = load_weights(built.model, network.weights, spec.model, key, arguments=spec.arguments)
     print_note(f"{spec.key}.weights", note)
     given = Normalization(data.mean, data.std)
     if not is_file(network.weights) and network.expected != given:

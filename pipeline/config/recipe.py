@@ -79,6 +79,8 @@ class StudentConfig(FrozenModel):
     train as one does."""
     start: StartConfig | None = None
     """Initial weights; null is a random initialisation by ``seed``."""
+    inherit: tuple[str, ...] = ()
+    """Patterns of parameters and buffers that begin as the teacher's, such as ``[backbone.fpn, head]`` of detectors."""
     compile: bool = False
     """True to use torch.compile: a minute or more at the start, faster steps, and different last bits."""
     checkpoint: bool = False
@@ -256,6 +258,17 @@ class Recipe(FrozenModel):
         keys = {"expect_top1": self.teacher.expect_top1 is not None, "members": bool(self.teacher.members)}
         if found := [key for key, given in keys.items() if given]:
             raise ValueError(f"teacher.{found[0]} needs images of one class, and this is task: {self.task}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_has_weights_to_inherit(self) -> Recipe:
+        teacher = self.teacher
+        single = teacher is not None and teacher.has_model and not teacher.members and teacher.average is None
+        if self.student.inherit and not single:
+            raise ValueError(
+                "student.inherit takes the weights of a teacher that is one network; remove it, or give teacher: "
+                "{model: …, weights: …} or teacher: {recipe: …}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ _OPTIONS = {
     "part": "all",
     "arguments": {},
     "freeze": [],
+    "inherit": [],
     "rates": {},
     "betas": None,
     "eps": None,

@@ -87,7 +87,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old, new = (yaml.safe_load((folder / name / "recipe.yaml").read_text()) for name in ("run", "anew"))
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old |= {"task": "classification"}
-    old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False, "sync_batchnorm": False}
+    old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False, "sync_batchnorm": False, "inherit": []}
     old["schedule"] |= {"every": None}
     old["optimizer"] |= {"rates": {}, "betas": None, "eps": None, "arguments": None}
     old["schedule"] |= {"power": None, "unit": "step"}
