@@ -33,7 +33,10 @@ def copy_tensors(student: nn.Module, teacher: nn.Module, patterns: tuple[str, ..
 
 
 def inherited_names(student: nn.Module, teacher: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Return the names of the tensors that the patterns are for. Raises ValueError if one is for none, or does not fit."""
+    """Return the names of the tensors that the patterns are for.
+
+    Raises ValueError if a pattern is for none, or if the teacher has not such a tensor.
+    """
     ours, theirs = student.state_dict(), teacher.state_dict()
     for pattern in patterns:
         if not any(matches(name, pattern) for name in ours):

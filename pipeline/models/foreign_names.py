@@ -110,8 +110,8 @@ def _retinanet(name: str) -> str:
     name = re.sub(r"^backbone\.body\.", "backbone.", name)
     name = re.sub(r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv.", name)
     name = re.sub(r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv.", name)
-    for place, level in enumerate(("p6", "p7"), start=3):
-        name = name.replace(f"backbone.fpn.extra_blocks.{level}.", f"neck.fpn_convs.{place}.conv.")
+    for index, level in enumerate(("p6", "p7"), start=3):
+        name = name.replace(f"backbone.fpn.extra_blocks.{level}.", f"neck.fpn_convs.{index}.conv.")
     for ours, kind, last in (("classification", "cls", "cls_logits"), ("regression", "reg", "bbox_reg")):
         name = re.sub(rf"^head\.{ours}_head\.conv\.(\d)\.0\.", rf"bbox_head.{kind}_convs.\1.conv.", name)
         name = name.replace(f"head.{ours}_head.{last}.", f"bbox_head.retina_{kind}.")

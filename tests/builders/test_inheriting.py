@@ -76,5 +76,5 @@ def test_what_does_not_fit_is_refused_by_a_check(
 
 def test_without_a_single_teacher_there_is_nothing_to_inherit(recipes: Path):
     path = recipe(recipes, "conv1")
-    with pytest.raises(RecipeError, match="student.inherit takes the weights of a teacher that is one network"):
+    with pytest.raises(RecipeError, match=r"student\.inherit takes the weights of a teacher that is one network"):
         load_recipe(recipes / path, ["teacher=null", "losses.kd=null"])

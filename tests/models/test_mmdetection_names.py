@@ -24,7 +24,8 @@ def mmdetection_state(classes: int) -> dict[str, torch.Tensor]:
         "bbox_head.retina_cls": (9 * classes, 256, 3),
         "bbox_head.retina_reg": (9 * 4, 256, 3),
     }
-    state = {f"backbone.{key}": torch.rand_like(x.float()).to(x.dtype) for key, x in backbone.items() if "fc" not in key}
+    drawn = {key: torch.rand_like(x.float()).to(x.dtype) for key, x in backbone.items() if "fc" not in key}
+    state = {f"backbone.{key}": x for key, x in drawn.items()}
     for name, (out, channels, side) in convolutions.items():
         state |= {f"{name}.weight": torch.randn(out, channels, side, side), f"{name}.bias": torch.randn(out)}
     return state

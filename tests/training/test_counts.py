@@ -72,7 +72,7 @@ def write_of_pixels(folder: Path) -> None:
         tree = compose(RecipeSource(ROOT / "configs" / "demo_segmentation.yaml", method))
         own = {"model": "plain_fpn", "weights": "plain_fpn.pt"} if method != "ce" else None
         given = {key: tree[key] for key in ("task", "student", "losses", "optimizer")}
-        data = {"path": "masked", "size": [16, 24], "crop": "scaled", "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+        data = {"path": "masked", "size": [16, 24], "crop": "scaled", "mean": [0.5] * 3, "std": [0.25] * 3}
         recipe = {**SHORT, **given, "teacher": own, "data": data}
         (folder / f"demo_segmentation.{method}.yaml").write_text(yaml.safe_dump(recipe))
 
