@@ -298,8 +298,8 @@ class Recipe(FrozenModel):
 
     @property
     def taps(self) -> Taps:
-        """Return all taps that the recipe's losses read."""
-        taps = Taps()
+        """Return all taps that the recipe's losses read, and of the student those that its task reads."""
+        taps = Taps(student=find_task(self.task).taps)
         for spec in self.losses.values():
             taps = taps.union(spec.config.taps())
         return taps
