@@ -25,7 +25,8 @@ class Purpose(IntEnum):
     PARTNER = 5
     """Which image is mixed into another, and whether by mixup or CutMix."""
     SCALE = 6
-    """By which factor an image with a mask is enlarged or reduced, and which place of it is taken."""
+    """By which factor an image with a mask is enlarged or reduced, and which place of it is taken; or which short side
+    an image with boxes gets."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

@@ -36,9 +36,14 @@ _Name = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
 """A plain file name, which cannot point to another folder."""
 _IMAGE = "(jpg|jpeg|png|webp)"
 _STRICT = ConfigDict(extra="forbid")
+_TABLES = {
+    "multilabel": {"targets_sha256": "targets"},
+    "detection": {"boxes_sha256": "boxes", "box_offsets_sha256": "offsets"},
+}
+"""The tables that splits of some tasks have beside the sample table, by the key of their digest."""
 
-ShardTaskName = Literal["classification", "multilabel", "segmentation"]
-"""What the images of shards have: one class, any number of classes, or a mask."""
+ShardTaskName = Literal["classification", "multilabel", "segmentation", "detection"]
+"""What the images of shards have: one class, any number of classes, a mask, or boxes."""
 
 
 def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +98,10 @@ class Split:
     left_out: tuple[LeftOut, ...] = ()
     targets_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     """Digest of the table of targets, if images have any number of classes."""
+    boxes_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    """Digest of the table of boxes, if images have boxes."""
+    box_offsets_sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    """Digest of the table that says which boxes an image has."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +124,9 @@ class Manifest:
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION
     task: ShardTaskName = "classification"
-    """Whether an image has one class, any number of them, or a mask: a class for each pixel.
+    """Whether an image has one class, any number of them, a mask (a class for each pixel), or boxes.
 
-    The file has this key only in the second and third case.
+    The file has this key in all cases but the first.
     """
     sha256: str = field(default="", compare=False)
     """Digest of the file that was read, which identifies the complete folder. It is not written to the file."""
@@ -137,9 +146,10 @@ class Manifest:
         values = {key: value for key, value in asdict(self).items() if key != "sha256"}
         if self.task == "classification":  # its files are the same bytes as before there were other tasks
             del values["task"]
-        if self.task != "multilabel":
-            for split in values["splits"].values():
-                del split["targets_sha256"]
+        unused = [key for task, keys in _TABLES.items() if task != self.task for key in keys]
+        for split in values["splits"].values():
+            for key in unused:
+                del split[key]
         return values
 
 
@@ -176,8 +186,10 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
 
 def _contradictions(name: str, split: Split, task: str) -> Iterator[tuple[str, str]]:
     """Yield each key of a split that contradicts other keys, and a message about it."""
-    if bool(split.targets_sha256) != (task == "multilabel"):
-        yield "targets_sha256", f"a split of task: {task} has {'a' if split.targets_sha256 else 'no'} table of targets"
+    for of_task, tables in _TABLES.items():
+        for key, table in tables.items():
+            if (has := bool(getattr(split, key))) != (task == of_task):
+                yield key, f"a split of task: {task} has {'a' if has else 'no'} table of {table}"
     if split.name != name:
         yield "name", f"the split's own name is '{split.name}'"
     if (total := sum(shard.nsamples for shard in split.shards)) != split.samples:

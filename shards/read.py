@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.boxes import box_offsets_path, boxes_path, find_wrong_box, load_box_offsets, load_boxes
 from shards.manifest import MANIFEST_ADVICE, Manifest, Shard, Split, read_manifest, sha256_of
 
 SPARE_FILES = 64
@@ -79,6 +80,12 @@ class SplitReader:
         self.targets: np.ndarray | None = None
         if self.split.targets_sha256:
             self.targets = self._map_table(targets_path(self.folder, split), _check_targets, load_targets)
+        self._box_offsets, self._boxes = np.empty(0, np.int64), np.empty(0, np.float32)
+        if self.has_boxes:
+            offsets = box_offsets_path(self.folder, split)
+            # Plain arrays over the maps: slices of np.memmap cost ten times as much.
+            self._box_offsets = self._map_table(offsets, _check_box_offsets, load_box_offsets).view(np.ndarray)
+            self._boxes = self._map_table(boxes_path(self.folder, split), _check_boxes, load_boxes).view(np.ndarray)
         self._tars: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         allow_open_files(len(self.split.shards))
@@ -106,6 +113,21 @@ class SplitReader:
             raise ValueError(f"{self.folder} has no masks: its task is {self.manifest.task}")
         return self._views(rows, "mask_offset", "mask_size")
 
+    @property
+    def has_boxes(self) -> bool:
+        """Return whether every image has boxes, or none because nothing is in it."""
+        return self.manifest.task == "detection"
+
+    def boxes(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the boxes of some rows of ``samples``, float32 [n, 7] each, as views into their table.
+
+        The columns are ``shards.boxes.BOX_COLUMNS``. Raises ValueError if the shards have no boxes.
+        """
+        if not self.has_boxes:
+            raise ValueError(f"{self.folder} has no boxes: its task is {self.manifest.task}")
+        starts, ends = self._box_offsets[rows].tolist(), self._box_offsets[rows + 1].tolist()
+        return [self._boxes[start:end] for start, end in zip(starts, ends, strict=True)]
+
     def labels_by_id(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the label of every id, int64 [id_count]; −1 for an id that is not in those ``rows`` of ``samples``."""
         labels = np.full(self.split.id_count, -1, np.int64)
@@ -117,6 +139,8 @@ class SplitReader:
         """Return the classes that have an image; all of them where only masks say it, which are not read here."""
         if self.has_masks:
             return set(range(self.manifest.num_classes))
+        if self.has_boxes:
+            return set(np.unique(self._boxes[:, 4]).astype(np.int64).tolist())
         if self.targets is None:
             return set(np.unique(self.samples["label"]).tolist())
         return set(np.flatnonzero(self.targets.any(axis=0)).tolist())
@@ -125,7 +149,7 @@ class SplitReader:
     def strata(self) -> np.ndarray:
         """Return the class of each row over which choices of images are even, int64 [N].
 
-        Of several classes it is the rarest. Images with masks are all of one.
+        Of several classes it is the rarest. Images with masks or boxes are all of one.
         """
         return self.samples["label"].astype(np.int64) if self.targets is None else rarest_class(self.targets)
 
@@ -260,6 +284,29 @@ def _check_targets(path: Path, stamp: tuple[int, ...], split: Split, num_classes
             f"{path} is not {split.samples:,} rows of {num_classes:,} zeros and ones, one for each sample and class: "
             f"{MANIFEST_ADVICE}"
         )
+
+
+@lru_cache(maxsize=64)
+def _check_box_offsets(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
+    """Check the table of the boxes' offsets against the manifest, once for each ``stamp``."""
+    if sha256_of(path) != split.box_offsets_sha256:
+        raise ValueError(f"{path} has a sha256 that differs from the manifest: {MANIFEST_ADVICE}")
+    if (count := len(load_box_offsets(path)) - 1) != split.samples:
+        raise ValueError(f"{path} is of {count:,} images, but {split.samples:,} in the manifest: {MANIFEST_ADVICE}")
+
+
+@lru_cache(maxsize=64)
+def _check_boxes(path: Path, stamp: tuple[int, ...], split: Split, num_classes: int) -> None:
+    """Check a table of boxes against the manifest, once for each ``stamp``, after sample table and offsets."""
+    if sha256_of(path) != split.boxes_sha256:
+        raise ValueError(f"{path} has a sha256 that differs from the manifest: {MANIFEST_ADVICE}")
+    boxes, offsets = load_boxes(path), load_box_offsets(box_offsets_path(path.parent, split.name))
+    if len(boxes) != offsets[-1]:
+        raise ValueError(f"{path} has {len(boxes):,} boxes, the table of offsets {offsets[-1]:,}: {MANIFEST_ADVICE}")
+    samples, counts = load_samples(samples_path(path.parent, split.name)), np.diff(offsets)
+    widths, heights = (np.repeat(samples[side], counts) for side in ("width", "height"))
+    if wrong := find_wrong_box(boxes, widths, heights, num_classes):
+        raise ValueError(f"{path}: the box of row {wrong[0]:,} {wrong[1]}: {MANIFEST_ADVICE}")
 
 
 def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator[tuple[int, str, str]]:

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from shards.archives import DamagedArchive, Member, list_members
+from shards.boxes import decode_boxes
 from shards.manifest import Shard, sha256_of
 from shards.read import sample_dtype
 from shards.write import index_entry, index_path, index_text, member_names
@@ -21,6 +22,8 @@ class Scan(NamedTuple):
     index_text: str
     targets: list[bytes] = []  # noqa: RUF012
     """The classes of each row's image, where it has any number of them."""
+    boxes: list[np.ndarray] = []  # noqa: RUF012
+    """The boxes of each row's image, float32 [n, 7], where it has boxes."""
 
 
 def is_on_record(path: Path, shard: Shard) -> bool:
@@ -46,12 +49,13 @@ def scan_shard(path: Path, image: str, task: str = "classification") -> Scan:
             samples = [members[start : start + size] for start in range(0, len(members), size)]
             rows = [_read_row(file, sample, image, task) for sample in samples]
             targets = [_read(file, sample[-1]) for sample in samples] if task == "multilabel" else []
+            boxes = [_read_boxes(file, sample) for sample in samples] if task == "detection" else []
     except DamagedArchive:
         raise
     except (struct.error, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     lines = [" ".join(index_entry(*member) for member in sample) for sample in samples]
-    return Scan(np.array(rows, sample_dtype(task)), index_text(lines), targets)
+    return Scan(np.array(rows, sample_dtype(task)), index_text(lines), targets, boxes)
 
 
 def _read_row(file: BinaryIO, sample: list[Member], image: str, task: str) -> tuple[int, ...]:
@@ -67,6 +71,14 @@ def _read_row(file: BinaryIO, sample: list[Member], image: str, task: str) -> tu
     if names not in [member_names(row[0], extension, task) for extension in image.split(";")]:
         raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
     return (*row, small[-1].offset, small[-1].size) if task == "segmentation" else row
+
+
+def _read_boxes(file: BinaryIO, sample: list[Member]) -> np.ndarray:
+    boxes, areas = (_read(file, member) for member in sample[-2:])
+    try:
+        return decode_boxes(boxes, areas)
+    except ValueError as error:
+        raise ValueError(f"{sample[-2].name}: {error}") from None
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:

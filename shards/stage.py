@@ -27,6 +27,7 @@ from typing import NamedTuple
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from shards.boxes import box_offsets_path, boxes_path
 from shards.command import Parser, run_main
 from shards.manifest import MANIFEST, Manifest, parse_manifest, read_manifest, sync_path, write_atomically
 from shards.read import samples_path, targets_path
@@ -100,8 +101,10 @@ def _files(manifest: Manifest) -> Iterator[File]:
     """Yield all files that a manifest lists, which excludes the manifest itself."""
     for split in manifest.splits.values():
         yield File(samples_path(Path(), split.name).name, sha256=split.samples_sha256)
-        if split.targets_sha256:
-            yield File(targets_path(Path(), split.name).name, sha256=split.targets_sha256)
+        tables = {targets_path: split.targets_sha256, boxes_path: split.boxes_sha256}
+        for path, sha256 in (tables | {box_offsets_path: split.box_offsets_sha256}).items():
+            if sha256:
+                yield File(path(Path(), split.name).name, sha256=sha256)
         for shard in split.shards:
             yield File(shard.url, shard.filesize, shard.sha256)
             yield File(index_path(Path(shard.url)).name)

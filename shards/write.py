@@ -9,7 +9,8 @@ The bytes of a tar depend on its samples alone. A sample's key is its id, such a
 
 The last two are little-endian integers. Where an image has any number of classes, there is a fifth member,
 ``00000042.labels.u8``. It has a byte for each class: 1 if the image has it, else 0. Where it has a mask, the fifth
-member is ``00000042.mask.png``. The label in ``cls`` is then 0000.
+member is ``00000042.mask.png``. Where it has boxes, there are two more members: ``00000042.boxes.f32`` has six numbers
+for each box, and ``00000042.areas.f32`` its area (``shards/boxes.py``). The label in ``cls`` is then 0000.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from types import TracebackType
 
 import numpy as np
 
+from shards.boxes import box_offsets, box_offsets_path, boxes_path, encode_boxes, no_boxes
 from shards.manifest import Shard, free_bytes, sync_path, unwritable, write_atomically, writing
 from shards.read import MASKED_SAMPLE_DTYPE, SAMPLE_DTYPE, samples_path, targets_path
 
@@ -32,7 +34,7 @@ MAX_LABEL = 9_999
 MAX_ID = 99_999_999
 INDEX_VERSION = "v1.2"
 _BLOCK = tarfile.BLOCKSIZE
-_FIFTH_MEMBERS = {"multilabel": "labels.u8", "segmentation": "mask.png"}
+_TARGET_MEMBERS = {"multilabel": ["labels.u8"], "segmentation": ["mask.png"], "detection": ["boxes.f32", "areas.f32"]}
 _PNG_MAGIC = b"\x89PNG"
 
 
@@ -52,6 +54,8 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._offset = 0
         self._index: list[str] = []
+        self.boxes: list[np.ndarray] = []
+        """The boxes of each sample so far, where samples have boxes."""
         self._rows: list[tuple[int, ...]] = []
         self._has_masks = False
 
@@ -64,8 +68,9 @@ class ShardWriter:
         height: int,
         targets: bytes | None = None,
         mask: bytes | None = None,
+        boxes: np.ndarray | None = None,
     ) -> None:
-        """Append a sample, with ``targets`` if it has several classes, or with an encoded ``mask``.
+        """Append a sample, with ``targets`` if it has several classes, with an encoded ``mask``, or with ``boxes``.
 
         Raises ValueError if the label or the id has too many digits.
         """
@@ -75,8 +80,10 @@ class ShardWriter:
             raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
         contents = [image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height)]
         contents += [each for each in (targets, mask) if each is not None]
-        task = "segmentation" if mask is not None else "classification" if targets is None else "multilabel"
-        names = member_names(sample_id, image_extension(image, self.image), task)
+        if boxes is not None:
+            contents += encode_boxes(boxes)
+            self.boxes.append(boxes)
+        names = member_names(sample_id, image_extension(image, self.image), _task_of(targets, mask, boxes))
         written = [self._add_member(*member) for member in zip(names, contents, strict=True)]
         offsets, entries = zip(*written, strict=True)
         row = (sample_id, label, 0, offsets[0], len(image), width, height)
@@ -128,9 +135,15 @@ class ShardWriter:
         self._offset += len(content)
 
 
+def _task_of(targets: bytes | None, mask: bytes | None, boxes: np.ndarray | None) -> str:
+    """Return the task of a sample with such targets."""
+    given = {"multilabel": targets, "segmentation": mask, "detection": boxes}
+    return next((task for task, each in given.items() if each is not None), "classification")
+
+
 def member_names(sample_id: int, image: str, task: str = "classification") -> tuple[str, ...]:
     """Return the names of a sample's members, in their order; ``image`` is the image's extension."""
-    extensions = (image, "cls", "id.i64", "wh.i32", *([_FIFTH_MEMBERS[task]] if task in _FIFTH_MEMBERS else []))
+    extensions = (image, "cls", "id.i64", "wh.i32", *_TARGET_MEMBERS.get(task, []))
     return tuple(f"{sample_id:08d}.{extension}" for extension in extensions)
 
 
@@ -166,6 +179,15 @@ def write_samples(folder: Path, split: str, tables: list[np.ndarray]) -> tuple[n
 def write_targets(folder: Path, split: str, rows: list[bytes]) -> str:
     """Write the table of targets of a split, a row for each row of its sample table; return the file's sha256."""
     return _write_table(targets_path(folder, split), np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1))
+
+
+def write_boxes(folder: Path, split: str, boxes: list[np.ndarray]) -> tuple[str, str]:
+    """Write the boxes of each row of a split's sample table; return the digests of the tables of boxes and offsets."""
+    table = np.concatenate([no_boxes(), *boxes])
+    return (
+        _write_table(boxes_path(folder, split), table),
+        _write_table(box_offsets_path(folder, split), box_offsets(boxes)),
+    )
 
 
 def _write_table(path: Path, table: np.ndarray) -> str:

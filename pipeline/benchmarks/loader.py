@@ -36,8 +36,9 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
 
     ``read`` makes requests: order, geometry, encoded images in memory, rows of a teacher's cache. ``decode`` makes
     pixels from requests that were read before. ``loader`` is both together. ``native reader`` is DALI's own, if the
-    recipe decodes with DALI. The page cache is not emptied, so a data set that fits into memory is measured as in its
-    later epochs. With ``loader: memory`` a request is for many batches, so only ``loader`` is measured.
+    recipe decodes with DALI, and its images have one size. The page cache is not emptied, so a data set that fits into
+    memory is measured as in its later epochs. With ``loader: memory`` a request is for many batches, so only ``loader``
+    is measured.
     """
     loader = open_training(run, run.recipe, device)
     reading = ReadBenchmark(loader.plan)
@@ -48,7 +49,7 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
         requests = _first_requests(loader.plan, steps)
         parts = {"read": reading.requests(), "decode": other.decoders["train"](cycle(requests))}
     parts["loader"] = stream(loader)
-    if run.recipe.data.loader == "dali":
+    if run.recipe.data.loader == "dali" and run.recipe.data.crop != "keep_ratio":
         from pipeline.data.native import native_decoder  # loads DALI
 
         parts["native reader"] = native_decoder(loader.plan, loader.settings, device)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.benchmarks.measure import Measurement
 from pipeline.config.recipe import CheckpointConfig, JournalConfig, LoadedRecipe, Recipe, StopConfig
-from pipeline.data.holdout import training_images
+from pipeline.data.buckets import epoch_batches
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import Interrupted, RecipeError
 from pipeline.runs.files import JOURNAL_FILE
@@ -40,8 +40,7 @@ def measure_step(
     Warm-up is rounded up to complete lines. Epochs may end meanwhile: a line with an evaluation in it is left out.
     """
     recipe = loaded.recipe
-    images = training_images(recipe.data.path, manifest, recipe.data.holdout)
-    in_epoch = images * recipe.data.repeat // recipe.batch
+    in_epoch = epoch_batches(recipe.data, manifest, recipe.batch)
     if steps > in_epoch:
         raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
     # Warm-up contains the steps before the graph's capture, and the first step, which the journal writes by itself.

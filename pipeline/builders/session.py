@@ -73,12 +73,17 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
         checkpoints,
         journal,
         guard,
-        maybe_graph(step, recipe.graph, recipe.accumulation, recipe.student.checkpoint),
+        maybe_graph(step, recipe.graph, recipe.accumulation, recipe.student.checkpoint, _varying(recipe)),
         StopCondition(recipe.stop, recipe.checkpoints.poll_steps),
         parts.runs,
         LossObserver(recipe, accelerator, loader, teacher, unwrapped),
     )
     return session, State(saved.progress, saved.journal_bytes, _best_so_far(session, saved.progress.epoch))
+
+
+def _varying(recipe: Recipe) -> str | None:
+    """Return what makes batches of a recipe differ in size, for a message; None if nothing does."""
+    return "images with boxes, whose number differs" if recipe.data.crop == "keep_ratio" else None
 
 
 def _best_so_far(session: Session, epochs: int) -> Best:

@@ -20,6 +20,7 @@ from pipeline.config.compose import Origins, compose, find_source, network_secti
 from pipeline.config.messages import check_nulls, validation_message
 from pipeline.config.source import RecipeSource, find_recipe
 from pipeline.config.values import check_numbers, check_switches
+from pipeline.data.config import BUCKETS
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
 from pipeline.frozen_model import FrozenModel
@@ -30,8 +31,13 @@ from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
 from pipeline.optim.schedule import Schedule
 from pipeline.run_reference import RunReference
+from pipeline.tasks._boxes import BOXES
+from pipeline.tasks._masks import MASK
 from pipeline.tasks._registry import TaskName, find_task
 from pipeline.teachers.config import Config as TeacherConfig
+
+# The crops of images with such targets, which move with them; other tasks have those of square images.
+_CROPS = {MASK: ("scaled",), BOXES: ("keep_ratio",)}
 
 
 class StartConfig(RunReference):
@@ -206,6 +212,12 @@ class Recipe(FrozenModel):
                     f"the loss {name!r} compares images by their logits, and task: {self.task} has those of pixels; "
                     f"remove the loss{own}"
                 )
+            if task.of_boxes and spec.reads_teachers_head:
+                has_maps = "maps" in type(spec.config).model_fields
+                raise ValueError(
+                    f"the loss {name!r} compares images by their logits, and task: {self.task} has those of anchors; "
+                    f"{'give it maps: [head.class]' if has_maps else 'remove the loss'}"
+                )
             if spec.reads_labels and not task.one_class and not pixels:
                 own = ", or set its reads_labels to False" if ":" in name else ""
                 raise ValueError(
@@ -221,10 +233,21 @@ class Recipe(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_fits_the_task(self) -> Recipe:
-        of_pixels = find_task(self.task).of_pixels
-        if of_pixels != (self.data.crop == "scaled"):
-            other = "scaled" if of_pixels else "random_resized or pad"
+        targets = find_task(self.task).targets
+        crops = next((fit for name, fit in _CROPS.items() if name in targets), ("random_resized", "pad"))
+        if self.data.crop not in crops:
+            other = " or ".join(crops)
             raise ValueError(f"data.crop: {self.data.crop} is not for task: {self.task}; set data.crop: {other}")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_has_maps_of_one_size(self) -> Recipe:
+        several = self.data.crop == "keep_ratio" and len(self.data.buckets or BUCKETS) > 1
+        if several and self.teacher is not None and self.teacher.cache is not None:
+            raise ValueError(
+                "teacher.cache: images of several data.buckets have maps of several sizes, which a cache does not "
+                "hold; give one bucket, or remove the cache"
+            )
         return self
 
     @model_validator(mode="after")
@@ -232,7 +255,8 @@ class Recipe(FrozenModel):
         task = find_task(self.task)
         if self.teacher is None or task.one_class:
             return self
-        if task.of_pixels and self.teacher.size is not None:  # it makes squares, which would distort the pixels
+        moved = any(name in task.targets for name in _CROPS)
+        if moved and self.teacher.size is not None:  # it makes squares, in which masks and boxes are elsewhere
             raise ValueError(f"teacher.size resizes images to squares, and this is task: {self.task}; remove it")
         # Both are about a softmax over the classes.
         keys = {"expect_top1": self.teacher.expect_top1 is not None, "members": bool(self.teacher.members)}
@@ -280,8 +304,8 @@ class Recipe(FrozenModel):
 
     @property
     def taps(self) -> Taps:
-        """Return all taps that the recipe's losses read."""
-        taps = Taps()
+        """Return all taps that the recipe's losses read, and of the student those that its task reads."""
+        taps = Taps(student=find_task(self.task).taps)
         for spec in self.losses.values():
             taps = taps.union(spec.config.taps())
         return taps

@@ -62,6 +62,23 @@ def global_batches(order_N: NDArray[np.int64], first: int, end: int, batch: int)
     return order_N[first * batch : end * batch]
 
 
+def bucket_order(order_N: NDArray[np.int64], buckets_N: NDArray[np.int64], batch: int) -> NDArray[np.int64]:
+    """Return an epoch's rows as complete global batches, each of one bucket; ``buckets_N`` is the bucket of each row.
+
+    Every bucket has a queue, which the rows enter in their order. It becomes a global batch once it has ``batch`` rows.
+    The rows that are left in the queues are not returned.
+    """
+    of_order_N = buckets_N[order_N]
+    places, ends = [], []
+    for bucket in np.unique(of_order_N):
+        places_of = np.flatnonzero(of_order_N == bucket)
+        batches = places_of[: len(places_of) // batch * batch].reshape(-1, batch)
+        places.append(batches)
+        ends.append(batches[:, -1])
+    by_end = np.argsort(np.concatenate([np.zeros(0, np.int64), *ends]), kind="stable")
+    return order_N[np.concatenate([np.zeros((0, batch), np.int64), *places])[by_end].reshape(-1)]
+
+
 def rank_rows(rows: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
     """Return the rows of global batches that ``rank`` takes of each: ``rank``, ``rank + world``, …
 
@@ -132,6 +149,24 @@ def scaled_crop(
     resized_B2 = np.maximum(np.floor(sides_B2 * factors_B[:, None] + 0.5).astype(np.int64), 1)
     places_B2 = np.maximum(resized_B2 - np.asarray(size), 0) + 1
     return resized_B2, np.floor(np.stack([for_top, for_left], axis=1) * places_B2).astype(np.int64)
+
+
+def drawn_shorts(ids_B: ArrayLike, view: ArrayLike, *, seed: int, shorts: Sequence[int]) -> NDArray[np.int64]:
+    """Return the largest short side of each image, [B], drawn from ``shorts``."""
+    for_short, _, _, _ = uniforms(ids_B, view, Purpose.SCALE, seed=seed)
+    return np.asarray(shorts, np.int64)[np.floor(for_short * len(shorts)).astype(np.int64)]
+
+
+def keep_ratio(
+    widths_B: ArrayLike, heights_B: ArrayLike, *, short: int | NDArray[np.int64], long: int
+) -> NDArray[np.int64]:
+    """Return each image's (height, width) [B, 2] at its largest, within the limits of its short and its long side.
+
+    A side is the factor × the image's side, rounded to the nearest number, halves up, as in mmdetection.
+    """
+    sides_B2 = np.stack([np.asarray(heights_B, np.int64), np.asarray(widths_B, np.int64)], axis=1)
+    factors_B = np.minimum(short / sides_B2.min(axis=1), long / sides_B2.max(axis=1))
+    return np.maximum(np.floor(sides_B2 * factors_B[:, None] + 0.5).astype(np.int64), 1)
 
 
 def flips(ids_B: ArrayLike, view: ArrayLike, *, seed: int, probability: float) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -17,10 +18,17 @@ MAX_VIEWS = 100_000
 """Largest number of augmented views."""
 MAX_REPEAT = 1000
 """Largest number of times that an epoch has an image."""
-SCALES = tuple(step / 10 for step in range(5, 21))
+SCALE_FACTORS = tuple(step / 10 for step in range(5, 21))
 """Factors of ``crop: scaled``, if a recipe gives none: 0.5, 0.6, … 2.0, as in the code behind Cityscapes' tables."""
+SHORT, LONG = (800,), 1333
+"""Largest sides of ``crop: keep_ratio``, if a recipe gives none: those of COCO's tables."""
+BUCKETS = ((800, 1088), (800, 1344), (1088, 800), (1344, 800))
+"""Sizes of its batches, if a recipe gives none: they hold every image of such sides."""
+BUCKET_MULTIPLE = 32
+"""A side of a bucket is a multiple of it, since a pyramid of maps halves its images five times."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
+Bucket = tuple[Side, Side]
 
 
 def _none_or_all(value: Any) -> int:
@@ -29,6 +37,8 @@ def _none_or_all(value: Any) -> int:
     return int(value)
 
 
+_WHOLE_IMAGES = ("scaled", "keep_ratio")
+"""Crops of images with masks or boxes, which move with them."""
 EngineLoad = Annotated[Literal[0, 1], BeforeValidator(_none_or_all)]
 
 
@@ -47,19 +57,30 @@ class Config(FrozenModel):
     """Source of the images: ``dali`` decodes during training. ``memory`` keeps a small data set decoded on the device.
     ``synthetic`` reads no image and returns noise, to measure a step that never waits for input."""
     size: Side | tuple[Side, Side]
-    """Side of the square images of a batch, in pixels, in training and in validation; or their [height, width]."""
+    """Side of the square images of a batch, in pixels, in training and in validation; or their [height, width].
+    ``keep_ratio`` does not need it: networks are tried with the largest of ``buckets``."""
     validation_size: Side | tuple[Side, Side] | None = None
     """Size of the images of validation, likewise; null is ``size``. Networks often do best on images somewhat
     larger than those they were trained on, because random crops enlarge what they show."""
     resize: Side | None = None
     """Short side in pixels before the centre crop of validation; null is the size of validation images."""
-    crop: Literal["random_resized", "pad", "scaled"] = "random_resized"
+    crop: Literal["random_resized", "pad", "scaled", "keep_ratio"] = "random_resized"
     """Crop of training images: a random area and aspect ratio, or the original size out of the zero-padded image.
     ``scaled``, for images with masks, enlarges or reduces the image by one of ``scales`` and takes a random place of
-    it. Its validation images are whole, padded to ``validation_size``."""
+    it. Its validation images are whole, padded to ``validation_size``. ``keep_ratio``, for images with boxes, resizes
+    the whole image to ``short`` and ``long``, and pads it to one of ``buckets``."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     """``scaled``: factors of an image's sides, of which each image gets one, all with the same probability; null is
     0.5, 0.6, … 2.0."""
+    short: Annotated[tuple[Side, ...], Field(min_length=1)] | None = None
+    """``keep_ratio``: pixels of the short side, of which each training image gets one, all with the same probability.
+    Validation takes the largest; null is 800."""
+    long: Side | None = None
+    """``keep_ratio``: largest long side, in pixels. An image whose long side would be longer becomes smaller; null is
+    1333."""
+    buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)] | None = None
+    """``keep_ratio``: sizes of the batches, [height, width], multiples of 32. An image is in batches of the first size
+    that holds it at its largest; null is [800, 1088], [800, 1344], [1088, 800] and [1344, 800]."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     """``random_resized``: smallest and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -122,15 +143,15 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Config:
+        if self.crop in _WHOLE_IMAGES:
+            return self
         key, size = ("validation_size", self.validation_size) if self.validation_size else ("size", self.size)
         crop = max(height_width(size))
-        if self.resize is not None and self.resize < crop and self.crop != "scaled":
+        if self.resize is not None and self.resize < crop:
             raise ValueError(f"resize: {self.resize} is smaller than the crop, {key}: {crop}; raise resize")
         same = (None, self.size)
-        if (
-            self.loader == "memory"
-            and self.crop != "scaled"
-            and (self.crop != "pad" or self.resize not in same or self.validation_size not in same)
+        if self.loader == "memory" and (
+            self.crop != "pad" or self.resize not in same or self.validation_size not in same
         ):
             raise ValueError(
                 "loader: memory does not resize images: set crop: pad, and remove resize and validation_size"
@@ -139,24 +160,59 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_takes_the_size(self) -> Config:
-        if self.crop != "scaled":
-            sizes = {"size": self.size, "validation_size": self.validation_size}
-            if odd := [key for key, size in sizes.items() if isinstance(size, tuple)]:
-                raise ValueError(
-                    f"{odd[0]}: {size_text(sizes[odd[0]])}: crop: {self.crop} makes square images; give one number, or "
-                    "crop: scaled with images that have masks"
-                )
+        if self.crop in _WHOLE_IMAGES:
             return self
-        unfit = {"resize": self.resize, "augment": self.augment, "repeat": self.repeat > 1}
+        sizes = {"size": self.size, "validation_size": self.validation_size}
+        if odd := [key for key, size in sizes.items() if isinstance(size, tuple)]:
+            raise ValueError(
+                f"{odd[0]}: {size_text(sizes[odd[0]])}: crop: {self.crop} makes square images; give one number, or "
+                "crop: scaled with images that have masks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crop_takes_the_keys(self) -> Config:
+        unfit = {key: getattr(self, key) for key in ("short", "long", "buckets") if self.crop != "keep_ratio"}
+        if self.crop in _WHOLE_IMAGES:
+            unfit |= {"resize": self.resize, "augment": self.augment, "repeat": self.repeat > 1}
+        if self.crop == "keep_ratio":
+            defaults = Config.model_fields
+            unfit |= {key: getattr(self, key) != defaults[key].default for key in ("scale", "ratio", "pad")}
+            unfit |= {"validation_size": self.validation_size, "scales": self.scales}
         if odd := [key for key, given in unfit.items() if given]:
-            raise ValueError(f"{odd[0]}: crop: scaled does not take it; remove it")
-        if self.loader == "memory":
-            raise ValueError("loader: memory does not take crop: scaled; set loader: dali")
+            raise ValueError(f"{odd[0]}: crop: {self.crop} does not take it; remove it")
+        if self.crop in _WHOLE_IMAGES and self.loader == "memory":
+            raise ValueError(f"loader: memory does not take crop: {self.crop}; set loader: dali")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _largest_bucket_is_the_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("crop") != "keep_ratio" or values.get("size") is not None:
+            return values
+        try:
+            return {**values, "size": largest_bucket(values.get("buckets") or BUCKETS)}
+        except (TypeError, ValueError, LookupError):  # ``buckets`` is refused for what it is
+            return {**values, "size": BUCKETS[0]}
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> Config:
+        buckets = self.buckets or BUCKETS
+        if odd := [bucket for bucket in buckets if any(side % BUCKET_MULTIPLE for side in bucket)]:
+            fit = [-(-side // BUCKET_MULTIPLE) * BUCKET_MULTIPLE for side in odd[0]]
+            raise ValueError(
+                f"buckets: {size_text(odd[0])}: the sides must be multiples of {BUCKET_MULTIPLE}; write {fit}"
+            )
+        if self.crop == "keep_ratio" and self.size != largest_bucket(buckets):
+            raise ValueError(
+                f"size: {size_text(self.size)} is not the largest of buckets, {size_text(largest_bucket(buckets))}, "
+                "which crop: keep_ratio takes; remove it"
+            )
         return self
 
     @property
     def side(self) -> int:
-        """Return the side of the images, which are square for every crop except ``scaled``."""
+        """Return the side of the images, which are square for the crops that take no whole images."""
         return height_width(self.size)[0]
 
     @property
@@ -174,3 +230,9 @@ class Config(FrozenModel):
         """Return the view in which an epoch has an image for the ``repetition``-th time, counted from 0."""
         number = epoch * self.repeat + repetition
         return number if self.views is None else number % self.views
+
+
+def largest_bucket(buckets: Sequence[Sequence[int]]) -> Bucket:
+    """Return the bucket of most pixels, the first of several."""
+    height, width = max(buckets, key=lambda bucket: bucket[0] * bucket[1])
+    return height, width

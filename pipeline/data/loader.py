@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment, memory, synthetic
-from pipeline.data.config import SCALES, Config
+from pipeline.data.buckets import check_buckets
+from pipeline.data.config import BUCKETS, LONG, SCALE_FACTORS, SHORT, Config
 from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.mixer import partners
@@ -156,18 +157,25 @@ def create_loader(
     opened = {source: _open(config, source, manifest) for source in dict.fromkeys(sources.values())}
     readers = {split: opened[source] for split, source in sources.items()}
     rows = {split: used_rows(reader, config.holdout, split) for split, reader in readers.items()}
-    if "train" in rows and len(rows["train"]) * config.repeat < batch:
-        times = f"{config.repeat} × " if config.repeat > 1 else ""
-        raise ValueError(
-            f"data.path: {config.path} has {times}{len(rows['train'])} training samples, fewer than one global "
-            f"batch: {batch}; lower batch or prepare more samples"
-        )
-    if config.crop == "scaled":
-        _check_scaled_sizes(config, {split: reader.samples[rows[split]] for split, reader in readers.items()})
+    _check_images(config, {split: reader.samples[rows[split]] for split, reader in readers.items()}, batch)
     encoded, pin = config.loader == "dali", device.type == "cuda"
     plan = BatchSampler(config, readers, rows, batch, accumulation, seed, rank, world, columns, encoded, pin)
     settings = loader_settings(config, next(iter(readers.values())).manifest, device)
     return Loader(plan, _create_decoders(plan, settings, device), settings, device)
+
+
+def _check_images(config: Config, samples: dict[str, NDArray], batch: int) -> None:
+    """Raise ValueError if the images of the splits are too few, or too large for the crop."""
+    if "train" in samples and len(samples["train"]) * config.repeat < batch:
+        times = f"{config.repeat} × " if config.repeat > 1 else ""
+        raise ValueError(
+            f"data.path: {config.path} has {times}{len(samples['train'])} training samples, fewer than one global "
+            f"batch: {batch}; lower batch or prepare more samples"
+        )
+    if config.crop == "scaled":
+        _check_scaled_sizes(config, samples)
+    if config.crop == "keep_ratio" and (note := check_buckets(config, samples, batch)) and collectives.is_main():
+        print(note)
 
 
 def transform_fingerprint(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
@@ -175,11 +183,14 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
 
     A cache of teacher outputs records them.
     """
-    crop_keys = {"pad": ("pad",), "random_resized": ("scale", "ratio"), "scaled": ()}[config.crop]
+    crop_keys = {"pad": ("pad",), "random_resized": ("scale", "ratio")}.get(config.crop, ())
     keys = ("size", "crop", *crop_keys, "flip", "mean", "std", "seed")
     values = {key: getattr(config, key) for key in keys}
     if config.crop == "scaled":
-        values["scales"] = config.scales or SCALES
+        values["scales"] = config.scales or SCALE_FACTORS
+    if config.crop == "keep_ratio":
+        sides = {"short": config.short or SHORT, "long": config.long or LONG}
+        values |= {**sides, "buckets": config.buckets or BUCKETS}
     if config.augment:  # caches that were written before this key have none
         values["augment"] = config.model_dump(mode="json", include={"augment"})["augment"]
     if config.mixes:
@@ -208,6 +219,11 @@ def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
             reader.check_sizes()
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"data.path: {error}") from None
+    if config.crop == "keep_ratio" and not reader.has_boxes:
+        raise ValueError(
+            f"data.crop: keep_ratio needs images with boxes, and {folder} has none; prepare shards with boxes, or set "
+            "another crop"
+        )
     if config.loader == "memory" or (config.loader == "dali" and config.crop == "pad" and split == "train"):
         _check_sides(config, reader)
     return reader
@@ -217,7 +233,7 @@ def _check_scaled_sizes(config: Config, samples: dict[str, NDArray]) -> None:
     """Print how many training images fill their crop at no scale, and check the sizes of the validation images."""
     sides = {split: np.stack([rows["height"], rows["width"]], axis=1) for split, rows in samples.items()}
     if "train" in sides:
-        largest = np.floor(sides["train"] * max(config.scales or SCALES) + 0.5)
+        largest = np.floor(sides["train"] * max(config.scales or SCALE_FACTORS) + 0.5)
         small = int((largest < height_width(config.size)).any(axis=1).sum())
         if small and collectives.is_main():
             images = f"{small:,} of {len(sides['train']):,} training images"
@@ -275,7 +291,11 @@ def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch
 
 
 def _graph(reader: SplitReader, config: Config) -> Any:
-    """Return the graph of images with masks; None if the images have none."""
+    """Return the graph of images with masks or boxes; None if the images have neither."""
+    if config.crop == "keep_ratio":
+        from pipeline.data.dali_canvas import CANVAS_GRAPH  # after DALI itself
+
+        return CANVAS_GRAPH
     if not reader.has_masks:
         return None
     from pipeline.data.dali_masks import mask_graph  # after DALI itself

@@ -22,7 +22,9 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress, rows_per_rank
 from pipeline.data import augment
 from pipeline.data.augmenter import Augmenter, Drawn
-from pipeline.data.config import SCALES, Config
+from pipeline.data.box_targets import box_targets
+from pipeline.data.buckets import bucket_numbers, canvas, count_batches
+from pipeline.data.config import LONG, SCALE_FACTORS, SHORT, Config
 from pipeline.data.mixer import Mixer, Mixture
 from pipeline.data.read_ahead import CPU
 from pipeline.image_size import height_width
@@ -79,6 +81,8 @@ class SampleRequest(NamedTuple):
     """Draws of ``data.augment``; empty for images that are not augmented."""
     mixture: Mixture | None = None
     """How the images are mixed; None if they are not."""
+    canvas: tuple[int, int] | None = None
+    """Height and width of the images, if they are not those of ``data.size``."""
 
     def rows_of_batches(self) -> Iterator[tuple[slice, slice]]:
         """Yield the rows of each batch, and those of its images' partners."""
@@ -103,9 +107,18 @@ def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Ge
     if config.crop == "scaled":
         boxes = _full_boxes(widths, heights)
         resized, crops = augment.scaled_crop(
-            ids, view, widths, heights, seed=config.seed, scales=config.scales or SCALES, size=height_width(config.size)
+            ids,
+            view,
+            widths,
+            heights,
+            seed=config.seed,
+            scales=config.scales or SCALE_FACTORS,
+            size=height_width(config.size),
         )
         return Geometry(boxes, resized, crops, flips)
+    if config.crop == "keep_ratio":
+        shorts = augment.drawn_shorts(ids, view, seed=config.seed, shorts=config.short or SHORT)
+        return _whole_geometry(config, samples_B, shorts, flips)
     if config.crop == "pad":
         offsets = augment.pad_crop(ids, view, seed=config.seed, pad=config.pad)
         boxes = _full_boxes(widths, heights)
@@ -125,9 +138,20 @@ def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
     if config.crop == "scaled":  # the whole image, at its own size
         boxes = _full_boxes(samples_B["width"], samples_B["height"])
         return Geometry(boxes, boxes[:, 2:], np.zeros_like(boxes[:, :2]), np.zeros(len(samples_B), np.bool_))
+    if config.crop == "keep_ratio":
+        return _whole_geometry(config, samples_B, max(config.short or SHORT), np.zeros(len(samples_B), np.bool_))
     boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.side
     resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or size, size)
     return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
+
+
+def _whole_geometry(
+    config: Config, samples_B: NDArray, short: int | NDArray[np.int64], flips_B: NDArray[np.bool_]
+) -> Geometry:
+    """Return the geometry of whole images, their ratio kept, whose short side is at most ``short``."""
+    boxes = _full_boxes(samples_B["width"], samples_B["height"])
+    resized = augment.keep_ratio(boxes[:, 3], boxes[:, 2], short=short, long=config.long or LONG)
+    return Geometry(boxes, resized, np.zeros_like(resized), flips_B)
 
 
 def _middle_boxes(widths_B: NDArray, heights_B: NDArray) -> NDArray[np.int64]:
@@ -175,6 +199,14 @@ class BatchSampler:
         reader = self.readers["train"]
         return Mixer(self.config, reader.samples, self.rows["train"], reader.manifest.num_classes)
 
+    @cached_property
+    def _buckets(self) -> dict[str, NDArray[np.int64]]:
+        """The bucket of each of ``rows``, by split; empty where all batches have one size."""
+        if self.config.crop != "keep_ratio":
+            return {}
+        samples = {split: self.readers[split].samples[rows] for split, rows in self.rows.items()}
+        return {split: bucket_numbers(self.config, each) for split, each in samples.items()}
+
     @property
     def micro_batch(self) -> int:
         """Return the number of rows of a training request."""
@@ -193,6 +225,8 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of complete global batches in an epoch."""
+        if "train" in self._buckets:
+            return count_batches(self._buckets["train"], self.batch)
         return len(self.rows["train"]) * self.config.repeat // self.batch
 
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
@@ -217,15 +251,23 @@ class BatchSampler:
     def validation(self) -> Generator[SampleRequest, None, None]:
         """Yield this rank's share of the validation split in storage order, equally many requests on every rank.
 
-        If the split is not divisible by the ranks, some ranks end with a padded row, whose id and label are −1.
+        If the split is not divisible by the ranks, some ranks end with a padded row, whose id and label are −1. With
+        buckets, that is so of each of them, and one follows another.
         """
-        count = len(self.rows["val"])
-        share = -(-count // self.world)  # rounded up
-        rows = np.arange(share) * self.world + self.rank
         at_once = self._request_rows(self.validation_batch)
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for first in range(0, share, at_once):
-                yield self._validation_request(rows[first : first + at_once], count, pool)
+            for used in self._validation_groups():
+                share = -(-len(used) // self.world)  # rounded up
+                places = np.arange(share) * self.world + self.rank
+                for first in range(0, share, at_once):
+                    yield self._validation_request(used, places[first : first + at_once], pool)
+
+    def _validation_groups(self) -> list[NDArray[np.int64]]:
+        """Return the rows of the validation split whose images have one size: those of each bucket, or all of them."""
+        rows = self.rows["val"]
+        if "val" not in self._buckets:
+            return [rows]
+        return [rows[self._buckets["val"] == bucket] for bucket in np.unique(self._buckets["val"])]
 
     def _request_rows(self, batch: int) -> int:
         """Return the number of rows of a request for batches of ``batch`` rows."""
@@ -239,7 +281,10 @@ class BatchSampler:
         used = self.rows["train"]
         shards = self.readers["train"].samples["shard"][used]
         for epoch in range(progress.epoch, epochs):
-            order = used[augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)]
+            order = augment.epoch_order(shards, self.seed, epoch, self.config.shuffle_shards)
+            if "train" in self._buckets:
+                order = augment.bucket_order(order, self._buckets["train"], self.batch)
+            order = used[order]
             views = np.array([self.config.view(epoch, repetition) for repetition in range(self.config.repeat)])
             numbers, repetitions = augment.repeated(order, self.config.repeat)
             first = progress.step_in_epoch if epoch == progress.epoch else 0
@@ -262,38 +307,54 @@ class BatchSampler:
             decoded_rows = np.concatenate([rows, mixture.partners_P])
             decoded = self.readers["train"].samples[decoded_rows]
             views = np.concatenate([views, views[mixture.places_P]])
+        geometry = training_geometry(self.config, decoded, views)
         return SampleRequest(
             decoded_rows,
-            training_geometry(self.config, decoded, views),
+            geometry,
             self._encoded("train", decoded_rows, pool),
             self._masks("train", rows, pool),
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
-            self._targets("train", rows),
+            self._targets("train", rows, geometry),
             self._augmenter.draw(decoded["id"], views),
             mixture,
+            canvas(self.config, samples),
         )
 
-    def _validation_request(self, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor) -> SampleRequest:
+    def _validation_request(
+        self, used: NDArray[np.int64], places: NDArray[np.int64], pool: ThreadPoolExecutor
+    ) -> SampleRequest:
         # A padded row decodes the last image once more; its id and label of −1 exclude it from every count.
-        real = rows < count
-        rows = self.rows["val"][np.minimum(rows, count - 1)]
+        real = places < len(used)
+        rows = used[np.minimum(places, len(used) - 1)]
         samples = self.readers["val"].samples[rows]
+        geometry = validation_geometry(self.config, samples)
         return SampleRequest(
             rows,
-            validation_geometry(self.config, samples),
+            geometry,
             self._encoded("val", rows, pool),
             self._masks("val", rows, pool),
             self._host(np.where(real, samples["id"], -1)),
             self._host(np.where(real, samples["label"], -1).astype(np.int64)),
             self.validation_batch,
-            self._targets("val", rows),
+            self._targets("val", rows, geometry, real),
+            canvas=canvas(self.config, samples),
         )
 
-    def _targets(self, split: str, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        table = self.readers[split].targets
-        return {} if table is None else {LABELS: self._host(table[rows])}
+    def _targets(
+        self, split: str, rows: NDArray[np.int64], geometry: Geometry, real: NDArray[np.bool_] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the task's targets of a request. Validation gives the rows that are ``real``, and keeps all boxes."""
+        reader = self.readers[split]
+        if reader.has_boxes:
+            boxes = reader.boxes(rows)
+            if real is not None:
+                boxes = [each if is_real else each[:0] for each, is_real in zip(boxes, real, strict=True)]
+            sides, smallest = geometry.boxes_B4[:, 2:], 1.0 if real is None else 0.0
+            found = box_targets(boxes, sides, geometry.resized_B2, geometry.flips_B, smallest)
+            return {name: self._host(column) for name, column in found.items()}
+        return {} if reader.targets is None else {LABELS: self._host(reader.targets[rows])}
 
     def _encoded(self, split: str, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> list[NDArray[np.uint8]]:
         if not self.encoded:

@@ -1,6 +1,6 @@
 """A decoder that returns noise instead of images, to measure a step that never waits for input.
 
-The noise is drawn once, on the device. Ids, labels and order come from the shards' tables; no tar is opened.
+The noise is drawn once, on the device. Ids, labels, boxes and order come from the shards' tables; no tar is opened.
 
 Shape suffixes: B rows of a request, C channels, H W space.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.data.config import Config
+from pipeline.data.config import BUCKETS, Config
 from pipeline.data.requests import SampleRequest
 from pipeline.image_size import height_width
 from pipeline.tasks._masks import MASK
@@ -33,9 +33,11 @@ class SyntheticDecoder:
     def __init__(self, config: Config, batch: int, device: torch.device, mask_classes: int | None = None) -> None:
         self._device = device
         draws = torch.Generator(device).manual_seed(config.seed)
-        images_BHWC = torch.randn(batch, *height_width(config.size), 3, generator=draws, device=device)
-        images_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        self._images_BCHW = images_BCHW if config.channels_last else images_BCHW.contiguous()
+        self._size = height_width(config.size)
+        self._images: dict[tuple[int, int], Tensor] = {}
+        for size in [self._size] if config.crop != "keep_ratio" else config.buckets or BUCKETS:
+            images_BCHW = torch.randn(batch, *size, 3, generator=draws, device=device).permute(0, 3, 1, 2)
+            self._images[size] = images_BCHW if config.channels_last else images_BCHW.contiguous()
         self._targets: dict[str, Tensor] = {}
         if mask_classes:
             size = (batch, *height_width(config.size))
@@ -45,7 +47,7 @@ class SyntheticDecoder:
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batch of each request, with one image per row, [B, C, H, W] in float32."""
         for request in requests:
-            images_BCHW = self._images_BCHW[: len(request.rows_B)]
+            images_BCHW = self._images[request.canvas or self._size][: len(request.rows_B)]
             # A copy, because mixing overwrites its images.
             batch = request.to_batch(images_BCHW.clone() if request.mixture else images_BCHW, self._device)
             targets = {name: x[: len(request.rows_B)] for name, x in self._targets.items()}

@@ -20,8 +20,10 @@ from pipeline.models import (
     cifar_shufflenet_v2,
     cifar_vgg,
     cifar_wrn,
+    detection,
     mobilenet_v1,
     plain_fpn,
+    plain_retinanet,
     segmentation,
 )
 from pipeline.models.arguments import check_arguments, failed
@@ -37,8 +39,10 @@ PROJECT_MODELS = {
     **mobilenet_v1.MODELS,
     **segmentation.MODELS,
     **plain_fpn.MODELS,
+    **detection.MODELS,
+    **plain_retinanet.MODELS,
 }
-"""This project's networks by name, as functions of the number of classes, and torchvision's of segmentation."""
+"""This project's networks by name, as functions of the number of classes, with those of segmentation and detection."""
 
 AUXILIARY = ("googlenet", "inception_v3")
 """Torchvision's networks that return several tensors in training mode, unless ``aux_logits`` is False."""
@@ -54,7 +58,8 @@ def known_models() -> list[str]:
 def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
 
-    Those of a segmentation network are a map, [B, ``num_classes``, h, w].
+    Those of a segmentation network are a map, [B, ``num_classes``, h, w], and those of a detector are of all anchors,
+    [B, anchors, ``num_classes``].
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory. Raises ValueError if there is

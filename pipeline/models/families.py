@@ -36,6 +36,7 @@ from pipeline.models.cifar_shufflenet_v1 import CifarShuffleNetV1
 from pipeline.models.cifar_shufflenet_v2 import CifarShuffleNetV2
 from pipeline.models.cifar_vgg import CifarVGG
 from pipeline.models.cifar_wrn import CifarWideResNet
+from pipeline.models.detector import Detector
 from pipeline.models.mobilenet_v1 import MobileNetV1
 from pipeline.models.segmenter import Segmenter
 
@@ -274,7 +275,7 @@ def _segmenter(model: nn.Module) -> Paths:
     if hasattr(model.backbone, "layer1"):
         found = {"stem": "backbone.maxpool"} | _residual_stages(model, "backbone.")
     elif hasattr(model.backbone, "stage1"):
-        found = _plain_stages(model)
+        found = _plain_stages(model, "backbone.")
     else:
         found = _mobile_backbone(model)
     layers = _children(model, "classifier")
@@ -288,12 +289,24 @@ def _segmenter(model: nn.Module) -> Paths:
     return found | {"decode": f"{layers[first]}:in", "logits": logits} | aux
 
 
-def _plain_stages(model: nn.Module) -> Paths:
-    """Return the paths of stages of convolution, BatchNorm and ReLU."""
+def _detector(model: nn.Module) -> Paths:
+    """Return the paths of a backbone's stages, under both of their names, and of pyramid, heads and boxes."""
+    assert isinstance(model, Detector)
+    body = "backbone.body."
+    if hasattr(model.get_submodule("backbone.body"), "layer1"):
+        found = {"stem": f"{body}maxpool"} | _residual_stages(model, body)
+    else:
+        found = _plain_stages(model, body)
+    of_backbone = {f"backbone.{name}": path for name, path in found.items() if "." not in name and name != "stem"}
+    return found | of_backbone | model.tap_paths()
+
+
+def _plain_stages(model: nn.Module, prefix: str) -> Paths:
+    """Return the paths of stages of convolution, BatchNorm and ReLU in the module whose path is ``prefix``."""
     found: Paths = {}
     for number in range(1, 5):
-        last = _children(model, f"backbone.stage{number}")[-1]
-        found |= stage_entry(number, f"backbone.stage{number}", f"{last}.2:in", f"{last}.1")
+        last = _children(model, f"{prefix}stage{number}")[-1]
+        found |= stage_entry(number, f"{prefix}stage{number}", f"{last}.2:in", f"{last}.1")
     return found
 
 
@@ -340,6 +353,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     CifarShuffleNetV1: _stem_and_stages("relu:in", "widen.1"),
     CifarShuffleNetV2: _stem_and_stages("relu:in", None),
     Segmenter: _segmenter,
+    Detector: _detector,
     MobileNetV1: _stem_and_stages("1.2:in", "1.1"),
     ResNet: _resnet,
     MobileNetV2: _mobile,

@@ -17,10 +17,20 @@ SUMMED = ("stage2", "stage3", "stage4")
 """Features that the head adds up; the first has a quarter of the image's width."""
 
 
-def plain_backbone(width: int, depth: int) -> IntermediateLayerGetter:
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+
+
+def check_plain(width: int, depth: int) -> None:
+    """Raise ValueError if there is no ``plain_backbone`` of this width and depth."""
+    if width < 1 or depth < 1:
+        raise ValueError(f"width and depth must be at least 1, got {width!r} and {depth!r}")
+
+
+def plain_backbone(width: int, depth: int, returned: Sequence[str] = STAGES) -> IntermediateLayerGetter:
     """Return four stages with ``width``, 2, 4 and 8 times ``width`` channels, each of which halves the map.
 
-    The first has one convolution, the others ``depth``, each with BatchNorm and ReLU. Features are those of all stages.
+    The first has one convolution, the others ``depth``, each with BatchNorm and ReLU. Features are those of the stages
+    ``returned``.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     channels_in = 3
@@ -30,7 +40,7 @@ def plain_backbone(width: int, depth: int) -> IntermediateLayerGetter:
         layers += [Conv2dNormActivation(channels, channels, 3) for _ in range(depth - 1 if number > 1 else 0)]
         stages[f"stage{number}"] = nn.Sequential(*layers)
         channels_in = channels
-    return IntermediateLayerGetter(nn.Sequential(stages), {stage: stage for stage in stages})
+    return IntermediateLayerGetter(nn.Sequential(stages), {stage: stage for stage in returned})
 
 
 class TopDown(nn.Module):
@@ -53,8 +63,7 @@ class TopDown(nn.Module):
 
 def plain_fpn(num_classes: int, *, width: int = 16, depth: int = 2) -> Segmenter:
     """Return a ``plain_backbone`` with a head that adds up three stages: a map of a quarter of the image's width."""
-    if width < 1 or depth < 1:
-        raise ValueError(f"width and depth must be at least 1, got {width!r} and {depth!r}")
+    check_plain(width, depth)
     channels = 4 * width
     summed = TopDown([width * 2**number for number in range(1, 4)], channels)
     smoothed = Conv2dNormActivation(channels, channels, 3, inplace=False)

@@ -31,10 +31,11 @@ class Segmenter(nn.Module):
         """Return the logits of the main head; the auxiliary head runs only if a hook, such as a tap's, reads it."""
         features = self.backbone(images_BCHW)
         logits_BKHW = self.classifier(features if self.all_features else features["out"])
-        if self.aux_classifier is not None and _has_hooks(self.aux_classifier):
+        if self.aux_classifier is not None and has_hooks(self.aux_classifier):
             self.aux_classifier(features["aux"])
         return logits_BKHW
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a hook, such as a tap's, reads the module or one in it."""
     return any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())

@@ -1,6 +1,7 @@
 """The canonical stages ``stem, stage1 … stage4, map, embedding, logits`` of a network, by module path.
 
-A segmentation network has ``decode, logits, aux`` after its stages.
+A segmentation network has ``decode, logits, aux`` after its stages. A detector has the levels of its feature pyramid,
+the maps of its heads, and its boxes.
 
 The syntax of a path:
 
@@ -23,6 +24,14 @@ The meaning of a name:
 - ``embedding`` is the input of the last linear layer.
 - ``decode`` is the map that the last convolution of a segmentation network's main head reads, before dropout.
 - ``aux`` is the output of its auxiliary head, which runs only if it is tapped.
+- ``backbone.stageN`` is ``stageN`` of a detector.
+- ``fpn.pN`` is a level of its feature pyramid, whose cells are 2ᴺ pixels wide.
+- ``head.class.pN``, ``head.box.pN`` and, of FCOS, ``head.centre.pN`` are the maps of its heads at that level, with the
+  channels of one anchor after those of another.
+- ``anchors`` are the boxes of all anchors, float32 [B, A, 4] in pixels.
+- ``regression`` is what the heads say of each anchor's box, [B, A, 4]; that of FCOS ends with the centre-ness.
+- ``detections`` are the boxes that it finds, [B, 100, 6], the best first: left, top, right, bottom, score and class.
+  In training there are none.
 
 In networks for ImageNet, stage n is the last tensor with 1 / 2ⁿ⁺¹ of the image's width. In VGGs a stage is a block, on
 ImageNet as on CIFAR. Where convolutions without padding make odd widths, stage n is the last tensor after n + 1

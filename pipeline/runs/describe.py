@@ -11,11 +11,6 @@ from pipeline.runs.identity import Run, differing_keys
 NEW = "new"
 
 
-def steps_per_epoch(run: Run) -> int:
-    """Return the number of complete global batches in an epoch; 0 if there are fewer images than that."""
-    return run.training_images * run.recipe.data.repeat // run.recipe.batch if "train" in run.manifest.splits else 0
-
-
 def describe_state(run: Run) -> str:
     """Return how far a run is: new, finished, or the step at which the same command continues it."""
     if run.result is not None:
@@ -25,7 +20,7 @@ def describe_state(run: Run) -> str:
         return NEW
     if differing_keys(begun.values(), run.identity):
         return "holds the run of another recipe"
-    total, saved = run.recipe.epochs * steps_per_epoch(run), checkpoint_folders(run.folder / CHECKPOINTS)
+    total, saved = run.recipe.epochs * run.steps_per_epoch, checkpoint_folders(run.folder / CHECKPOINTS)
     if not saved:
         return "begun before its first checkpoint, starts at step 0 again"
     return f"continues at step {saved[-1].name.removeprefix('step-')} of {total}"

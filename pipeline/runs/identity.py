@@ -14,6 +14,7 @@ from pipeline.batch import rows_per_rank
 from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.config.source import RecipeSource
+from pipeline.data.buckets import epoch_batches
 from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
@@ -58,6 +59,9 @@ _OPTIONS = {
     "warmup": False,
     "augment": [],
     "scales": None,
+    "short": None,
+    "long": None,
+    "buckets": None,
     "linear": False,
     "level_weight": "equal",
     "class_maps": None,
@@ -106,6 +110,13 @@ class Run:
     def training_images(self) -> int:
         """Return the number of images that the run trains on."""
         return training_images(self.recipe.data.path, self.manifest, self.recipe.data.holdout)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Return the number of complete global batches in an epoch; 0 if there are fewer images than that."""
+        if "train" not in self.manifest.splits:
+            return 0
+        return epoch_batches(self.recipe.data, self.manifest, self.recipe.batch)
 
     @property
     def fingerprint(self) -> str:

@@ -75,6 +75,10 @@ class Task(ABC):
 
     of_pixels: ClassVar[bool] = False
     """Whether the logits are maps, whose pixels have classes; losses of logits must take such maps then."""
+    of_boxes: ClassVar[bool] = False
+    """Whether an image has any number of objects, each with a box and a class; the logits are those of anchors."""
+    taps: ClassVar[frozenset[str]] = frozenset()
+    """Taps that the task reads of each network that it judges."""
 
     def blank_targets(self, rows: int, num_classes: int, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return targets of a batch without any content, on torch's default device, for a trial of the losses.

@@ -19,3 +19,5 @@ SCALES = "scales_B2"
 """float32 [B, 2], pixels of the batch's image for a pixel of the stored image, along height and width."""
 DETECTIONS = "detections"
 """Tap of what a network finds: float32 [B, 100, 6], box, score, class; the best first, zeros and class −1 behind."""
+LIKELY = 0.3
+"""Score from which on a detection is shown and counts as a decision, as in the pictures of mmdetection."""

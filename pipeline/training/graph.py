@@ -43,10 +43,15 @@ _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, 
 
 
 def maybe_graph(
-    step: Step, wanted: Literal["auto"] | bool, accumulation: int, checkpointed: bool = False
+    step: Step,
+    wanted: Literal["auto"] | bool,
+    accumulation: int,
+    checkpointed: bool = False,
+    varying: str | None = None,
 ) -> Step | GraphedStep:
     """Return the step, as a CUDA graph if that is wanted and possible; on a GPU, print the decision.
 
+    ``varying`` is what makes the tensors of some batches larger than others', for a message, if anything does.
     Raises RecipeError if ``wanted`` is true and a graph is not possible.
     """
     accelerator = step.accelerator
@@ -54,6 +59,8 @@ def maybe_graph(
         reason: str | None = "graph=false"
     elif checkpointed:  # a checkpointed block reads the states of torch's generators, which a capture forbids
         reason = "student.checkpoint"
+    elif varying:  # the tensors of a capture keep their sizes
+        reason = varying
     else:
         reason = _unfused(step.optimizer) or _obstacle(accelerator, accumulation)
     if wanted is True and reason:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pipeline.batch import rows_per_rank
 from pipeline.config.recipe import Recipe
 from pipeline.distributed.launcher import Launch
-from pipeline.runs.describe import describe_epochs, describe_role, describe_state, steps_per_epoch, training_order
+from pipeline.runs.describe import describe_epochs, describe_role, describe_state, training_order
 from pipeline.runs.identity import Run
 from shards.cores import usable_cores
 
@@ -76,7 +76,7 @@ def _describe_batch(recipe: Recipe, launch: Launch) -> str:
 
 
 def _describe_steps(run: Run) -> str:
-    in_epoch, recipe = steps_per_epoch(run), run.recipe
+    in_epoch, recipe = run.steps_per_epoch, run.recipe
     stops = [f"stop.{key}={value:g}" for key, value in recipe.stop if value is not None]
     text = f"{describe_epochs(recipe)} × {in_epoch} steps = {recipe.epochs * in_epoch} steps"
     return text + (f"; this command ends at {' or '.join(stops)}" if stops else "")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment
-from pipeline.data.config import SCALES, Config
+from pipeline.data.config import SCALE_FACTORS, Config
 from pipeline.data.loader import Loader, create_loader, transform_fingerprint
 from pipeline.data.requests import training_geometry
 from pipeline.image_size import height_width
@@ -161,7 +161,7 @@ def test_scale_and_place_of_an_image_do_not_depend_on_its_batch(seed: int, view:
 
     def draw(rows: np.ndarray) -> np.ndarray:
         sides = widths[rows], heights[rows]
-        resized, crops = augment.scaled_crop(ids[rows], view, *sides, seed=seed, scales=SCALES, size=(128, 256))
+        resized, crops = augment.scaled_crop(ids[rows], view, *sides, seed=seed, scales=SCALE_FACTORS, size=(128, 256))
         return np.concatenate([resized, crops], axis=1)
 
     order = rng.permutation(40)
@@ -172,10 +172,10 @@ def test_scale_and_place_of_an_image_do_not_depend_on_its_batch(seed: int, view:
 def test_every_scale_and_place_is_drawn_equally_often():
     count = 20_000
     ids, sides = np.arange(count), np.full(count, 100)
-    resized, crops = augment.scaled_crop(ids, 0, sides, sides, seed=1, scales=SCALES, size=(96, 120))
+    resized, crops = augment.scaled_crop(ids, 0, sides, sides, seed=1, scales=SCALE_FACTORS, size=(96, 120))
     numbers, often = np.unique(resized[:, 0], return_counts=True)
-    assert numbers.tolist() == [round(100 * scale) for scale in SCALES]
-    assert np.abs(often / count * len(SCALES) - 1).max() < 0.1
+    assert numbers.tolist() == [round(100 * scale) for scale in SCALE_FACTORS]
+    assert np.abs(often / count * len(SCALE_FACTORS) - 1).max() < 0.1
     of_largest = crops[resized[:, 0] == 200]
     assert of_largest.min(axis=0).tolist() == [0, 0]
     assert of_largest.max(axis=0).tolist() == [200 - 96, 200 - 120]
@@ -186,7 +186,7 @@ def test_a_cache_of_answers_is_bound_to_the_scales(masked: Path):
     device = torch.device("cpu")
     facts = [
         transform_fingerprint(config, open_masked(config).manifest, device)
-        for config in (config_of(masked), config_of(masked, scales=SCALES), config_of(masked, scales=(1.0, 2.0)))
+        for config in (config_of(masked), config_of(masked, scales=SCALE_FACTORS), config_of(masked, scales=(1.0, 2.0)))
     ]
     assert facts[0] == facts[1] != facts[2]
 

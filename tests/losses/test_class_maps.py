@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 import pytest
-from loss_cases import STUDENT_SHAPES, TEACHER_SHAPES, Example, example
+import yaml
+from loss_cases import STUDENT_SHAPES, TEACHER_SHAPES, Example, config_of, example
 from oracles.dist import mean_gap
 from oracles.sigmoid_kd import parts as sigmoid_kd
 from pydantic import ValidationError
+from smallest_recipe import RECIPE
 
 from pipeline.batch import Outputs
+from pipeline.config.recipe import Recipe
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import load_spec
 
@@ -85,3 +88,37 @@ def test_a_loss_of_transformed_logits_refuses_maps_as_what_it_transforms():
     inner = {"kd": {"temperature": 1.0, "maps": ["head.class"]}}
     with pytest.raises(ValidationError, match="the loss 'kd' reads no logits, which are what it is for here"):
         load_spec("logit_standardization", {"inner": inner})
+
+
+def detector_with(losses: dict[str, Any]) -> Recipe:
+    """Return a recipe of detection with those losses."""
+    recipe = yaml.safe_load(RECIPE)
+    del recipe["data"]["size"]
+    teacher = {"model": "cifar_resnet20", "weights": "teacher.pt"}
+    data = recipe["data"] | {"crop": "keep_ratio"}
+    return Recipe.model_validate(recipe | {"task": "detection", "teacher": teacher, "losses": losses, "data": data})
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("kd", r"give it maps: \[head.class\]"),
+        ("dist", r"give it maps: \[head.class\]"),
+        *((name, "remove the loss") for name in ("dkd", "sigmoid_kd", "cat_kd", "perception", "diffkd")),
+    ],
+)
+def test_a_loss_of_the_logits_of_anchors_is_refused_in_one_line(name: str, instead: str):
+    message = f"the loss '{name}' compares images by their logits, and task: detection has those of anchors; {instead}"
+    with pytest.raises(ValidationError, match=message):
+        detector_with({name: config_of(name)})
+
+
+def test_losses_of_a_detectors_maps_are_taken():
+    maps = {"maps": ["head.class"]}
+    own = {"feature": {"stage": "fpn", "predictor_reduction": 4, "adapter_reduction": 8}}
+    losses = {
+        **{name: {**config, **maps} for name, config in CONFIGS.items()},
+        **{name: config_of(name) for name in ("fgd", "box_l1")},
+        "diffkd": {**config_of("diffkd"), **own, "logits": None, "logit_distance": None},
+    }
+    assert detector_with(losses).taps.teacher == {"fpn", "head.class", "head.box"}

@@ -96,7 +96,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
-    old["data"] |= {"scales": None}
+    old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None}
     old["losses"]["ddkd"] |= {"class_maps": None}
     old["losses"]["ddkd"]["feature"] |= {"level_weight": "equal"}
     assert new == old | {"folder": "anew", "stop": old["stop"] | {"steps": 1}, "graph": "auto"}

@@ -14,41 +14,69 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.tasks._base import Evaluation
+from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DETECTIONS, LIKELY, SCALES, SIZES
 from pipeline.tasks._masks import IGNORED, MASK, upsampled
 from pipeline.tasks._registry import find_task, known_tasks
 from pipeline.tasks.multilabel import LABELS, MultiLabel, mean_average_precision
 
 every_task = pytest.mark.parametrize("name", known_tasks())
-IMAGES, CLASSES = 31, 7
+IMAGES, NUMBER = 31, 7
+SIDE = 160
+"""Of the images with boxes, in pixels."""
 
 
 def split(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits of few distinct values, one class of each image, and several classes of each image."""
     draws = torch.Generator().manual_seed(seed)
-    logits_NK = torch.randint(-4, 5, (IMAGES, CLASSES), generator=draws) / 2
-    labels_N = torch.randint(CLASSES, (IMAGES,), generator=draws)
-    return logits_NK, labels_N, (torch.rand(IMAGES, CLASSES, generator=draws) < 0.3).to(torch.uint8)
+    logits_NK = torch.randint(-4, 5, (IMAGES, NUMBER), generator=draws) / 2
+    labels_N = torch.randint(NUMBER, (IMAGES,), generator=draws)
+    return logits_NK, labels_N, (torch.rand(IMAGES, NUMBER, generator=draws) < 0.3).to(torch.uint8)
 
 
 def maps(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return maps of logits of each image, [N, K, 2, 3], and masks of twice their size, some pixels without a class."""
     draws = torch.Generator().manual_seed(seed)
-    logits_NKHW = torch.randint(-4, 5, (IMAGES, CLASSES, 2, 3), generator=draws) / 2
-    masks_NHW = torch.randint(CLASSES + 1, (IMAGES, 4, 6), generator=draws)
-    return logits_NKHW, torch.where(masks_NHW < CLASSES, masks_NHW, IGNORED).to(torch.uint8)
+    logits_NKHW = torch.randint(-4, 5, (IMAGES, NUMBER, 2, 3), generator=draws) / 2
+    masks_NHW = torch.randint(NUMBER + 1, (IMAGES, 4, 6), generator=draws)
+    return logits_NKHW, torch.where(masks_NHW < NUMBER, masks_NHW, IGNORED).to(torch.uint8)
+
+
+def boxes(seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return detections that hit most objects, and the targets: three objects an image, of all sizes and classes."""
+    draws = torch.Generator().manual_seed(seed)
+    corners = torch.tensor([[0, 0, 16, 16], [20, 20, 68, 68], [60, 60, 160, 160]])
+    boxes_N34 = corners.float().repeat(IMAGES, 1, 1)
+    classes_N3 = torch.stack([torch.randperm(NUMBER, generator=draws)[:3] for _ in range(IMAGES)])
+    moved_N34 = boxes_N34 + torch.randint(0, 9, (IMAGES, 3, 4), generator=draws)
+    scores_N3 = torch.randint(1, 11, (IMAGES, 3), generator=draws) / 10
+    guesses_N3 = torch.where(scores_N3 > 0.2, classes_N3, 0)
+    targets = {
+        BOXES: boxes_N34,
+        CLASSES: classes_N3,
+        CROWD: torch.zeros(IMAGES, 3, dtype=torch.bool),
+        AREAS: (boxes_N34[..., 2:] - boxes_N34[..., :2]).prod(2),
+        SIZES: torch.full((IMAGES, 2), SIDE),
+        SCALES: torch.ones(IMAGES, 2),
+    }
+    return torch.cat([moved_N34, scores_N3[..., None], guesses_N3[..., None]], dim=2), targets
 
 
 def batches(rows: np.ndarray, size: int, name: str) -> Iterator[tuple[Outputs, Batch]]:
     """Yield those rows of the split in batches; a row beyond the split is padding, a copy of the last image."""
     logits_NK, labels_N, several_NK = split()
     logits_NKHW, masks_NHW = maps()
+    found_N36, objects = boxes()
     logits = logits_NKHW if find_task(name).of_pixels else logits_NK
     for start in range(0, len(rows), size):
         part = torch.from_numpy(rows[start : start + size])
         real_B, row_B = part < IMAGES, part.clamp(max=IMAGES - 1)
         labels_B, ids_B = (torch.where(real_B, x, -1) for x in (labels_N[row_B], row_B))
-        targets = {LABELS: several_NK[row_B], MASK: masks_NHW[row_B]}
-        yield Outputs(logits[row_B], {}), Batch(torch.empty(len(part), 0), labels_B, ids_B, {}, targets)
+        targets = {LABELS: several_NK, MASK: masks_NHW, **objects}
+        targets = {name: values[row_B] for name, values in targets.items()}
+        yield (
+            Outputs(logits[row_B], {DETECTIONS: found_N36[row_B]}),
+            Batch(torch.empty(len(part), 0), labels_B, ids_B, {}, targets),
+        )
 
 
 def evaluation(rank: int, world: int, name: str, size: int) -> Evaluation:
@@ -64,7 +92,8 @@ def test_metrics_are_those_of_the_whole_split_for_any_batches_and_ranks(name: st
     assert whole.samples == IMAGES
     others = [*(evaluation(0, 1, name, size) for size in (1, 8)), *ranks(evaluation, name, 4)]
     assert [other._replace(loss=None) for other in others] == [whole._replace(loss=None)] * len(others)
-    assert [other.loss for other in others] == pytest.approx([whole.loss] * len(others), rel=1e-12)
+    if whole.loss is not None:
+        assert [other.loss for other in others] == pytest.approx([whole.loss] * len(others), rel=1e-12)
 
 
 def cross_entropy(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
@@ -88,7 +117,20 @@ def test_the_loss_is_that_of_the_task_over_real_images_in_float64():
         "multilabel": binary_cross_entropy(logits_NK, several_NK),
         "segmentation": cross_entropy(pixels, masks_NHW.numpy()[masks_NHW.numpy() != IGNORED]),
     }
-    assert {name: evaluation(0, 1, name, 8).loss for name in known_tasks()} == pytest.approx(expected, rel=1e-6)
+    found = {name: evaluation(0, 1, name, 8).loss for name in known_tasks()}
+    assert found.pop("detection") is None
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def perfect_boxes() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return features of a network that finds every object with its class in the middle of the box, and targets."""
+    found_N36, objects = boxes()
+    found_N36 = torch.cat([objects[BOXES], torch.ones(IMAGES, 3, 1), objects[CLASSES][..., None]], dim=2)
+    map_NKHW = torch.zeros(IMAGES, NUMBER, SIDE // 8, SIDE // 8)
+    middles_N32 = (objects[BOXES][..., :2] + objects[BOXES][..., 2:]).long() // 16
+    for image, (middles_32, classes_3) in enumerate(zip(middles_N32, objects[CLASSES], strict=True)):
+        map_NKHW[image, classes_3, middles_32[:, 1], middles_32[:, 0]] = 1
+    return {DETECTIONS: found_N36, "head.class.p3": map_NKHW}, objects
 
 
 @every_task
@@ -96,17 +138,20 @@ def test_a_task_measures_what_it_names_and_a_perfect_network_reaches_a_hundred(n
     task, (_, labels_N, several_NK) = find_task(name), split()
     masks_NHW, one_hot = maps()[1], torch.nn.functional.one_hot
     answers = {
-        "classification": one_hot(labels_N, CLASSES),
+        "classification": one_hot(labels_N, NUMBER),
+        "detection": labels_N[:, None, None].new_zeros(IMAGES, 1, NUMBER),
         "multilabel": several_NK,
-        "segmentation": one_hot(masks_NHW.long() % IGNORED, CLASSES).permute(0, 3, 1, 2),
+        "segmentation": one_hot(masks_NHW.long() % IGNORED, NUMBER).permute(0, 3, 1, 2),
     }
     perfect, ids_N = answers[name] - 0.5, torch.arange(IMAGES)
-    batch = Batch(torch.empty(IMAGES, 0), labels_N, ids_N, {}, {LABELS: several_NK, MASK: masks_NHW})
-    found = task.summarize([task.see(Outputs(perfect, {}), batch)])
+    features, objects = perfect_boxes()
+    targets = {LABELS: several_NK, MASK: masks_NHW, **objects}
+    batch = Batch(torch.empty(IMAGES, 0, SIDE, SIDE), labels_N, ids_N, {}, targets)
+    found = task.summarize([task.see(Outputs(perfect, features), batch)])
     assert list(found.metrics) == list(task.titles)
     assert set(found.metrics.values()) == {100.0}
     assert found.main == found.metrics[task.metric]
-    assert task.measure_batch(Outputs(perfect, {}), batch).item() == pytest.approx(100)
+    assert task.measure_batch(Outputs(perfect, features), batch).item() == pytest.approx(100)
 
 
 @every_task
@@ -115,8 +160,11 @@ def test_networks_agree_with_themselves_and_padding_is_no_decision(name: str):
     ((outputs, batch),) = batches(np.arange(IMAGES + 2), IMAGES + 2, name)
     same, decisions = task.agreement(outputs, outputs, batch).tolist()
     pixels = int((maps()[1] != IGNORED).sum())
-    assert same == decisions == {"classification": IMAGES, "multilabel": IMAGES * CLASSES, "segmentation": pixels}[name]
-    other = Outputs(-outputs.logits - 0.25, {})
+    found_N36 = outputs.features[DETECTIONS]
+    twice = 2 * int((found_N36[:IMAGES, :, 4] >= LIKELY).sum())
+    expected = {"classification": IMAGES, "multilabel": IMAGES * NUMBER, "segmentation": pixels, "detection": twice}
+    assert same == decisions == expected[name]
+    other = Outputs(-outputs.logits - 0.25, {DETECTIONS: found_N36 + torch.tensor([0.0, 0, 0, 0, 0, 1])})
     assert task.agreement(outputs, other, batch)[0] < decisions
 
 
@@ -153,5 +201,5 @@ def test_f1_counts_all_decisions_together():
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no task 'segmenting'; known are classification, multilabel, segmentation"):
+    with pytest.raises(ValueError, match="no task 'segmenting'; known are classification, detection, multilabel, seg"):
         find_task("segmenting")

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,15 @@ def test_every_method_is_the_same_run_replayed(
     eager, replayed = both(run_train, recipes, recipe(method), "schedule.rate=1e-4")
     assert recorded.replays == 7
     assert eager == replayed
+
+
+def test_a_step_whose_batches_differ_in_size_is_not_captured():
+    said: list[str] = []
+    step: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda"), print=said.append))
+    assert graph.maybe_graph(step, "auto", 1, varying="images with boxes") is step
+    assert said == ["graph: off (images with boxes)"]
+    with pytest.raises(RecipeError, match="this run has images with boxes; give graph=auto"):
+        graph.maybe_graph(step, True, 1, varying="images with boxes")
 
 
 DKD = {"alpha": 1.0, "beta": 2.0, "temperature": 4.0}

@@ -1,0 +1,52 @@
+"""The networks of detection by name, which are built of torchvision's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from pipeline.models.detector import Detector, FCOSDetector, RetinaNetDetector
+
+PYRAMID_CHANNELS = 256
+"""Channels of every level of a pyramid."""
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_64x4d")
+GROUPS = 32
+"""Groups of a head's GroupNorms."""
+
+
+def _pyramid(name: str, p6_from: str = "p5") -> BackboneWithFPN:
+    """Return a backbone with levels P3 to P7; P6 is computed from P5, or from the backbone's last map C5."""
+    if p6_from not in ("p5", "c5"):
+        raise ValueError(f"p6_from must be p5 or c5, got {p6_from!r}")
+    deepest = 512 if name in ("resnet18", "resnet34") else 2048
+    extra = LastLevelP6P7(PYRAMID_CHANNELS if p6_from == "p5" else deepest, PYRAMID_CHANNELS)
+    # BatchNorms are those of the networks of classes: student.freeze freezes them, and a teacher's are frozen.
+    options: dict[str, Any] = {"weights": None, "norm_layer": nn.BatchNorm2d, "trainable_layers": 5}
+    return resnet_fpn_backbone(backbone_name=name, returned_layers=[2, 3, 4], extra_blocks=extra, **options)
+
+
+def _retinanet(name: str, num_classes: int, *, p6_from: str = "p5", group_norm: bool = False) -> Detector:
+    """Return RetinaNet with P3 to P7; ``group_norm`` puts a GroupNorm behind the convolutions of its towers."""
+    model = RetinaNetDetector(_pyramid(name, p6_from), num_classes)
+    if group_norm:
+        anchors = model.anchor_generator.num_anchors_per_location()[0]
+        norm = partial(nn.GroupNorm, GROUPS)
+        model.head = RetinaNetHead(PYRAMID_CHANNELS, anchors, num_classes, norm_layer=norm)
+    return model
+
+
+def _fcos(name: str, num_classes: int, *, p6_from: str = "p5") -> Detector:
+    """Return FCOS with P3 to P7, whose towers have GroupNorms."""
+    return FCOSDetector(_pyramid(name, p6_from), num_classes)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{f"retinanet_{name}": partial(_retinanet, name) for name in BACKBONES},
+    **{f"fcos_{name}": partial(_fcos, name) for name in BACKBONES},
+}
