@@ -216,9 +216,10 @@ class Recipe(FrozenModel):
                 )
             if task.of_boxes and not spec.targets and spec.config.reads_head():
                 own = ", or let reads_head of its Config return False" if ":" in name else ""
+                has_maps = "maps" in type(spec.config).model_fields
                 raise ValueError(
                     f"the loss {name!r} compares images by their logits, and task: {self.task} has those of anchors; "
-                    f"remove the loss{own}"
+                    f"{'give it maps: [head.class]' if has_maps else f'remove the loss{own}'}"
                 )
             if spec.reads_labels and not task.one_class and not pixels:
                 own = ", or set its reads_labels to False" if ":" in name else ""
