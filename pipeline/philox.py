@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     """Which image is mixed into another, and whether by mixup or CutMix."""
     SCALE = 6
     """By which factor an image with a mask is enlarged or reduced, and which place of it is taken."""
+    PAIR = 7
+    """Which other image of its class stands beside an image."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

@@ -41,7 +41,7 @@ def measure_step(
     """
     recipe = loaded.recipe
     images = training_images(recipe.data.path, manifest, recipe.data.holdout)
-    in_epoch = images * recipe.data.repeat // recipe.batch
+    in_epoch = images * recipe.data.rows_per_image // recipe.batch
     if steps > in_epoch:
         raise RecipeError(f"steps: {steps} are more than the {in_epoch} of an epoch; give fewer, or a smaller batch")
     # Warm-up contains the steps before the graph's capture, and the first step, which the journal writes by itself.

@@ -156,8 +156,8 @@ def create_loader(
     opened = {source: _open(config, source, manifest) for source in dict.fromkeys(sources.values())}
     readers = {split: opened[source] for split, source in sources.items()}
     rows = {split: used_rows(reader, config.holdout, split) for split, reader in readers.items()}
-    if "train" in rows and len(rows["train"]) * config.repeat < batch:
-        times = f"{config.repeat} × " if config.repeat > 1 else ""
+    if "train" in rows and len(rows["train"]) * config.rows_per_image < batch:
+        times = f"{config.rows_per_image} × " if config.rows_per_image > 1 else ""
         raise ValueError(
             f"data.path: {config.path} has {times}{len(rows['train'])} training samples, fewer than one global "
             f"batch: {batch}; lower batch or prepare more samples"

@@ -13,7 +13,11 @@ NEW = "new"
 
 def steps_per_epoch(run: Run) -> int:
     """Return the number of complete global batches in an epoch; 0 if there are fewer images than that."""
-    return run.training_images * run.recipe.data.repeat // run.recipe.batch if "train" in run.manifest.splits else 0
+    return (
+        run.training_images * run.recipe.data.rows_per_image // run.recipe.batch
+        if "train" in run.manifest.splits
+        else 0
+    )
 
 
 def describe_state(run: Run) -> str:

@@ -59,6 +59,10 @@ _OPTIONS = {
     "augment": [],
     "scales": None,
     "linear": False,
+    "cycles": None,
+    "pairs": False,
+    "gaussian": None,
+    "steps": [],
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

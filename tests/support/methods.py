@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
 
-WITHOUT_TEACHER = ("ce", "ab", "bce")
+WITHOUT_TEACHER = ("ce", "ab", "bce", "byot", "cs_kd")
 
 
 def losses_of(method: str) -> dict[str, Any]:
