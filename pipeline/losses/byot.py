@@ -97,12 +97,12 @@ class BYOT(ConnectorLoss):
             feature_BD = self.autocast_call(branch.bottleneck, student.features[stage]).mean((2, 3))
             logits_BK = self.autocast_call(branch.fc, feature_BD)
             found.append(exit_losses(logits_BK, feature_BD, student, batch, temperature=c.temperature))
-            self.noted.append((logits_BK.detach().argmax(1) == batch.labels_B).float().mean())
+            self.noted.append(100 * (logits_BK.detach().argmax(1) == batch.labels_B).float().mean())
         ce, kd, feature = (torch.stack(losses).sum() for losses in zip(*found, strict=True))
         return {"ce": (1 - c.alpha) * ce, "kd": c.alpha * kd, "feature": c.beta * feature}
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return the accuracy of each exit, such as ``stage1_top1``, in the last forward."""
+        """Return the accuracy of each exit in the last forward in percent, such as ``stage1_top1``."""
         return {f"{stage}_top1": accuracy for stage, accuracy in zip(self.stages, self.noted, strict=True)}
 
 

@@ -73,7 +73,7 @@ def test_a_loss_reads_what_the_teachers_head_computes_if_it_says_so(name: str):
         return
     expected = case.parts()
     if case.loss.config.reads_head():
-        of_head = {stage: x.flip(0) + 1 for stage, x in case.teacher.features.items() if stage == "cam"}
+        of_head = {stage: x.flip(0) + 1 for stage, x in case.teacher.features.items() if stage in ("cam", "subclasses")}
         other = Outputs(case.teacher.logits.flip(0).square(), case.teacher.features | of_head)
         assert any(value != expected[part] for part, value in case._replace(teacher=other).parts().items())
     else:

@@ -18,6 +18,8 @@ from pipeline.losses.kd import kd_loss
 from pipeline.losses.logit_standardization import standardize
 from pipeline.losses.perception import perceive
 from pipeline.losses.spherical_kd import rescale
+from pipeline.losses.subclass_auxiliary import subclass_auxiliary_loss
+from pipeline.models.subclasses import class_logits
 
 
 def kd(case: Case) -> Outcome:
@@ -79,6 +81,28 @@ def cs_kd(case: Case) -> Outcome:
     return {"loss": loss, "ce": ce, "kd": kd}, loss, {"student_logits": student}
 
 
+def subclass_auxiliary(case: Case) -> Outcome:
+    student, hyper = case["in.student_logits"].requires_grad_(), case["hyper"]
+    loss = subclass_auxiliary_loss(student, temperature=hyper["temperature"], eps=hyper["eps"])
+    return {"loss": loss}, loss, {"student_logits": student}
+
+
+def subclass_ce(case: Case) -> Outcome:
+    student = case["in.student_logits"].requires_grad_()
+    classes = class_logits(student, case["hyper"]["subclasses"])
+    loss = F.cross_entropy(classes, case["in.labels"])
+    return {"loss": loss, "class_logits": classes}, loss, {"student_logits": student}
+
+
+def subclass_kd(case: Case) -> Outcome:
+    """Add the teacher's entropy: the authors write a cross-entropy, times T²."""
+    student, teacher, temperature = case["in.student_logits"].requires_grad_(), case["in.teacher_logits"], 4.0
+    assert case["hyper"]["temperature"] == temperature
+    entropy = -((teacher / temperature).softmax(1) * (teacher / temperature).log_softmax(1)).sum(1).mean()
+    loss = kd_loss(student, teacher, temperature=temperature) + temperature**2 * entropy
+    return {"loss": loss}, loss, {"student_logits": student}
+
+
 def batch_of(case: Case) -> Batch:
     labels = case["in.labels"]
     return Batch(labels, labels, labels, {})
@@ -99,5 +123,6 @@ FORMULAS: Formulas = {
     for formula in (
         *(kd, dkd, perception_kd, perception_dkd, logit_standardization_kd, dist),
         *(spherical_kd, spherical_kd_layer_norm, cs_kd),
+        *(subclass_auxiliary, subclass_ce, subclass_kd),
     )
 }
