@@ -37,20 +37,24 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the weighted parts as ``loss`` or ``loss/part``, their sum as ``total``, and the training metric.
 
+        The metrics of the losses, ``loss/metric``, come last.
+
         ``timer`` measures ``student`` and ``losses``.
         """
         with timer("student"):
             student = self.student(batch.images_BCHW)
         with timer("losses"):
             parts: dict[str, Tensor] = {}
+            noted: dict[str, Tensor] = {}
             for name, loss in self.losses.items():
                 named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
                 parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
+                noted |= {f"{name}/{key}": value for key, value in loss.metrics().items()}  # type: ignore[operator]
             with torch.no_grad():
                 metric = self.task.measure_batch(student, batch)
             # Makes the gradients of a NaN or infinite loss non-finite, so that every rank skips the update.
             total = propagate_nonfinite(torch.stack(list(parts.values())).sum())
-        return {**parts, "total": total, self.task.training_metric: metric}
+        return {**parts, "total": total, self.task.training_metric: metric, **noted}
 
     def commit(self) -> None:
         """Update the losses' own state, such as memory banks, with the global batch of the last optimizer step."""

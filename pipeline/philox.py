@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     """By which factor an image with a mask is enlarged or reduced, and which place of it is taken.
 
     It is also which short side an image with boxes gets."""
+    PAIR = 7
+    """Which other image of its class stands beside an image."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

@@ -131,7 +131,7 @@ def summarize(loaded: LoadedRecipe) -> Report:
         built.note,
         paper,
         ours or ("not measured yet" if paper else ""),
-        samples and recipe.epochs * recipe.data.repeat * samples,
+        samples and recipe.epochs * recipe.data.rows_per_image * samples,
         _cache_size(recipe, built, cached),
     )
 

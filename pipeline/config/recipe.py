@@ -204,6 +204,17 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _labels_count_once(self) -> Recipe:
+        names = [name for name, spec in self.losses.items() if spec.has_label_loss]
+        if len(names) > 1:
+            first, second = sorted(names, key="ce".__eq__)[:2]
+            raise ValueError(
+                f"the loss {first!r} has the cross-entropy with the labels as a part, and {second!r} adds it again; "
+                f"remove {second}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_fit_the_task(self) -> Recipe:
         task = find_task(self.task)
         for name, spec in self.losses.items():
@@ -302,6 +313,19 @@ class Recipe(FrozenModel):
                 f"the loss {refusing[0]!r} reads the class of an image, but data.augment mixes images of two classes; "
                 f"remove the loss, or mixup and cutmix{own}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_stay_together(self) -> Recipe:
+        if not self.data.pairs:
+            return self
+        if not find_task(self.task).one_class:
+            raise ValueError(f"data.pairs pairs images of one class, which those of task: {self.task} have not")
+        if self.teacher and self.teacher.cache:
+            raise ValueError("data.pairs draws partners in views that a cache has not; remove teacher.cache or the key")
+        if self.batch // self.accumulation % 2:
+            rows = f"{self.batch // self.accumulation} rows, batch: {self.batch} by accumulation: {self.accumulation}"
+            raise ValueError(f"data.pairs needs an even micro-batch, got {rows}; change batch")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,8 @@ AUGMENT_VERSION = "philox4x32-10, 1"
 """Version of the random augmentation. Its number must rise whenever a change alters what is drawn for a sample."""
 
 _ATTEMPTS = 10
+PARTNERS_VIEWS = 2**30
+"""What is added to an epoch for the views of partners of a class, so that an image has another crop as a partner."""
 
 
 def epoch_order(shards_N: ArrayLike, seed: int, epoch: int, shuffle_shards: int = 0) -> NDArray[np.int64]:
@@ -55,6 +57,26 @@ def repeated(order_N: NDArray[np.int64], times: int) -> tuple[NDArray[np.int64],
     Hoffer et al., "Augment your batch", CVPR 2020, and Berman et al., "MultiGrain", arXiv:1902.05509.
     """
     return np.repeat(order_N, times), np.tile(np.arange(times), len(order_N))
+
+
+def partners_of_class(order_N: NDArray[np.int64], samples: NDArray, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return another row of its class for each row of an epoch [N], every one with equal probability.
+
+    ``samples`` is the table of the split, of which ``order_N`` are the rows that are used. A class of one row has that
+    row. Which row it is depends on the seed, the epoch and the id, and not on the order.
+    """
+    rows_N = np.sort(order_N)
+    labels_N = samples["label"][rows_N].astype(np.int64)
+    by_label_N = rows_N[labels_N.argsort(kind="stable")]
+    count_K = np.bincount(labels_N)
+    first_K = count_K.cumsum() - count_K
+    places = np.empty(len(samples), np.int64)  # of each row within its class
+    places[by_label_N] = np.arange(len(rows_N)) - first_K[samples["label"][by_label_N].astype(np.int64)]
+    labels_N = samples["label"][order_N].astype(np.int64)
+    others_N = count_K[labels_N] - 1
+    steps_N = 1 + np.floor(uniforms(samples["id"][order_N], epoch, Purpose.PAIR, seed=seed)[0] * others_N)
+    chosen_N = (places[order_N] + steps_N.astype(np.int64)) % count_K[labels_N]
+    return by_label_N[first_K[labels_N] + chosen_N]
 
 
 def global_batches(order_N: NDArray[np.int64], first: int, end: int, batch: int) -> NDArray[np.int64]:

@@ -36,7 +36,7 @@ def count_batches(buckets_N: NDArray[np.int64], batch: int) -> int:
 def epoch_batches(config: Config, manifest: Manifest, batch: int) -> int:
     """Return the number of complete global batches in an epoch of the training images of those shards."""
     if config.crop != "keep_ratio":
-        return training_images(config.path, manifest, config.holdout) * config.repeat // batch
+        return training_images(config.path, manifest, config.holdout) * config.rows_per_image // batch
     reader = SplitReader(Path(config.path), "train", manifest)
     samples = reader.samples[used_rows(reader, config.holdout, "train")]
     return count_batches(bucket_numbers(config, samples), batch)

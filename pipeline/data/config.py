@@ -111,6 +111,9 @@ class Config(FrozenModel):
     repeat: int = Field(default=1, gt=0, le=MAX_REPEAT)
     """Times that an epoch has every image, each in a view of its own, and all in one global batch where it divides
     ``batch``. An epoch is as many times longer."""
+    pairs: bool = False
+    """True to put another image of its class behind every image of an epoch, drawn anew in each epoch. An epoch is
+    twice as long. A class of one image pairs it with itself, in another view."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
     run may continue with another. A library may choose other kernels for another size, whose logits differ in their
@@ -139,6 +142,19 @@ class Config(FrozenModel):
     def _repetitions_differ(self) -> Config:
         if self.views is not None and self.repeat > self.views:
             raise ValueError(f"repeat: {self.repeat} needs as many views, got views: {self.views}; raise views")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Config:
+        unfit = {
+            "repeat": self.repeat > 1,
+            "views": self.views is not None,
+            "loader: synthetic": self.loader == "synthetic",
+            f"crop: {self.crop}": self.crop in _WHOLE_IMAGES,
+            "mixup and cutmix": self.mixes,
+        }
+        if self.pairs and (odd := [key for key, given in unfit.items() if given]):
+            raise ValueError(f"pairs: true does not go with {odd[0]}; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -220,6 +236,11 @@ class Config(FrozenModel):
         """Return the settings with which validation images are decoded: of their own size, without augmentation."""
         changed = {"size": self.validation_size or self.size, "validation_size": None, "augment": ()}
         return self.model_copy(update=changed)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Return how many rows of an epoch each training image brings."""
+        return 2 if self.pairs else self.repeat
 
     @property
     def mixes(self) -> bool:

@@ -166,8 +166,8 @@ def create_loader(
 
 def _check_images(config: Config, samples: dict[str, NDArray], batch: int) -> None:
     """Raise ValueError if the images of the splits are too few, or too large for the crop."""
-    if "train" in samples and len(samples["train"]) * config.repeat < batch:
-        times = f"{config.repeat} × " if config.repeat > 1 else ""
+    if "train" in samples and len(samples["train"]) * config.rows_per_image < batch:
+        times = f"{config.rows_per_image} × " if config.rows_per_image > 1 else ""
         raise ValueError(
             f"data.path: {config.path} has {times}{len(samples['train'])} training samples, fewer than one global "
             f"batch: {batch}; lower batch or prepare more samples"

@@ -227,7 +227,7 @@ class BatchSampler:
         """Return the number of complete global batches in an epoch."""
         if "train" in self._buckets:
             return count_batches(self._buckets["train"], self.batch)
-        return len(self.rows["train"]) * self.config.repeat // self.batch
+        return len(self.rows["train"]) * self.config.rows_per_image // self.batch
 
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
         """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
@@ -285,13 +285,21 @@ class BatchSampler:
             if "train" in self._buckets:
                 order = augment.bucket_order(order, self._buckets["train"], self.batch)
             order = used[order]
-            views = np.array([self.config.view(epoch, repetition) for repetition in range(self.config.repeat)])
-            numbers, repetitions = augment.repeated(order, self.config.repeat)
             first = progress.step_in_epoch if epoch == progress.epoch else 0
-            ours = [self._share(column, first) for column in (numbers, views[repetitions])]
+            ours = [self._share(column, first) for column in self._rows_and_views(order, epoch)]
             for start in range(0, len(ours[0]), size):
                 rows_B, views_B = (column[start : start + size] for column in ours)
                 yield rows_B, views_B
+
+    def _rows_and_views(self, order: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of all batches of an epoch, and the view of each, from the order of the images."""
+        if self.config.pairs:
+            partners = augment.partners_of_class(order, self.readers["train"].samples, self.seed, epoch)
+            views = np.tile([epoch, epoch + augment.PARTNERS_VIEWS], len(order))
+            return np.stack([order, partners], 1).reshape(-1), views
+        views = np.array([self.config.view(epoch, repetition) for repetition in range(self.config.repeat)])
+        numbers, repetitions = augment.repeated(order, self.config.repeat)
+        return numbers, views[repetitions]
 
     def _share(self, column: NDArray[np.int64], first: int) -> NDArray[np.int64]:
         """Return this rank's part of a column of an epoch, from step ``first`` on."""

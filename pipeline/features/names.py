@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 REASONS = {
     "map": "no known linear layer takes the average of a map",
     "embedding": "no known linear layer ends it",
+    "subclasses": "it was built without arguments: {subclasses: …}",
     "class_head": "it has no distillation token",
     "token_head": "it has no distillation token",
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.batch import Outputs
 from pipeline.features.names import canonical, deep_stages, find_stage
 from pipeline.image_size import Resolution, height_width, size_text
+from pipeline.models.subclasses import SubclassHead
 
 CAM = "cam"
 """Name of the one tap that is computed, not captured: the class activation map [K, H, W].
@@ -146,6 +147,10 @@ class FeatureTaps(nn.Module):
             raise ValueError(
                 f"tap {CAM!r}: {_type(self.model)} has no known average of a map before one linear layer; "
                 "name both under stages: {map: <module path>, logits: <module path>}"
+            )
+        if isinstance(head, SubclassHead):
+            raise ValueError(
+                f"tap {CAM!r}: {_type(self.model)} has maps of subclasses, not of classes; remove subclasses"
             )
         return head
 

@@ -95,6 +95,8 @@ class Loss(nn.Module):
     mixed_labels: ClassVar[Literal["soft", "dominant"] | None] = None
     """What a loss that reads labels takes of an image that is mixed from two. ``soft``: the shares of both classes,
     which are ``batch.targets["soft_BK"]``. ``dominant``: ``labels_B``, the class of the larger share. None refuses."""
+    has_label_loss: ClassVar[bool] = False
+    """Whether a part is the cross-entropy of the student's logits with the labels, which counts once in a recipe."""
     targets: ClassVar[frozenset[str]] = frozenset()
     """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
     takes_pixels: ClassVar[bool] = False
@@ -130,6 +132,13 @@ class Loss(nn.Module):
         Called on every rank once per optimizer step, after the step. State may change here only: ``forward`` must be
         a pure function. The loss's buffers must be the same on every rank, because a checkpoint stores them once.
         """
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return scalars of the last ``forward`` that the journal shows beside the parts, by name; no part of the loss.
+
+        Most losses have none.
+        """
+        return {}
 
     def observe(self, student: Outputs, teacher: Outputs | None) -> dict[str, Any]:
         """Return what a report shows of the loss's own networks for a few validation images, as plain data.

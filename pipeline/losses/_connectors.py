@@ -102,6 +102,19 @@ def channel_connector(facts: Facts, student: str, teacher: str, *, bias: bool = 
     return nn.Identity() if student_C == teacher_C else nn.Conv2d(student_C, teacher_C, 1, bias=bias)
 
 
+def width_connector(facts: Facts, student: str, teacher: str) -> nn.Module:
+    """Return what brings the student's tap to the teacher's width: the identity if both are equal.
+
+    It is a 1×1 convolution for maps and a linear layer for vectors. Raises ValueError if one tap is a map and the other
+    is not.
+    """
+    shapes = facts.student_shapes[student], facts.teacher_shapes[teacher]
+    if len(shapes[0]) == len(shapes[1]) == 1:
+        (student_D,), (teacher_D,) = shapes
+        return nn.Identity() if student_D == teacher_D else nn.Linear(student_D, teacher_D)
+    return channel_connector(facts, student, teacher)
+
+
 def convolution_norm(in_channels: int, out_channels: int, size: int, norm: NormFactory) -> nn.Sequential:
     """Return a convolution of odd size that keeps height and width, followed by a norm.
 

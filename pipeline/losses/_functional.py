@@ -21,6 +21,11 @@ def kl_divergence(log_p_BK: Tensor, log_q_BK: Tensor) -> Tensor:
     return (log_p_BK.exp() * (log_p_BK - log_q_BK)).sum(1).mean()
 
 
+def soft_cross_entropy(p_BK: Tensor, log_q_BK: Tensor) -> Tensor:
+    """Return −Σ_k p_k log q_k, summed over the classes and averaged over the rows."""
+    return -(p_BK * log_q_BK).sum(1).mean()
+
+
 def pool_to_smaller(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return both maps at the smaller of their heights and widths.
 
@@ -40,11 +45,11 @@ TINY = 1e-12
 """Size below which ``safe_divide`` treats a divisor as zero."""
 
 
-def safe_divide(x: Tensor, size: Tensor, eps: float = 0.0) -> Tensor:
-    """Return x / (size + eps), but zero without gradient where ``size`` is below ``TINY``."""
+def safe_divide(x: Tensor, size: Tensor, eps: float = 0.0, tiny: float = TINY) -> Tensor:
+    """Return x / (size + eps), but zero without gradient where ``size`` is below ``tiny``."""
     # Dividing by infinity gives an exact zero and a zero gradient. With torch.where, the gradient of the branch that is
     # not taken would be 0 · inf = NaN.
-    return x / (size + eps).masked_fill(size < TINY, float("inf"))
+    return x / (size + eps).masked_fill(size < tiny, float("inf"))
 
 
 def l2_normalize(x: Tensor, dim: int) -> Tensor:

@@ -62,6 +62,11 @@ class LossSpec:
         return _declared(self.loss, "takes_pixels", False) and all(spec.takes_pixels for spec in self._inner)
 
     @property
+    def has_label_loss(self) -> bool:
+        """Return whether this loss or an inner one has the cross-entropy with the labels as a part."""
+        return self.loss.has_label_loss or any(spec.has_label_loss for spec in self._inner)
+
+    @property
     def targets(self) -> frozenset[str]:
         """The names in a batch's targets that this loss and its inner losses read."""
         return self.loss.targets.union(*(spec.targets for spec in self._inner))

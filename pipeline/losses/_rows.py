@@ -67,6 +67,8 @@ class BatchLoss(Loss):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of ``forward`` × weight × ramp, on the gathered rows or as the mean over the groups."""
+        if not self.needs_teacher:
+            teacher = Outputs(student.logits[:, :0], {})
         with autocast(student.logits, None):
             student, teacher = map(self.reduce, self.select_features(student, teacher))
             groups = self.row_groups(student, teacher, batch)
@@ -92,9 +94,9 @@ class BatchLoss(Loss):
 
 def gather_outputs(outputs: Outputs) -> Outputs:
     """Return the outputs of all ranks' rows, with gradient, by one collective for any number of features."""
-    if world_size() == 1:
-        return outputs
     tensors = [outputs.logits, *outputs.features.values()]
+    if world_size() == 1 or not any(x.shape[1:].numel() for x in tensors):  # without a teacher there is nothing to send
+        return outputs
     # All tensors are joined to one wide matrix [B, …], gathered, and taken apart again.
     flat = gather_rows(torch.cat([x.flatten(1) for x in tensors], 1), equal=True)
     parts = flat.split([x.shape[1:].numel() for x in tensors], 1)

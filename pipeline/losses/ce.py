@@ -24,6 +24,7 @@ class CrossEntropy(Loss):
 
     needs_teacher = False
     mixed_labels = "soft"
+    has_label_loss = True
 
     class Config(Loss.Config):
         """The config of cross-entropy, such as ``{}`` or ``{label_smoothing: 0.1}``."""

@@ -28,6 +28,8 @@ from pipeline.models import (
 )
 from pipeline.models.arguments import check_arguments, failed
 from pipeline.models.from_timm import PREFIX, create_timm_model
+from pipeline.models.stages import stages
+from pipeline.models.subclasses import SUBCLASSES, check_number, split_head
 
 PROJECT_MODELS = {
     **cifar_resnet.MODELS,
@@ -62,10 +64,15 @@ def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | Non
     [B, anchors, ``num_classes``].
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
-    ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory. Raises ValueError if there is
-    no such network, and ArgumentError if it cannot be built with these arguments.
+    ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory; ``subclasses`` among them
+    splits each class of a linear head. Raises ValueError if there is no such network, and ArgumentError if it cannot be
+    built with these arguments.
     """
     given = dict(arguments or {})
+    if SUBCLASSES in given:
+        number = check_number(given.pop(SUBCLASSES))
+        model = create_model(name, num_classes * number, given)
+        return split_head(model, stages(model).get("logits"), number)
     if name.startswith(PREFIX):
         return create_timm_model(name, num_classes, given)
     if ":" in name:

@@ -22,6 +22,7 @@ The meaning of a name:
 - ``stageN.norm`` is no tap, but a module: the BatchNorm that ends ``stageN.preact``, before a shortcut is added.
 - ``map`` is the tensor that is averaged for the last linear layer.
 - ``embedding`` is the input of the last linear layer.
+- ``subclasses`` are the logits of all subclasses, of a network with ``arguments: {subclasses: …}``.
 - ``decode`` is the map that the last convolution of a segmentation network's main head reads, before dropout.
 - ``aux`` is the output of its auxiliary head, which runs only if it is tapped.
 - ``backbone.stageN`` is ``stageN`` of a detector.
@@ -50,6 +51,7 @@ from torch import nn
 
 from pipeline.models.families import FAMILIES, head
 from pipeline.models.from_timm import is_timm, timm_stages
+from pipeline.models.subclasses import SUBCLASSES, SubclassHead
 
 
 def stages(model: nn.Module) -> dict[str, str]:
@@ -57,6 +59,13 @@ def stages(model: nn.Module) -> dict[str, str]:
 
     For a network of an unknown family only ``map``, ``embedding`` and ``logits`` are returned, if its head is obvious.
     """
+    found = _family_stages(model)
+    if "logits" in found and isinstance(model.get_submodule(found["logits"]), SubclassHead):
+        found[SUBCLASSES] = f"{found['logits']}.scores"
+    return found
+
+
+def _family_stages(model: nn.Module) -> dict[str, str]:
     for family, paths in FAMILIES.items():
         if isinstance(model, family):
             return paths(model)

@@ -104,7 +104,7 @@ def _view_logits(members: Sequence[ConcurrentRun]) -> dict[AnyTeacher, ViewLogit
             continue
         loaders = {other.loader for other in sessions if other.teacher is teacher}
         data = session.recipe.data
-        # The noise of ``synthetic`` is not an id's own, and with ``repeat`` a batch has images of several views.
-        if len(loaders) > 1 and data.loader == "memory" and data.repeat == 1:
+        # The noise of ``synthetic`` is not an id's own, and with ``repeat`` or ``pairs`` a batch has several views.
+        if len(loaders) > 1 and data.loader == "memory" and data.rows_per_image == 1:
             found[teacher] = ViewLogits(teacher, session.loader, config.batch or 1)
     return found

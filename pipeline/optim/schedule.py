@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.batch import Progress
 from pipeline.frozen_model import FrozenModel
@@ -30,6 +30,8 @@ class Schedule(FrozenModel):
     """``step``: factor of the rate at each milestone."""
     final_rate: NonNegativeFloat = 0.0
     """``cosine``, ``poly`` and ``one_cycle``: the rate at the end of the run."""
+    cycles: PositiveInt | None = None
+    """``cosine``: number of equal cycles after the warm-up, each of which begins at ``rate`` again; null is one."""
     power: PositiveFloat | None = None
     """``poly``: power of the share of the run that is left; default: 1, a line."""
     unit: Literal["step", "epoch"] = "step"
@@ -51,6 +53,8 @@ class Schedule(FrozenModel):
     def _keys_belong_to_their_kind(self) -> Schedule:
         if self.power is not None and self.kind != "poly":
             raise ValueError(f"power needs kind: poly, got kind: {self.kind}; remove it, or give power: null")
+        if self.cycles is not None and self.kind != "cosine":
+            raise ValueError(f"cycles needs kind: cosine, got kind: {self.kind}; remove it, or give cycles: null")
         if self.kind == "one_cycle" and self.warmup_epochs == 0:
             raise ValueError("kind: one_cycle needs warmup_epochs above 0; torch's default is 0.3 of the run")
         if self.unit == "epoch" and self.warmup_epochs > 0 and self.warmup_rate == 0:
@@ -75,7 +79,7 @@ def learning_rate(schedule: Schedule, progress: Progress, epochs: float) -> floa
     # The 1e-12 avoids a division by zero if the warm-up is as long as the run.
     done = min((epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-12), 1.0)
     if schedule.kind == "cosine":
-        return _cosine(schedule.rate, schedule.final_rate, done)
+        return _cosine(schedule.rate, schedule.final_rate, _in_cycle(done, schedule.cycles or 1))
     if schedule.kind == "poly":
         power = 1.0 if schedule.power is None else schedule.power
         return schedule.final_rate + (schedule.rate - schedule.final_rate) * (1 - done) ** power
@@ -94,18 +98,30 @@ def _one_cycle_rate(schedule: Schedule, epoch: float, epochs: float, length: flo
     return _cosine(schedule.rate, schedule.final_rate, min((epoch - peak) / max(end - peak, 1e-12), 1.0))
 
 
+def _in_cycle(done: float, cycles: int) -> float:
+    """Return the share of its cycle that is done where a share ``done`` of all cycles is; the last one ends with 1."""
+    return done * cycles - min(math.floor(done * cycles), cycles - 1)
+
+
 def _cosine(first: float, last: float, done: float) -> float:
     """Return the value between ``first`` and ``last``, along half a cosine, after a share ``done`` of the way."""
     return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Ramp(FrozenModel):
-    """The ramp of a loss weight, in epochs: ``{linear_epochs: 20}`` or ``{from: 0, until: 30}``."""
+    """The ramp of a loss weight, in epochs.
+
+    It is ``{linear_epochs: 20}``, ``{gaussian: 80}``, ``{steps: [[0, 1.0], [60, 0.5]]}`` or ``{from: 0, until: 30}``.
+    """
 
     model_config = ConfigDict(populate_by_name=True)
 
     linear_epochs: NonNegativeFloat = 0.0
     """Epochs of linear growth: min(epoch / linear_epochs, 1), epochs counted from 1 as in DKD's published warm-up."""
+    gaussian: PositiveFloat | None = None
+    """Epochs E of growth along a Gaussian: exp(−5·(1 − min(e/E, 1))²), e the whole epochs that are completed."""
+    steps: tuple[tuple[NonNegativeFloat, NonNegativeFloat], ...] = ()
+    """Pairs [epoch, factor]: from that epoch on, the factor is this one. The first epoch is 0."""
     start: NonNegativeFloat = Field(default=0.0, alias="from")  # ``from`` is a keyword of Python
     """First epoch of the loss; the factor is 0 before it."""
     until: PositiveFloat | None = None
@@ -115,6 +131,15 @@ class Ramp(FrozenModel):
     def _from_before_until(self) -> Ramp:
         if self.until is not None and self.until <= self.start:
             raise ValueError(f"from: {self.start} must be smaller than until: {self.until}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Ramp:
+        if (self.linear_epochs > 0) + (self.gaussian is not None) + bool(self.steps) > 1:
+            raise ValueError("linear_epochs, gaussian and steps exclude each other; give one of them")
+        epochs = [epoch for epoch, _ in self.steps]
+        if epochs and (epochs[0] != 0 or epochs != sorted(set(epochs))):
+            raise ValueError(f"steps must have rising epochs, of which the first is 0, got {epochs}")
         return self
 
 
@@ -155,6 +180,10 @@ def ramp_factor(ramp: Ramp | None, progress: Progress) -> float:
         return 1.0
     if progress.fraction < ramp.start or (ramp.until is not None and progress.fraction >= ramp.until):
         return 0.0
+    if ramp.steps:
+        return [factor for epoch, factor in ramp.steps if epoch <= progress.fraction][-1]
+    if ramp.gaussian is not None:
+        return math.exp(-5 * (1 - min(progress.epoch / ramp.gaussian, 1.0)) ** 2)
     if ramp.linear_epochs == 0:
         return 1.0
     # By whole epochs, as published: the factor is constant within an epoch.

@@ -67,6 +67,10 @@ _OPTIONS = {
     "level_weight": "equal",
     "class_maps": None,
     "maps": None,
+    "cycles": None,
+    "pairs": False,
+    "gaussian": None,
+    "steps": [],
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

@@ -193,3 +193,28 @@ def test_a_ramp_that_starts_late_grows_from_there():
 
 def test_no_ramp_is_a_factor_of_one():
     assert ramp_factor(None, at(0)) == 1.0
+
+
+def test_a_ramp_of_steps_has_each_factor_from_its_epoch_on():
+    ramp = Ramp(steps=((0, 1.0), (75, 4 / 3), (80.5, 0.0)))
+    epochs = (0, 74.99, 75, 80, 80.5, 300)
+    assert [ramp_factor(ramp, at(epoch)) for epoch in epochs] == [1.0, 1.0, 4 / 3, 4 / 3, 0.0, 0.0]
+
+
+def test_a_gaussian_ramp_grows_by_whole_epochs_up_to_its_last():
+    ramp = Ramp(gaussian=80)
+    for epoch in (0, 0.99, 1, 40, 79.5, 80, 200):
+        expected = math.exp(-5 * (1 - min(math.floor(epoch) / 80, 1)) ** 2)
+        assert ramp_factor(ramp, at(epoch)) == pytest.approx(expected, rel=1e-15)
+    assert ramp_factor(ramp, at(0)) == pytest.approx(math.exp(-5))
+    assert ramp_factor(ramp, at(80)) == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_cosine_begins_again_in_each_cycle(warmup: int):
+    several = Schedule(kind="cosine", rate=1.0, warmup_epochs=warmup, final_rate=0.1, cycles=4)
+    alone = Schedule(kind="cosine", rate=1.0, final_rate=0.1)
+    for epoch in (0, 1.25, 74.99, 75, 100, 149.99, 224, 299.99):
+        expected = learning_rate(alone, at(epoch % 75), 75)
+        assert learning_rate(several, at(warmup + epoch), warmup + 300) == pytest.approx(expected, rel=1e-9)
+    assert learning_rate(several, at(warmup + 300), warmup + 300) == pytest.approx(0.1)

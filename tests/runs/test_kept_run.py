@@ -88,7 +88,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old |= {"task": "classification"}
     old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False, "sync_batchnorm": False, "inherit": []}
-    old["schedule"] |= {"every": None}
+    old["schedule"] |= {"every": None, "cycles": None}
     old["optimizer"] |= {"rates": {}, "betas": None, "eps": None, "arguments": None}
     old["schedule"] |= {"power": None, "unit": "step"}
     old["ema"] |= {"warmup": False}
@@ -96,9 +96,10 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
-    old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None}
+    old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None, "pairs": False}
     old["losses"]["ddkd"] |= {"class_maps": None}
     old["losses"]["ddkd"]["feature"] |= {"level_weight": "equal"}
+    old["losses"]["ddkd"]["logit_distance"]["dkd"]["ramp"] |= {"gaussian": None, "steps": []}
     assert new == old | {"folder": "anew", "stop": old["stop"] | {"steps": 1}, "graph": "auto"}
     before, now = (json.loads((folder / name / "identity.json").read_text()) for name in ("run", "anew"))
     weights = json.loads((KEPT / "cache" / "cache.json").read_text())["binding"]["teacher"]["network"]["weights"]

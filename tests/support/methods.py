@@ -7,12 +7,17 @@ from typing import Any
 from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
 
-WITHOUT_TEACHER = ("ce", "ab", "bce")
+WITHOUT_TEACHER = ("ce", "ab", "bce", "byot", "cs_kd", "subclass_auxiliary")
 
 
 def losses_of(method: str) -> dict[str, Any]:
     """Return the losses of a method's file, with its own constants."""
     return compose(RecipeSource(method_file(method)))["losses"]
+
+
+def arguments_of(method: str) -> dict[str, Any]:
+    """Return the arguments of the networks that a method's file asks for."""
+    return compose(RecipeSource(method_file(method))).get("student", {}).get("arguments", {})
 
 
 ALL = [name for name in known_methods() if not name.endswith("_paper_literal")]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from published_cases import Case, Formulas, Outcome
 from torch import Tensor, nn
 
-from pipeline.batch import Outputs
+from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import load_spec
+from pipeline.losses.byot import exit_losses
+from pipeline.losses.ce import label_cross_entropy
 from pipeline.losses.ofd import partial_l2
 from pipeline.losses.review import Fusion, hcl_loss
 
@@ -44,6 +47,39 @@ def review_abf(case: Case) -> Outcome:
     return {"loss": loss}, loss, {"feature": feature, "residual": residual, **parameters}
 
 
+def pad(case: Case) -> Outcome:
+    student, teacher = case["in.student_embedding"].requires_grad_(), case["in.teacher_embedding"]
+    shapes = [{"embedding": tuple(x.shape[1:])} for x in (student, teacher)]
+    loss = load_spec("pad", case["hyper"]).build(Facts(5, *shapes)).double()
+    parameters = published_parameters(case, loss, {f"var_estimator.{i}.": name for i, name in enumerate(PAD)})
+    (value,) = loss(*(Outputs(x, {"embedding": x}) for x in (student, teacher)), batch=None).values()
+    return {"loss": value}, value, {"student_embedding": student, **parameters}
+
+
+PAD = ("variance.linear.", "variance.norm.")
+
+
+def byot(case: Case) -> Outcome:
+    """Weigh the parts as published: the cross-entropy of the end is one of them, and features are summed over rows."""
+    hyper, features, logits = dict(case["hyper"]), levels(case, "student"), case["in.student_logits"].requires_grad_()
+    maps = {f"stage{i + 1}": case[key].requires_grad_() for i, key in enumerate(features)}
+    embedding, labels, side = case["in.student_embedding"], case["in.labels"], maps["stage1"].shape[2]
+    end = (embedding.shape[1], *(side // hyper.pop("kernel_sizes")[0],) * 2)
+    shapes = {name: tuple(x.shape[1:]) for name, x in maps.items()} | {"stage4": end, "embedding": embedding.shape[1:]}
+    loss: Loss = load_spec("byot", hyper).build(Facts(logits.shape[1], shapes)).double()
+    parameters = published_parameters(case, loss, {"exits.": "exits."})
+    batch, ended = Batch(labels, labels, labels, {}), Outputs(logits, {"embedding": embedding})
+    outputs = {"ce_0": label_cross_entropy(logits, batch, 0.0)}
+    for i, (stage, branch) in enumerate(zip(maps, loss.exits, strict=True)):  # type: ignore[arg-type]
+        own = branch.bottleneck(maps[stage]).mean((2, 3))
+        parts = exit_losses(branch.fc(own), own, ended, batch, temperature=hyper["temperature"])
+        outputs |= {f"ce_{i + 1}": parts.ce, f"kd_{i}": parts.kd, f"feature_{i}": parts.feature * len(labels)}
+    weights = {"ce": 1 - hyper["alpha"], "kd": hyper["alpha"], "feature": hyper["beta"]}
+    total = torch.stack([weights[name.partition("_")[0]] * value for name, value in outputs.items()]).sum()
+    leaves = {key.removeprefix("in."): case[key] for key in features} | {"student_logits": logits}
+    return {"loss": total, **outputs}, total, {**leaves, **parameters}
+
+
 def of_loss(case: Case, name: str, config: Case, names: dict[str, str]) -> Outcome:
     """Return a loss of one stage with the published parameters, whose names begin otherwise."""
     student, teacher = case["in.student_feature"].requires_grad_(), case["in.teacher_feature"]
@@ -75,4 +111,6 @@ def levels(case: Case, network: str) -> list[str]:
     return sorted(key for key in case if key.startswith(f"in.{network}_feature_"))
 
 
-FORMULAS: Formulas = {formula.__name__: formula for formula in (fitnet, vid, ofd_partial_l2, review_hcl, review_abf)}
+FORMULAS: Formulas = {
+    formula.__name__: formula for formula in (fitnet, vid, ofd_partial_l2, review_hcl, review_abf, pad, byot)
+}

@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 from blank_convolutions import convolutions, register
+from methods import WITHOUT_TEACHER
 from training_on_ranks import launched
 
 from pipeline import compare, train
@@ -47,7 +48,7 @@ def main(words: list[str], cases: list[str]) -> None:
             continue
         method, precision = case.split(":")
         own = [str(PAIR), f"method={method}", *words, f"precision={precision}", f"stop.steps={STEPS}"]
-        if method == "ce":
+        if method in WITHOUT_TEACHER:
             own = [word for word in own if not word.startswith("teacher")]
         found: dict[str, Any] = {}
         try:

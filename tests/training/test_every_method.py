@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from methods import METHODS, WITHOUT_TEACHER, losses_of
+from methods import METHODS, WITHOUT_TEACHER, arguments_of, losses_of
 from safetensors.torch import load_file
 
 from pipeline.models import create_model
@@ -20,10 +20,12 @@ def test_a_method_trains_and_goes_on_bit_for_bit_where_it_was_stopped(
     method: str, run_train: Callable[..., None], recipes: Path
 ):
     torch.manual_seed(0)
-    torch.save(create_model("cifar_resnet20", 20).state_dict(), recipes / "teacher.pt")
-    teacher = None if method in WITHOUT_TEACHER else {"model": "cifar_resnet20", "weights": "teacher.pt"}
-    losses = losses_of(method)
+    losses, arguments = losses_of(method), arguments_of(method)
+    torch.save(create_model("cifar_resnet20", 20, arguments).state_dict(), recipes / "teacher.pt")
+    network = {"model": "cifar_resnet20", "weights": "teacher.pt", "arguments": arguments}
+    teacher = None if method in WITHOUT_TEACHER else network
     whole = {"base": "ce.yaml", "teacher": teacher, "losses": {"ce": None, **losses}, "epochs": 1}
+    whole["student"] = {"arguments": arguments}
     (recipes / "method.yaml").write_text(yaml.safe_dump(whole))
     # Losses whose weights are for long runs of larger networks would throw a few steps of a tiny one off.
     words = ["method.yaml", "schedule.rate=1e-4"]

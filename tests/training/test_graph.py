@@ -18,7 +18,7 @@ import pytest
 import recorded_graph
 import torch
 import yaml
-from methods import METHODS, WITHOUT_TEACHER, losses_of
+from methods import METHODS, WITHOUT_TEACHER, arguments_of, losses_of
 from recorded_graph import Dispatching, RecordedGraph
 from torch import Tensor
 
@@ -56,10 +56,12 @@ def recipe(recipes: Path) -> Callable[..., str]:
 
     def write(method: str, **changes: Any) -> str:
         torch.manual_seed(0)
-        torch.save(create_model("cifar_resnet20", 20).state_dict(), recipes / "teacher.pt")
-        losses = losses_of(method)
-        teacher = None if method in WITHOUT_TEACHER else {"model": "cifar_resnet20", "weights": "teacher.pt"}
-        tree = {"base": "ce.yaml", "teacher": teacher, "losses": {"ce": None, **losses}, **changes}
+        losses, arguments = losses_of(method), arguments_of(method)
+        torch.save(create_model("cifar_resnet20", 20, arguments).state_dict(), recipes / "teacher.pt")
+        network = {"model": "cifar_resnet20", "weights": "teacher.pt", "arguments": arguments}
+        teacher = None if method in WITHOUT_TEACHER else network
+        own = {"student": {"arguments": arguments}, "losses": {"ce": None, **losses}}
+        tree = {"base": "ce.yaml", "teacher": teacher, **own, **changes}
         (recipes / "method.yaml").write_text(yaml.safe_dump(tree))
         return "method.yaml"
 
