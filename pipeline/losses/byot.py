@@ -8,7 +8,8 @@ B batch, C channels, D embedding, H W space, K classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -93,7 +94,8 @@ class BYOT(ConnectorLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``ce``, ``kd`` and ``feature``."""
         c, found, self.noted = self.config, [], []
-        for stage, branch in zip(self.stages, self.exits, strict=True):
+        branches: Iterable[Any] = self.exits
+        for stage, branch in zip(self.stages, branches, strict=True):
             feature_BD = self.autocast_call(branch.bottleneck, student.features[stage]).mean((2, 3))
             logits_BK = self.autocast_call(branch.fc, feature_BD)
             found.append(exit_losses(logits_BK, feature_BD, student, batch, temperature=c.temperature))

@@ -223,7 +223,8 @@ class DiffKD(Loss):
             "diffusion_feature": c.diffusion_weight * sum_levels([answer.diffusion_loss for answer in answers]),
         }
         if c.feature.latent is not None:
-            parts["autoencoder"] = c.autoencoder_weight * sum_levels([answer.autoencoder_loss for answer in answers])
+            losses = [answer.autoencoder_loss for answer in answers if answer.autoencoder_loss is not None]
+            parts["autoencoder"] = c.autoencoder_weight * sum_levels(losses)
         return parts
 
     def class_parts(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:

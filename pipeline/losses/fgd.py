@@ -10,7 +10,8 @@ B batch, N objects of an image at most, C channels, H W space.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -130,7 +131,8 @@ class FGD(AlignedMapLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``foreground``, ``background``, ``attention`` and ``relation``."""
         c, pairs = self.config, self.aligned_maps(student, teacher)
-        levels = [self.level_sums(*pair, blocks, batch) for pair, blocks in zip(pairs, self.contexts, strict=True)]
+        contexts: Iterable[Any] = self.contexts
+        levels = [self.level_sums(*pair, blocks, batch) for pair, blocks in zip(pairs, contexts, strict=True)]
         sums = torch.stack(levels).sum(0) / len(batch.labels_B)
         weights = {name: getattr(c, name) for name in ("foreground", "background", "attention", "relation")}
         return {name: weight * value for (name, weight), value in zip(weights.items(), sums, strict=True)}
