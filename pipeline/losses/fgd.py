@@ -11,7 +11,7 @@ B batch, N objects of an image at most, C channels, H W space.
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -131,7 +131,7 @@ class FGD(AlignedMapLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``foreground``, ``background``, ``attention`` and ``relation``."""
         c, pairs = self.config, self.aligned_maps(student, teacher)
-        contexts: Iterable[Any] = self.contexts
+        contexts = cast("Iterable[Any]", self.contexts)
         levels = [self.level_sums(*pair, blocks, batch) for pair, blocks in zip(pairs, contexts, strict=True)]
         sums = torch.stack(levels).sum(0) / len(batch.labels_B)
         weights = {name: getattr(c, name) for name in ("foreground", "background", "attention", "relation")}
