@@ -93,8 +93,8 @@ def cifar_overrides(options: Options, method: str) -> list[str]:
 
 
 def all_methods() -> list[str]:
-    """Return the methods that need no earlier run and no masks."""
-    return [name for name in known_methods() if name not in ("ab", "ifvd", "segmentation")]
+    """Return the methods that need no earlier run, no masks and no boxes."""
+    return [name for name in known_methods() if name not in ("ab", "box_l1", "fgd", "ifvd", "segmentation")]
 
 
 def short_run(options: Options, method: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The names of taps in a recipe, and the network's stages that they refer to.
 
 A network's stages are a mapping from canonical names to module paths; see ``models/stages.py``. Here it is ``paths``.
+Stages named ``GROUP.pN`` are the levels of a group, such as ``fpn.p3`` of ``fpn``; a recipe may name the group alone.
 """
 
 from __future__ import annotations
@@ -47,20 +48,35 @@ def canonical(paths: Mapping[str, str], name: str) -> str:
 
 
 def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
-    """Return ``[name]``; for ``all`` or ``all.preact`` return the names of all stages, shallowest first.
+    """Return ``[name]``; for ``all``, ``all.preact`` or a group return the names of all its stages, shallowest first.
 
     Raises ValueError if the network's stages are not known.
     """
     stage, dot, kind = name.partition(".")
     if stage != "all":
-        return [name]
+        return levels(paths, name) or [name]
     if not (deep := numbered(paths)):
         raise ValueError("no stages of this network are known; name them under stages: {stage1: <module path>, …}")
     return [f"{stage}{dot}{kind}" for stage in deep]
 
 
+def levels(names: Iterable[str], group: str) -> list[str]:
+    """Return the names of a group's levels, of the form ``GROUP.pN``, the finest first."""
+    return _by_number(names, rf"{re.escape(group)}\.p(\d+)")
+
+
+def group_of(name: str) -> str:
+    """Return the group of a level, ``fpn`` of ``fpn.p3``. Any other name is returned unchanged."""
+    return re.sub(r"\.p\d+$", "", name)
+
+
 def numbered(names: Iterable[str], kind: str = "") -> list[str]:
     """Return the names of the form ``stageN`` plus the ending ``kind`` (such as ``.preact``), shallowest first."""
-    found = (re.fullmatch(rf"stage(\d+){re.escape(kind)}", name) for name in names)
+    return _by_number(names, rf"stage(\d+){re.escape(kind)}")
+
+
+def _by_number(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the names of that form in the order of their number."""
+    found = (re.fullmatch(pattern, name) for name in names)
     # Sorted by number, not by text: stage10 comes after stage2.
     return [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.features.names import numbered
+from pipeline.features.names import group_of, numbered
 from pipeline.features.taps import NormParameters
 from pipeline.frozen_model import FrozenModel
 from pipeline.optim.schedule import Ramp, ramp_factor
@@ -150,8 +150,11 @@ class Loss(nn.Module):
 
 
 def keep_taps(outputs: Outputs, taps: frozenset[str]) -> Outputs:
-    """Return ``outputs`` with only the features named in ``taps``; ``all`` selects every stage."""
+    """Return ``outputs`` with only the features named in ``taps``; ``all`` selects every stage, a group its levels."""
     # "all" and "all.preact" differ in the ending that the stages' names must have: "" or ".preact".
     endings = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
     of_all = {name for ending in endings for name in numbered(outputs.features, ending)}
-    return outputs._replace(features={name: x for name, x in outputs.features.items() if name in taps | of_all})
+    of_groups = {name for name in outputs.features if group_of(name) in taps}
+    return outputs._replace(
+        features={name: x for name, x in outputs.features.items() if name in taps | of_all | of_groups}
+    )

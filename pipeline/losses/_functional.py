@@ -5,6 +5,9 @@ B batch, C channels, D embedding, H W space, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +29,11 @@ def pool_to_smaller(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     size = (min(a_BCHW.shape[2], b_BCHW.shape[2]), min(a_BCHW.shape[3], b_BCHW.shape[3]))
     a_BCHW, b_BCHW = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a_BCHW, b_BCHW))
     return a_BCHW, b_BCHW
+
+
+def sum_levels(losses: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the levels' losses; of one level, its own tensor."""
+    return reduce(torch.add, losses)
 
 
 TINY = 1e-12

@@ -142,7 +142,10 @@ def _load_inner(value: Any) -> LossSpec:
     if not isinstance(value, dict) or len(value) != 1:
         raise ValueError("expected exactly one loss, such as {kd: {temperature: 4.0}}")
     ((name, config),) = value.items()
-    return load_spec(name, config)
+    spec = load_spec(name, config)
+    if not spec.config.reads_head():
+        raise ValueError(f"the loss {name!r} reads no logits, which are what it is for here; name another one")
+    return spec
 
 
 def _load_losses(value: Any, info: ValidationInfo) -> dict[str, LossSpec]:

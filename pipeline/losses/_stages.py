@@ -7,14 +7,14 @@ stages and the teacher four, the teacher's first stage has no partner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.batch import Outputs
-from pipeline.features.names import numbered
+from pipeline.features.names import levels, numbered
 from pipeline.frozen_model import FrozenModel
 from pipeline.losses._base import Facts, Loss, Taps
 
@@ -29,7 +29,8 @@ class StagePair(FrozenModel):
 
 
 StageChoice = str | StagePair
-StageChoices = Literal["all"] | Annotated[tuple[StageChoice, ...], Field(min_length=1)]
+StageList = Annotated[tuple[StageChoice, ...], Field(min_length=1)]
+StageChoices = Literal["all"] | StageList
 
 
 def stage_names(stage: StageChoice, kind: str = "") -> tuple[str, str]:
@@ -45,18 +46,43 @@ def stage_taps(stages: StageChoices | StageChoice, kind: str = "") -> Taps:
     return Taps(frozenset(student for student, _ in pairs), frozenset(teacher for _, teacher in pairs))
 
 
-def pair_stages(stages: StageChoices, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
+def pair_stages(stages: StageChoices | StageChoice, facts: Facts, kind: str = "") -> list[tuple[str, str]]:
     """Return the pairs of (student, teacher) taps that are compared, shallowest first.
 
-    Raises ValueError if ``stages`` is ``all`` and a network has no known stages.
+    Raises ValueError if ``stages`` is ``all`` and a network has no known stages, or for a group without a pair.
     """
     if stages != "all":
-        return [stage_names(stage, kind) for stage in stages]
+        several = stages if isinstance(stages, tuple) else (stages,)
+        return [pair for stage in several for pair in pair_levels(*stage_names(stage, kind), facts)]
     students, teachers = (numbered(shapes, kind) for shapes in (facts.student_shapes, facts.teacher_shapes))
-    levels = min(len(students), len(teachers))
-    if levels == 0:
+    count = min(len(students), len(teachers))
+    if count == 0:
         raise ValueError("stages: all: a network has no known stages; name them under stages: {stage1: <module path>}")
-    return list(zip(students[-levels:], teachers[-levels:], strict=True))
+    return list(zip(students[-count:], teachers[-count:], strict=True))
+
+
+def stage_pair(stage: StageChoice, facts: Facts) -> tuple[str, str]:
+    """Return the (student, teacher) taps of one stage. Raises ValueError if it is a group of several levels."""
+    pairs = pair_levels(*stage_names(stage), facts)
+    if len(pairs) > 1:
+        raise ValueError(f"the stage {stage!r} is {len(pairs)} levels; name one of them, such as {pairs[0][0]!r}")
+    return pairs[0]
+
+
+def pair_levels(student: str, teacher: str, facts: Facts) -> list[tuple[str, str]]:
+    """Return the pairs of levels that both networks have, if the taps are groups, else the pair of the two taps.
+
+    Raises ValueError if a tap is a group, and no level of it has a partner.
+    """
+    students, teachers = levels(facts.student_shapes, student), levels(facts.teacher_shapes, teacher)
+    if not students and not teachers:
+        return [(student, teacher)]
+    partners = {name.removeprefix(teacher): name for name in teachers}
+    ends = [name.removeprefix(student) for name in students]
+    if pairs := [(student + end, partners[end]) for end in ends if end in partners]:
+        return pairs
+    theirs = [", ".join(names) or name for names, name in ((students, student), (teachers, teacher))]
+    raise ValueError(f"no level pairs {theirs[0]} of the student with {theirs[1]} of the teacher; name a level of each")
 
 
 def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
@@ -64,6 +90,24 @@ def channels(shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
     if len(shapes[tap]) != 3:
         raise ValueError(f"the tap {tap!r} is shaped {list(shapes[tap])}, but a map [C, H, W] is needed")
     return shapes[tap][0]
+
+
+def per_level(pairs: Sequence[tuple[str, str]], build: Callable[[str, str], nn.Module]) -> nn.Module:
+    """Return what ``build`` makes of a pair of taps; of several pairs, a ModuleDict by the names of the levels.
+
+    Raises ValueError if a pair occurs twice.
+    """
+    if len(pairs) == 1:
+        return build(*pairs[0])
+    if again := next((pair for pair in pairs if pairs.count(pair) > 1), None):
+        raise ValueError(f"the stage {again[0]!r} is named twice; name it once")
+    # A module's name may not hold a dot.
+    return nn.ModuleDict({"_".join(dict.fromkeys(pair)).replace(".", "_"): build(*pair) for pair in pairs})
+
+
+def level_networks(networks: nn.Module) -> list[nn.Module]:
+    """Return the network of each level of what ``per_level`` returned."""
+    return list(networks.values()) if type(networks) is nn.ModuleDict else [networks]
 
 
 class FeatureMapLoss(Loss):

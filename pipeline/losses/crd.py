@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import all_reduce_mean, gather_rows, world_size
 from pipeline.losses._base import Facts, Loss, Taps
-from pipeline.losses._stages import StageChoice, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
 from pipeline.precision import checkpointed
 
 _EPS = 1e-7
@@ -194,7 +194,7 @@ class CRD(Loss):
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         assert facts.labels_by_id is not None
-        self.student_tap, self.teacher_tap = stage_names(config.stage)
+        self.student_tap, self.teacher_tap = stage_pair(config.stage, facts)
         self.student_head = nn.Linear(width(facts.student_shapes, self.student_tap), config.dim)
         self.teacher_head = nn.Linear(width(facts.teacher_shapes, self.teacher_tap), config.dim)
         self.others = NegativeSampler(facts.labels_by_id, facts.num_classes)

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.norms import batch_norm
+from pipeline.losses._base import Facts
 from pipeline.losses._connectors import AlignedMapLoss
 from pipeline.losses._functional import kl_divergence
+from pipeline.losses._stages import pair_stages
 
 
 def cwd_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, temperature: float) -> Tensor:
@@ -33,7 +35,7 @@ class CWD(AlignedMapLoss):
         """The config of CWD, such as ``{stages: [stage4, logits], weights: [50.0, 3.0], temperature: 4.0}``."""
 
         weights: tuple[NonNegativeFloat, ...] | None = None
-        """Weight of each of ``stages``, in their order; null is 1 for each."""
+        """Weight of each of ``stages``, in their order; null is 1 for each. A group's is each level's."""
         temperature: PositiveFloat
         """Temperature τ by which the maps are divided before the softmax."""
         norm: bool = False
@@ -51,6 +53,11 @@ class CWD(AlignedMapLoss):
                 raise ValueError(f"{len(self.weights)} weights for {len(self.stages)} stages; give each stage one")
             return self
 
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        weighted = zip(config.weights or (), config.stages, strict=False)
+        self.level_weights = [weight for weight, stage in weighted for _ in pair_stages(stage, facts)]
+
     def connector(self, student: str, teacher: str) -> nn.Module:
         """Return the network that brings the student's tap to the teacher's channels."""
         convolution = super().connector(student, teacher)
@@ -61,6 +68,6 @@ class CWD(AlignedMapLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``cwd``, the weighted sum of the stages."""
         c, pairs = self.config, self.aligned_maps(student, teacher)
-        weights = c.weights or [1.0] * len(pairs)
+        weights = self.level_weights or [1.0] * len(pairs)
         levels = [w * cwd_loss(*pair, temperature=c.temperature) for w, pair in zip(weights, pairs, strict=True)]
         return {"cwd": torch.stack(levels).sum()}

@@ -1,7 +1,8 @@
 """DIST: knowledge distillation from a stronger teacher, Huang et al., NeurIPS 2022, arXiv:2205.10536.
 
 The student learns probabilities that correlate with the teacher's, not the probabilities themselves. The correlation is
-taken within each row (inter-class), and within each column over the batch (intra-class).
+taken within each row (inter-class), and within each column over the batch (intra-class). A detector's maps of class
+logits have a sigmoid for the softmax. Their rows are cells, and their columns are the classes of all anchors.
 
 B batch, K classes, J columns of both networks.
 """
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import global_sum
-from pipeline.losses._base import Loss
-from pipeline.losses._functional import rounding
+from pipeline.losses._class_maps import ClassMapLoss
+from pipeline.losses._functional import rounding, sum_levels
 from pipeline.losses._rows import StatScope, group_size, mean_by_rows
 
 _EPS = 1e-8
@@ -72,17 +73,17 @@ def cosine(product: Tensor, squares: Sequence[Tensor], noise: Sequence[Tensor]) 
     return product / (lengths + _EPS).masked_fill(equal, float("inf"))
 
 
-class DIST(Loss):
+class DIST(ClassMapLoss):
     """Correlation between the class probabilities of both networks, within rows and within columns.
 
-    Under gradient accumulation the columns are those of the micro-batch of all ranks.
+    Terms of several maps are summed. Under gradient accumulation the columns are those of the micro-batch of all ranks.
     """
 
     scope = "statistics"
     reads_labels = False
     takes_pixels = True
 
-    class Config(Loss.Config):
+    class Config(ClassMapLoss.Config):
         """The config of DIST, such as ``{beta: 1.0, gamma: 1.0, temperature: 4.0}``."""
 
         beta: NonNegativeFloat
@@ -97,9 +98,18 @@ class DIST(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``inter`` and ``intra``."""
         c = self.config
-        p_BK, q_BK = softened(student.logits_BK, teacher.logits_BK, c.temperature)
-        inter, intra = c.beta * inter_class(p_BK, q_BK), c.gamma * self.grouped_intra_class(p_BK, q_BK)
+        pairs = self.probabilities(student, teacher)
+        inter = sum_levels([c.beta * inter_class(*pair) for pair in pairs])
+        intra = sum_levels([c.gamma * self.grouped_intra_class(*pair) for pair in pairs])
         return {"inter": c.temperature**2 * inter, "intra": c.temperature**2 * intra}
+
+    def probabilities(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """Return the softened probabilities of student and teacher: of the logits, or of each map."""
+        temperature = self.config.temperature
+        if not self.levels:
+            return [softened(student.logits_BK, teacher.logits_BK, temperature)]
+        rows = self.map_logits(student, teacher)
+        return [((ours / temperature).sigmoid(), (theirs / temperature).sigmoid()) for ours, theirs in rows]
 
     def grouped_intra_class(self, p_BK: Tensor, q_BK: Tensor) -> Tensor:
         """Return the intra-class term over all rows, or its mean over this rank's groups of rows."""

@@ -1,11 +1,15 @@
-"""Knowledge distillation, Hinton et al., 2015, arXiv:1503.02531, section 2.   B batch, K classes."""
+"""Knowledge distillation, Hinton et al., 2015, arXiv:1503.02531, section 2.   B batch, K classes.
+
+A detector's maps of class logits have no softmax: there the divergence is that of every channel's sigmoid.
+"""
 
 from pydantic import PositiveFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Loss
-from pipeline.losses._functional import kl_divergence
+from pipeline.losses._class_maps import ClassMapLoss
+from pipeline.losses._functional import kl_divergence, sum_levels
+from pipeline.losses.sigmoid_kd import sigmoid_kd_loss
 
 
 def kd_loss(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
@@ -18,13 +22,13 @@ def kd_loss(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Te
     return temperature**2 * kl_divergence(log_teacher_BK, log_student_BK)
 
 
-class KD(Loss):
-    """KL divergence from the teacher's softened class probabilities."""
+class KD(ClassMapLoss):
+    """KL divergence from the teacher's softened class probabilities; that of several maps is summed."""
 
     reads_labels = False
     takes_pixels = True
 
-    class Config(Loss.Config):
+    class Config(ClassMapLoss.Config):
         """The config of KD, such as ``{temperature: 4.0}``."""
 
         temperature: PositiveFloat
@@ -32,4 +36,8 @@ class KD(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``kd``."""
-        return {"kd": kd_loss(student.logits_BK, teacher.logits_BK, temperature=self.config.temperature)}
+        temperature = self.config.temperature
+        if not self.levels:
+            return {"kd": kd_loss(student.logits_BK, teacher.logits_BK, temperature=temperature)}
+        rows = self.map_logits(student, teacher)
+        return {"kd": sum_levels([sigmoid_kd_loss(*both, temperature=temperature) for both in rows])}

@@ -8,7 +8,7 @@ from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
 from pipeline.losses._functional import safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import StageChoice, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
@@ -59,6 +59,6 @@ class PKT(BatchLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``pkt``."""
-        of_student, of_teacher = stage_names(self.config.stage)
+        of_student, of_teacher = stage_pair(self.config.stage, self.facts)
         student_BD, teacher_BE = student.features[of_student].flatten(1), teacher.features[of_teacher].flatten(1)
         return {"pkt": pkt_loss(student_BD, teacher_BE, eps=self.config.eps)}

@@ -12,7 +12,7 @@ from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
 from pipeline.losses._functional import distances, l2_normalize, safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import StageChoice, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
 
 
 def rkd_loss(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float, angle_weight: float) -> Tensor:
@@ -77,6 +77,6 @@ class RKD(BatchLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``distance`` and ``angle``."""
         c = self.config
-        of_student, of_teacher = stage_names(c.stage)
+        of_student, of_teacher = stage_pair(c.stage, self.facts)
         both = student.features[of_student].flatten(1), teacher.features[of_teacher].flatten(1)
         return {"distance": c.distance_weight * distance_loss(*both), "angle": c.angle_weight * angle_loss(*both)}

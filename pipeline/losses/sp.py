@@ -7,7 +7,7 @@ from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
 from pipeline.losses._functional import l2_normalize
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import StageChoice, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -47,5 +47,5 @@ class SP(BatchLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``sp``."""
-        of_student, of_teacher = stage_names(self.config.stage)
+        of_student, of_teacher = stage_pair(self.config.stage, self.facts)
         return {"sp": sp_loss(student.features[of_student], teacher.features[of_teacher])}

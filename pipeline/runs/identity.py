@@ -63,6 +63,9 @@ _OPTIONS = {
     "long": None,
     "buckets": None,
     "linear": False,
+    "level_weight": "equal",
+    "class_maps": None,
+    "maps": None,
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

@@ -288,6 +288,10 @@ def test_all_is_every_stage_the_shallowest_first():
     assert deep_stages(paths, "all") == ["stage9", "stage10"]
     assert deep_stages(paths, "all.preact") == ["stage9.preact", "stage10.preact"]
     assert deep_stages(paths, "map") == ["map"]
+    levels = {"fpn.p10": "a", "fpn.p3": "b", "fpn.p4.norm": "c", "head.class.p3": "d"}
+    assert deep_stages(levels, "fpn") == ["fpn.p3", "fpn.p10"]
+    assert deep_stages(levels, "head.class") == ["head.class.p3"]
+    assert deep_stages(levels, "fpn.p3") == ["fpn.p3"]
     with pytest.raises(ValueError, match=r"^no stages of this network are known; name them under stages: \{stage1"):
         deep_stages({"embedding": "fc:in"}, "all")
 

@@ -79,9 +79,16 @@ def maps(inputs, student, teacher):
     return np.array(inputs.student_features[student]), np.array(inputs.teacher_features[teacher])
 
 
-def named_pairs(config):
-    """Return the (student, teacher) names of a config's stages, each a name or a pair of them."""
-    return [(s, s) if isinstance(s, str) else (s["student"], s["teacher"]) for s in config["stages"]]
+def named_pairs(config, inputs):
+    """Return the (student, teacher) names of a config's stages: each a name, a pair, or a group of both networks."""
+    found = []
+    for stage in config["stages"]:
+        student, teacher = (stage, stage) if isinstance(stage, str) else (stage["student"], stage["teacher"])
+        ends = [f".p{number}" for number in range(2, 8)]
+        levels = [end for end in ends if student + end in inputs.student_features]
+        levels = [end for end in levels if teacher + end in inputs.teacher_features]
+        found += [(student + end, teacher + end) for end in levels] or [(student, teacher)]
+    return found
 
 
 def aligned(inputs, level, student, teacher):

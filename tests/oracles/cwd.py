@@ -13,7 +13,7 @@ PROPERTIES = {"vanishes at the teacher", "never negative", "ignores the order of
 
 def parts(config, inputs):
     total, tau = 0.0, config["temperature"]
-    for level, pair in enumerate(named_pairs(config)):
+    for level, pair in enumerate(named_pairs(config, inputs)):
         student, teacher = aligned(inputs, level, *pair)
         divergences = []
         for of_student, of_teacher in zip(student, teacher, strict=True):

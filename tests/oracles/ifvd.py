@@ -34,7 +34,7 @@ def similarities(channels, mask, classes):
 
 def parts(config, inputs):
     total, classes = 0.0, len(inputs.student_logits[0])
-    for pair in named_pairs(config):
+    for pair in named_pairs(config, inputs):
         student_maps, teacher_maps = at_the_smaller(*maps(inputs, *pair))
         squares = 0.0
         for student, teacher, mask in zip(student_maps, teacher_maps, inputs.targets["mask_BHW"], strict=True):

@@ -15,7 +15,7 @@ PROPERTIES = {"never negative"}
 def parts(config, inputs):
     torch.manual_seed(inputs.seed)
     total = 0.0
-    for level, pair in enumerate(named_pairs(config)):
+    for level, pair in enumerate(named_pairs(config, inputs)):
         student, teacher = aligned(inputs, level, *pair)
         rows, width, height, length = student.shape
         draws = torch.rand((rows, 1, height, length) if config["hidden"] == "pixels" else (rows, width, 1, 1)).numpy()

@@ -20,7 +20,7 @@ def standardized(values):
 
 def parts(config, inputs):
     total = 0.0
-    for level, pair in enumerate(named_pairs(config)):
+    for level, pair in enumerate(named_pairs(config, inputs)):
         student, teacher = aligned(inputs, level, *pair)
         gaps = []
         for channel in range(student.shape[1]):

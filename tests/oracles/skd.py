@@ -37,7 +37,7 @@ def similarities(channels, side):
 
 def parts(config, inputs):
     total = 0.0
-    for pair in named_pairs(config):
+    for pair in named_pairs(config, inputs):
         gaps = []
         for student, teacher in zip(*(x.tolist() for x in at_the_smaller(*maps(inputs, *pair))), strict=True):
             both = similarities(student, config["pool"]), similarities(teacher, config["pool"])

@@ -97,6 +97,8 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
     old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None}
+    old["losses"]["ddkd"] |= {"class_maps": None}
+    old["losses"]["ddkd"]["feature"] |= {"level_weight": "equal"}
     assert new == old | {"folder": "anew", "stop": old["stop"] | {"steps": 1}, "graph": "auto"}
     before, now = (json.loads((folder / name / "identity.json").read_text()) for name in ("run", "anew"))
     weights = json.loads((KEPT / "cache" / "cache.json").read_text())["binding"]["teacher"]["network"]["weights"]

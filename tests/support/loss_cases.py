@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -16,9 +16,11 @@ from methods import config_of
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.features.names import levels
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
+from pipeline.tasks import _boxes
 from pipeline.tasks._masks import IGNORED, MASK
 from pipeline.tasks.multilabel import LABELS
 
@@ -30,6 +32,8 @@ CLASSES = 5
 MASK_SIZE = 13
 # Height and width of maps of logits.
 MAP_SIZE = (3, 4)
+# Height and width of images with boxes; a pyramid's level pN has a pixel for 2ᴺ of theirs.
+BOXED_SIZE = (64, 96)
 STUDENT_SHAPES = {
     "embedding": (6,),
     "cam": (CLASSES, 2, 2),
@@ -39,6 +43,12 @@ STUDENT_SHAPES = {
     "last": (8, 4, 4),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
+    "fpn.p3": (8, 8, 12),
+    "fpn.p4": (8, 4, 6),
+    "head.class.p3": (2 * CLASSES, 8, 12),
+    "head.class.p4": (2 * CLASSES, 4, 6),
+    "head.box.p3": (8, 8, 12),
+    "head.box.p4": (8, 4, 6),
 }
 # A stage more than the student has, so that ``all`` is paired from the deep end, and a map of another size.
 TEACHER_SHAPES = {
@@ -50,6 +60,8 @@ TEACHER_SHAPES = {
     "stage1": (3, 8, 8),
     "stage2": (6, 8, 8),
     "stage3": (16, 2, 2),
+    **{name: shape for name, shape in STUDENT_SHAPES.items() if name.partition(".")[0] in ("fpn", "head")},
+    "fpn.p5": (8, 2, 3),
 }
 
 every_loss = pytest.mark.parametrize("name", NAMES)
@@ -99,8 +111,11 @@ def shapes_of(taps: frozenset[str], shapes: dict[str, tuple[int, ...]]) -> dict[
     found = {}
     for tap in sorted(taps):
         stage, dot, kind = tap.partition(".")
-        names = [name for name in shapes if name.startswith("stage")] if stage == "all" else [stage]
-        found |= {f"{name}{dot}{kind}": shapes[name] for name in names}
+        if tap in shapes or levels(shapes, tap):
+            found |= {name: shapes[name] for name in levels(shapes, tap) or [tap]}
+        else:
+            names = [name for name in shapes if name.startswith("stage")] if stage == "all" else [stage]
+            found |= {f"{name}{dot}{kind}": shapes[name] for name in names}
     return found
 
 
@@ -117,10 +132,32 @@ def norms_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, NormParameters]:
 
 
 def targets_of(rows: int) -> dict[str, Tensor]:
-    """Return the targets of every task: several classes an image, and masks whose every sixth stripe has no class."""
+    """Return the targets of every task: several classes an image, masks with every sixth stripe of no class, boxes."""
     several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
     stripes = (torch.arange(rows * MASK_SIZE**2) // 3 % (CLASSES + 1)).view(rows, MASK_SIZE, MASK_SIZE)
-    return {LABELS: several, MASK: stripes.where(stripes < CLASSES, IGNORED).to(torch.uint8)}
+    masks = stripes.where(stripes < CLASSES, IGNORED).to(torch.uint8)
+    return {LABELS: several, MASK: masks, **boxes_of(rows)}
+
+
+def boxes_of(rows: int) -> dict[str, Tensor]:
+    """Return three boxes an image: a large one, a small one in it, and a crowd. Every third image has none."""
+    boxes_34 = torch.tensor([[5.0, 3.0, 70.0, 58.0], [20.5, 17.0, 31.0, 30.5], [60.0, 40.0, 96.0, 64.0]])
+    boxes_R34 = boxes_34 + torch.arange(rows)[:, None, None] % 4
+    classes_R3 = (torch.arange(rows)[:, None] + torch.arange(3)) % CLASSES
+    none_R = torch.arange(rows) % 3 == 2
+    crowd_R3 = torch.tensor([False, False, True]).expand(rows, 3).clone()
+    return {
+        _boxes.BOXES: boxes_R34.masked_fill(none_R[:, None, None], 0.0),
+        _boxes.CLASSES: classes_R3.masked_fill(none_R[:, None], -1),
+        _boxes.CROWD: crowd_R3 & ~none_R[:, None],
+    }
+
+
+def fill_zeros(loss: Loss) -> None:
+    """Draw the weights that are zero at the start, which would hide what stands before them."""
+    for parameter in loss.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
 
 
 def example(
@@ -152,6 +189,7 @@ def example(
     facts = Facts(CLASSES, *facts_of, len(labels_by_id), labels_by_id, norms, autocast)
     torch.manual_seed(zlib.crc32(name.encode()) + seed)
     loss = spec.build(facts).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    fill_zeros(loss)
 
     def outputs(shapes: dict[str, tuple[int, ...]]) -> Outputs:
         def made(shape: tuple[int, ...]) -> Tensor:
@@ -160,9 +198,15 @@ def example(
         return Outputs(made(logits), {stage: made(shape) for stage, shape in shapes.items()})
 
     read = {*spec.targets, MASK} if of_pixels else spec.targets
-    targets = {name: x for name, x in targets_of(rows).items() if name in read}
-    batch = Batch(torch.zeros(rows, 3, 4, 4, dtype=dtype), torch.from_numpy(labels), torch.arange(rows), {}, targets)
+    batch = batch_of(rows, torch.from_numpy(labels), read, dtype)
     return Example(loss, outputs(student_shapes), outputs(teacher_shapes), batch)
+
+
+def batch_of(rows: int, labels_B: Tensor, read: Iterable[str], dtype: torch.dtype) -> Batch:
+    """Return blank images with those of the targets that a loss reads."""
+    targets = {name: x for name, x in targets_of(rows).items() if name in read}
+    images_BCHW = torch.zeros(rows, 3, *(BOXED_SIZE if _boxes.BOXES in targets else (4, 4)), dtype=dtype)
+    return Batch(images_BCHW, labels_B, torch.arange(rows), {}, targets)
 
 
 def at_the_teacher(name: str, *, scale: float = 1.0, seed: int = 0, rows: int = 6) -> Example:
@@ -191,6 +235,8 @@ class Inputs(NamedTuple):
     targets: dict[str, list[Any]]
     map_size: tuple[int, ...]
     """Height and width of maps of logits, whose pixels are the rows of logits; () for other logits."""
+    image_size: tuple[int, ...]
+    """Height and width of the images."""
 
 
 def inputs_of(case: Example, seed: int) -> Inputs:
@@ -207,6 +253,7 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         seed,
         {name: x.tolist() for name, x in case.batch.targets.items()},
         tuple(case.student.logits.shape[2:]),
+        tuple(case.batch.images_BCHW.shape[2:]),
     )
 
 
