@@ -23,6 +23,7 @@ def build_distiller(
     recipe = run.recipe
     spec = student_spec(recipe.student, recipe.taps.student)
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
+    spec.check_task(student, recipe.task)
     load_start(run, student)
     check_optimizer_section(recipe, student.model)  # before the folder is opened
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:

@@ -129,6 +129,7 @@ def _build_frozen(
         finished(network.run)
     spec = network.spec._replace(taps=taps)
     built = spec.build(run.manifest.num_classes)
+    spec.check_task(built, run.recipe.task)
     # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
     spec.probe(built, data.size)
     with error_context(f"{spec.key}.weights"):

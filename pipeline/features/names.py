@@ -13,6 +13,7 @@ REASONS = {
     "embedding": "no known linear layer ends it",
     "class_head": "it has no distillation token",
     "token_head": "it has no distillation token",
+    **dict.fromkeys(("anchors", "regression", "detections"), "it is no detector"),
 }
 """Why a network may lack a stage of that name."""
 

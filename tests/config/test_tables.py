@@ -41,7 +41,15 @@ def test_every_cell_that_a_paper_prints_has_its_recipe():
 
 
 def test_the_tables_name_every_method_and_every_network():
-    others = {"ab_init", "ddkd_paper_literal", "perception_paper_literal", "segmentation", *MULTILABEL, *OF_TOKENS}
+    others = {
+        "ab_init",
+        "ddkd_paper_literal",
+        "detection",
+        "perception_paper_literal",
+        "segmentation",
+        *MULTILABEL,
+        *OF_TOKENS,
+    }
     assert set(known_methods()) - TABLES.methods.keys() == others
     assert TABLES.methods.keys() <= set(known_methods())
     for facts in TABLES.datasets.values():

@@ -19,6 +19,7 @@ from pipeline.batch import Batch, Outputs, Progress
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
+from pipeline.tasks import _boxes
 from pipeline.tasks._masks import IGNORED, MASK
 from pipeline.tasks.multilabel import LABELS
 
@@ -30,7 +31,11 @@ CLASSES = 5
 MASK_SIZE = 13
 # Height and width of maps of logits.
 MAP_SIZE = (3, 4)
+# Anchors of an image of 64 × 96 pixels.
+ANCHORS = 24
 STUDENT_SHAPES = {
+    "anchors": (ANCHORS, 4),
+    "regression": (ANCHORS, 4),
     "embedding": (6,),
     "cam": (CLASSES, 2, 2),
     "class_head": (CLASSES,),
@@ -69,13 +74,15 @@ class Example(NamedTuple):
         return torch.stack(list(self.parts(seed).values())).sum()
 
     def student_tensors(self) -> list[Tensor]:
-        return [self.student.logits, *self.student.features.values()]
+        return [x for x in (self.student.logits, *self.student.features.values()) if x.requires_grad]
 
     def at(self, rows: list[int]) -> Example:
         """Return the case with those rows of its inputs, as leaves of their own."""
 
         def of(outputs: Outputs) -> Outputs:
-            features = {stage: x.detach()[rows].requires_grad_() for stage, x in outputs.features.items()}
+            features = {
+                stage: x.detach()[rows].requires_grad_(x.requires_grad) for stage, x in outputs.features.items()
+            }
             return Outputs(outputs.logits.detach()[rows].requires_grad_(), features)
 
         targets = {name: x[rows] for name, x in self.batch.targets.items()}
@@ -117,10 +124,44 @@ def norms_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, NormParameters]:
 
 
 def targets_of(rows: int) -> dict[str, Tensor]:
-    """Return the targets of every task: several classes an image, and masks whose every sixth stripe has no class."""
+    """Return the targets of every task: several classes an image, masks with every sixth stripe of no class, boxes."""
     several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
     stripes = (torch.arange(rows * MASK_SIZE**2) // 3 % (CLASSES + 1)).view(rows, MASK_SIZE, MASK_SIZE)
-    return {LABELS: several, MASK: stripes.where(stripes < CLASSES, IGNORED).to(torch.uint8)}
+    masks = stripes.where(stripes < CLASSES, IGNORED).to(torch.uint8)
+    return {LABELS: several, MASK: masks, **boxes_of(rows)}
+
+
+def boxes_of(rows: int) -> dict[str, Tensor]:
+    """Return three boxes an image: a large one, a small one in it, and a crowd. Every third image has none."""
+    boxes_34 = torch.tensor([[5.0, 3.0, 70.0, 58.0], [20.5, 17.0, 31.0, 30.5], [60.0, 40.0, 96.0, 64.0]])
+    boxes_R34 = boxes_34 + torch.arange(rows)[:, None, None] % 4
+    classes_R3 = (torch.arange(rows)[:, None] + torch.arange(3)) % CLASSES
+    none_R = torch.arange(rows) % 3 == 2
+    crowd_R3 = torch.tensor([False, False, True]).expand(rows, 3).clone()
+    return {
+        _boxes.BOXES: boxes_R34.masked_fill(none_R[:, None, None], 0.0),
+        _boxes.CLASSES: classes_R3.masked_fill(none_R[:, None], -1),
+        _boxes.CROWD: crowd_R3 & ~none_R[:, None],
+    }
+
+
+def anchors_of(rows: int) -> Tensor:
+    """Return squares of 16 and 56 pixels around twelve places, [rows, ``ANCHORS``, 4]."""
+    middles_P2 = torch.cartesian_prod(torch.arange(12, 96, 24), torch.arange(10, 64, 20)).repeat_interleave(2, 0)
+    halves_P1 = torch.tensor([8, 28]).repeat(ANCHORS // 2)[:, None]
+    return torch.cat([middles_P2 - halves_P1, middles_P2 + halves_P1], 1).expand(rows, -1, -1)
+
+
+def with_anchors(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the features with boxes as anchors, if there are some."""
+    return {name: anchors_of(len(x)).to(x.dtype) if name == "anchors" else x for name, x in features.items()}
+
+
+def logits_shape(spec: LossSpec, *, of_pixels: bool) -> tuple[int, ...]:
+    """Return the shape of an image's logits: of a classifier, a segmenter or a detector."""
+    if "anchors" in spec.config.taps().student:
+        return (ANCHORS, CLASSES)
+    return (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
 
 
 def example(
@@ -143,7 +184,7 @@ def example(
     spec = spec or load_spec(name, config_of(name))
     taps = spec.config.taps()
     student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
-    logits = (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
+    logits = logits_shape(spec, of_pixels=of_pixels)
     # The data set goes on after the batch, and has a hole.
     labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
     labels = labels_by_id[:rows]
@@ -157,7 +198,7 @@ def example(
         def made(shape: tuple[int, ...]) -> Tensor:
             return (scale * torch.randn(rows, *shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
-        return Outputs(made(logits), {stage: made(shape) for stage, shape in shapes.items()})
+        return Outputs(made(logits), with_anchors({stage: made(shape) for stage, shape in shapes.items()}))
 
     read = {*spec.targets, MASK} if of_pixels else spec.targets
     targets = {name: x for name, x in targets_of(rows).items() if name in read}
