@@ -25,8 +25,9 @@ class Purpose(IntEnum):
     PARTNER = 5
     """Which image is mixed into another, and whether by mixup or CutMix."""
     SCALE = 6
-    """By which factor an image with a mask is enlarged or reduced, and which place of it is taken; or which short side
-    an image with boxes gets."""
+    """By which factor an image with a mask is enlarged or reduced, and which place of it is taken.
+
+    It is also which short side an image with boxes gets."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

@@ -87,6 +87,6 @@ def _too_large(config: Config, split: str, samples_N: NDArray) -> str:
     number, height, width = (int(samples_N[0][column]) for column in ("id", "height", "width"))
     fit = [-(-side // BUCKET_MULTIPLE) * BUCKET_MULTIPLE for side in sides.max(axis=0).tolist()]
     return (
-        f"data.buckets: no bucket holds {len(samples_N):,} of the images of {split}, such as id {number}: its "
-        f"{height} × {width} pixels become {size_text(tuple(sides[0].tolist()))}; add {fit}, or lower short or long"
+        f"data.buckets: none holds {len(samples_N):,} images of {split}, such as id {number} of {height} × {width}, "
+        f"resized to {size_text(tuple(sides[0].tolist()))}; add {fit}, or lower short or long"
     )

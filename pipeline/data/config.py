@@ -80,7 +80,7 @@ class Config(FrozenModel):
     1333."""
     buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)] | None = None
     """``keep_ratio``: sizes of the batches, [height, width], multiples of 32. An image is in batches of the first size
-    that holds it at its largest; null is [800, 1088], [800, 1344], [1088, 800] and [1344, 800]."""
+    that holds it at its largest. Null is [800, 1088], [800, 1344], [1088, 800] and [1344, 800]."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     """``random_resized``: smallest and largest share of the image's area."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)

@@ -56,9 +56,10 @@ class Detection(Task):
         """Return the share of objects whose class has the largest logit at the middle of the box, on any level."""
         classes_BN, boxes_BN4 = batch.targets[CLASSES], batch.targets[BOXES]
         middles_BN2 = (boxes_BN4[..., :2] + boxes_BN4[..., 2:]) / 2
-        size, classes = batch.images_BCHW.shape[2:], outputs.logits.shape[-1]
+        shares_BN2 = middles_BN2 / middles_BN2.new_tensor(batch.images_BCHW.shape[:1:-1])
         maps = [map_BCHW for name, map_BCHW in outputs.features.items() if name.startswith(f"{CLASS_MAPS}.")]
-        logits_LBNK = torch.stack([_logits_at(map_BCHW, middles_BN2, size, classes) for map_BCHW in maps])
+        classes = outputs.logits.shape[-1]
+        logits_LBNK = torch.stack([_logits_at(map_BCHW, shares_BN2, classes) for map_BCHW in maps])
         counted_BN = (classes_BN >= 0) & ~batch.targets[CROWD]
         right_BN = (logits_LBNK.amax(0).argmax(-1) == classes_BN) & counted_BN
         return 100 * right_BN.sum().float() / counted_BN.sum().clamp(min=1)
@@ -146,12 +147,14 @@ def _count_same(ours_D6: NDArray[np.float64], theirs_D6: NDArray[np.float64]) ->
     return 2 * same, len(ours_D6) + len(theirs_D6)
 
 
-def _logits_at(map_BCHW: Tensor, places_BN2: Tensor, size: tuple[int, int], classes: int) -> Tensor:
-    """Return the largest logit of each class over the anchors of the cell at each place, [B, N, K]."""
+def _logits_at(map_BCHW: Tensor, shares_BN2: Tensor, classes: int) -> Tensor:
+    """Return the largest logit of each class over the anchors of a cell, [B, N, K].
+
+    A cell is given by its place along width and height, as shares of the image's sides.
+    """
     height, width = map_BCHW.shape[2:]
     columns_BN, rows_BN = (
-        (places_BN2[..., axis] * (cells / pixels)).long().clamp(0, cells - 1)
-        for axis, cells, pixels in ((0, width, size[1]), (1, height, size[0]))
+        (shares_BN2[..., axis] * cells).long().clamp(0, cells - 1) for axis, cells in enumerate((width, height))
     )
     cells_B1N = (rows_BN * width + columns_BN)[:, None].expand(-1, map_BCHW.shape[1], -1)
     return map_BCHW.flatten(2).gather(2, cells_B1N).unflatten(1, (-1, classes)).amax(1).movedim(1, 2)

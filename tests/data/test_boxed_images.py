@@ -241,9 +241,9 @@ def test_images_that_are_in_no_batch_are_told(boxed: Path, capsys: pytest.Captur
         (
             {"buckets": [[64, 96]]},
             2,
-            "data.buckets: no bucket holds 7 of the images of train, such as id 1: its 64 × 48",
+            "data.buckets: none holds 7 images of train, such as id 1 of 64 × 48,",
         ),
-        ({"buckets": [[64, 96]]}, 2, "become 85 × 64; add \\[96, 64\\], or lower short or long"),
+        ({"buckets": [[64, 96]]}, 2, "resized to 85 × 64; add \\[96, 64\\], or lower short or long"),
         ({}, 14, "data.buckets: no bucket has the images of one global batch: 14; the fullest, 64 × 96, has 13"),
     ],
 )

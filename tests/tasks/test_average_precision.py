@@ -7,41 +7,14 @@ import io
 
 import numpy as np
 import pytest
+from box_scenes import SCENE_CLASSES, Scene, draw_scene
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.tasks._average_precision import BoxAverages, average_precision_of_boxes, match_boxes
 
-CLASSES = 3
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 NAMES += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
-Scene = tuple[np.ndarray, np.ndarray]
-"""Detections [D, 6] and objects [G, 7] of an image."""
-
-
-def draw_scene(seed: int, *, most: int = 12) -> Scene:
-    """Return an image of objects of all sizes, some of them crowds, and of detections near them and elsewhere.
-
-    Scores have ten values, so that many are equal. One image in eight has no object, one in eight no detection.
-    """
-    random = np.random.default_rng(seed)
-    objects, detections = (0 if random.random() < 1 / 8 else random.integers(1, most + 1) for _ in range(2))
-    corners_G2, sides_G2 = random.integers(0, 160, (objects, 2)), random.choice([9, 32, 50, 96, 150], (objects, 2))
-    classes_G = random.integers(0, CLASSES, objects)
-    areas_G = np.where(random.random(objects) < 0.5, 1, 0.7) * sides_G2.prod(1)
-    crowd_G = random.random(objects) < 0.2
-    objects_G7 = np.column_stack([corners_G2, corners_G2 + sides_G2, classes_G, crowd_G, areas_G]).astype(float)
-    found_D6 = np.column_stack([random.integers(0, 160, (detections, 4)), np.zeros((detections, 2))]).astype(float)
-    found_D6[:, 2:4] = found_D6[:, :2] + random.integers(5, 150, (detections, 2))
-    found_D6[:, 5] = random.integers(0, CLASSES, detections)
-    if objects:
-        near_D = random.random(detections) < 0.8
-        aims_D = random.integers(0, objects, detections)
-        aimed_D6 = np.column_stack([objects_G7[aims_D, :4] + random.integers(-3, 4, (detections, 4)), found_D6[:, 4:]])
-        aimed_D6[:, 5] = np.where(random.random(detections) < 0.9, objects_G7[aims_D, 4], found_D6[:, 5])
-        found_D6[near_D] = aimed_D6[near_D]
-    found_D6[:, 4] = random.integers(1, 11, detections) / 10
-    return found_D6, objects_G7
 
 
 def as_xywh(boxes: np.ndarray) -> list[list[float]]:
@@ -61,7 +34,7 @@ def by_coco(scenes: list[Scene]) -> COCOeval:
         truth = COCO()
         truth.dataset = {
             "images": [{"id": image} for image in range(1, len(scenes) + 1)],
-            "categories": [{"id": number} for number in range(CLASSES)],
+            "categories": [{"id": number} for number in range(SCENE_CLASSES)],
             "annotations": objects,
             "info": {},
         }
@@ -77,7 +50,7 @@ def by_us(scenes: list[Scene]) -> BoxAverages:
     most = max(len(found_D6) for found_D6, _ in scenes)
     none_16 = np.array([[0.0, 0, 0, 0, 0, -1]])
     padded = [(np.concatenate([found, none_16.repeat(most - len(found), 0)]), objects) for found, objects in scenes]
-    matched = [match_boxes(found, objects, CLASSES) for found, objects in padded]
+    matched = [match_boxes(found, objects, SCENE_CLASSES) for found, objects in padded]
     return average_precision_of_boxes(*(np.stack(parts) for parts in zip(*matched, strict=True)))
 
 
