@@ -15,7 +15,8 @@ class, go to evaluation.json in the run folder; with other weights to evaluation
     real_labels=FILE      the labels of ReaL, which accept several classes of an image
     val_labels=FILE       the classes of the validation images, which real_labels needs with shards of this project
 
-Of masks it also prints the IoU of each class, and draws some images into evaluation_masks.png beside the file.
+Of masks it also prints the IoU of each class, and draws some images into evaluation_masks.png beside the file. Of boxes
+it prints the AP of each class, and draws them into evaluation_boxes.png.
 
 docs/evaluation.md explains the figures, and how to measure on ImageNet-V2, -A, -R, -Sketch and ReaL.
 """
@@ -42,7 +43,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline.benchmarks.inference import BATCHES, MASK_BATCHES, measure_speed
+from pipeline.benchmarks.inference import BATCHES, DENSE_BATCHES, measure_speed
 from pipeline.builders.loader import build_loader
 from pipeline.builders.meta import probe
 from pipeline.builders.split_classes import accept_real_labels, split_classes
@@ -59,7 +60,7 @@ from pipeline.features.taps import FeatureTaps
 from pipeline.frozen_model import FrozenModel
 from pipeline.models.weights import load_weights
 from pipeline.runs.dependencies import prepare_shards
-from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, MaskSheet, write_evaluation
+from pipeline.runs.evaluation_file import EVALUATIONS, EvaluationFile, PictureFile, write_evaluation
 from pipeline.runs.files import RECIPE, read_identity, read_result
 from pipeline.runs.folder import NAMED_WEIGHTS, load_run, student_file
 from pipeline.runs.identity import classes_sha256, resolve, run_folder
@@ -70,9 +71,11 @@ from pipeline.tasks._registry import find_task
 from pipeline.teachers.config import Config as Teacher
 from pipeline.training import zero
 from pipeline.training.accelerator import create_accelerator, use_all_cores
+from pipeline.training.box_sheet import BoxSamples
 from pipeline.training.comparison import Comparison, SplitClasses, compare_networks
 from pipeline.training.evaluation import check_validation_size
-from pipeline.training.mask_sheet import DrawnSheet, MaskSamples
+from pipeline.training.image_sheet import DrawnSheet
+from pipeline.training.mask_sheet import MaskSamples
 from pipeline.training.result import aligned, device_name
 from shards.manifest import MANIFEST, Manifest, read_manifest, sha256_of, write_atomically
 
@@ -131,14 +134,13 @@ def main(args: Sequence[str]) -> None:
     teacher = None
     if arguments.agreement:
         run = resolve(subject.loaded, launch)
-        teacher = build_live_teacher(run, _comparison_teacher(run.recipe.teacher), (), accelerator.device)
+        config, taps = _comparison_teacher(run.recipe.teacher), subject.task.taps
+        teacher = build_live_teacher(run, config, taps, accelerator.device)
         check_validation_size(teacher, loader)
-    masks = (
-        MaskSamples(recipe.data.for_validation, with_teacher=teacher is not None) if subject.task.of_pixels else None
-    )
-    watch = masks and masks.watch
+    samples = _samples(subject, with_teacher=teacher is not None)
+    watch = samples and samples.watch
     found = compare_networks(subject.task, student, teacher, loader.validation(), accelerator, classes, watch)
-    sheet = masks and masks.draw()
+    sheet = samples and samples.draw()
     if not accelerator.is_main_process:
         return
     values = _figures(subject, found, classes) | {"speed": _speed(subject, student, accelerator)}
@@ -150,16 +152,23 @@ def main(args: Sequence[str]) -> None:
         print("not written, because it is no evaluation of a run's own images; give out=FILE")
 
 
+def _samples(subject: Subject, *, with_teacher: bool) -> MaskSamples | BoxSamples | None:
+    """Return what draws some images with their masks or boxes, None for a task without either."""
+    config, task = subject.recipe.data.for_validation, subject.task
+    kind = MaskSamples if task.of_pixels else BoxSamples if task.of_boxes else None
+    return kind and kind(config, with_teacher=with_teacher)
+
+
 def _write(path: Path, evaluation: EvaluationFile, sheet: DrawnSheet | None) -> None:
-    """Write the file, and the picture of masks beside it."""
+    """Write the file, and the picture of masks or boxes beside it."""
     if sheet is None:
         write_evaluation(path, evaluation)
         print(f"written to {path}")
         return
-    picture = path.with_name(f"{path.stem}_masks.png")
+    picture = path.with_name(f"{path.stem}_{sheet.kind}.png")
     write_atomically(picture, sheet.png)
-    named = MaskSheet(file=picture.name, columns=sheet.columns, classes=sheet.classes)
-    write_evaluation(path, evaluation.model_copy(update={"masks": named}))
+    named = PictureFile(file=picture.name, columns=sheet.columns, classes=sheet.classes)
+    write_evaluation(path, evaluation.model_copy(update={sheet.kind: named}))
     print(f"written to {path}, with the picture {picture.name}")
 
 
@@ -226,7 +235,8 @@ def _find_classes(subject: Subject, loader: Loader) -> SplitClasses:
     if arguments.val_labels and not arguments.real_labels:
         raise RecipeError("val_labels: it is the order of the images of real_labels=FILE; give both, or none")
     if arguments.real_labels and not subject.task.one_class:
-        have = "a class for every pixel" if subject.task.of_pixels else "several labels already"
+        of_pixels, of_boxes = subject.task.of_pixels, subject.task.of_boxes
+        have = "a class for every pixel" if of_pixels else "boxes" if of_boxes else "several labels already"
         raise RecipeError(f"real_labels: the images of task: {subject.recipe.task} have {have}; remove it")
     classes = split_classes(subject.network, subject.manifest, path, arguments.class_map)
     if arguments.real_labels is None:
@@ -238,7 +248,7 @@ def _find_classes(subject: Subject, loader: Loader) -> SplitClasses:
 
 def _load_student(subject: Subject, accelerator: Accelerator) -> FeatureTaps:
     """Return the student with its weights."""
-    recipe, spec = subject.recipe, student_spec(subject.recipe.student, frozenset())
+    recipe, spec = subject.recipe, student_spec(subject.recipe.student, subject.recipe.taps.student)
     layout = weights_layout(recipe, subject.launch)
     student = build_student(spec, subject.network.num_classes, recipe.seed, layout).to(accelerator.device)
     if note := load_weights(student.model, str(subject.weights), recipe.student.model, arguments=spec.arguments):
@@ -266,7 +276,7 @@ def _figures(subject: Subject, found: Comparison, classes: SplitClasses) -> dict
     recipe, weights = subject.recipe, subject.weights
     result, source = read_result(weights.parent), subject.loaded.source
     named = str(source) if source.path.is_relative_to(CONFIGS) else None  # the project's recipes have a name anywhere
-    spec = student_spec(recipe.student, frozenset())
+    spec = student_spec(recipe.student, recipe.taps.student)
     network, _ = probe(spec, subject.network.num_classes, recipe.data.for_validation.size)
     cost = {"model": network.name, "parameters": network.parameters, "macs": round(network.macs)}
     teacher = None
@@ -302,7 +312,7 @@ def _speed(subject: Subject, student: FeatureTaps, accelerator: Accelerator) -> 
     data = subject.recipe.data
     layout = torch.channels_last if data.channels_last else torch.contiguous_format
     autocast = zero.deepspeed_autocast(accelerator)
-    batches = MASK_BATCHES if subject.task.of_pixels else BATCHES
+    batches = DENSE_BATCHES if subject.task.of_pixels or subject.task.of_boxes else BATCHES
     return measure_speed(student, data.for_validation.size, accelerator.device, layout, autocast, batches)
 
 
@@ -314,7 +324,7 @@ def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
         return "  ".join(f"{title} {value:.2f}" for title, value in known.items() if value is not None)
 
     network, teacher, titles = evaluation.network, evaluation.teacher, subject.task.titles
-    lines = _describe_classes(evaluation)
+    lines = _describe_classes(evaluation, of_boxes=subject.task.of_boxes)
     lines += [f"{subject.weights}: {metrics(evaluation.metrics, titles)}  ({evaluation.samples:,} images)"]
     lines += [text] if (text := metrics(evaluation.metrics, _TITLES)) else []
     if len(evaluation.classes) < subject.network.num_classes:
@@ -322,7 +332,7 @@ def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
     if teacher:
         kl = "" if evaluation.kl is None else f"  KL {evaluation.kl:.4f}"
         lines += [f"teacher: {metrics(teacher.metrics, titles)}  {metrics(teacher.metrics, _TITLES)}".rstrip()]
-        lines += [f"agreement: {evaluation.agreement:.2f}{kl}"]
+        lines += [f"agreement: {_two_digits(evaluation.agreement)}{kl}"]
     size = f"{network.macs / 1e9:.3f} GMAC, {network.bytes / 1e6:.1f} MB"
     lines += [f"network: {network.model}, {network.parameters:,} parameters, {size}"]
     for speed in evaluation.speed or ():
@@ -331,19 +341,19 @@ def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
     return lines
 
 
-def _describe_classes(evaluation: EvaluationFile) -> list[str]:
-    """Return a table with the IoU of each class; empty for another task than that of masks."""
+def _describe_classes(evaluation: EvaluationFile, *, of_boxes: bool) -> list[str]:
+    """Return a table with the IoU or AP of each class; empty for another task than that of masks or boxes."""
     ours, theirs = evaluation.per_class, evaluation.teacher and evaluation.teacher.per_class
-    if ours is None or ours.iou is None:
+    if ours is None or not (of_boxes or ours.iou):
         return []
-    total = max(sum(ours.samples), 1)
+    total, measure = max(sum(ours.samples), 1), "AP" if of_boxes else "IoU"
     columns = {
         "class": evaluation.classes,
-        "% of pixels": [f"{100 * samples / total:.2f}" for samples in ours.samples],
-        "IoU": [_two_digits(value) for value in ours.iou],
+        "% of objects" if of_boxes else "% of pixels": [f"{100 * each / total:.2f}" for each in ours.samples],
+        measure: [_two_digits(value) for value in ours.percent],
     }
-    if theirs is not None and theirs.iou is not None:
-        columns["teacher's IoU"] = [_two_digits(value) for value in theirs.iou]
+    if theirs is not None:
+        columns[f"teacher's {measure}"] = [_two_digits(value) for value in theirs.percent]
     return [*aligned([list(columns), *map(list, zip(*columns.values(), strict=True))]).splitlines(), ""]
 
 

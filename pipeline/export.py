@@ -57,6 +57,7 @@ from pipeline.runs.dependencies import prepare_shards
 from pipeline.runs.evaluation_file import EVALUATIONS, read_evaluation
 from pipeline.runs.folder import load_run, student_file
 from pipeline.runs.ownership import check_writable
+from pipeline.tasks._registry import find_task
 from shards.manifest import Manifest, read_manifest
 
 EXPORT_FOLDER = "export"
@@ -87,6 +88,8 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError(f"command line: {folder}: expected the folder of a run, such as runs/demo/seed-0")
     loaded = load_run(folder, overrides, losses=False)
     file = student_file(arguments.weights, folder)
+    if find_task(loaded.recipe.task).of_boxes:
+        raise RecipeError(f"command line: {folder}: no format holds a detector's boxes; use {file} with predict.py")
     path = (
         Path(arguments.out)
         if arguments.out

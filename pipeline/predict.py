@@ -1,16 +1,17 @@
-"""Name what is on images, or draw their masks, by a student's weights file alone.
+"""Name what is on images, find its boxes, or draw masks, by a student's weights file alone.
 
     python pipeline/predict.py runs/demo/seed-0/student.safetensors IMAGE_OR_FOLDER … [key=value …]
 
     top=5           number of classes per image; with several classes, at most that many
-    batch=64        images at once; of masks 4
-    out=FILE        write the classes to FILE.json or FILE.csv as well
+    batch=64        images at once; of masks and boxes 4
+    out=FILE        write the classes, or all boxes, to FILE.json or FILE.csv as well
     out=FOLDER      of a segmenter: write a mask for each image
 
 A folder stands for all images in it and below. Of a student of several classes (task: multilabel), those with a
 probability above one half are named. Of a segmenter the classes with most pixels are named. Its masks are PNGs with a
-palette, as large as the image, whose values are the classes. A file that is no image is named, the others are done, and
-the exit code is 2.
+palette, as large as the image, whose values are the classes. Of a detector the boxes with a score of at least 0.3 are
+named, in pixels of the image; the file has all of them. A file that is no image is named, the others are done, and the
+exit code is 2.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ from pipeline.builders.student import student_from_card
 from pipeline.cli import entry, print_answer
 from pipeline.config.arguments import parse_command_args, split_command_args
 from pipeline.data.config import Config
-from pipeline.data.images import read_image, validation_image, whole_image
+from pipeline.data.images import image_on_canvas, read_image, validation_image, whole_image
 from pipeline.errors import AlreadyReported, RecipeError
+from pipeline.features.taps import FeatureTaps
 from pipeline.frozen_model import FrozenModel
 from pipeline.image_size import height_width
+from pipeline.models.stages import stages
 from pipeline.runs.card import Card, read_card
 from pipeline.runs.files import check_student
 from pipeline.runs.ownership import check_new_file, check_writable
+from pipeline.tasks._boxes import DETECTIONS, LIKELY
 from pipeline.tasks._mask_images import palette_png
 from pipeline.tasks._masks import upsampled
 from pipeline.tasks._registry import find_task
@@ -82,6 +86,16 @@ class Guess(NamedTuple):
     probability: float
 
 
+class FoundBox(NamedTuple):
+    """A box that a detector finds, in pixels of the image."""
+
+    label: int
+    name: str
+    score: float
+    box: list[float]
+    """Its left, top, right and bottom edge."""
+
+
 def main(args: Sequence[str]) -> None:
     """Predict the classes of the images that the command line names, print them, and write them to ``out``."""
     options, words = split_command_args(args, tuple(PredictArguments.model_fields))
@@ -92,13 +106,15 @@ def main(args: Sequence[str]) -> None:
         raise RecipeError("command line: name a student.safetensors, then images or folders of images")
     weights, card = Path(words[0]), read_card(Path(words[0]))
     check_student(weights)
-    of_pixels = find_task(card.task).of_pixels
+    task = find_task(card.task)
+    of_pixels = task.of_pixels
     _check_out(arguments.out, of_pixels=of_pixels)
     images = [Path(word) for word in words[1:]]
     paths = image_files(images)
     targets = mask_files(images, Path(arguments.out)) if of_pixels and arguments.out else {}
     model = student_from_card(weights, card).to(_device())
-    failed = (_masks if of_pixels else _classes)(model, card, paths, arguments, targets)
+    answer = _masks if of_pixels else _boxes if task.of_boxes else _classes
+    failed = answer(model, card, paths, arguments, targets)
     if failed:
         raise AlreadyReported
 
@@ -184,6 +200,61 @@ def _masks(
             write_atomically(targets[path], palette_png(mask_HW))
     print_answer(aligned(rows))
     return found < len(distinct)
+
+
+def _boxes(
+    model: nn.Module, card: Card, paths: Sequence[Path], arguments: PredictArguments, _: Mapping[Path, Path]
+) -> bool:
+    """Print the likely boxes of each image, write all to ``out``, and return whether an image could not be read."""
+    distinct = list(dict.fromkeys(paths))
+    found = dict(predict_boxes(model, card, distinct, arguments.batch or 4))
+    rows = [["image", "class", "score", "left", "top", "right", "bottom"]]
+    for path, boxes in found.items():
+        likely = [box for box in boxes if box.score >= LIKELY][: arguments.top]
+        if not likely:
+            rows.append([_text(path), f"no box of a score of {LIKELY}", *[""] * 5])
+        for number, box in enumerate(likely):
+            edges = [f"{edge:.1f}" for edge in box.box]
+            rows.append([_text(path) if number == 0 else "", box.name, f"{box.score:.3f}", *edges])
+    print_answer(aligned(rows))
+    if arguments.out:
+        write_atomically(Path(arguments.out), _boxes_as_text(found, Path(arguments.out).suffix).encode())
+    return len(found) < len(distinct)
+
+
+@torch.no_grad()
+def predict_boxes(
+    model: nn.Module, card: Card, paths: Sequence[Path], at_once: int
+) -> Iterator[tuple[Path, list[FoundBox]]]:
+    """Yield the boxes of each image, the best first. An image that cannot be read is printed and left out."""
+    data = {"short": card.short and (card.short,), "long": card.long, "buckets": card.buckets}
+    config = Config(path="", crop="keep_ratio", mean=card.mean, std=card.std, **data)  # pyright: ignore
+    taps = FeatureTaps(model, stages(model), (DETECTIONS,))
+    for start in range(0, len(paths), at_once):
+        alike: dict[tuple[int, ...], list[tuple[Path, Tensor, Tensor]]] = {}
+        for path in paths[start : start + at_once]:
+            try:
+                pixels_HWC = read_image(path, upright=True)
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            x_CHW, sides = image_on_canvas(pixels_HWC, config)
+            stored_2 = torch.tensor(pixels_HWC.shape[1::-1])  # width and height
+            scales_2 = torch.tensor(sides[::-1]) / stored_2
+            alike.setdefault(tuple(x_CHW.shape), []).append((path, x_CHW, torch.stack([stored_2, scales_2])))
+        for images in alike.values():
+            x_BCHW = torch.stack([x_CHW for _, x_CHW, _ in images]).to(_device())
+            found_BD6 = taps(x_BCHW.contiguous(memory_format=torch.channels_last)).features[DETECTIONS].cpu()
+            for (path, _, geometry_22), found_D6 in zip(images, found_BD6, strict=True):
+                yield path, list(_named_boxes(found_D6, card, *geometry_22))
+
+
+def _named_boxes(found_D6: Tensor, card: Card, sides_2: Tensor, scales_2: Tensor) -> Iterator[FoundBox]:
+    """Yield the boxes of an image of those sides, cut off at its edges; ``scales_2`` are those of the canvas."""
+    edges_D4 = (found_D6[:, :4] / scales_2.repeat(2)).clamp(min=0).minimum(sides_2.repeat(2))
+    for (*_, score, label), edges in zip(found_D6.tolist(), edges_D4.tolist(), strict=True):
+        if label >= 0:
+            yield FoundBox(int(label), card.classes[int(label)], score, edges)
 
 
 @torch.no_grad()
@@ -289,6 +360,17 @@ def _as_text(found: dict[Path, list[Guess]], ending: str) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *Guess._fields])
     writer.writerows([_text(path), *each] for path, guesses in found.items() for each in guesses)
+    return text.getvalue()
+
+
+def _boxes_as_text(found: dict[Path, list[FoundBox]], ending: str) -> str:
+    if ending == ".json":
+        images = [{"image": _text(path), "boxes": [box._asdict() for box in boxes]} for path, boxes in found.items()]
+        return json.dumps(images, indent=2, ensure_ascii=False) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "name", "score", "left", "top", "right", "bottom"])
+    writer.writerows([_text(path), *box[:3], *box.box] for path, boxes in found.items() for box in boxes)
     return text.getvalue()
 
 

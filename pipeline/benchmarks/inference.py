@@ -15,8 +15,8 @@ from pipeline.image_size import Resolution, height_width
 from pipeline.runs.evaluation_file import Speed
 
 BATCHES = (1, 128)
-MASK_BATCHES = (1, 8)
-"""Of a network whose logits are maps: its images are large, and so is what it keeps of them."""
+DENSE_BATCHES = (1, 8)
+"""Of a network of pixels or boxes: its images are large, and so is what it keeps of them."""
 ROUNDS = 12
 """Times that every batch size is measured, in turn. A machine's speed drifts over seconds, so one stretch of time would
 show too narrow a spread."""

@@ -150,7 +150,7 @@ class Recipe(FrozenModel):
 
     task: TaskName = "classification"
     """What the images' targets are, and which metrics are measured. In ``classification`` an image has one class, in
-    ``multilabel`` any number of them, and in ``segmentation`` one for every pixel."""
+    ``multilabel`` any number of them. In ``segmentation`` every pixel has one, and in ``detection`` every box."""
     student: StudentConfig
     """The network that is trained."""
     teacher: TeacherConfig | None = None
@@ -210,6 +210,12 @@ class Recipe(FrozenModel):
                 own = ", or set its takes_pixels to True" if ":" in name else ""
                 raise ValueError(
                     f"the loss {name!r} compares images by their logits, and task: {self.task} has those of pixels; "
+                    f"remove the loss{own}"
+                )
+            if task.of_boxes and not spec.targets and spec.config.reads_head():
+                own = ", or let reads_head of its Config return False" if ":" in name else ""
+                raise ValueError(
+                    f"the loss {name!r} compares images by their logits, and task: {self.task} has those of anchors; "
                     f"remove the loss{own}"
                 )
             if spec.reads_labels and not task.one_class and not pixels:

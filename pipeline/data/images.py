@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.data.config import Config
+from pipeline.data.buckets import bucket_numbers
+from pipeline.data.config import BUCKET_MULTIPLE, BUCKETS, Config
 from pipeline.data.requests import validation_geometry
 from pipeline.errors import one_line
 
@@ -51,21 +53,44 @@ def _grey(values_HW: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 def validation_image(pixels_HWC: NDArray[np.uint8], config: Config) -> Tensor:
     """Return the image as validation shows it to the network, float32 [3, size, size]."""
-    samples = np.array([pixels_HWC.shape[:2]], dtype=np.int64).view([("height", np.int64), ("width", np.int64)])[:, 0]
-    geometry = validation_geometry(config, samples)
+    geometry = validation_geometry(config, _as_samples(pixels_HWC))
     (top, left, height, width), resized, crop = geometry.boxes_B4[0], geometry.resized_B2[0], geometry.crops_B2[0]
     box_HWC = pixels_HWC[top : top + height, left : left + width].astype(np.float32)
     x_CHW = torch.from_numpy(box_HWC).permute(2, 0, 1)
-    if tuple(resized) != (height, width):
-        size = [int(side) for side in resized]
-        x_CHW = F.interpolate(x_CHW[None], size=size, mode="bilinear", antialias=True)[0]
-        x_CHW = x_CHW.round().clamp(0, 255)  # the loader's resized images are of 8 bits, too
+    x_CHW = _resized(x_CHW, resized)
     return _standardized(_crop(x_CHW, int(crop[0]), int(crop[1]), config.for_validation.side), config)
 
 
 def whole_image(pixels_HWC: NDArray[np.uint8], config: Config) -> Tensor:
     """Return the image at its own size, float32 [3, H, W], as validation with ``crop: scaled`` shows it."""
     return _standardized(torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1), config)
+
+
+def image_on_canvas(pixels_HWC: NDArray[np.uint8], config: Config) -> tuple[Tensor, tuple[int, int]]:
+    """Return the image as validation with ``crop: keep_ratio`` shows it, and its (height, width) without padding.
+
+    It is float32 [3, H, W], of the size of a bucket. Where no bucket holds it, its sides are the next multiples of
+    ``BUCKET_MULTIPLE``.
+    """
+    samples = _as_samples(pixels_HWC)
+    height, width = (int(side) for side in validation_geometry(config, samples).resized_B2[0])
+    bucket = int(bucket_numbers(config, samples)[0])
+    sides = [-(-side // BUCKET_MULTIPLE) * BUCKET_MULTIPLE for side in (height, width)]
+    below, right = sides if bucket < 0 else (config.buckets or BUCKETS)[bucket]
+    x_CHW = _resized(torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1), (height, width))
+    return F.pad(_standardized(x_CHW, config), (0, right - width, 0, below - height)), (height, width)
+
+
+def _as_samples(pixels_HWC: NDArray[np.uint8]) -> NDArray:
+    """Return an image's size as the row of a sample table."""
+    return np.array([pixels_HWC.shape[:2]], dtype=np.int64).view([("height", np.int64), ("width", np.int64)])[:, 0]
+
+
+def _resized(x_CHW: Tensor, size: Iterable[int]) -> Tensor:
+    if x_CHW.shape[1:] == (height_width := tuple(int(side) for side in size)):
+        return x_CHW
+    x_CHW = F.interpolate(x_CHW[None], size=height_width, mode="bilinear", antialias=True)[0]
+    return x_CHW.round().clamp(0, 255)  # the loader's resized images are of 8 bits, too
 
 
 def _standardized(x_CHW: Tensor, config: Config) -> Tensor:

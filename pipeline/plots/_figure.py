@@ -20,6 +20,7 @@ GREY = "#767676"
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 """Line styles, for those who see no colours and for paper."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LONGEST_NAME = 18
 _SETTINGS = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and read aloud
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
@@ -65,6 +66,11 @@ def add_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
         figure.legend(
             by_label.values(), by_label, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5
         )
+
+
+def short_label(text: str) -> str:
+    """Return the name of a class as it fits beside an axis."""
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
 
 
 def as_svg(figure: Figure, name: str, title: str) -> str:

@@ -9,11 +9,14 @@ from pipeline.commands import as_started
 from pipeline.plots.classes import draw_class_gains
 from pipeline.plots.reliability import Bins, draw_reliability
 from pipeline.reports import page
-from pipeline.reports.mask_pictures import draw_class_ious, draw_mask_sheet, draw_pixel_confusion
+from pipeline.reports.box_pictures import draw_box_metrics, draw_class_aps
+from pipeline.reports.mask_pictures import draw_class_ious, draw_pixel_confusion
 from pipeline.reports.methods import ALONE_COLOR, TEACHER_COLOR, MethodRuns, colored
 from pipeline.reports.references import References
 from pipeline.reports.reported_run import ReportedRun
 from pipeline.runs.evaluation_file import EvaluatedTeacher, EvaluationFile, PerClass
+from pipeline.tasks._base import Task
+from pipeline.tasks._mask_images import class_color
 
 _HEADS = {"nll": "NLL, nats", "ece": "calibration error, %"}
 _SHOWN = 10
@@ -38,8 +41,7 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
     if not evaluated:
         run = methods[0].first_run
         agreement = "" if run.teaches_itself else " agreement=yes"
-        also = "masks" if run.task.of_pixels else "calibration"
-        text = f"{also.capitalize()} and single classes are shown once the run is evaluated:"
+        text = f"{_also(run).capitalize()} and single classes are shown once the run is evaluated:"
         return page.section(
             _heading(run),
             page.note(text, as_started(f"python pipeline/evaluate.py {run.folder}{agreement}")),
@@ -53,10 +55,8 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
     values = [[row.get(key, "") for key in columns] for row in rows]
     drawn = [_reliability(evaluated[:_MOST], teacher, alone)]
     drawn += [_gains(number, each, alone) for number, each in enumerate(evaluated[:_MOST])]
-    drawn += draw_class_ious([(each.name, each.color, each.evaluation) for each in evaluated])
-    for number, each in enumerate(evaluated[:_MOST]):
-        drawn += draw_pixel_confusion(number, each.name, each.evaluation)
-    sheets = [draw_mask_sheet(each.name, each.run.folder, each.evaluation) for each in evaluated[:_MOST]]
+    drawn += _of_task(methods[0].first_run.task, evaluated)
+    sheets = [_sheet(each) for each in evaluated[:_MOST]]
     stale = [
         page.note(f"{run.folder}: evaluation.json is of weights that this run no longer has; evaluate it again.")
         for _, _, run, evaluation in evaluated
@@ -67,7 +67,36 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
 
 
 def _heading(run: ReportedRun) -> str:
-    return "Single classes and masks" if run.task.of_pixels else "Single classes and calibration"
+    return f"Single classes and {_also(run)}"
+
+
+def _also(run: ReportedRun) -> str:
+    return "masks" if run.task.of_pixels else "boxes" if run.task.of_boxes else "calibration"
+
+
+def _of_task(task: Task, evaluated: Sequence[Evaluated]) -> list[tuple[str, str]]:
+    """Return the pictures that only masks or boxes have."""
+    named = [(each.name, each.color, each.evaluation) for each in evaluated]
+    if task.of_boxes:
+        return [*draw_box_metrics(named, task.titles), *draw_class_aps(named)]
+    if not task.of_pixels:
+        return []
+    drawn = draw_class_ious(named)
+    for number, (name, _, evaluation) in enumerate(named[:_MOST]):
+        drawn += draw_pixel_confusion(number, name, evaluation)
+    return drawn
+
+
+def _sheet(evaluated: Evaluated) -> str:
+    """Return some images with their masks or boxes, and the colours of the classes; empty without the file."""
+    name, _, run, evaluation = evaluated
+    sheet = evaluation.masks or evaluation.boxes
+    if sheet is None or not (run.folder / sheet.file).is_file():
+        return ""
+    colours = [(evaluation.classes[number], class_color(number)) for number in sheet.classes]
+    what = "masks. Grey pixels have no class." if evaluation.masks else "boxes. Grey boxes are of crowds."
+    text = f"{name}: validation images with their {what}"
+    return page.sheet(text, sheet.columns, (run.folder / sheet.file).read_bytes(), colours)
 
 
 def _evaluated(methods: Sequence[MethodRuns], references: References) -> list[Evaluated]:
@@ -134,7 +163,7 @@ def _gains(number: int, evaluated: Evaluated, alone: ReportedRun | None) -> tupl
     if not selected:
         return None
     text = "; ".join(f"{each} {gain:+.1f}" for each, gain in selected)
-    measure = "IoU" if run.task.of_pixels else "Accuracy"
+    measure = "IoU" if run.task.of_pixels else "AP" if run.task.of_boxes else "Accuracy"
     svg = draw_class_gains(
         f"classes-{number}",
         f"{measure} of single classes of {name} against {against}, in points: {text}",

@@ -41,6 +41,11 @@ class Card(FrozenModel):
     """Side of a validation image in pixels, or its height and width."""
     resize: PositiveInt | None = None
     """Short side before the centre crop; None is ``size``."""
+    short: PositiveInt | None = None
+    """Of boxes: the short side of a validation image in pixels, unless its long side would be longer than ``long``."""
+    long: PositiveInt | None = None
+    buckets: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    """Of boxes: the sizes of padded images, height and width; an image has the first that holds it."""
     accuracy: dict[str, float] | None = None
     """Metrics of these weights on the validation images, in percent; None without validation images."""
     identity: str
@@ -50,7 +55,8 @@ class Card(FrozenModel):
 
     def metadata(self) -> dict[str, str]:
         """Return the card as metadata of a file. Equal cards are equal texts."""
-        content = self.model_dump(mode="json", exclude={"best"} if self.best is None else None)
+        optional = ("short", "long", "buckets", "best")
+        content = self.model_dump(mode="json", exclude={key for key in optional if getattr(self, key) is None})
         return {CARD: json.dumps(content, sort_keys=True, ensure_ascii=False)}
 
 

@@ -29,11 +29,12 @@ class PerClass(_Section):
     """Figures of each class, in the order of ``classes``."""
 
     samples: tuple[NonNegativeInt, ...]
-    """Images of the class; of masks, pixels."""
+    """Images of the class; of masks, pixels; of boxes, objects."""
     correct: tuple[NonNegativeInt, ...] | None = None
     """Those of them whose first choice is right; None if an image has not exactly one class."""
     average_precision: tuple[_Number, ...] | None = None
-    """Average precision in percent, None for a class without an image; only where an image has several classes."""
+    """Average precision in percent, None for a class without an image; only where an image has several classes, or
+    boxes."""
     iou: tuple[_Number, ...] | None = None
     """Intersection over union in percent, None for a class that occurs nowhere; only of masks."""
 
@@ -66,15 +67,15 @@ class EvaluatedTeacher(_Section):
     reliability: Reliability | None
 
 
-class MaskSheet(_Section):
-    """The picture of some images with their masks: a PNG, whose rows are images."""
+class PictureFile(_Section):
+    """The picture of some images with their masks or boxes: a PNG, whose rows are images."""
 
     file: str
     """Its name, in the same folder."""
     columns: tuple[str, ...]
-    """What its columns are: ``image``, ``truth``, ``teacher`` and ``student``."""
+    """What its columns are: ``image``, ``truth``, ``teacher`` and ``student``; of boxes all but the first."""
     classes: tuple[NonNegativeInt, ...]
-    """The classes that its masks have."""
+    """The classes that its masks or boxes have."""
 
 
 class NetworkCost(_Section):
@@ -126,8 +127,10 @@ class EvaluationFile(_Section):
     confusion: tuple[tuple[NonNegativeInt, NonNegativeInt, PositiveInt], ...] | None
     """Class of the image, first choice, and number of images, where that is not 0; of masks, of pixels."""
     reliability: Reliability | None
-    masks: MaskSheet | None = None
+    masks: PictureFile | None = None
     """Only of masks."""
+    boxes: PictureFile | None = None
+    """Only of boxes."""
     teacher: EvaluatedTeacher | None
     agreement: _Number
     """Percentage of decisions in which student and teacher agree."""

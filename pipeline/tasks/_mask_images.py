@@ -33,7 +33,7 @@ def _color(number: int) -> tuple[float, float, float]:
 
 def class_color(number: int) -> str:
     """Return the colour of a class for HTML, such as ``#2f6ca8``."""
-    return f"#{palette()[number].tobytes().hex()}"
+    return f"#{palette()[number % IGNORED].tobytes().hex()}"
 
 
 def palette_png(mask_HW: NDArray[np.uint8]) -> bytes:

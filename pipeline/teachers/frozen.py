@@ -126,7 +126,7 @@ def _fold(taps: FeatureTaps, image_size: Resolution) -> None:
     after = taps(image_1CHW)
     logits = {"logits": before.logits} if before.logits.numel() else {}  # none without a head
     for name, value in {**before.features, **logits}.items():
-        if name == DETECTIONS:  # a list in the order of scores, which rounding may exchange
+        if name == DETECTIONS:  # rounding may change the order of boxes, which follow from what is compared
             continue
         new = after.logits if name == "logits" else after.features[name]
         change = ((new - value).abs().max() / value.abs().max().clamp_min(1e-12)).item()

@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     student: Details
     teacher: Details | None = None
     agreement: float | None = None
-    """Percentage of the task's decisions in which student and teacher agree."""
+    """Percentage of the task's decisions in which student and teacher agree; None if there is no decision."""
     kl: float | None = None
     """Mean of KL(teacher‖student) over the images, in nats."""
 
@@ -129,4 +129,4 @@ def _summarize(task: Task, rows_NC: Tensor, counts: list[Tensor], classes: Split
     )
     same, decisions = collectives.all_reduce_sum(torch.stack(counts).sum(0)).tolist()
     kl = columns[:, 2 * width :].mean().item() if columns.shape[1] % 2 else None
-    return Comparison(len(rows_NC), student, teacher, 100 * same / decisions, kl)
+    return Comparison(len(rows_NC), student, teacher, 100 * same / decisions if decisions else None, kl)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 
+from pipeline.data.config import BUCKETS, LONG, SHORT
 from pipeline.distributed import collectives
 from pipeline.features.taps import FeatureTaps
 from pipeline.optim.ema import EMA
@@ -23,6 +24,9 @@ _T = TypeVar("_T")
 def student_card(run: Run, found: Evaluation | None, best: Best | None = None) -> Card:
     """Return the card of weights of the run that reached ``found``. ``best`` is for the best weights only."""
     student, data = run.recipe.student, run.recipe.data
+    sides = {}
+    if data.crop == "keep_ratio":
+        sides = {"short": max(data.short or SHORT), "long": data.long or LONG, "buckets": data.buckets or BUCKETS}
     return Card(
         task=run.recipe.task,
         model=student.model,
@@ -32,6 +36,7 @@ def student_card(run: Run, found: Evaluation | None, best: Best | None = None) -
         std=data.std,
         size=data.for_validation.size,
         resize=data.resize,
+        **sides,
         accuracy=found.metrics if found else None,
         identity=run.fingerprint,
         best={best.metric: best.value, "epoch": best.epoch} if best else None,
