@@ -24,6 +24,7 @@ def build_distiller(
     recipe = run.recipe
     spec = student_spec(recipe.student, recipe.taps.student)
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
+    spec.check_task(student, recipe.task)
     load_start(run, student)
     inherit_weights(run, student.model)
     check_optimizer_section(recipe, student.model)  # before the folder is opened

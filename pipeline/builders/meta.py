@@ -80,9 +80,13 @@ def probe_models(
     # BatchNorm over all ranks counts as BatchNorm; torch's works on GPUs only.
     spec = student_spec(recipe.student, recipe.taps.student)._replace(synced=False)
     student = measure(spec, num_classes, recipe.data.size)
+    spec.check_task(student[1], recipe.task)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
-    teachers = [measure(spec, num_classes, recipe.data.size) for spec in teacher_specs(recipe, sources)]
+    specs = teacher_specs(recipe, sources)
+    teachers = [measure(spec, num_classes, recipe.data.size) for spec in specs]
+    for teacher_spec, (_, network) in zip(specs, teachers, strict=True):
+        teacher_spec.check_task(network, recipe.task)
     if recipe.student.inherit:
         with error_context("student.inherit"):
             inherited_names(student[1].model, teachers[0][1].model, recipe.student.inherit)

@@ -12,8 +12,10 @@ from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.image_size import Resolution
 from pipeline.models import create_model
 from pipeline.models.arguments import ArgumentError
+from pipeline.models.detector import Detector
 from pipeline.models.headless import without_head
 from pipeline.models.stages import stages
+from pipeline.tasks._registry import find_task
 
 
 class ModelSpec(NamedTuple):
@@ -62,6 +64,14 @@ class ModelSpec(NamedTuple):
                 synchronize_batchnorms(model)
         with error_context(f"{self.key}.stages"):
             return FeatureTaps(model, known, self.taps, frozen_norms(model, self.frozen))
+
+    def check_task(self, network: FeatureTaps, task: str) -> None:
+        """Raise RecipeError for a detector in a recipe whose task is not of boxes."""
+        if isinstance(network.model, Detector) and not find_task(task).of_boxes:
+            raise RecipeError(
+                f"{self.key}.model: {self.model} is a detector, and this is task: {task}; set task: detection, or take "
+                "another network"
+            )
 
     def probe(self, network: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""

@@ -140,6 +140,7 @@ def _build_frozen(
     data = run.recipe.data
     spec = network.spec._replace(taps=taps)
     built, note = trained_network(run, network, taps)
+    spec.check_task(built, run.recipe.task)
     # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
     spec.probe(built, data.size)
     print_note(f"{spec.key}.weights", note)

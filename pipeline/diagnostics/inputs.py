@@ -23,6 +23,7 @@ from pipeline.data.loader_settings import LoaderSettings
 from pipeline.diagnostics.result import Finding, fail, ok, skip
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
+from pipeline.models.coco_weights import torchvision_name
 from pipeline.models.segmentation import backbone_network
 from pipeline.models.weights_file import is_file
 from pipeline.runs.identity import Run, resolve
@@ -188,7 +189,7 @@ def _find_weights(model: str, source: str) -> Finding:
             return ok(source)
         return fail(f"there is no file {source}", "correct the path in the recipe, or copy the file there")
     try:
-        url = torchvision.models.get_model_weights(model)[source].url
+        url = torchvision.models.get_model_weights(torchvision_name(model))[source].url
     except (ValueError, KeyError):
         return skip(f"{source} of {model} are downloaded when the run begins")
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]

@@ -15,6 +15,7 @@ REASONS = {
     "subclasses": "it was built without arguments: {subclasses: …}",
     "class_head": "it has no distillation token",
     "token_head": "it has no distillation token",
+    **dict.fromkeys(("anchors", "regression", "detections"), "it is no detector"),
 }
 """Why a network may lack a stage of that name."""
 

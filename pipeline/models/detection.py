@@ -16,8 +16,6 @@ from pipeline.models.detector import Detector, FCOSDetector, RetinaNetDetector
 PYRAMID_CHANNELS = 256
 """Channels of every level of a pyramid."""
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_64x4d")
-GROUPS = 32
-"""Groups of a head's GroupNorms."""
 
 
 def _pyramid(name: str, p6_from: str = "p5") -> BackboneWithFPN:
@@ -31,13 +29,16 @@ def _pyramid(name: str, p6_from: str = "p5") -> BackboneWithFPN:
     return resnet_fpn_backbone(backbone_name=name, returned_layers=[2, 3, 4], extra_blocks=extra, **options)
 
 
-def _retinanet(name: str, num_classes: int, *, p6_from: str = "p5", group_norm: bool = False) -> Detector:
-    """Return RetinaNet with P3 to P7; ``group_norm`` puts a GroupNorm behind the convolutions of its towers."""
-    model = RetinaNetDetector(_pyramid(name, p6_from), num_classes)
-    if group_norm:
-        anchors = model.anchor_generator.num_anchors_per_location()[0]
-        norm = partial(nn.GroupNorm, GROUPS)
-        model.head = RetinaNetHead(PYRAMID_CHANNELS, anchors, num_classes, norm_layer=norm)
+def _retinanet(name: str, num_classes: int, *, p6_from: str = "p5") -> Detector:
+    """Return RetinaNet with P3 to P7."""
+    return RetinaNetDetector(_pyramid(name, p6_from), num_classes)
+
+
+def retinanet_resnet50_v2(num_classes: int) -> Detector:
+    """Return torchvision's second RetinaNet, whose P6 is of C5 and whose towers have GroupNorms."""
+    model = RetinaNetDetector(_pyramid("resnet50", "c5"), num_classes)
+    anchors = model.anchor_generator.num_anchors_per_location()[0]
+    model.head = RetinaNetHead(PYRAMID_CHANNELS, anchors, num_classes, norm_layer=partial(nn.GroupNorm, 32))
     return model
 
 
@@ -48,5 +49,6 @@ def _fcos(name: str, num_classes: int, *, p6_from: str = "p5") -> Detector:
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"retinanet_{name}": partial(_retinanet, name) for name in BACKBONES},
+    "retinanet_resnet50_v2": retinanet_resnet50_v2,
     **{f"fcos_{name}": partial(_fcos, name) for name in BACKBONES},
 }

@@ -24,6 +24,8 @@ TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
 """Auxiliary heads of torchvision's networks, used in training only: a network here may be without them."""
 PROFILER_COUNTERS = ("total_ops", "total_params")
 """Buffers that thop, a counter of operations, leaves in every module."""
+CLASS_BIAS, BOX_BIAS = (f"head.{name}.bias" for name in ("classification_head.cls_logits", "regression_head.bbox_reg"))
+"""Tensors of a detector with a row for each class, and for each number of a box, of every anchor of a cell."""
 AVERAGED = "ema"
 """Text in the key of averaged weights."""
 
@@ -239,7 +241,8 @@ def _mismatch_message(
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if reshaped and not (missing or unexpected or new_head) and _other_classes(state, wanted, reshaped):
-        found, expected = state[reshaped[0]].shape[0], wanted[reshaped[0]].shape[0]
+        anchors = _anchors(wanted)
+        found, expected = (len(tensors[reshaped[0]]) // anchors for tensors in (state, wanted))
         advice = "a student may start with student.start.head=new, a teacher of features be used with teacher.head=none"
         return f"{source}: the weights have {found} classes, the network and the shards have {expected}; {advice}"
     problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
@@ -250,12 +253,18 @@ def _mismatch_message(
     return f"{source}: weights of another architecture than {name}: {'; '.join(problems)}"
 
 
+def _anchors(wanted: Mapping[str, Tensor]) -> int:
+    """Return how many rows a class has in the last layer: as many as a cell of a detector has anchors, 1 elsewhere."""
+    return len(wanted[BOX_BIAS]) // 4 if BOX_BIAS in wanted else 1
+
+
 def _other_classes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], reshaped: Iterable[str]) -> bool:
     """Return whether the ``reshaped`` tensors differ in their number of classes alone.
 
-    It is the number of rows of the last layer, and of an auxiliary head besides.
+    It is the number of rows of the last layer, and of an auxiliary head besides. That of a detector's classes is not
+    the last of the network.
     """
-    last = list(wanted)[-1]
+    last = CLASS_BIAS if CLASS_BIAS in wanted else list(wanted)[-1]
     rows = [len(tensors[last]) if tensors[last].ndim else 0 for tensors in (state, wanted)]
     # Each must have as many classes as the last, and be equal in its other dimensions.
     expected = [((rows[0], *wanted[key].shape[1:]), (rows[1], *wanted[key].shape[1:])) for key in reshaped]

@@ -1,7 +1,8 @@
 """Folding of BatchNorms into the convolutions before them, in the module tree: a traced copy would lose the hooks.
 
 One forward shows which convolution and BatchNorm are a pair. Each must run exactly once. The BatchNorm must take the
-tensor that the convolution returned, and nothing else may read that tensor.
+tensor that the convolution returned, and nothing else may read that tensor. Torchvision's ``FrozenBatchNorm2d`` counts
+as a BatchNorm.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 
 def fold_batchnorms(model: nn.Module, images_BCHW: Tensor, *, spared: Collection[nn.Module] = ()) -> int:
@@ -24,6 +26,7 @@ def fold_batchnorms(model: nn.Module, images_BCHW: Tensor, *, spared: Collection
     ``images_BCHW`` is any batch of images of the network's size. Modules in ``spared``, such as those with hooks, are
     left unchanged.
     """
+    _replace_frozen(model, spared)
     probe = _Probe()
     hooks = register_module_forward_pre_hook(probe.before), register_module_forward_hook(probe.after)
     with torch.no_grad(), hooks[0], hooks[1], probe:
@@ -36,6 +39,17 @@ def fold_batchnorms(model: nn.Module, images_BCHW: Tensor, *, spared: Collection
             if child in pairs:
                 setattr(parent, name, nn.Identity())
     return len(pairs)
+
+
+def _replace_frozen(model: nn.Module, spared: Collection[nn.Module]) -> None:
+    """Replace each ``FrozenBatchNorm2d`` by the BatchNorm in evaluation mode that computes the same."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, FrozenBatchNorm2d) and child not in spared:
+                state = child.state_dict()  # without a counter of batches
+                norm = nn.BatchNorm2d(len(state["weight"]), child.eps).to(state["weight"]).requires_grad_(False)
+                norm.eval().load_state_dict(state, strict=False)
+                setattr(parent, name, norm)
 
 
 class _Probe(TorchDispatchMode):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from pipeline.models.detector import Detector
 from pipeline.models.segmenter import Segmenter
 
 
@@ -27,8 +28,14 @@ class NoHead(nn.Module):
 def without_head(model: nn.Module, stages: Mapping[str, str]) -> dict[str, str]:
     """Replace the module of the stage ``logits`` by ``NoHead``, remove an auxiliary head, and return the other stages.
 
-    Raises ValueError if the stages do not name it, if there is no such module, or if it is not a segmenter's last one.
+    A detector's heads are removed with all that they compute, and its pyramid stays. Raises ValueError if the stages do
+    not name the module, if there is none, or if it is not a segmenter's last one.
     """
+    if isinstance(model, Detector):
+        of_heads = model.tap_paths()
+        model.head = NoHead()
+        removed = of_heads.keys() - model.tap_paths().keys()
+        return {name: path for name, path in stages.items() if name not in removed}
     if "logits" not in stages:
         raise ValueError(
             "head: none: no last linear layer of this network is known; name it under stages: {logits: <module path>}"

@@ -9,6 +9,7 @@ import torchvision.models
 from torch import Tensor
 from torch.hub import load_state_dict_from_url
 
+from pipeline.models.coco_weights import torchvision_name, without_eps
 from pipeline.models.from_timm import PREFIX, timm_normalization, timm_weights
 
 _Triple = tuple[float, float, float]
@@ -29,14 +30,16 @@ class Published(NamedTuple):
 def published_weights(name: str, weights: str, arguments: Mapping[str, Any] | None = None) -> Mapping[str, Tensor]:
     """Return the published weights ``weights`` for the network ``name``, from the hub's cache folder or by download.
 
-    timm fits some weights to ``arguments`` of the network, such as another size of the images. Raises ValueError, in
-    one line, if there are no such weights or they cannot be loaded.
+    A detector's have the classes of COCO by the number of the category, 0 to 90. timm fits some weights to
+    ``arguments`` of the network, such as another size of the images. Raises ValueError, in one line, if there are no
+    such weights or they cannot be loaded.
     """
     if name.startswith(PREFIX):
         return timm_weights(name, weights, arguments)
     url = _torchvision(name, weights).url
     try:
-        return load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+        state = load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+        return without_eps(state, name)
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{weights} of {name}: cannot download {url} ({reason}); give a file") from error
@@ -53,6 +56,8 @@ def published_normalization(name: str, weights: str) -> Published | None:
         )
     except ValueError:
         return None
+    if not hasattr(found, "mean"):  # torchvision's detectors normalise images themselves
+        return Published((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     if name in RESCALING:
         return Published((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     return Published(_triple(found.mean), _triple(found.std))
@@ -65,7 +70,7 @@ def _triple(values: Iterable[float]) -> _Triple:
 
 def _torchvision(name: str, weights: str) -> Any:
     try:
-        published = torchvision.models.get_model_weights(name).__members__
+        published = torchvision.models.get_model_weights(torchvision_name(name)).__members__
     except ValueError:
         raise ValueError(
             f"{weights}: there is no such file, and torchvision has no weights of {name!r}; give a file"

@@ -85,7 +85,8 @@ def backbone_network(name: str) -> str:
     It is ``name`` itself if there is none.
     """
     network = name.partition("_")[2]
-    return network if network in list_models(torchvision.models) else name
+    found = [each for each in (network, network.removesuffix("_v2")) if each in list_models(torchvision.models)]
+    return found[0] if found else name
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

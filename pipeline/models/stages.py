@@ -27,8 +27,8 @@ The meaning of a name:
 - ``aux`` is the output of its auxiliary head, which runs only if it is tapped.
 - ``backbone.stageN`` is ``stageN`` of a detector.
 - ``fpn.pN`` is a level of its feature pyramid, whose cells are 2ᴺ pixels wide.
-- ``head.class.pN``, ``head.box.pN`` and, of FCOS, ``head.centre.pN`` are the maps of its heads at that level, with the
-  channels of one anchor after those of another.
+- ``head.class.pN``, ``head.box.pN`` and, of FCOS, ``head.centre.pN`` are maps of its heads. An anchor's channels stand
+  together.
 - ``anchors`` are the boxes of all anchors, float32 [B, A, 4] in pixels.
 - ``regression`` is what the heads say of each anchor's box, [B, A, 4]; that of FCOS ends with the centre-ness.
 - ``detections`` are the boxes that it finds, [B, 100, 6], the best first: left, top, right, bottom, score and class.

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.coco_weights import fitted_classes
 from pipeline.models.create import create_model
+from pipeline.models.detector import Detector
 from pipeline.models.file_memo import memoized_by_file
 from pipeline.models.fitting import Fitted, check_finite, fit_state
 from pipeline.models.headless import without_head
@@ -116,6 +118,8 @@ def _read_fitted(
     of_backbone = part == "backbone"
     published = backbone_network(name) if of_backbone else name
     content: Any = read_file(Path(source)) if is_file(source) else published_weights(published, source, arguments)
+    if isinstance(model, Detector) and not is_file(source):
+        content = fitted_classes(content, model, published, source)
     named = f"the backbone of {name}" if of_backbone else name
     fitted = fit_state(content, model, source, named, key, left_out, arguments, part=of_backbone)
     check_finite(fitted.state, model, source)
@@ -126,7 +130,8 @@ def _part_of(model: nn.Module, part: FilledPart) -> nn.Module:
     """Return the part of the network that weights fill. Raises ValueError for a network without a backbone."""
     if part == "all":
         return model
-    backbone = getattr(model, "backbone", None)
+    # The backbone of a detector is that of its pyramid.
+    backbone = model.backbone.body if isinstance(model, Detector) else getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"part: backbone: {type(model).__name__} has no module named backbone; remove part")
     return backbone

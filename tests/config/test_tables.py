@@ -42,7 +42,7 @@ def test_every_cell_that_a_paper_prints_has_its_recipe():
 
 def test_the_tables_name_every_method_and_every_network():
     others = {"ab_init", "pad_init", "subclass_auxiliary", "ddkd_paper_literal", "perception_paper_literal"}
-    others |= {"segmentation", "box_l1", *MULTILABEL, *OF_TOKENS}
+    others |= {"segmentation", "detection", "box_l1", *MULTILABEL, *OF_TOKENS}
     assert set(known_methods()) - TABLES.methods.keys() == others
     assert TABLES.methods.keys() <= set(known_methods())
     for facts in TABLES.datasets.values():

@@ -227,10 +227,11 @@ def total_or_reason(case: Example) -> torch.Tensor | str:
 
 
 def constant(case: Example) -> Example:
-    """Return the case with every feature equal to one number and all logits equal."""
+    """Return the case with every learnt feature equal to one number and all logits equal."""
 
     def filled(outputs: Outputs) -> Outputs:
-        features = {stage: torch.full_like(x, 0.5).requires_grad_() for stage, x in outputs.features.items()}
+        learnt = {stage: x for stage, x in outputs.features.items() if x.requires_grad}
+        features = outputs.features | {stage: torch.full_like(x, 0.5).requires_grad_() for stage, x in learnt.items()}
         return Outputs(torch.full_like(outputs.logits, 0.5).requires_grad_(), features)
 
     return case._replace(student=filled(case.student), teacher=filled(case.teacher))
@@ -248,15 +249,15 @@ def test_a_student_without_any_contrast_gets_no_huge_gradient(name: str, level: 
 
 
 def flat_student(case: Example, level: float, rows: slice) -> Example:
-    """Return the case with those rows of the student's features and logits at one number; the teacher stays."""
+    """Return the case with those rows of the student's learnt features and logits at one number; the teacher stays."""
 
     def flat(x: Tensor) -> Tensor:
         x = x.detach().clone()
         x[rows] = level
         return x.requires_grad_()
 
-    features = {stage: flat(x) for stage, x in case.student.features.items()}
-    return case._replace(student=Outputs(flat(case.student.logits), features))
+    learnt = {stage: flat(x) for stage, x in case.student.features.items() if x.requires_grad}
+    return case._replace(student=Outputs(flat(case.student.logits), case.student.features | learnt))
 
 
 def largest_gradient(case: Example) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from pipeline.models import create_model
 from pipeline.models.folding import fold_batchnorms
@@ -74,6 +75,16 @@ class BatchStatistics(Plain):
         self.bn = nn.BatchNorm2d(4, track_running_stats=False)
 
 
+class Frozen(Plain):
+    """Torchvision's detectors have such norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = FrozenBatchNorm2d(4, eps=0.1)
+        for value, tensor in enumerate((self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var)):
+            tensor.copy_(torch.arange(4.0) + value)
+
+
 class NotAffine(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -99,10 +110,10 @@ def images(size: int = 16) -> Tensor:
 
 
 def batchnorms(model: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return sum(isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d) for module in model.modules())
 
 
-@pytest.mark.parametrize("make", [Plain, NotAffine])
+@pytest.mark.parametrize("make", [Plain, NotAffine, Frozen])
 def test_a_pair_is_folded_and_computes_the_same(make: type[nn.Module]):
     model = lived_in(make())
     before = model(images())

@@ -64,6 +64,21 @@ SEGMENTATION = {
     "pspnet_resnet34": (22_879_014, 191.7),
     "plain_fpn": (344_419, 2.8),
 }
+# Parameters for 80 and for 91 classes, and for 80 the GMAC of backbone and pyramid, and of the whole.
+DETECTION = {
+    "retinanet_resnet18": (20_820_276, 21_048_471, 53.0, 197.8),
+    "retinanet_resnet34": (30_928_436, 31_156_631, 92.7, 237.4),
+    "retinanet_resnet50": (33_839_924, 34_068_119, 104.6, 249.4),
+    "retinanet_resnet50_v2": (37_970_740, 38_198_935, 105.8, 250.5),
+    "retinanet_resnet101": (52_832_052, 53_060_247, 184.2, 328.9),
+    "retinanet_resnext101_64x4d": (91_738_164, 91_966_359, 348.3, 493.0),
+    "fcos_resnet18": (19_277_717, 19_303_072, 53.0, 163.1),
+    "fcos_resnet34": (29_385_877, 29_411_232, 92.7, 202.8),
+    "fcos_resnet50": (32_297_365, 32_322_720, 104.6, 214.7),
+    "fcos_resnet101": (51_289_493, 51_314_848, 184.2, 294.3),
+    "fcos_resnext101_64x4d": (90_195_605, 90_220_960, 348.3, 458.4),
+    "plain_retinanet": (480_520, 499_594, 3.1, 6.6),
+}
 # Those with a stem of three convolutions, as the published tables of Cityscapes have it.
 DEEP_STEM = {"deeplabv3_resnet18": (13_607_974, 129.4), "pspnet_resnet18": (12_919_334, 122.1)}
 
@@ -115,13 +130,28 @@ def test_a_segmentation_network_has_the_published_size(name: str, arguments: dic
     assert macs(with_aux, 512, 1024) / 1e9 == pytest.approx(size[1], abs=0.05)
 
 
+@pytest.mark.parametrize("name", DETECTION)
+def test_a_detector_has_the_published_size(name: str):
+    parameters, of_coco, of_pyramid, of_all = DETECTION[name]
+    model = on_meta(name, 80).eval()
+    assert (count(model), count(on_meta(name, 91))) == (parameters, of_coco)
+    for wanted, expected in (((), of_all), (("fpn.p3",), of_pyramid)):
+        assert macs(FeatureTaps(model, stages(model), wanted), 800, 1344) / 1e9 == pytest.approx(expected, abs=0.05)
+        model = on_meta(name, 80).eval()
+
+
+@pytest.mark.parametrize(("arguments", "parameters"), [({"width": 16}, 350_470), ({"width": 4, "depth": 1}, 60_474)])
+def test_the_networks_of_the_detection_demo_are_small(arguments: dict[str, Any], parameters: int):
+    assert count(on_meta("plain_retinanet", 5, arguments)) == parameters
+
+
 @pytest.mark.parametrize(("arguments", "parameters"), [({"width": 16}, 343_574), ({"width": 4, "depth": 1}, 9_658)])
 def test_the_networks_of_the_segmentation_demo_are_small(arguments: dict[str, Any], parameters: int):
     assert count(on_meta("plain_fpn", 6, arguments)) == parameters
 
 
 def test_every_network_of_ours_is_in_the_tables():
-    assert PROJECT_MODELS.keys() == CIFAR.keys() | {"mobilenet_v1"} | SEGMENTATION.keys()
+    assert PROJECT_MODELS.keys() == CIFAR.keys() | {"mobilenet_v1"} | SEGMENTATION.keys() | DETECTION.keys()
 
 
 @pytest.mark.parametrize("name", CIFAR)

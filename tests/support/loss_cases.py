@@ -34,7 +34,11 @@ MASK_SIZE = 13
 MAP_SIZE = (3, 4)
 # Height and width of images with boxes; a pyramid's level pN has a pixel for 2ᴺ of theirs.
 BOXED_SIZE = (64, 96)
+# Anchors of an image of 64 × 96 pixels.
+ANCHORS = 24
 STUDENT_SHAPES = {
+    "anchors": (ANCHORS, 4),
+    "regression": (ANCHORS, 4),
     "embedding": (6,),
     "cam": (CLASSES, 2, 2),
     "class_head": (CLASSES,),
@@ -83,13 +87,15 @@ class Example(NamedTuple):
         return torch.stack(list(self.parts(seed).values())).sum()
 
     def student_tensors(self) -> list[Tensor]:
-        return [self.student.logits, *self.student.features.values()]
+        return [x for x in (self.student.logits, *self.student.features.values()) if x.requires_grad]
 
     def at(self, rows: list[int]) -> Example:
         """Return the case with those rows of its inputs, as leaves of their own."""
 
         def of(outputs: Outputs) -> Outputs:
-            features = {stage: x.detach()[rows].requires_grad_() for stage, x in outputs.features.items()}
+            features = {
+                stage: x.detach()[rows].requires_grad_(x.requires_grad) for stage, x in outputs.features.items()
+            }
             return Outputs(outputs.logits.detach()[rows].requires_grad_(), features)
 
         targets = {name: x[rows] for name, x in self.batch.targets.items()}
@@ -162,6 +168,25 @@ def fill_zeros(loss: Loss) -> None:
             torch.nn.init.normal_(parameter, std=0.3)
 
 
+def anchors_of(rows: int) -> Tensor:
+    """Return squares of 16 and 56 pixels around twelve places, [rows, ``ANCHORS``, 4]."""
+    middles_P2 = torch.cartesian_prod(torch.arange(12, 96, 24), torch.arange(10, 64, 20)).repeat_interleave(2, 0)
+    halves_P1 = torch.tensor([8, 28]).repeat(ANCHORS // 2)[:, None]
+    return torch.cat([middles_P2 - halves_P1, middles_P2 + halves_P1], 1).expand(rows, -1, -1)
+
+
+def with_anchors(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the features with boxes as anchors, if there are some."""
+    return {name: anchors_of(len(x)).to(x.dtype) if name == "anchors" else x for name, x in features.items()}
+
+
+def logits_shape(spec: LossSpec, *, of_pixels: bool) -> tuple[int, ...]:
+    """Return the shape of an image's logits: of a classifier, a segmenter or a detector."""
+    if "anchors" in spec.config.taps().student:
+        return (ANCHORS, CLASSES)
+    return (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
+
+
 def example(
     name: str,
     spec: LossSpec | None = None,
@@ -182,7 +207,7 @@ def example(
     spec = spec or load_spec(name, config_of(name))
     taps = spec.config.taps()
     student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
-    logits = (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
+    logits = logits_shape(spec, of_pixels=of_pixels)
     # The data set goes on after the batch, and has a hole.
     labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
     labels = labels_by_id[:rows]
@@ -197,7 +222,7 @@ def example(
         def made(shape: tuple[int, ...]) -> Tensor:
             return (scale * torch.randn(rows, *shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
-        return Outputs(made(logits), {stage: made(shape) for stage, shape in shapes.items()})
+        return Outputs(made(logits), with_anchors({stage: made(shape) for stage, shape in shapes.items()}))
 
     read = {*spec.targets, MASK} if of_pixels else spec.targets
     batch = batch_of(rows, torch.from_numpy(labels), read, dtype)

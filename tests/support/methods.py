@@ -28,7 +28,7 @@ OF_TOKENS = [name for name in ALL if "deit" in losses_of(name)]
 """The methods for students with a distillation token."""
 OF_MASKS = [name for name in ALL if losses_of(name).keys() & {"ifvd", "segmentation"}]
 """The methods that read the class of every pixel."""
-OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "fgd"}]
+OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "detection", "fgd"}]
 """The methods for detectors alone."""
 METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES)]
 """The methods for images of one class and any network."""
