@@ -94,7 +94,7 @@ def cifar_overrides(options: Options, method: str) -> list[str]:
 
 def all_methods() -> list[str]:
     """Return the methods that need no earlier run and no masks."""
-    return [name for name in known_methods() if name not in ("ab", "ifvd", "segmentation")]
+    return [name for name in known_methods() if name not in ("ab", "fsp", "ft", "ifvd", "segmentation")]
 
 
 def short_run(options: Options, method: str) -> list[str]:

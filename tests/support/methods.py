@@ -6,8 +6,9 @@ from typing import Any
 
 from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
+from pipeline.losses._registry import find_loss
 
-WITHOUT_TEACHER = ("ce", "ab", "bce")
+WITHOUT_TEACHER = ("ce", "ab", "bce", "fsp")
 
 
 def losses_of(method: str) -> dict[str, Any]:
@@ -23,8 +24,12 @@ OF_TOKENS = [name for name in ALL if "deit" in losses_of(name)]
 """The methods for students with a distillation token."""
 OF_MASKS = [name for name in ALL if losses_of(name).keys() & {"ifvd", "segmentation"}]
 """The methods that read the class of every pixel."""
-METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS)]
-"""The methods for images of one class and any network."""
+OF_MODULES = [name for name in ALL if "ft" in losses_of(name)]
+"""The methods whose losses start with modules that another run left."""
+METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_MODULES)]
+"""The methods for images of one class and any network, in one run."""
+CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for loss in losses_of(name))]
+"""Those of them whose step a CUDA graph can record."""
 
 
 def config_of(loss: str) -> dict[str, Any]:
