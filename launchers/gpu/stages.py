@@ -94,7 +94,8 @@ def cifar_overrides(options: Options, method: str) -> list[str]:
 
 def all_methods() -> list[str]:
     """Return the methods that need no earlier run, no masks and no boxes."""
-    return [name for name in known_methods() if name not in ("ab", "box_l1", "fgd", "ifvd", "segmentation")]
+    left_out = ("ab", "fsp", "ft", "pad", "subclass_kd", "box_l1", "detection", "fgd", "ifvd", "segmentation")
+    return [name for name in known_methods() if name not in left_out]
 
 
 def short_run(options: Options, method: str) -> list[str]:

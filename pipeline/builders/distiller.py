@@ -8,10 +8,13 @@ from pipeline.builders.inheriting import inherit_weights
 from pipeline.builders.student import build_student, check_optimizer_section, load_start, student_spec
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
-from pipeline.errors import error_context
+from pipeline.errors import display_path, error_context
 from pipeline.features.checkpointing import checkpoint_blocks
 from pipeline.losses._base import Facts
+from pipeline.models.states import read_state
 from pipeline.precision import AUTOCAST
+from pipeline.runs.dependencies import finished
+from pipeline.runs.files import LOSS_MODULES, check_student
 from pipeline.runs.identity import Run
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import AnyTeacher
@@ -37,13 +40,29 @@ def build_distiller(
         id_count=loader.id_count,
         labels_by_id=loader.labels_by_id,
         teacher_norms=teacher.norms if teacher else {},
+        student_head=student.linear_head(),
+        teacher_head_KD=teacher.head_KD if teacher else None,
         autocast=AUTOCAST[recipe.precision],
     )
     if recipe.student.checkpoint:
         with error_context("student.checkpoint"):
             checkpoint_blocks(student.model)
     distiller = Distiller(student, recipe.losses, facts, find_task(recipe.task)).to(device)
+    load_auxiliaries(run, distiller)
     if recipe.student.compile:
         # The method, not torch.compile(student): a wrapper would change the keys of the state dict.
         student.compile(dynamic=False)
     return distiller.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def load_auxiliaries(run: Run, distiller: Distiller) -> None:
+    """Load the modules with which the losses start that name another run. Raises RecipeError if they do not fit."""
+    remaining = iter(run.of_losses)
+    for (name, spec), loss in zip(run.recipe.losses.items(), distiller.losses.values(), strict=True):
+        for key in spec.runs:
+            path = finished(next(remaining)).folder / LOSS_MODULES
+            with error_context(f"losses.{name}.{key}: {display_path(path)}"):
+                if not path.is_file():
+                    raise ValueError("there is no such file; name a run whose losses leave modules")
+                check_student(path)
+                loss.load_auxiliary(read_state(path))  # type: ignore[operator]

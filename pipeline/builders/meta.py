@@ -98,6 +98,8 @@ def probe_models(
         id_count=len(labels_by_id),
         labels_by_id=labels_by_id,
         teacher_norms=norms,
+        student_head=student[1].linear_head(),
+        teacher_head_KD=_teacher_head(recipe.teacher, teachers),
         autocast=AUTOCAST[recipe.precision],
     )
     return ProbedModels(student, teachers, facts, note)
@@ -120,6 +122,14 @@ def _cached_shapes(
         return teacher.shapes(recipe.data.size), teacher.norms
     network, taps = measured[0]
     return network.shapes, {} if config.average else _initial_norms(taps.norms())
+
+
+def _teacher_head(config: Config | None, measured: list[ProbedNetwork]) -> Tensor | None:
+    """Return the weights of the teacher's last layer, if it is linear and training will know it."""
+    if config is None or not config.has_one_head or not measured:
+        return None
+    head = measured[0][1].linear_head()
+    return head and head.weight.detach()
 
 
 class FakeModel(nn.Module):

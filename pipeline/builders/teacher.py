@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.student import print_note, student_spec
@@ -182,8 +183,17 @@ def _build_cached(run: Run, config: Config, cache: Cache, device: torch.device) 
             "RECIPE, or let the network compute it: teacher.fallback=live"
         )
     live = build_live_teacher(run, config, missing, device) if missing else None
-    taps = cache.kinds(recipe.taps.teacher)
-    return CachedTeacher(cache, taps, views=views_read(recipe, cache), device=device, live=live)
+    taps, head = cache.kinds(recipe.taps.teacher), _cached_head(run, config, device, live)
+    return CachedTeacher(cache, taps, views=views_read(recipe, cache), device=device, live=live, head_KD=head)
+
+
+def _cached_head(
+    run: Run, config: Config, device: torch.device, live: Teacher | TeacherEnsemble | None
+) -> Tensor | None:
+    """Return the weights of the last layer of a network whose outputs are cached, if a loss reads them."""
+    if not config.has_one_head or not any(spec.config.reads_head_weights() for spec in run.recipe.losses.values()):
+        return None
+    return (live or build_live_teacher(run, config, (), device)).head_KD
 
 
 def check_head(recipe: Recipe, cache: Cache) -> None:

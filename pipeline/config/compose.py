@@ -353,7 +353,10 @@ def references(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the sections that name another recipe, by ``recipe``, or by a ``method`` of the same recipe file."""
     compared = tree.get("compare")
     starts = [network.get("start") for network in network_sections(tree)]
-    for section in (*network_sections(tree), *starts, *(compared if isinstance(compared, list) else ())):
+    losses = tree["losses"].values() if isinstance(tree.get("losses"), dict) else ()
+    of_losses = [value for loss in losses if isinstance(loss, dict) for value in loss.values()]
+    others = compared if isinstance(compared, list) else ()
+    for section in (*network_sections(tree), *starts, *of_losses, *others):
         if isinstance(section, dict) and any(isinstance(section.get(key), str) for key in ("recipe", "method")):
             yield section
 

@@ -301,6 +301,17 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _losses_know_the_head(self) -> Recipe:
+        readers = [name for name, spec in self.losses.items() if spec.config.reads_head_weights()]
+        if readers and self.teacher and not self.teacher.has_one_head:
+            kind = next((key for key in ("average", "members") if getattr(self.teacher, key)), "cache")
+            advice = "set teacher.fallback: live" if kind == "cache" else f"remove teacher.{kind}"
+            raise ValueError(
+                f"the loss {readers[0]!r} reads the teacher's last layer, and teacher.{kind} does not give it; {advice}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_take_mixed_images(self) -> Recipe:
         if not self.data.mixes:
             return self
@@ -341,6 +352,11 @@ class Recipe(FrozenModel):
         return self.seed if self.data.order_seed is None else self.data.order_seed
 
     @property
+    def loss_runs(self) -> list[RunReference]:
+        """Return the runs whose auxiliary modules the losses start with, in the order of the losses."""
+        return [reference for spec in self.losses.values() for reference in spec.runs.values()]
+
+    @property
     def taps(self) -> Taps:
         """Return all taps that the recipe's losses read, and of the student those that its task reads."""
         taps = Taps(student=find_task(self.task).taps)
@@ -353,9 +369,9 @@ class Recipe(FrozenModel):
 class LoadedRecipe:
     """A recipe, its source, and the recipes that it names, which are loaded at their first use.
 
-    Every recipe is read once. All use the shards of this recipe, including an override of ``data.path``. The recipe of
-    ``student.start`` also gets this recipe's seed; teachers and compared runs keep theirs. All except teachers get
-    ``data.holdout``.
+    Every recipe is read once. All use the shards of this recipe, including an override of ``data.path``. Recipes of
+    ``student.start`` and of losses also get this recipe's seed; teachers and compared runs keep theirs. All except
+    teachers get ``data.holdout``.
     """
 
     recipe: Recipe
@@ -380,6 +396,11 @@ class LoadedRecipe:
         """Return the recipe of ``student.start``, None if it names none."""
         start = self.recipe.student.start
         return self._load_named(start) if start and start.recipe else None
+
+    @property
+    def of_losses(self) -> tuple[LoadedRecipe, ...]:
+        """Return the recipes of ``recipe.loss_runs``, in that order."""
+        return tuple(map(self._load_named, self.recipe.loss_runs))
 
     @property
     def compare(self) -> tuple[LoadedRecipe, ...]:
@@ -414,7 +435,10 @@ def _inherited_overrides(recipe: Recipe, reference: RunReference) -> list[str]:
     """Return the overrides for a run that ``recipe`` depends on; that of ``data.path`` comes first."""
     others = [*(recipe.teacher.runs if recipe.teacher else ()), *recipe.compare]
     # A recipe that is also a teacher or a compared run keeps its seed, so that it has one run and not two.
-    is_start = reference is recipe.student.start and not any(_same_run(reference, other) for other in others)
+    first_stages = (recipe.student.start, *recipe.loss_runs)
+    is_start = any(reference is stage for stage in first_stages) and not any(
+        _same_run(reference, other) for other in others
+    )
     overrides = [f"data.path={json.dumps(recipe.data.path)}", *([f"seed={recipe.seed}"] if is_start else [])]
     # A teacher keeps its images, so that a finished one can be used. The same recipe under another key is another run:
     # a student must not start from the images that it is measured on.

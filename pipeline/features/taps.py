@@ -140,6 +140,11 @@ class FeatureTaps(nn.Module):
             )
         return NormParameters(norm.weight.detach().clone(), norm.bias.detach().clone())
 
+    def linear_head(self) -> nn.Linear | None:
+        """Return the layer that computes the logits; None if it is not one known linear layer."""
+        head = self._module_at(self.stages["logits"], "logits") if "logits" in self.stages else None
+        return head if isinstance(head, nn.Linear) else None
+
     def _linear_head(self) -> nn.Linear:
         """Return the layer whose weights the class activation map uses. Raises ValueError if there is none."""
         head = self._module_at(self.stages["logits"], "logits") if {"map", "logits"} <= self.stages.keys() else None

@@ -6,7 +6,7 @@ file's name is the name of the loss in a recipe. There is no list to register it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -48,6 +48,10 @@ class Facts:
     """int64 [id_count]; −1 for an id that no sample has."""
     teacher_norms: dict[str, NormParameters] = field(default_factory=dict)
     """Scale and shift, before folding, of the BatchNorm that ends a teacher's ``stageN.preact``, by tap name."""
+    student_head: nn.Linear | None = None
+    """The layer that computes the student's logits; None if it is not one linear layer."""
+    teacher_head_KD: Tensor | None = None
+    """Weights of the layer that computes the teacher's logits; None if it is not one linear layer, or not there."""
     autocast: torch.dtype | None = None
     """The recipe's autocast dtype, under which auxiliary networks run; None if autocast is off."""
 
@@ -83,6 +87,10 @@ class Loss(nn.Module):
             """
             return True
 
+        def reads_head_weights(self) -> bool:
+            """Return whether the loss reads the weights of both networks' last layers, which must be linear."""
+            return False
+
     scope: ClassVar[Literal["sample", "statistics", "batch"]] = "sample"
     """Data that the loss needs from other ranks.
 
@@ -101,6 +109,10 @@ class Loss(nn.Module):
     """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
     takes_pixels: ClassVar[bool] = False
     """Whether the loss of logits takes a map of them, whose pixels are its rows; the tasks of pixels need that."""
+    exported: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are modules which a finished run leaves, for the losses of other runs."""
+    capturable: ClassVar[bool] = True
+    """Whether a CUDA graph can record the loss. Not if the host waits for its device, as for eigenvalues."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__()
@@ -139,6 +151,13 @@ class Loss(nn.Module):
         Most losses have none.
         """
         return {}
+
+    def load_auxiliary(self, state: Mapping[str, Tensor]) -> None:
+        """Load what another run left of its losses' modules, by ``loss.module.parameter``.
+
+        Called once, for a loss whose config names a run. Raises ValueError if what it needs is not there.
+        """
+        raise NotImplementedError
 
     def observe(self, student: Outputs, teacher: Outputs | None) -> dict[str, Any]:
         """Return what a report shows of the loss's own networks for a few validation images, as plain data.

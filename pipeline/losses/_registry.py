@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, create_model
 
 from pipeline.losses._base import Facts, Loss
+from pipeline.run_reference import RunReference
 
 NO_LOSSES = {"losses": False}
 """Context of a validation that reads a recipe without its losses, whose modules are then not imported."""
@@ -39,6 +40,11 @@ class LossSpec:
     def reads_teachers_head(self) -> bool:
         """Return whether the loss reads what the teacher's head computes."""
         return self.loss.needs_teacher and self.config.reads_head()
+
+    @property
+    def runs(self) -> dict[str, RunReference]:
+        """The runs whose auxiliary modules this loss starts with, by the key of its config."""
+        return {key: value for key, value in self.config if isinstance(value, RunReference)}
 
     @property
     def scopes(self) -> frozenset[str]:

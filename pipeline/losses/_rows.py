@@ -47,6 +47,15 @@ def mean_by_rows(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return torch.stack([value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]).sum()
 
 
+def in_global_order(gathered: Tensor) -> Tensor:
+    """Return the rows of all ranks, which are gathered rank by rank, in the order of the global batch.
+
+    A rank has every ``world_size()``-th row. With ``data.repeat``, an id is several times in a batch. The embedding
+    that counts must then be the same one for any number of ranks.
+    """
+    return gathered.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)
+
+
 class BatchLoss(Loss):
     """A loss that compares rows with each other. Its ``forward`` gets the rows of all ranks at once.
 

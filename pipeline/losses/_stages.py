@@ -7,7 +7,7 @@ stages and the teacher four, the teacher's first stage has no partner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -108,6 +108,27 @@ def per_level(pairs: Sequence[tuple[str, str]], build: Callable[[str, str], nn.M
 def level_networks(networks: nn.Module) -> list[Any]:
     """Return the network of each level of what ``per_level`` returned."""
     return list(networks.values()) if type(networks) is nn.ModuleDict else [networks]
+
+
+def vector_width(loss: str, shapes: Mapping[str, tuple[int, ...]], tap: str) -> int:
+    """Return the length of a tap that is a vector. Raises ValueError if it is not a vector."""
+    if len(shapes[tap]) != 1:
+        raise ValueError(
+            f"{loss}: the tap {tap!r} is shaped {list(shapes[tap])}, but a vector such as embedding is needed"
+        )
+    return shapes[tap][0]
+
+
+def check_equal_widths(loss: str, levels: Iterable[tuple[str, str]], facts: Facts) -> None:
+    """Raise ValueError unless student and teacher have maps of equal numbers of channels at every level."""
+    for student, teacher in levels:
+        widths = channels(facts.student_shapes, student), channels(facts.teacher_shapes, teacher)
+        if widths[0] != widths[1]:
+            other = "" if student == teacher else f" at {teacher}"
+            raise ValueError(
+                f"{loss}: {student} has {widths[0]} channels in the student and {widths[1]} in the teacher{other}; "
+                "it compares equal widths only"
+            )
 
 
 class FeatureMapLoss(Loss):

@@ -16,7 +16,7 @@ from pipeline.batch import Batch, Outputs
 from pipeline.distributed.norms import batch_norm
 from pipeline.losses._base import Facts, Taps
 from pipeline.losses._connectors import ConnectorLoss, width_connector
-from pipeline.losses._stages import StageChoice, stage_names, stage_taps
+from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
 
 
 def pad_loss(student_BD: Tensor, teacher_BD: Tensor, log_variance: Tensor, *, eps: float) -> Tensor:
@@ -56,7 +56,7 @@ class PAD(ConnectorLoss):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.student_tap, self.teacher_tap = taps = stage_names(config.stage)
+        self.student_tap, self.teacher_tap = taps = stage_pair(config.stage, facts)
         if len(facts.teacher_shapes[taps[1]]) != 1:
             shape = list(facts.teacher_shapes[taps[1]])
             raise ValueError(

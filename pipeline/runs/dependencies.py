@@ -20,7 +20,7 @@ from pipeline.distributed import signals
 from pipeline.distributed.launcher import Launch
 from pipeline.distributed.rendezvous import check_launcher
 from pipeline.errors import EXIT_USER_ERROR, SOURCE, AlreadyReported, Interrupted, RecipeError, display_path
-from pipeline.runs.describe import explain_training
+from pipeline.runs.describe import explain_training, training_order
 from pipeline.runs.drawing import undrawn_environment
 from pipeline.runs.folder import check_folder
 from pipeline.runs.identity import Run, check_no_cycle, resolve
@@ -40,24 +40,27 @@ def ensure_dependencies(
     prepare_shards(loaded, launch)
     run = resolve(loaded, launch)
     announce(run)
-    _ensure(run, launch)
-    return run
+    return _ensure(run, launch, lambda: resolve(loaded, launch))
 
 
 def check_no_cycles(loaded: LoadedRecipe, above: tuple[RecipeSource, ...] = ()) -> None:
     """Raise RecipeError if a recipe depends on itself, directly or through others."""
     check_no_cycle(loaded, above)
-    for named in (*loaded.teachers, *([loaded.start] if loaded.start else []), *loaded.compare):
+    for named in (*loaded.teachers, *([loaded.start] if loaded.start else []), *loaded.of_losses, *loaded.compare):
         check_no_cycles(named, (*above, loaded.source))
 
 
-def _ensure(run: Run, launch: Launch) -> None:
-    if run.result is not None:
-        return
-    for dependency in run.needed:
-        _ensure(dependency, launch)
-        if dependency.result is None:
-            _train(dependency, run, launch)
+def _ensure(run: Run, launch: Launch, resolved_again: Callable[[], Run]) -> Run:
+    """Train the missing runs that ``run`` needs, those that others need first, and return ``run``.
+
+    The modules that a run leaves are part of the identity of those that read them, which are then resolved again.
+    """
+    while missing := next((pair for pair in training_order(run) if pair[1].result is None), None):
+        dependent, dependency = missing
+        _train(dependency, dependent, launch)
+        if any(spec.loss.exported for spec in dependency.recipe.losses.values()):
+            run = resolved_again()
+    return run
 
 
 def _train(run: Run, dependent: Run, launch: Launch) -> None:

@@ -36,7 +36,8 @@ def describe_role(dependent: Run, dependency: Run) -> str:
     if any(dependency is teacher for teacher in dependent.teachers):
         role = "teacher of"
     else:
-        role = "first stage of" if dependency is dependent.start else "compared with"
+        stages = (dependent.start, *dependent.of_losses)
+        role = "first stage of" if any(dependency is stage for stage in stages) else "compared with"
     return f"{role} {dependent.source}"
 
 

@@ -27,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 STUDENT = "student.safetensors"
 STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
+LOSS_MODULES = "auxiliary.safetensors"
+"""The modules that the run's losses leave for the losses of other runs."""
 STUDENT_FILES = (STUDENT, STUDENT_BEST, STUDENT_EMA)
 PREEMPTED = "preempted"
 """Marker that a signal ended the command after it saved all its work; removed when the run continues."""
@@ -56,7 +58,7 @@ class Result(BaseModel):
     epochs: NonNegativeInt = 0
     images_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     sha256: dict[str, str] = {}
-    """Digest of each file of the student's weights; empty in runs from before digests were written."""
+    """Digest of each file of weights; empty in runs from before digests were written."""
     # The facts below are None in runs from before they were written.
     recipe: str | None = None
     """The recipe as a command line names it, ``configs/cifar100/proxy.yaml method=kd``; None for one elsewhere."""
@@ -172,12 +174,13 @@ def read_result(folder: Path) -> Result | None:
 
 
 def student_sha256(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of the student's weights in a run folder, by file name."""
-    return {name: sha256_of(folder / name) for name in STUDENT_FILES if (folder / name).is_file()}
+    """Return the sha256 of each file of weights in a run folder, the student's and the losses', by file name."""
+    files = (*STUDENT_FILES, LOSS_MODULES)
+    return {name: sha256_of(folder / name) for name in files if (folder / name).is_file()}
 
 
 def check_student(path: Path) -> None:
-    """Raise DamagedFile if a file of the student's weights differs from the one that the finished run wrote.
+    """Raise DamagedFile if a file of weights differs from the one that the finished run wrote.
 
     Files outside a run folder, and files of an unfinished run, are not checked: there is no digest to compare with.
     """

@@ -18,7 +18,7 @@ from pipeline.data.buckets import epoch_batches
 from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
-from pipeline.runs.files import IDENTITY, Result, read_identity, read_result
+from pipeline.runs.files import IDENTITY, LOSS_MODULES, Identity, Result, read_identity, read_result
 from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
 from shards.manifest import Manifest, read_manifest
@@ -91,6 +91,8 @@ class Run:
     """Runs of ``recipe.teacher.runs``, in that order."""
     start: Run | None = None
     """Run of ``student.start``."""
+    of_losses: tuple[Run, ...] = ()
+    """Runs of ``recipe.loss_runs``, in that order."""
     overrides: tuple[str, ...] = ()
     """The overrides with which the recipe was loaded."""
     resolve_compare: Callable[[], tuple[Run, ...]] = field(default=tuple, repr=False, compare=False)
@@ -138,7 +140,7 @@ class Run:
         """Return the runs that must be finished first: all but a cached teacher's."""
         teacher = self.recipe.teacher
         teachers = self.teachers if teacher and teacher.uses_live_model else ()
-        return (*teachers, *([self.start] if self.start else []), *self.compare)
+        return (*teachers, *([self.start] if self.start else []), *self.of_losses, *self.compare)
 
 
 def run_folder(loaded: LoadedRecipe) -> Path:
@@ -172,13 +174,14 @@ def _resolve(
 
     folder = run_folder(loaded)
     teachers, start = tuple(map(resolve_named, loaded.teachers)), loaded.start and resolve_named(loaded.start)
+    of_losses = tuple(map(resolve_named, loaded.of_losses))
     with error_context(display_path(loaded.path)):
         sources = [run.recipe for run in teachers]
         recipe = _fill_defaults(with_normalization(loaded.recipe, sources), folder, launch)
-        ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint)
+        ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint, of_losses)
     # The key is the id, because a recipe contains dicts and cannot be hashed. Compared runs are resolved only when they
     # are needed: for a finished run, their caches and recipes may be gone.
-    named = (teachers, start, loaded.overrides, lambda: tuple(map(resolve_named, loaded.compare)))
+    named = (teachers, start, of_losses, loaded.overrides, lambda: tuple(map(resolve_named, loaded.compare)))
     run = known[id(loaded)] = Run(recipe, loaded.source, folder, manifest, ours, *named)
     return run
 
@@ -240,12 +243,18 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(
-    recipe: Recipe, run: Path, manifest: Manifest, teachers: Sequence[Run], start: str | None
+    recipe: Recipe,
+    run: Path,
+    manifest: Manifest,
+    teachers: Sequence[Run],
+    start: str | None,
+    of_losses: Sequence[Run] = (),
 ) -> dict[str, Any]:
     """Return the identity of the run in folder ``run``: the resolved recipe, with digests in place of paths.
 
     Shards, and a teacher's run or cache, have a digest; files of weights have that of their tensors. ``teachers`` are
     the runs that the recipe names. ``start`` is the fingerprint of the run whose student this one begins with.
+    ``of_losses`` are those whose auxiliary modules the losses begin with.
     """
     tree = fixed_settings(recipe)
     tree["data"]["manifest"] = manifest.sha256
@@ -261,10 +270,25 @@ def identity(
         tree["student"]["start"]["recipe"] = start
     if teacher.get("cache"):
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
+    _name_loss_runs(tree, recipe, of_losses, begun)
     for section in (*(teacher.get("members") or ()), teacher, tree["student"]["start"] or {}):
         for key in _NOT_IDENTITY_REFERENCE:
             section.pop(key, None)
     return _without_unused(tree)
+
+
+def _name_loss_runs(tree: dict[str, Any], recipe: Recipe, runs: Sequence[Run], begun: Identity | None) -> None:
+    """Replace each run that a loss names by its fingerprint, and the digest of the modules that it left.
+
+    While they are not there, the digest is that of ``begun``, the identity of a run that used them.
+    """
+    remaining = iter(runs)
+    for name, spec in recipe.losses.items():
+        for key in spec.runs:
+            run = next(remaining)
+            known = (begun.losses.get(name) or {}).get(key) if begun else None
+            digest = run.result.sha256.get(LOSS_MODULES) if run.result else (known or {}).get("sha256")
+            tree["losses"][name][key] = {"recipe": run.fingerprint, **({"sha256": digest} if digest else {})}
 
 
 def classes_sha256(manifest: Manifest) -> str:

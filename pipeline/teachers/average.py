@@ -30,6 +30,7 @@ class EMATeacher(Teacher):
         self.average = average
         # Losses read these parameters once, when they are built; those of a moving average would soon be outdated.
         self.norms = {}
+        self.head_KD = None
 
     def follow(self, student: nn.Module) -> None:
         """Copy the weights of ``student``, a plain network without wrappers, and average over them from now on."""

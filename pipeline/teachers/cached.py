@@ -22,6 +22,8 @@ from shards.read import allow_open_files
 class CachedTeacher(nn.Module):
     """A teacher that returns cached outputs. ``live``, if given, computes the outputs that are not cached.
 
+    ``head_KD`` are the weights of the network's last layer, if they are known.
+
     ``taps`` maps each tap to its kind of output. The loader reads the rows ahead of use (``columns``), so ``forward``
     only takes them from ``batch.extra``. Raises ValueError or FileNotFoundError, one line, unless the first ``views``
     views are complete.
@@ -35,11 +37,13 @@ class CachedTeacher(nn.Module):
         views: int,
         device: torch.device,
         live: Teacher | TeacherEnsemble | None = None,
+        head_KD: Tensor | None = None,
     ) -> None:
         super().__init__()
         cached = cache.header.kinds
         self.cache = cache
         self.live = live
+        self.head_KD = head_KD
         self.cached_taps = {tap: kind for tap, kind in taps.items() if kind in cached}
         self.live_taps = [tap for tap in taps if tap not in self.cached_taps]
         self.kinds = sorted({*self.cached_taps.values()} | {LOGITS} & cached.keys())
@@ -92,7 +96,7 @@ class CachedTeacher(nn.Module):
 
 
 AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher
-"""The types of teachers. All have ``teacher(batch)``, ``shapes`` and ``norms``."""
+"""The types of teachers. All have ``teacher(batch)``, ``shapes``, ``norms`` and ``head_KD``."""
 
 
 def half_answers(teacher: AnyTeacher, answers: Outputs) -> dict[tuple[str, str], Tensor]:

@@ -128,6 +128,11 @@ class Config(TeacherNetwork):
         return self.cache is None or self.fallback is not None
 
     @property
+    def has_one_head(self) -> bool:
+        """Return whether one network with fixed weights computes the logits, and training knows it."""
+        return self.uses_live_model and not (self.members or self.average or self.head)
+
+    @property
     def has_model(self) -> bool:
         """Return whether the recipe names a network, and not only a cache."""
         return self.cache is None or bool(self.model or self.recipe or self.members)

@@ -27,6 +27,7 @@ class TeacherEnsemble(nn.Module):
         self.combine = combine
         self.temperature = temperature
         self.norms = members[0].norms
+        self.head_KD = None  # the mixed logits are no single layer's
         self.member_logits: list[Tensor] = []
         """The last logits of each member, in its own precision."""
 

@@ -56,6 +56,8 @@ class Teacher(nn.Module):
         self.autocast = autocast
         taps.requires_grad_(False).eval()
         self.norms = taps.norms()  # before folding, which merges these BatchNorms into convolutions
+        head = taps.linear_head()
+        self.head_KD = head and head.weight.detach().to(device, torch.float32, copy=True)
         if fold:
             _fold(taps, image_size)
         self.taps = taps.to(device, dtype)

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
+from torch import nn
 
 from pipeline.data.config import BUCKETS, LONG, SHORT
 from pipeline.distributed import collectives
 from pipeline.features.taps import FeatureTaps
+from pipeline.losses._base import Loss
+from pipeline.models.states import file_bytes
 from pipeline.optim.ema import EMA
 from pipeline.runs.card import Card
 from pipeline.runs.identity import Run
 from pipeline.tasks._base import Evaluation
 from pipeline.training import zero
 from pipeline.training.checkpoint import Best, export_student
+from shards.manifest import write_atomically
 
 _T = TypeVar("_T")
 
@@ -49,6 +53,23 @@ def export(student: FeatureTaps, path: Path, accelerator: Accelerator, card: Car
     with collectives.average_buffers(student), zero.gather_parameters(student):
         if accelerator.is_main_process:
             export_student(student.model, path, card)
+
+
+def export_auxiliary(losses: nn.ModuleDict, path: Path, accelerator: Accelerator) -> None:
+    """Write the modules that the losses leave for other runs, if there are any; every rank calls it."""
+    left = {
+        f"{name}.{module}": loss.get_submodule(module) for name, loss in losses.items() for module in _exported(loss)
+    }
+    if not left:
+        return
+    with zero.gather_parameters(losses):
+        if accelerator.is_main_process:
+            tensors = {f"{name}.{key}": x for name, module in left.items() for key, x in module.state_dict().items()}
+            write_atomically(path, file_bytes(tensors, {}))
+
+
+def _exported(loss: nn.Module) -> tuple[str, ...]:
+    return loss.exported if isinstance(loss, Loss) else ()
 
 
 def export_average(

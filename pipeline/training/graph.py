@@ -62,7 +62,7 @@ def maybe_graph(
     elif varying:  # the tensors of a capture keep their sizes
         reason = varying
     else:
-        reason = _unfused(step.optimizer) or _obstacle(accelerator, accumulation)
+        reason = _unfused(step.optimizer) or _waiting(step.unwrapped) or _obstacle(accelerator, accumulation)
     if wanted is True and reason:
         raise RecipeError(f"graph: true needs one GPU and accumulation: 1, and this run has {reason}; give graph=auto")
     if accelerator.device.type == "cuda":
@@ -76,6 +76,12 @@ def _unfused(optimizer: AcceleratedOptimizer) -> str | None:
     if not isinstance(inner, torch.optim.Optimizer) or skips_on_device(inner):  # the former is DeepSpeed's
         return None
     return f"an optimizer that cannot be captured, {type(inner).__name__} ({', '.join(FUSED)} can be)"
+
+
+def _waiting(distiller: Distiller) -> str | None:
+    """Return the loss, for a message, for which the host waits for its device; None if there is none."""
+    found = [name for name, loss in distiller.losses.items() if not loss.capturable]
+    return f"the loss {found[0]!r}, for which the host waits" if found else None
 
 
 def _obstacle(accelerator: Accelerator, accumulation: int) -> str | None:

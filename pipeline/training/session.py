@@ -18,7 +18,7 @@ from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.optim.optimizer import set_learning_rate
 from pipeline.optim.schedule import learning_rate
-from pipeline.runs.files import STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.files import LOSS_MODULES, STUDENT, STUDENT_BEST, STUDENT_EMA
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
 from pipeline.tasks._base import Evaluation, Task
@@ -27,7 +27,7 @@ from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
 from pipeline.training.checkpoint import Best, Checkpoints, CheckpointState
 from pipeline.training.evaluation import evaluate
-from pipeline.training.export import export, export_average, student_card
+from pipeline.training.export import export, export_auxiliary, export_average, student_card
 from pipeline.training.graph import GraphedStep
 from pipeline.training.journal import TrainingJournal
 from pipeline.training.observer import LossObserver
@@ -160,6 +160,7 @@ def finish(session: Session, state: State) -> None:
         last = state.last or session.evaluate()  # None if an earlier command ended between the last step and the result
         # On every rank: BatchNorm statistics are averaged, and ZeRO gathers the weights.
         export(session.student, run.folder / STUDENT, accelerator, student_card(run, last))
+        export_auxiliary(session.checkpoints.distiller.losses, run.folder / LOSS_MODULES, accelerator)
         averaged, ema = None, session.averages.get("ema")
         if isinstance(ema, EMA):
             path, card_of = run.folder / STUDENT_EMA, partial(student_card, run)

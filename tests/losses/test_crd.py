@@ -18,18 +18,10 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.losses import crd
+from pipeline.losses._banks import EPSILON, BankLoss, NegativeSampler, Pending, contrast, update_bank_
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import load_spec
-from pipeline.losses.crd import (
-    _EPS,
-    CRD,
-    NegativeSampler,
-    bank_similarities,
-    by_matrix,
-    by_rows,
-    contrast,
-    update_bank_,
-)
+from pipeline.losses.crd import bank_similarities, by_matrix, by_rows
 
 quick = settings(max_examples=20, derandomize=True, deadline=None)
 # Classes of unequal size, and holes at both ends and in the middle.
@@ -41,11 +33,16 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def loss_of(seed: int = 0) -> CRD:
-    spec = load_spec("crd", {"dim": 8, "negatives": 30, "temperature": 0.1, "momentum": 0.5})
+MORE = {"crd": {}, "crcd": {"gradient_weight": 0.0}}
+"""Keys of the losses with banks, besides those that all have."""
+with_banks = pytest.mark.parametrize("name", MORE)
+
+
+def loss_of(seed: int = 0, name: str = "crd") -> BankLoss:
+    spec = load_spec(name, {"dim": 8, "negatives": 30, "temperature": 0.1, "momentum": 0.5, **MORE[name]})
     torch.manual_seed(seed)
     loss = spec.build(Facts(3, {"embedding": (5,)}, {"embedding": (7,)}, len(LABELS), LABELS)).double()
-    assert isinstance(loss, CRD)
+    assert isinstance(loss, BankLoss)
     return loss
 
 
@@ -57,7 +54,7 @@ def rows_of(ids: list[int], seed: int = 0) -> tuple[Outputs, Outputs, Batch]:
     return Outputs(student, {"embedding": student}), Outputs(teacher, {"embedding": teacher}), batch
 
 
-def total_of(loss: CRD, ids: list[int], seed: int = 0) -> Tensor:
+def total_of(loss: BankLoss, ids: list[int], seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
     return torch.stack(list(loss.parts(*rows_of(ids, seed), PROGRESS).values())).sum()
 
@@ -67,7 +64,7 @@ def published(scores_BJ: Tensor, normalizer: Tensor, samples: int) -> Tensor:
     p_BJ = scores_BJ.exp() / normalizer
     kappa = (scores_BJ.shape[1] - 1) / samples
     own_B, noise_BK = p_BJ[:, 0], p_BJ[:, 1:]
-    return -((own_B / (own_B + kappa + _EPS)).log() + (kappa / (noise_BK + kappa + _EPS)).log().sum(1)).mean()
+    return -((own_B / (own_B + kappa + EPSILON)).log() + (kappa / (noise_BK + kappa + EPSILON)).log().sum(1)).mean()
 
 
 @quick
@@ -117,7 +114,7 @@ def test_noise_is_of_another_class_whatever_the_data_set(labels: list[int]):
 
 @pytest.mark.parametrize("labels", [[1, 1, -1, 1], [-1, -1], []])
 def test_a_data_set_of_one_class_is_refused_in_one_line(labels: list[int]):
-    with pytest.raises(ValueError, match=r"^crd: negatives are samples of other classes, but all .* are of one class$"):
+    with pytest.raises(ValueError, match=r"^negatives are samples of other classes, but all .* are of one class$"):
         NegativeSampler(np.array(labels, dtype=np.int64), 3)
 
 
@@ -216,7 +213,7 @@ def test_the_normalisers_are_those_of_the_first_batch_ever_after():
         assert torch.equal(loss.normalizers, first)
 
 
-def trained(loss: CRD, optimizer: torch.optim.Optimizer, rank: int, world: int, steps: range) -> list[Tensor]:
+def trained(loss: BankLoss, optimizer: torch.optim.Optimizer, rank: int, world: int, steps: range) -> list[Tensor]:
     """Train the heads on this rank's rows as DDP would, and return the losses of all ranks."""
     losses = []
     for step in steps:
@@ -235,16 +232,17 @@ def trained(loss: CRD, optimizer: torch.optim.Optimizer, rank: int, world: int, 
     return losses
 
 
-def run_of(rank: int, world: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    loss = loss_of()
+def run_of(rank: int, world: int, name: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    loss = loss_of(name=name)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)
     losses = trained(loss, optimizer, rank, world, range(5))
     return losses, dict(loss.state_dict())
 
 
-def test_ranks_keep_the_same_banks_and_those_of_one_process(several_ranks: Ranks):
-    (first_losses, first), *others = several_ranks(run_of)
-    losses, one = run_of(0, 1)
+@with_banks
+def test_ranks_keep_the_same_banks_and_those_of_one_process(name: str, several_ranks: Ranks):
+    (first_losses, first), *others = several_ranks(run_of, name)
+    losses, one = run_of(0, 1, name)
     torch.testing.assert_close(first_losses, losses, rtol=1e-9, atol=1e-12)
     for key, expected in one.items():
         assert all(torch.equal(first[key], other[key]) for _, other in others), key
@@ -258,7 +256,7 @@ def bank_of_repeated_ids(rank: int, world: int) -> Tensor:
     ids_B, embeddings_B2D = torch.tensor([3, 8, 4, 10]).repeat_interleave(3), drawn(12, 16)
     for rows in (slice(0, 6), slice(6, 12)):  # micro-batches, each of consecutive rows of the rank
         mine = torch.arange(rank, 12, world)[rows.start // world : rows.stop // world]
-        loss.pending.append(crd.Pending(ids_B[mine], embeddings_B2D[mine], torch.ones(2)))
+        loss.pending.append(Pending(ids_B[mine], embeddings_B2D[mine], torch.ones(2)))
     loss.commit()
     return loss.student_bank
 
@@ -271,13 +269,14 @@ def test_of_the_views_of_an_image_in_a_batch_the_last_counts_on_any_number_of_ra
     assert torch.equal(alone, expected)
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_been():
+@with_banks
+def test_a_saved_state_goes_on_as_if_nothing_had_been(name: str):
     def run(stops: Callable[[int], bool]) -> dict[str, Tensor]:
-        loss, optimizer = loss_of(), None
+        loss, optimizer = loss_of(name=name), None
         for step in range(6):
             if optimizer is None or stops(step):
                 saved, moments = loss.state_dict(), optimizer.state_dict() if optimizer else None
-                loss = loss_of(seed=step)
+                loss = loss_of(step, name)
                 loss.load_state_dict(saved)
                 optimizer = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)
                 if moments:

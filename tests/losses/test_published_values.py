@@ -17,6 +17,7 @@ import published_features
 import published_logits
 import published_maps
 import published_relations
+import published_survey
 import pytest
 import torch
 from published_cases import Case
@@ -28,6 +29,7 @@ FORMULAS = (
     | published_maps.FORMULAS
     | published_relations.FORMULAS
     | published_diffusion.FORMULAS
+    | published_survey.FORMULAS
 )
 
 

@@ -10,8 +10,7 @@ from oracles.kd import softmax
 from oracles.pad import linear
 from oracles.soft_ce import soft_cross_entropy
 
-PROPERTIES = {"never negative", "ignores the order of rows"}
-NORMS_IN_A_ROW = 3
+PROPERTIES = {"never negative", "ignores the order of rows", "three norms in a row"}
 NO_GRADIENT = {"embedding", "stage2"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from methods import config_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.features.names import levels
+from pipeline.features.names import levels, numbered
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
@@ -46,6 +47,7 @@ STUDENT_SHAPES = {
     "aux": (CLASSES, 2, 3),
     "subclasses": (3 * CLASSES,),
     "last": (8, 4, 4),
+    "stem": (3, 8, 8),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
     "fpn.p3": (8, 8, 12),
@@ -63,12 +65,17 @@ TEACHER_SHAPES = {
     "token_head": (CLASSES,),
     "subclasses": (3 * CLASSES,),
     "last": (16, 4, 4),
+    "stem": (4, 6, 8),
     "stage1": (3, 8, 8),
     "stage2": (6, 8, 8),
     "stage3": (16, 2, 2),
     **{name: shape for name, shape in STUDENT_SHAPES.items() if name.partition(".")[0] in ("fpn", "head")},
     "fpn.p5": (8, 2, 3),
 }
+
+HEADS = ("student_head", "teacher_head_KD")
+# Of losses that compare equal widths: the channels of the stages, the deepest first.
+EQUAL_WIDTHS = (8, 6, 5)
 
 every_loss = pytest.mark.parametrize("name", NAMES)
 
@@ -125,6 +132,20 @@ def shapes_of(taps: frozenset[str], shapes: dict[str, tuple[int, ...]]) -> dict[
             names = [name for name in shapes if name.startswith("stage")] if stage == "all" else [stage]
             found |= {f"{name}{dot}{kind}": shapes[name] for name in names}
     return found
+
+
+def of_equal_widths(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with the same number of channels in student and teacher, for pairs of the deepest stages."""
+    widths = dict(zip(reversed(numbered(shapes)), EQUAL_WIDTHS, strict=False)) | {"stem": 4, "embedding": 7}
+    return {name: (widths.get(name, shape[0]), *shape[1:]) for name, shape in shapes.items()}
+
+
+def heads_of(width: int) -> tuple[nn.Linear, Tensor]:
+    """Return some last layer of a student, and the weights of a teacher's, both in float64."""
+    student_KD, teacher_KD = torch.from_numpy(np.random.default_rng(1).normal(size=(2, CLASSES, width)))
+    head = nn.Linear(width, CLASSES).double()
+    head.load_state_dict({"weight": student_KD, "bias": torch.zeros(CLASSES)})
+    return head, teacher_KD
 
 
 def norms_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, NormParameters]:
@@ -187,6 +208,23 @@ def logits_shape(spec: LossSpec, *, of_pixels: bool) -> tuple[int, ...]:
     return (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
 
 
+def facts_of(
+    spec: LossSpec,
+    rows: int,
+    logits: tuple[int, ...],
+    student_shapes: dict[str, tuple[int, ...]],
+    teacher_shapes: dict[str, tuple[int, ...]],
+    autocast: torch.dtype | None,
+) -> Facts:
+    """Return what a loss of such networks is built from. The data set goes on after the batch, and has a hole."""
+    labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
+    shapes = ({"logits": logits, **shapes} for shapes in (student_shapes, teacher_shapes))
+    facts = Facts(CLASSES, *shapes, len(labels_by_id), labels_by_id, norms_of(teacher_shapes), autocast=autocast)
+    if spec.config.reads_head_weights():
+        facts = replace(facts, **dict(zip(HEADS, heads_of(student_shapes["embedding"][0]), strict=True)))
+    return facts
+
+
 def example(
     name: str,
     spec: LossSpec | None = None,
@@ -206,14 +244,13 @@ def example(
     """
     spec = spec or load_spec(name, config_of(name))
     taps = spec.config.taps()
+    if "needs equal widths" in getattr(oracle(name), "PROPERTIES", ()):
+        student, teacher = of_equal_widths(student), of_equal_widths(teacher)
     student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
     logits = logits_shape(spec, of_pixels=of_pixels)
-    # The data set goes on after the batch, and has a hole.
-    labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
-    labels = labels_by_id[:rows]
-    norms = norms_of(teacher_shapes)
-    facts_of = ({"logits": logits, **shapes} for shapes in (student_shapes, teacher_shapes))
-    facts = Facts(CLASSES, *facts_of, len(labels_by_id), labels_by_id, norms, autocast)
+    facts = facts_of(spec, rows, logits, student_shapes, teacher_shapes, autocast)
+    assert facts.labels_by_id is not None
+    labels = facts.labels_by_id[:rows]
     torch.manual_seed(zlib.crc32(name.encode()) + seed)
     loss = spec.build(facts).to(torch.float64 if dtype == torch.float64 else torch.float32)
     fill_zeros(loss)
@@ -264,9 +301,12 @@ class Inputs(NamedTuple):
     """Height and width of maps of logits, whose pixels are the rows of logits; () for other logits."""
     image_size: tuple[int, ...]
     """Height and width of the images."""
+    heads: list[list[list[float]]]
+    """Weights of the last layers of student and teacher, if the loss reads them."""
 
 
 def inputs_of(case: Example, seed: int) -> Inputs:
+    facts = case.loss.facts
     return Inputs(
         case.student.logits_BK.tolist(),
         case.teacher.logits_BK.tolist(),
@@ -274,13 +314,18 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         {stage: x.tolist() for stage, x in case.student.features.items()},
         {stage: x.tolist() for stage, x in case.teacher.features.items()},
         {key: value.numpy() for key, value in case.loss.state_dict().items()},
-        {key: (norm.weight_C.tolist(), norm.bias_C.tolist()) for key, norm in case.loss.facts.teacher_norms.items()},
+        {key: (norm.weight_C.tolist(), norm.bias_C.tolist()) for key, norm in facts.teacher_norms.items()},
         case.batch.ids_B.tolist(),
-        [] if case.loss.facts.labels_by_id is None else case.loss.facts.labels_by_id.tolist(),
+        [] if facts.labels_by_id is None else facts.labels_by_id.tolist(),
         seed,
         {name: x.tolist() for name, x in case.batch.targets.items()},
         tuple(case.student.logits.shape[2:]),
         tuple(case.batch.images_BCHW.shape[2:]),
+        [
+            x.tolist()
+            for x in (facts.student_head and facts.student_head.weight, facts.teacher_head_KD)
+            if x is not None
+        ],
     )
 
 

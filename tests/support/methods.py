@@ -6,8 +6,9 @@ from typing import Any
 
 from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
+from pipeline.losses._registry import find_loss
 
-WITHOUT_TEACHER = ("ce", "ab", "bce", "byot", "cs_kd", "subclass_auxiliary")
+WITHOUT_TEACHER = ("ce", "ab", "fsp", "bce", "byot", "cs_kd", "subclass_auxiliary")
 
 
 def losses_of(method: str) -> dict[str, Any]:
@@ -30,8 +31,12 @@ OF_MASKS = [name for name in ALL if losses_of(name).keys() & {"ifvd", "segmentat
 """The methods that read the class of every pixel."""
 OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "detection", "fgd"}]
 """The methods for detectors alone."""
-METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES)]
-"""The methods for images of one class and any network."""
+OF_MODULES = [name for name in ALL if "ft" in losses_of(name)]
+"""The methods whose losses start with modules that another run left."""
+METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES)]
+"""The methods for images of one class and any network, in one run."""
+CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for loss in losses_of(name))]
+"""Those of them whose step a CUDA graph can record."""
 
 
 def config_of(loss: str) -> dict[str, Any]:

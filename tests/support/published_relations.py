@@ -29,11 +29,7 @@ def crd(case: Case) -> Outcome:
     student_shapes, teacher_shapes = {"embedding": (student.shape[1],)}, {"embedding": (teacher.shape[1],)}
     labels = np.arange(hyper["num_data"]) % 2
     loss = spec.build(Facts(2, student_shapes, teacher_shapes, len(labels), labels)).double()
-    heads = {
-        f"{network}_head.{key}": case[f"param.embed_{network}.linear.{key}"]
-        for network in ("student", "teacher")
-        for key in ("weight", "bias")
-    }
+    heads = linear_layers(case)
     banks = {f"{network}_bank": case[f"in.memory_{network}"] for network in ("student", "teacher")}
     loss.load_state_dict({**heads, **banks, "normalizers": torch.zeros(2)}, strict=True)
     seen = [Outputs(x, {"embedding": x}) for x in (student, teacher)]
@@ -47,6 +43,15 @@ def crd(case: Case) -> Outcome:
     own = dict(loss.named_parameters())
     leaves = {f"param.embed_{key.replace('_head', '.linear')}": own[key] for key in heads}
     return outputs, total, {"student_embedding": student, **leaves}
+
+
+def linear_layers(case: Case) -> dict[str, Tensor]:
+    """Return the published linear layers of both networks under our names."""
+    return {
+        f"{network}_head.{key}": case[f"param.embed_{network}.linear.{key}"]
+        for network in ("student", "teacher")
+        for key in ("weight", "bias")
+    }
 
 
 def at(case: Case) -> Outcome:

@@ -86,6 +86,7 @@ COMPILED = [
     f"losses={json.dumps(method('ddkd'))}",
     "losses.ddkd.diffusion.compile=true",
 ]
+CRCD = [COMPILED[0], f"losses={json.dumps(method('crcd'))}"]
 RECIPES: dict[str, Any] = {
     "base": {
         "student": {"model": "cifar_resnet8"},
@@ -404,6 +405,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
             ["student.checkpoint=true"],
             "student.checkpoint: under ZeRO-3 the weights are partitioned; use",
         ),
+        ({"stage": 3}, CRCD, "losses.crcd: under ZeRO-3 no rank has all weights of the head; use zero2.json"),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has all weights"),
     ],
     ids=lambda value: None,

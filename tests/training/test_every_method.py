@@ -46,10 +46,10 @@ def test_a_method_trains_and_goes_on_bit_for_bit_where_it_was_stopped(
 
 
 def constants(state: dict[str, torch.Tensor]) -> set[str]:
-    """Return the keys of what stays as it is: CRD's normalisers, and convolutions' biases that a BatchNorm takes away.
+    """Return the keys of what stays: the normalisers of banks, and convolutions' biases that a BatchNorm takes away.
 
     A loss without BatchNorms, such as CRD with its linear layers, has no bias that may stay.
     """
     losses = {key: value for key, value in state.items() if key.startswith("losses.")}
     of_maps = {key.removesuffix("weight") + "bias" for key, value in losses.items() if value.ndim == 4}
-    return {"losses.crd.normalizers"} | (of_maps & losses.keys())
+    return {"losses.crd.normalizers", "losses.crcd.normalizers"} | (of_maps & losses.keys())

@@ -18,7 +18,7 @@ import pytest
 import recorded_graph
 import torch
 import yaml
-from methods import METHODS, WITHOUT_TEACHER, arguments_of, losses_of
+from methods import CAPTURABLE, WITHOUT_TEACHER, arguments_of, losses_of
 from recorded_graph import Dispatching, RecordedGraph
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def both(run_train: Train, recipes: Path, *words: str) -> list[tuple[list[dict[s
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURABLE)
 def test_every_method_is_the_same_run_replayed(
     method: str, run_train: Train, recipes: Path, recipe: Callable[..., str], recorded: type[RecordedGraph]
 ):
