@@ -17,6 +17,7 @@ _SHARDS = (
     "prepare_cityscapes",
     "prepare_voc",
     "prepare_ade20k",
+    "prepare_coco",
     "prepare_demo",
     "prepare_scenes",
     "index",

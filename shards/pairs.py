@@ -6,8 +6,8 @@ as ``_leftImg8bit`` and ``_gtFine_labelIds``.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +28,7 @@ from shards.masks import (
     to_classes,
 )
 from shards.plan import EncodedImage, ImageItem, make_job, permutation, printable
-from shards.prepare import add_arguments, prepare
-from shards.prepare_imagenet import add_conversion_options
+from shards.prepare import prepare
 from shards.read import SplitReader
 from shards.upright import read_upright
 from shards.write import image_extension
@@ -76,13 +75,6 @@ class MaskedFiles:
         return image._replace(mask=encode_mask(resized_mask(mask_HW, image.width, image.height)))
 
 
-def add_masked_options(parser: ArgumentParser) -> None:
-    """Add the destination, and the options of every preparation of images with masks."""
-    parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
-    add_conversion_options(parser, "shrunk or rotated ones")
-    add_arguments(parser)
-
-
 def find_pairs(
     images: Path, masks: Path, endings: Endings = _NO_ENDINGS, names: Sequence[str] | None = None
 ) -> MaskedSplit:
@@ -107,7 +99,7 @@ def find_pairs(
 def prepare_masked(
     tool: str, classes: Sequence[str], splits: Mapping[str, MaskedSplit], meaning: Meaning, options: Namespace
 ) -> int:
-    """Write images with masks as shards, as the options of ``add_masked_options`` say, and return the exit code.
+    """Write images with masks as shards, as the options of ``add_upright_options`` say, and return the exit code.
 
     ``tool`` is the name of the command, for the manifest. Raises like ``prepare``.
     """
@@ -120,13 +112,13 @@ def prepare_masked(
     folders = {split: (each.images.resolve(), each.masks.resolve()) for split, each in splits.items()}
     job = make_job(
         tool,
-        _extensions(splits, items),
+        common_extensions(_heads(splits, items)),
         classes,
         items,
         MaskedFiles(folders, transform, meaning),
         options,
         asdict(transform),
-        has_masks=True,
+        task="segmentation",
         images_per_split=options.subset,
         mask_values=changes_of(meaning),
     )
@@ -181,14 +173,16 @@ def _read(path: Path, size: int) -> bytes:
     return data
 
 
-def _extensions(splits: Mapping[str, MaskedSplit], items: Mapping[str, list[ImageItem]]) -> str:
-    """Return the extensions of the images as their first bytes say: ``jpg``, ``png``, or both."""
-    found = set()
+def common_extensions(heads: Iterable[bytes]) -> str:
+    """Return the extensions of images as their first bytes say: ``jpg``, ``png``, or both."""
+    return ";".join(sorted({image_extension(head, _BOTH) for head in heads}))
+
+
+def _heads(splits: Mapping[str, MaskedSplit], items: Mapping[str, list[ImageItem]]) -> Iterator[bytes]:
     for split, each in items.items():
         for item in each:
             with (splits[split].images / item.path).open("rb") as file:
-                found.add(image_extension(file.read(_MAGIC_BYTES), _BOTH))
-    return ";".join(sorted(found))
+                yield file.read(_MAGIC_BYTES)
 
 
 def _print_missing_classes(folder: Path) -> None:

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,15 @@ import numpy as np
 from shards.journal import ShardRecord
 from shards.manifest import MOST_MASK_CLASSES, Manifest, ShardTaskName
 from shards.write import MAX_LABEL
+
+
+class ListedBoxes(NamedTuple):
+    """The boxes of a source file, and the width and height of the image that they are of, in pixels."""
+
+    width: int
+    height: int
+    rows: bytes
+    """The rows of ``shards/boxes.py``, float32 [n, 7]."""
 
 
 class ImageItem(NamedTuple):
@@ -35,6 +44,8 @@ class ImageItem(NamedTuple):
     """Path of the image's mask, where it has one; ``label`` is then 0."""
     mask_size: int = 0
     """Size of the mask's file in bytes."""
+    boxes: ListedBoxes | None = None
+    """The image's boxes, where it has some and they are known before it is read; ``label`` is then 0."""
 
 
 class EncodedImage(NamedTuple):
@@ -45,6 +56,8 @@ class EncodedImage(NamedTuple):
     height: int
     mask: bytes | None = None
     """The encoded mask of the same size, where it has one."""
+    boxes: np.ndarray | None = None
+    """Its boxes in pixels of the stored image, float32 [n, 7], where it has boxes."""
 
 
 class Unusable(Exception):
@@ -95,7 +108,7 @@ def make_job(
     options: argparse.Namespace,
     transform: dict[str, Any],
     *,
-    has_masks: bool = False,
+    task: ShardTaskName = "classification",
     **plan: Any,
 ) -> PreparationJob:
     """Return the preparation, with sorted listings, so that an index in a listing is an id.
@@ -103,7 +116,7 @@ def make_job(
     Its header contains everything that the output's bytes depend on. Raises ValueError for a split without files, for
     too many classes, and for a class whose name no text file can contain.
     """
-    check_classes(classes, has_masks=has_masks)
+    check_classes(classes, has_masks=task == "segmentation")
     for split, items in listings.items():
         if not items:
             raise ValueError(f"the source has no files for the split '{split}': add them, or remove its folder")
@@ -113,12 +126,9 @@ def make_job(
         "samples_per_shard": options.samples_per_shard,
         "listing": {split: _listing_sha256(items) for split, items in listings.items()},
     }
-    header = Manifest(tool, image, tuple(classes), transform, plan)
     if any(item.targets is not None for items in listings.values() for item in items):
-        header = replace(header, task="multilabel")
-    if has_masks:
-        header = replace(header, task="segmentation")
-    return PreparationJob(header, listings, source)
+        task = "multilabel"
+    return PreparationJob(Manifest(tool, image, tuple(classes), transform, plan, task=task), listings, source)
 
 
 def check_classes(classes: Sequence[str], *, has_masks: bool) -> None:
@@ -154,6 +164,9 @@ def _listing_sha256(items: list[ImageItem]) -> str:
         digest.update(item.targets or b"")
         if item.mask:
             digest.update(f"{item.mask}\0{item.mask_size}\n".encode(errors="surrogateescape"))
+        if item.boxes:
+            digest.update(f"{item.boxes.width}\0{item.boxes.height}\0{len(item.boxes.rows)}\n".encode())
+            digest.update(item.boxes.rows)
     return digest.hexdigest()
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from shards.classes import without_images
 from shards.command import add_jobs, for_each, positive, print_above, progress_bar, seed
 from shards.journal import PREPARATION_JOURNAL, PreparationJournal, ShardRecord, check_same_job, describe
-from shards.manifest import MANIFEST, LeftOut, Shard, Split, read_manifest, write_manifest
+from shards.manifest import MANIFEST, LeftOut, Shard, ShardTaskName, Split, read_manifest, write_manifest
 from shards.plan import ImageItem, PreparationJob, ShardTask, Unusable, plan_shards, printable
 from shards.read import SplitReader, sample_dtype
 from shards.scan import index_fits, is_on_record, scan_shard
-from shards.write import ShardWriter, index_path, write_samples, write_targets
+from shards.write import ShardWriter, index_path, write_boxes, write_samples, write_targets
 
 
 class Finished(NamedTuple):
@@ -29,6 +29,8 @@ class Finished(NamedTuple):
 
     record: ShardRecord
     rows: np.ndarray
+    boxes: list[np.ndarray] = []  # noqa: RUF012
+    """The boxes of each row's image, where images have boxes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,10 +133,10 @@ def _make_shards(
             for_each(make_shard, tasks, options.jobs, receive)
         finally:
             _remove_temporaries(folder)
-    splits = {
-        split: _finish_split(folder, split, [finished[task.path.name] for task in tasks if task.split == split], items)
-        for split, items in job.listings.items()
-    }
+    splits = {}
+    for split, items in job.listings.items():
+        parts = [finished[task.path.name] for task in tasks if task.split == split]
+        splits[split] = _finish_split(folder, job.header.task, split, parts, items)
     write_manifest(folder, replace(job.header, splits=splits))
 
 
@@ -152,7 +154,7 @@ def make_shard(task: ShardTask) -> Finished:
         if is_on_record(task.path, record.shard):
             scan = scan_shard(task.path, task.image, task.task)
             if index_fits(task.path, scan):
-                return Finished(record, scan.rows)
+                return Finished(record, scan.rows, scan.boxes)
     return _write_shard(task)
 
 
@@ -162,7 +164,8 @@ def _write_shard(task: ShardTask) -> Finished:
         for number, item in zip(task.ids, task.items, strict=True):
             try:
                 image = task.source.load(task.split, item)
-                writer.add(number, item.label, image.data, image.width, image.height, item.targets, image.mask)
+                encoded, targets = (image.data, image.width, image.height), (item.targets, image.mask, image.boxes)
+                writer.add(number, item.label, *encoded, *targets)
             except Unusable as reason:
                 if task.strict:
                     raise ValueError(f"{task.split}/{item.path} is not a usable image: {reason}") from None
@@ -172,19 +175,17 @@ def _write_shard(task: ShardTask) -> Finished:
             record = ShardRecord(Shard(task.path.name, 0, 0, ""), tuple(left_out))
             return Finished(record, np.empty(0, sample_dtype(task.task)))
         shard, rows = writer.close()
-    return Finished(ShardRecord(shard, tuple(left_out)), rows)
+    return Finished(ShardRecord(shard, tuple(left_out)), rows, writer.boxes)
 
 
-def _finish_split(folder: Path, name: str, parts: list[Finished], items: list[ImageItem]) -> Split:
+def _finish_split(folder: Path, task: ShardTaskName, name: str, parts: list[Finished], items: list[ImageItem]) -> Split:
     left_out = sorted((entry for part in parts for entry in part.record.left_out), key=lambda entry: entry.id)
     parts = [part for part in parts if len(part.rows)]
     if not parts:
         first = f"{left_out[0].path}: {left_out[0].reason}"
         raise ValueError(f"the split '{name}' has no usable image; the first of its files is {first}")
     samples, sha256 = write_samples(folder, name, [part.rows for part in parts])
-    # An id is an index in the listing.
-    targets = [of_row for number in samples["id"].tolist() if (of_row := items[number].targets) is not None]
-    return Split(
+    split = Split(
         name=name,
         samples=len(samples),
         id_count=len(samples) + len(left_out),
@@ -193,8 +194,14 @@ def _finish_split(folder: Path, name: str, parts: list[Finished], items: list[Im
         max_width=int(samples["width"].max()),
         max_height=int(samples["height"].max()),
         left_out=tuple(left_out),
-        targets_sha256=write_targets(folder, name, targets) if targets else "",
     )
+    if task == "multilabel":  # an id is an index in the listing
+        targets = [items[number].targets or b"" for number in samples["id"].tolist()]
+        return replace(split, targets_sha256=write_targets(folder, name, targets))
+    if task == "detection":
+        boxes, offsets = write_boxes(folder, name, [rows for part in parts for rows in part.boxes])
+        return replace(split, boxes_sha256=boxes, box_offsets_sha256=offsets)
+    return split
 
 
 def _report(folder: Path, strict: bool) -> int:

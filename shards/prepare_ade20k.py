@@ -18,7 +18,8 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 from shards.command import Parser, run_main
 from shards.masks import IGNORED_VALUE, meaning_of_values
-from shards.pairs import add_masked_options, find_pairs, prepare_masked
+from shards.pairs import find_pairs, prepare_masked
+from shards.upright import add_upright_options
 
 ADE20K_CLASSES = (
     *("wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet"),
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_ade20k.py", description="Write ADE20K as shards of images with masks.")
     parser.add_argument("source", type=Path, help="the folder ADEChallengeData2016")
-    add_masked_options(parser)
+    add_upright_options(parser)
     return parser
 
 

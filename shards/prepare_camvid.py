@@ -20,7 +20,8 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 from shards.command import Parser, run_main
 from shards.masks import meaning_of_values
-from shards.pairs import MaskedSplit, add_masked_options, find_pairs, prepare_masked
+from shards.pairs import MaskedSplit, find_pairs, prepare_masked
+from shards.upright import add_upright_options
 
 CAMVID_CLASSES = (
     *("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist"),
@@ -61,7 +62,7 @@ def _parser() -> ArgumentParser:
         "--val", choices=("val", "test"), default="val", help="frames for validation (default: %(default)s)"
     )
     parser.add_argument("--with-val", action="store_true", help="train on the frames of val, too; with --val test")
-    add_masked_options(parser)
+    add_upright_options(parser)
     return parser
 
 

@@ -19,7 +19,8 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 from shards.command import Parser, run_main
 from shards.masks import IGNORED_VALUE, meaning_of_values
-from shards.pairs import Endings, add_masked_options, find_pairs, prepare_masked
+from shards.pairs import Endings, find_pairs, prepare_masked
+from shards.upright import add_upright_options
 
 CITYSCAPES_CLASSES = {
     7: "road",
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = Parser(prog="prepare_cityscapes.py", description="Write Cityscapes as shards of images with masks.")
     parser.add_argument("source", type=Path, help="folder with leftImg8bit/ and gtFine/")
-    add_masked_options(parser)
+    add_upright_options(parser)
     return parser
 
 

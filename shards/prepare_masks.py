@@ -28,7 +28,8 @@ from shards.classes import read_classes, read_lines
 from shards.command import Parser, run_main, share
 from shards.layouts import SUFFIXES, VALIDATION
 from shards.masks import IGNORED_VALUE, Meaning, meaning_of_values
-from shards.pairs import Endings, MaskedSplit, add_masked_options, find_pairs, prepare_masked
+from shards.pairs import Endings, MaskedSplit, find_pairs, prepare_masked
+from shards.upright import add_upright_options
 
 _SPLIT_OPTIONS = ("train", "val", "val_share")
 _SPLIT = "{split}"
@@ -138,7 +139,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--map", type=_mapping, nargs="+", default=[], metavar="V=K", help="values of other classes, such as 255=1"
     )
-    add_masked_options(parser)
+    add_upright_options(parser)
     return parser
 
 

@@ -3,7 +3,7 @@
 The class of a figure is its shape; its texture, place, size, rotation and colours say nothing about it. Later figures
 cover earlier ones.
 
-S is the scene's side in pixels.
+S is the scene's side in pixels, and N the number of its boxes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shards.boxes import BOX_DTYPE, no_boxes
 from shards.drawing import SHAPES, TEXTURES, draw_background, light_and_noise, paint, rotate, texture_colours
 
 SCENE_CLASSES = ("background", *SHAPES)
 """Classes of pixels; a figure's class is the position of its shape."""
 MOST_FIGURES = 4
+_LEAST_PIXELS, _LEAST_SHARE = 20, 0.3
+"""Visible pixels of a figure that has a box, and their share of the figure."""
 _RADII = (0.16, 0.42)
 """Smallest and largest radius of a figure, in halves of the side."""
 
@@ -63,3 +66,18 @@ def draw_scene(side: int, random: np.random.Generator) -> Scene:
         figures.append(SceneFigure(label, int(pixels.sum()), pixels & ~covered))
         covered |= pixels
     return Scene(light_and_noise(canvas, x, y, random), mask, figures[::-1])
+
+
+def boxes_of(scene: Scene) -> np.ndarray:
+    """Return the boxes of a scene's figures, float32 [N, 7] as in ``shards/boxes.py``, the lowest figure first.
+
+    A box is tight around the visible part of a figure, whose pixels are its area. Classes count from 0, without the
+    background. Figures that are nearly hidden have no box.
+    """
+    rows = [no_boxes()]
+    for figure in scene.figures:
+        y, x = np.nonzero(figure.visible)
+        if len(y) >= _LEAST_PIXELS and len(y) >= _LEAST_SHARE * figure.pixels:
+            edges = (x.min(), y.min(), x.max() + 1, y.max() + 1)
+            rows.append(np.array([(*edges, figure.label - 1, 0, len(y))], BOX_DTYPE))
+    return np.concatenate(rows)

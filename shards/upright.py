@@ -1,4 +1,4 @@
-"""Conversion of images whose targets are places in the image, such as masks.
+"""Conversion of images whose targets are places in the image: masks or boxes.
 
 Such an image is stored as people see it, so a rotation in its EXIF is applied. A PNG stays a PNG, without a loss. An
 upright image keeps its bytes if it is a grey or RGB JPEG, or a grey or RGB PNG of 8 bits.
@@ -7,18 +7,29 @@ upright image keeps its bytes if it is a grey or RGB JPEG, or a grey or RGB PNG 
 from __future__ import annotations
 
 import io
+from argparse import ArgumentParser
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
 from shards.jpeg import Transform, decode_jpeg, encode_jpeg, to_rgb
 from shards.plan import EncodedImage
+from shards.prepare import add_arguments
+from shards.prepare_imagenet import add_conversion_options
 
 PNG_COMPRESSION = 1
 """Compression level of PNGs that are encoded again: a higher one takes several times as long."""
 _ORIENTATION = 0x0112
 _BIT_DEPTH = 24
 """Position of the bits of a value in a PNG file."""
+
+
+def add_upright_options(parser: ArgumentParser) -> None:
+    """Add the destination, and the options of every preparation of images with masks or boxes."""
+    parser.add_argument("destination", type=Path, help="folder of the shards, created if missing")
+    add_conversion_options(parser, "shrunk or rotated ones")
+    add_arguments(parser)
 
 
 class UprightImage(NamedTuple):

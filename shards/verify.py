@@ -20,6 +20,15 @@ if not __package__:  # started as a script: Python put this folder, not the root
 
 import numpy as np
 
+from shards.boxes import (
+    BOX_COLUMNS,
+    box_offsets_path,
+    boxes_path,
+    find_wrong_box,
+    load_box_offsets,
+    load_boxes,
+    no_boxes,
+)
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_main
 from shards.foreign import ForeignShard, foreign_shards, scan_foreign
 from shards.jpeg import decode_jpeg, ends_in_grey
@@ -45,6 +54,8 @@ class VerifyTask(NamedTuple):
     num_classes: int = 0
     targets: np.ndarray | None = None
     """The shard's rows of the table of targets (None: there is no such table, or it is unusable)."""
+    boxes: list[np.ndarray] | None = None
+    """The boxes of each row in the tables of boxes (None: there are no such tables, or they are unusable)."""
 
 
 class CheckedShard(NamedTuple):
@@ -59,6 +70,8 @@ class CheckedShard(NamedTuple):
     """The targets that its tar really contains."""
     pixels: np.ndarray = np.zeros(256, np.int64)
     """Number of pixels of each value in its masks."""
+    boxes: list[np.ndarray] = []  # noqa: RUF012
+    """The boxes that its tar really contains."""
 
 
 def check_shard(task: VerifyTask) -> CheckedShard:
@@ -85,12 +98,14 @@ def check_shard(task: VerifyTask) -> CheckedShard:
         problems += _check_rows(path, scan.rows, task.expected)
     if task.task == "multilabel":
         problems += _check_targets(path, scan, task.num_classes, task.targets)
+    if task.task == "detection":
+        problems += _check_boxes(path, scan, task.num_classes, task.boxes)
     grey: list[int] = []
     problems += _check_images(path, scan.rows, task.foreign is not None, grey)
     pixels = np.zeros(256, np.int64)
     if task.task == "segmentation":
         problems += _check_masks(path, scan.rows, task.num_classes, pixels)
-    return CheckedShard(task, problems, scan.rows, grey, scan.targets, pixels)
+    return CheckedShard(task, problems, scan.rows, grey, scan.targets, pixels, scan.boxes)
 
 
 def _check_masks(path: Path, rows: np.ndarray, num_classes: int, pixels: np.ndarray) -> Iterator[str]:
@@ -115,6 +130,17 @@ def _check_targets(path: Path, scan: Scan, num_targets: int, expected: np.ndarra
             return
     if expected is not None and b"".join(scan.targets) != expected.tobytes():
         yield f"{path} and the table of targets disagree"
+
+
+def _check_boxes(path: Path, scan: Scan, num_classes: int, expected: list[np.ndarray] | None) -> Iterator[str]:
+    """Yield the problems of the boxes of a tar."""
+    for row, boxes in zip(scan.rows, scan.boxes, strict=True):
+        if wrong := find_wrong_box(boxes, row["width"], row["height"], num_classes):
+            yield f"{path}: box {wrong[0]} of id {row['id']} {wrong[1]}"
+    pairs = zip(scan.boxes, expected or scan.boxes, strict=False)
+    same = all(np.array_equal(one, other, equal_nan=True) for one, other in pairs)
+    if expected is not None and not (same and len(expected) == len(scan.boxes)):
+        yield f"{path} and the tables of boxes disagree"
 
 
 def _check_rows(path: Path, rows: np.ndarray, expected: np.ndarray) -> list[str]:
@@ -186,6 +212,21 @@ def check_targets_table(folder: Path, split: Split, manifest: Manifest) -> tuple
     return table, problems
 
 
+def check_box_tables(folder: Path, split: Split, task: ShardTaskName) -> tuple[list[np.ndarray] | None, list[str]]:
+    """Return the boxes of each row of a split, None if there are none or they are unusable, and the problems."""
+    if task != "detection":
+        return None, []
+    path = boxes_path(folder, split.name)
+    boxes, problems = _read_table(path, split.boxes_sha256, load_boxes)
+    offsets, wrong = _read_table(box_offsets_path(folder, split.name), split.box_offsets_sha256, load_box_offsets)
+    problems += wrong
+    if boxes is None or offsets is None:
+        return None, problems
+    if (len(offsets), offsets[-1]) != (split.samples + 1, len(boxes)):
+        return None, [*problems, f"{path} and its offsets disagree about the number of boxes or images"]
+    return np.split(boxes, offsets[1:-1]), problems
+
+
 def _read_table(path: Path, sha256: str, load: Callable[[Path], np.ndarray]) -> tuple[np.ndarray | None, list[str]]:
     """Return a table, None if it is unusable, and the problems of its file; ``sha256`` is the manifest's."""
     if not path.is_file():
@@ -199,18 +240,39 @@ def _read_table(path: Path, sha256: str, load: Callable[[Path], np.ndarray]) -> 
         return None, [*problems, str(error)]
 
 
-def _tasks_of(
-    folder: Path, manifest: Manifest, split: Split, table: np.ndarray | None, targets: np.ndarray | None
-) -> Iterator[VerifyTask]:
+class SplitTables(NamedTuple):
+    """The tables of a split; None for one that there is not, or that is unusable."""
+
+    samples: np.ndarray | None
+    targets: np.ndarray | None
+    boxes: list[np.ndarray] | None
+
+
+def _read_tables(folder: Path, manifest: Manifest, split: Split) -> tuple[SplitTables, list[str]]:
+    """Return the tables of a split, and the problems of their files."""
+    samples, problems = check_table(folder, split, manifest.task)
+    targets, of_targets = check_targets_table(folder, split, manifest)
+    boxes, of_boxes = check_box_tables(folder, split, manifest.task)
+    return SplitTables(samples, targets, boxes), [*problems, *of_targets, *of_boxes]
+
+
+def _tasks_of(folder: Path, manifest: Manifest, split: Split, tables: SplitTables) -> Iterator[VerifyTask]:
     """Yield the task of each shard of a split."""
     foreign = foreign_shards(manifest, split) if manifest.is_foreign else {}
     ends = np.cumsum([shard.nsamples for shard in split.shards])
     for number, (shard, end) in enumerate(zip(split.shards, ends.tolist(), strict=True)):
-        expected = None if table is None else table[table["shard"] == number]
-        own = None if targets is None else targets[end - shard.nsamples : end]
-        how = foreign.get(shard.url)
+        own = slice(end - shard.nsamples, end)
         yield VerifyTask(
-            folder, shard, manifest.image, split.name, expected, how, manifest.task, manifest.num_classes, own
+            folder,
+            shard,
+            manifest.image,
+            split.name,
+            None if tables.samples is None else tables.samples[tables.samples["shard"] == number],
+            foreign.get(shard.url),
+            manifest.task,
+            manifest.num_classes,
+            None if tables.targets is None else tables.targets[own],
+            None if tables.boxes is None else tables.boxes[own],
         )
 
 
@@ -219,11 +281,9 @@ def verify(folder: Path, jobs: int) -> list[str]:
     manifest = read_manifest(folder)
     problems, tasks = [], []
     for split in manifest.splits.values():
-        table, wrong = check_table(folder, split, manifest.task)
+        tables, wrong = _read_tables(folder, manifest, split)
         problems += wrong
-        targets, wrong = check_targets_table(folder, split, manifest)
-        problems += wrong
-        tasks += _tasks_of(folder, manifest, split, table, targets)
+        tasks += _tasks_of(folder, manifest, split, tables)
     checked: dict[str, CheckedShard] = {}
     with progress_bar(sum(task.shard.nsamples for task in tasks), folder.name) as bar:
 
@@ -246,6 +306,8 @@ def _check_and_print(manifest: Manifest, split: Split, results: list[CheckedShar
     rows = np.concatenate([np.empty(0, sample_dtype(manifest.task)), *(result.rows for result in results)])
     if manifest.task == "segmentation":
         _print_pixels(manifest, split, rows, np.sum([result.pixels for result in results], axis=0))
+    elif manifest.task == "detection":
+        _print_boxes(manifest, split, [boxes for result in results for boxes in result.boxes])
     else:
         targets = [row for result in results for row in result.targets]
         _print_histogram(manifest, split, rows, _images_by_class(manifest, rows, targets))
@@ -261,6 +323,18 @@ def _print_pixels(manifest: Manifest, split: Split, rows: np.ndarray, pixels: np
         f"{split.name}: {len(rows):,} images with masks in {len(split.shards):,} shards; "
         f"{len(shares):,} of {manifest.num_classes:,} classes, {range_text}, "
         f"{100 * pixels[IGNORED_VALUE] / total:.3g} % ignored; {len(split.left_out):,} files left out"
+    )
+
+
+def _print_boxes(manifest: Manifest, split: Split, boxes: list[np.ndarray]) -> None:
+    rows = np.concatenate([no_boxes(), *boxes])
+    classes, counts = np.unique(rows[:, BOX_COLUMNS.index("class")], return_counts=True)
+    range_text = f", {counts.min():,} to {counts.max():,} in each" if len(counts) else ""
+    empty, crowds = sum(not len(each) for each in boxes), (rows[:, BOX_COLUMNS.index("crowd")] == 1).sum()
+    print(
+        f"{split.name}: {len(boxes):,} images in {len(split.shards):,} shards, {empty:,} without a box; "
+        f"{len(rows):,} boxes, {crowds:,} of crowds; "
+        f"{len(classes):,} of {manifest.num_classes:,} classes{range_text}; {len(split.left_out):,} left out"
     )
 
 

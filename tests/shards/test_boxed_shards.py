@@ -18,6 +18,7 @@ from shards.boxes import box_offsets_path, boxes_path, decode_boxes, encode_boxe
 from shards.manifest import read_manifest
 from shards.read import SAMPLE_DTYPE, SplitReader
 from shards.stage import stage_shards
+from shards.verify import verify
 
 
 @pytest.fixture
@@ -160,6 +161,7 @@ def test_tables_that_contradict_their_images_are_refused(folder, edit, message):
     edit_boxes(folder, edit)
     with pytest.raises(ValueError, match=message):
         SplitReader(folder, "train")
+    assert any("train" in problem and "box" in problem for problem in verify(folder, 1))
 
 
 @pytest.mark.parametrize("path", [boxes_path, box_offsets_path])
@@ -169,6 +171,43 @@ def test_a_changed_or_lost_table_is_found_before_training(folder, path):
     path(folder, "train").write_bytes(content)
     with pytest.raises(ValueError, match=r"npy has a sha256 that differs from the manifest"):
         SplitReader(folder, "train")
+    assert any("npy has a sha256 that differs from the manifest" in problem for problem in verify(folder, 1))
     path(folder, "train").unlink()
     with pytest.raises(FileNotFoundError, match=r"npy is missing: copy it again"):
         SplitReader(folder, "train")
+    assert verify(folder, 1) == [f"{path(folder, 'train')} is missing"]
+
+
+def test_verify_compares_the_tables_with_the_tars_and_counts_boxes(folder, capsys):
+    assert verify(folder, 1) == []
+    rows = np.concatenate([draw_boxed(number)[1] for number in range(8)])
+    counts = np.bincount(rows[:, 4].astype(int))
+    assert (
+        f"train: 8 images in 2 shards, 2 without a box; {len(rows)} boxes, {int(rows[:, 5].sum())} of crowds; "
+        f"3 of 3 classes, {counts.min()} to {counts.max()} in each; 0 left out"
+    ) in capsys.readouterr().out
+    edit_boxes(folder, with_value(6, 17))
+    (problem,) = verify(folder, 1)
+    assert problem.endswith("train-000000.tar and the tables of boxes disagree")
+
+
+def test_verify_finds_boxes_that_are_none(tmp_path):
+    wrong = draw_boxed(0)[1]
+    wrong[0, :6] = (5, 5, 70, 9, np.nan, np.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("boxed.draw_boxed", lambda number, size: (draw_boxed(0)[0], wrong))
+        write_boxed(tmp_path / "wrong", train=1, val=0)
+    (problem,) = verify(tmp_path / "wrong", 1)
+    assert "train-000000.tar: box 0 of id 0 is not of finite numbers" in problem
+
+
+def test_verify_finds_members_that_do_not_belong_together(folder):
+    path = folder / "train-000000.tar"
+    content = path.read_bytes()
+    size = f"{4 * len(draw_boxed(0)[1]):011o}".encode()
+    header = content.index(b"00000000.areas.f32")
+    changed = bytearray(content)
+    changed[header + 124 : header + 135] = f"{0:011o}".encode()
+    assert content[header + 124 : header + 135] == size
+    path.write_bytes(changed)
+    assert any("train-000000.tar" in problem and "damaged" in problem for problem in verify(folder, 1))

@@ -1,4 +1,4 @@
-"""``prepare_scenes.py``: the same scenes every time, a mask that fits the image, and as many figures of each class."""
+"""``prepare_scenes.py``: the same scenes every time, fitting masks or boxes, and as many figures of each class."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from pictures import decode
 
+from shards.drawing import SHAPES
 from shards.manifest import read_manifest
 from shards.masks import decode_mask
 from shards.prepare_scenes import main
 from shards.read import SplitReader
-from shards.scenes import MOST_FIGURES, SCENE_CLASSES, Scene, draw_scene
+from shards.scenes import MOST_FIGURES, SCENE_CLASSES, Scene, boxes_of, draw_scene
 from shards.verify import verify
 
 OPTIONS = ("--train", "24", "--val", "10", "--samples-per-shard", "9")
@@ -80,3 +81,47 @@ def test_a_covered_figure_loses_the_pixels_of_those_above():
     ]
     assert all(visible == pixels for pixels, visible, is_last in covered if is_last)
     assert any(visible < 0.7 * pixels for pixels, visible, _ in covered)
+
+
+def test_a_box_is_tight_around_what_is_visible_of_a_figure_that_is_not_nearly_hidden():
+    hidden = 0
+    for drawn in map(scene, range(60)):
+        expected = []
+        for figure in drawn.figures:
+            visible = int(figure.visible.sum())
+            if visible < 20 or visible / figure.pixels < 0.3:
+                hidden += 1
+                continue
+            rows, columns = (figure.visible.any(axis=axis).nonzero()[0] for axis in (1, 0))
+            edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            expected.append([*edges, [*SHAPES].index(SCENE_CLASSES[figure.label]), 0, visible])
+        assert boxes_of(drawn).tolist() == expected
+    assert hidden
+
+
+def test_scenes_with_boxes_have_the_images_of_those_with_masks(tmp_path, contents, run):
+    options = ("--train", "5", "--val", "3", "--samples-per-shard", "2")
+    assert run("prepare_scenes.py", tmp_path / "two", "--boxes", *options, "--jobs", 2).returncode == 0
+    for name, more in (("masks", []), ("boxes", ["--boxes"])):
+        assert main([str(tmp_path / name), *options, *more, "--jobs", "1"]) == 0
+    assert contents(tmp_path / "boxes") == contents(tmp_path / "two")
+    manifest = read_manifest(tmp_path / "boxes")
+    assert (manifest.task, manifest.classes) == ("detection", SCENE_CLASSES[1:])
+    one, other = (SplitReader(tmp_path / name, "train") for name in ("masks", "boxes"))
+    rows = np.arange(5)
+    assert [bytes(image) for image in one.bytes(rows)] == [bytes(image) for image in other.bytes(rows)]
+    for row, boxes in zip(rows, other.boxes(rows), strict=True):
+        key = np.array([0, 2 * other.samples["id"][row]], np.uint64)
+        drawn = draw_scene(96, np.random.Generator(np.random.Philox(key=key)))
+        assert np.array_equal(boxes, boxes_of(drawn))
+    assert verify(tmp_path / "boxes", 1) == []
+
+
+def test_an_interrupted_preparation_of_boxes_goes_on_to_the_same_bytes(tmp_path, contents):
+    arguments = [str(tmp_path), "--boxes", "--train", "5", "--val", "2", "--samples-per-shard", "2", "--jobs", "1"]
+    assert main(arguments) == 0
+    whole = contents(tmp_path)
+    for name in ("train.boxes.npy", "val.boxes.offsets.npy", "train-000001.tar"):
+        (tmp_path / name).unlink()
+    assert main(arguments) == 0
+    assert contents(tmp_path) == whole
