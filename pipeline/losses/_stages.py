@@ -8,7 +8,7 @@ stages and the teacher four, the teacher's first stage has no partner.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def per_level(pairs: Sequence[tuple[str, str]], build: Callable[[str, str], nn.M
     return nn.ModuleDict({"_".join(dict.fromkeys(pair)).replace(".", "_"): build(*pair) for pair in pairs})
 
 
-def level_networks(networks: nn.Module) -> list[nn.Module]:
+def level_networks(networks: nn.Module) -> list[Any]:
     """Return the network of each level of what ``per_level`` returned."""
     return list(networks.values()) if type(networks) is nn.ModuleDict else [networks]
 

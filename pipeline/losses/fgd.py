@@ -130,7 +130,10 @@ class FGD(AlignedMapLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``foreground``, ``background``, ``attention`` and ``relation``."""
         c, pairs = self.config, self.aligned_maps(student, teacher)
-        levels = [self.level_sums(*pair, blocks, batch) for pair, blocks in zip(pairs, self.contexts, strict=True)]
+        levels = [
+            self.level_sums(*pair, blocks, batch)  # type: ignore[arg-type]
+            for pair, blocks in zip(pairs, self.contexts, strict=True)
+        ]
         sums = torch.stack(levels).sum(0) / len(batch.labels_B)
         weights = {name: getattr(c, name) for name in ("foreground", "background", "attention", "relation")}
         return {name: weight * value for (name, weight), value in zip(weights.items(), sums, strict=True)}
