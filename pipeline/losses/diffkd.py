@@ -222,9 +222,8 @@ class DiffKD(Loss):
             "feature": c.distance_weight * c.feature.weight * sum_levels(distances),
             "diffusion_feature": c.diffusion_weight * sum_levels([answer.diffusion_loss for answer in answers]),
         }
-        if c.feature.latent is not None:
-            losses = [answer.autoencoder_loss for answer in answers if answer.autoencoder_loss is not None]
-            parts["autoencoder"] = c.autoencoder_weight * sum_levels(losses)
+        if rebuilt := [answer.autoencoder_loss for answer in answers if answer.autoencoder_loss is not None]:
+            parts["autoencoder"] = c.autoencoder_weight * sum_levels(rebuilt)
         return parts
 
     def class_parts(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
