@@ -1,7 +1,7 @@
 """Spherical knowledge distillation, Guo et al., 2020, arXiv:2010.07485.
 
-A row of logits has a direction and a size. The student's logits are brought to a given size, and both the labels and
-the teacher teach the result, so that no gradient changes the size.
+A row of logits has a direction and a size. The student's logits are brought to a given size. Both the labels and the
+teacher teach the result, so that no gradient changes the size.
 
 B batch, K classes.
 """
