@@ -94,6 +94,7 @@ class BYOT(ConnectorLoss):
         """Return the loss parts ``ce``, ``kd`` and ``feature``."""
         c, found, self.noted = self.config, [], []
         for stage, branch in zip(self.stages, self.exits, strict=True):
+            assert isinstance(branch, Exit)
             feature_BD = self.autocast_call(branch.bottleneck, student.features[stage]).mean((2, 3))
             logits_BK = self.autocast_call(branch.fc, feature_BD)
             found.append(exit_losses(logits_BK, feature_BD, student, batch, temperature=c.temperature))

@@ -53,7 +53,7 @@ class CSKD(BatchLoss):
 
         temperature: PositiveFloat
         """Temperature T by which the logits are divided."""
-        stat_scope: Literal["global"] = "global"
+        stat_scope: Literal["global"] = "global"  # type: ignore[assignment]
         """Partners are found among the rows of all ranks."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
