@@ -207,10 +207,9 @@ class Recipe(FrozenModel):
     def _labels_count_once(self) -> Recipe:
         names = [name for name, spec in self.losses.items() if spec.has_label_loss]
         if len(names) > 1:
-            first, second = sorted(names, key="ce".__eq__)[:2]
+            both = " and ".join(map(repr, names))
             raise ValueError(
-                f"the loss {first!r} has the cross-entropy with the labels as a part, and {second!r} adds it again; "
-                f"remove {second}"
+                f"the losses {both} each have the cross-entropy with the labels; remove all but one of them"
             )
         return self
 

@@ -8,8 +8,7 @@ B batch, C channels, D embedding, H W space, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -94,8 +93,8 @@ class BYOT(ConnectorLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``ce``, ``kd`` and ``feature``."""
         c, found, self.noted = self.config, [], []
-        branches = cast("Iterable[Any]", self.exits)
-        for stage, branch in zip(self.stages, branches, strict=True):
+        for stage, branch in zip(self.stages, self.exits, strict=True):
+            assert isinstance(branch, Exit)
             feature_BD = self.autocast_call(branch.bottleneck, student.features[stage]).mean((2, 3))
             logits_BK = self.autocast_call(branch.fc, feature_BD)
             found.append(exit_losses(logits_BK, feature_BD, student, batch, temperature=c.temperature))

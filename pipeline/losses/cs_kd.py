@@ -1,8 +1,8 @@
-"""Class-wise self-knowledge distillation, Yun et al., CVPR 2020, arXiv:2003.13964, eq. 2.
+"""Class-wise self-knowledge distillation, Yun et al., CVPR 2020, arXiv:2003.13964.
 
 Two images of one class teach each other: the student's probabilities for one are the target of the other. No teacher is
-needed. An image's partner is the next of its class in the global batch, in the order of the ids, and after the last
-comes the first. Images without another of their class are left out.
+needed. An image's partner is the next of its class in the global batch, in the order of the ids. After the last comes
+the first. Images without another of their class are left out.
 
 With ``data.pairs`` every image has a partner. In a shuffled batch of N images of C equal classes an image has one with
 probability 1 − (1 − 1/C)^(N−1).
@@ -53,7 +53,7 @@ class CSKD(BatchLoss):
 
         temperature: PositiveFloat
         """Temperature T by which the logits are divided."""
-        stat_scope: Literal["global"] = "global"  # type: ignore[assignment]  # fewer values than the base class
+        stat_scope: Literal["global"] = "global"  # type: ignore[assignment]
         """Partners are found among the rows of all ranks."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
 
 
 def pad_loss(student_BD: Tensor, teacher_BD: Tensor, log_variance: Tensor, *, eps: float) -> Tensor:
-    """Return the mean of (t − s)²/(ε + exp v) + v over all elements; v is [B, D], or [B, 1] for one a row.
+    """Return the mean of (t − s)²/(ε + exp v) + v over all elements.
 
-    No gradient reaches the teacher.
+    v is the logarithm of the variance, [B, D], or [B, 1] with one for each row. No gradient reaches the teacher.
     """
     squares_BD = (teacher_BD.detach() - student_BD).square()
     return (squares_BD / (eps + log_variance.exp()) + log_variance).mean()

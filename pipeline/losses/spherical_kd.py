@@ -1,7 +1,7 @@
 """Spherical knowledge distillation, Guo et al., 2020, arXiv:2010.07485.
 
-A row of logits has a direction and a size. The student's logits are brought to a given size, and both the labels and
-the teacher teach the result, so that no gradient changes the size.
+A row of logits has a direction and a size. The student's logits are brought to a given size. Both the labels and the
+teacher teach the result, so that no gradient changes the size.
 
 B batch, K classes.
 """
@@ -62,14 +62,14 @@ class SphericalKD(Loss):
 
         @model_validator(mode="after")
         def _alpha_is_a_share(self) -> "SphericalKD.Config":
-            shares = [self.alpha] if not isinstance(self.alpha, Ramp) else [share for _, share in self.alpha.steps]
+            shares = [share for _, share in self.alpha.steps] if isinstance(self.alpha, Ramp) else [self.alpha]
             if not all(0 <= share <= 1 for share in shares):
                 raise ValueError(f"alpha must be from 0 to 1, got {', '.join(map(str, shares))}")
             return self
 
         def alpha_at(self, progress: Progress) -> float:
             """Return α in the step that begins at ``progress``."""
-            return self.alpha if not isinstance(self.alpha, Ramp) else ramp_factor(self.alpha, progress)
+            return ramp_factor(self.alpha, progress) if isinstance(self.alpha, Ramp) else self.alpha
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of ``forward`` × their shares × weight × ramp."""

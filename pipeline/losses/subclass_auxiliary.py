@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Taps
 from pipeline.losses._rows import BatchLoss, StatScope
-from pipeline.models.subclasses import SUBCLASSES
+
+_TAP = "subclasses"
 
 
 def subclass_auxiliary_loss(subclasses_BS: Tensor, *, temperature: float, eps: float) -> Tensor:
@@ -47,7 +48,7 @@ class SubclassAuxiliary(BatchLoss):
 
         def taps(self) -> Taps:
             """Return the student's logits of the subclasses."""
-            return Taps(student=frozenset({SUBCLASSES}))
+            return Taps(student=frozenset({_TAP}))
 
     def reduce(self, outputs: Outputs) -> Outputs:
         """Return the outputs without logits, which are not compared."""
@@ -55,5 +56,5 @@ class SubclassAuxiliary(BatchLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``subclass_auxiliary``."""
-        c, subclasses_BS = self.config, student.features[SUBCLASSES]
+        c, subclasses_BS = self.config, student.features[_TAP]
         return {"subclass_auxiliary": subclass_auxiliary_loss(subclasses_BS, temperature=c.temperature, eps=c.eps)}

@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss, Taps
 from pipeline.losses.kd import kd_loss
-from pipeline.models.subclasses import SUBCLASSES
+
+_TAP = "subclasses"
 
 
 class SubclassKD(Loss):
@@ -31,11 +32,11 @@ class SubclassKD(Loss):
 
         def taps(self) -> Taps:
             """Return the logits of the subclasses."""
-            return Taps(frozenset({SUBCLASSES}), frozenset({SUBCLASSES}))
+            return Taps(frozenset({_TAP}), frozenset({_TAP}))
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        counts = [shapes[SUBCLASSES][0] for shapes in (facts.student_shapes, facts.teacher_shapes)]
+        counts = [shapes[_TAP][0] for shapes in (facts.student_shapes, facts.teacher_shapes)]
         if counts[0] != counts[1]:
             raise ValueError(
                 f"subclass_kd: the student has {counts[0]} subclasses in all and the teacher {counts[1]}; give both "
@@ -44,5 +45,5 @@ class SubclassKD(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``subclass_kd``."""
-        both = (network.features[SUBCLASSES] for network in (student, teacher))
+        both = (network.features[_TAP] for network in (student, teacher))
         return {"subclass_kd": kd_loss(*both, temperature=self.config.temperature)}

@@ -14,11 +14,11 @@ PAIR = ROOT / "configs" / "cifar100" / "resnet56_resnet20.yaml"
 OF_RECIPES = {
     "labels twice": (
         ["method=spherical_kd", "losses.ce={weight: 1.0}"],
-        r"the loss 'spherical_kd' has the cross-entropy with the labels as a part, and 'ce' adds it again; remove ce",
+        "the losses 'spherical_kd' and 'ce' each have the cross-entropy with the labels; remove all but one of them",
     ),
     "labels twice, inside another loss": (
         ["method=kd", "losses.perception={inner: {spherical_kd: {temperature: 4.0, alpha: 0.9, scale: teacher}}}"],
-        r"the loss 'perception' has the cross-entropy with the labels as a part, and 'ce' adds it again; remove ce",
+        "the losses 'ce' and 'perception' each have the cross-entropy with the labels; remove all but one of them",
     ),
     "pairs of noise": (["method=cs_kd", "data.loader=synthetic"], "pairs: true does not go with loader: synthetic"),
     "pairs that are mixed": (

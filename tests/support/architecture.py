@@ -53,6 +53,9 @@ HOMES = {
 METHODS = ("losses", "diffusion", "benchmarks")
 """The packages that may name a loss."""
 
+HOMONYMS = {"pad"}
+"""Losses whose names are also a word for something else: ``data.crop: pad``."""
+
 LONGEST = 40
 """Lines of a function."""
 
@@ -156,7 +159,7 @@ def relative_imports(house: House) -> Iterator[str]:
 
 def named_losses(house: House) -> Iterator[str]:
     """No other part of the project knows which losses there are."""
-    losses = {name.rpartition(".")[2] for name in house if re.fullmatch(r"pipeline\.losses\.[a-z]\w*", name)}
+    losses = {name.rpartition(".")[2] for name in house if re.fullmatch(r"pipeline\.losses\.[a-z]\w*", name)} - HOMONYMS
     for module, tree in house.items():
         if not within(module, "pipeline") or module == "pipeline" or part(module) in METHODS:
             continue
