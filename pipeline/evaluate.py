@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline.benchmarks.inference import BATCHES, DENSE_BATCHES, measure_speed
+from pipeline.benchmarks.inference import BATCHES, DENSE_BATCHES, TimedNetwork, measure_speed
 from pipeline.builders.loader import build_loader
 from pipeline.builders.meta import probe
 from pipeline.builders.split_classes import accept_real_labels, split_classes
@@ -69,7 +69,6 @@ from pipeline.runs.rank_settings import join_ranks
 from pipeline.tasks._base import Task
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.config import Config as Teacher
-from pipeline.training import zero
 from pipeline.training.accelerator import create_accelerator, use_all_cores
 from pipeline.training.box_sheet import BoxSamples
 from pipeline.training.comparison import Comparison, SplitClasses, compare_networks
@@ -143,7 +142,7 @@ def main(args: Sequence[str]) -> None:
     sheet = samples and samples.draw()
     if not accelerator.is_main_process:
         return
-    values = _figures(subject, found, classes) | {"speed": _speed(subject, student, accelerator)}
+    values = _figures(subject, found, classes) | {"speed": _speed(subject, accelerator)}
     evaluation = EvaluationFile.model_validate(values)
     print("\n".join(_describe(subject, evaluation)))
     if path := Path(arguments.out) if arguments.out else _own_file(subject):
@@ -305,15 +304,24 @@ def _figures(subject: Subject, found: Comparison, classes: SplitClasses) -> dict
     }
 
 
-def _speed(subject: Subject, student: FeatureTaps, accelerator: Accelerator) -> list[Any] | None:
-    """Return the speed of the student in the recipe's precision, None for ``speed=no``."""
+def _speed(subject: Subject, accelerator: Accelerator) -> list[Any] | None:
+    """Return the speed of the student in the recipe's precision, None if it is not measured."""
     if not subject.arguments.speed:
         return None
-    data = subject.recipe.data
-    layout = torch.channels_last if data.channels_last else torch.contiguous_format
-    autocast = zero.deepspeed_autocast(accelerator)
-    batches = DENSE_BATCHES if subject.task.of_pixels or subject.task.of_boxes else BATCHES
-    return measure_speed(student, data.for_validation.size, accelerator.device, layout, autocast, batches)
+    recipe, spec = subject.recipe, student_spec(subject.recipe.student, frozenset())
+    network = TimedNetwork(
+        model=spec.model,
+        arguments=spec.arguments,
+        num_classes=subject.network.num_classes,
+        weights=str(subject.weights),
+        size=recipe.data.for_validation.size,
+        batches=DENSE_BATCHES if subject.task.of_pixels or subject.task.of_boxes else BATCHES,
+        device=str(accelerator.device),
+        threads=torch.get_num_threads(),
+        precision=recipe.precision,
+        channels_last=recipe.data.channels_last,
+    )
+    return measure_speed(network) or None
 
 
 def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:

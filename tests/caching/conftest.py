@@ -14,7 +14,6 @@ import training_on_ranks
 import yaml
 from caching_on_ranks import BATCH, BLOCK, IMAGES, cache
 from methods import losses_of
-from one_core import one_core
 from safetensors.torch import save_file
 
 from pipeline.models import create_model
@@ -68,8 +67,7 @@ def place(_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture(scope="session")
 def written(_place: Path) -> Path:
     """The cache of two views of the logits and all that ``all.yaml`` reads."""
-    with one_core():
-        cache(0, 1, _place, ["all.yaml", "teacher.cache=cache", f"block={BLOCK}"])
+    cache(0, 1, _place, ["all.yaml", "teacher.cache=cache", f"block={BLOCK}"])
     return _place / "cache"
 
 
@@ -85,8 +83,7 @@ def run_cache(place: Path) -> Callable[..., None]:
     """``run_cache("kd.yaml", "views=2")`` is the command in this process, in ``place``."""
 
     def run(*words: str) -> None:
-        with one_core():
-            cache(0, 1, place, list(words))
+        cache(0, 1, place, list(words))
 
     return run
 
@@ -96,7 +93,6 @@ def run_train(place: Path) -> Callable[..., None]:
     """``run_train("kd.yaml")`` is the main job in this process, in ``place``."""
 
     def run(*words: str) -> None:
-        with one_core():
-            training_on_ranks.train(0, 1, place, list(words))
+        training_on_ranks.train(0, 1, place, list(words))
 
     return run

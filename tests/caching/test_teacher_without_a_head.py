@@ -12,7 +12,6 @@ import training_on_ranks
 import yaml
 from gloo_ranks import Ranks
 from methods import losses_of
-from one_core import one_core
 from safetensors.torch import load_file, save_file
 
 from pipeline import evaluate
@@ -75,8 +74,7 @@ def test_its_cache_has_features_only_and_teaches_the_same(
         for kind in ("embedding", "stage1", "stage1.preact", "stage2", "stage2.preact", "stage3", "stage3.preact")
         for ending in ("", ".sha256")
     }
-    with one_core():
-        rounded_teacher.train(0, 1, place, [HEADLESS, "folder=live"])
+    rounded_teacher.train(0, 1, place, [HEADLESS, "folder=live"])
     run_train(HEADLESS, "teacher.cache=cache", "folder=cached", "stop.steps=7")
     assert not (place / "cached" / "result.json").exists()
     run_train(HEADLESS, "teacher.cache=cache", "folder=cached")
@@ -198,8 +196,7 @@ def test_a_vision_transformer_of_timm_teaches_by_its_tokens(
     teacher = ("teacher.model=tokens_of_timm:network", "teacher.weights=tokens.safetensors")
     words = (HEADLESS, *teacher, f"losses.fitnet={pair}", "epochs=1")
     run_cache(*words, "teacher.cache=cache")
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_train(*words, "teacher.cache=cache", "folder=cached")
     lines = trace(place / "live" / "journal.jsonl")
     assert len(lines) == 6

@@ -14,7 +14,6 @@ import torch
 import training_on_ranks
 import yaml
 from gloo_ranks import Ranks
-from one_core import one_core
 from safetensors.torch import load_file, save_file
 
 from pipeline import compare
@@ -42,8 +41,7 @@ def assert_same_run(one: Path, other: Path, epochs: int = 2, repeat: int = 1) ->
 def test_each_method_learns_the_same_as_from_the_live_teacher(
     method: str, written: Path, place: Path, run_train: Command
 ):
-    with one_core():
-        rounded_teacher.train(0, 1, place, [f"{method}.yaml", "folder=live"])
+    rounded_teacher.train(0, 1, place, [f"{method}.yaml", "folder=live"])
     (place / "teacher.safetensors").unlink()  # the cache takes its place
     run_train(f"{method}.yaml", f"teacher.cache={written}", "folder=cached")
     assert_same_run(place / "live", place / "cached")
@@ -58,8 +56,7 @@ def test_augmented_views_are_answered_as_the_live_teacher_answers_them(
     place: Path, run_cache: Command, run_train: Command
 ):
     words = ["kd.yaml", AUGMENT, "data.views=2"]
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "epochs=3", "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "epochs=3", "folder=live"])
     run_cache(*words, "teacher.cache=cache")
     run_train(*words, "epochs=3", "teacher.cache=cache", "folder=cached")
     assert_same_run(place / "live", place / "cached", epochs=3)
@@ -117,16 +114,14 @@ def test_what_the_cache_lacks_is_asked_of_the_network_where_the_recipe_says_so(
 
 def test_more_epochs_than_views_see_the_views_again(written: Path, place: Path, run_train: Command):
     words = ["kd.yaml", "epochs=3", "data.views=1"]
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_train(*words, f"teacher.cache={written}", "folder=cached")
     assert_same_run(place / "live", place / "cached", epochs=3)
 
 
 def test_an_epoch_with_every_image_twice_reads_two_views_of_the_cache(written: Path, place: Path, run_train: Command):
     words = ["kd.yaml", "epochs=1", "data.repeat=2"]
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_train(*words, f"teacher.cache={written}", "folder=cached", "stop.steps=7")
     run_train(*words, f"teacher.cache={written}", "folder=cached")
     assert_same_run(place / "live", place / "cached", epochs=1, repeat=2)
@@ -140,8 +135,7 @@ def test_mixed_images_have_the_answers_of_the_live_teacher(
     method: str, place: Path, run_cache: Command, run_train: Command
 ):
     words = [f"{method}.yaml", MIXING, "data.repeat=2"]
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_cache(*words, "teacher.cache=mixed")
     run_train(*words, "teacher.cache=mixed", "folder=cached", "stop.steps=7")
     run_train(*words, "teacher.cache=mixed", "folder=cached")
@@ -159,8 +153,7 @@ def test_partners_of_a_cache_are_those_of_the_run_that_holds_images_out(
     place: Path, run_cache: Command, run_train: Command
 ):
     words = ["kd.yaml", MIXING, "data.holdout.share=0.3"]
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_cache(*words, "teacher.cache=mixed")
     run_train(*words, "teacher.cache=mixed", "folder=cached")
     live, cached = (trace(place / name / "journal.jsonl") for name in ("live", "cached"))
@@ -294,8 +287,7 @@ def test_an_ensemble_and_a_run_are_cached_as_one_network_is(place: Path, run_cac
     Path("chained.yaml").write_text(yaml.safe_dump({"base": "kd.yaml", "teacher": chained}))
     run_train("first.yaml")
     for name in ("ensemble", "chained"):
-        with one_core():
-            rounded_teacher.train(0, 1, place, [f"{name}.yaml", f"folder={name}_live"])
+        rounded_teacher.train(0, 1, place, [f"{name}.yaml", f"folder={name}_live"])
         run_cache(f"{name}.yaml", f"teacher.cache={name}_cache")
     shutil.rmtree("runs/first")
     Path("teacher.safetensors").unlink()
@@ -341,8 +333,7 @@ def test_seeds_and_methods_side_by_side_train_from_one_cache_as_each_does_alone(
     cached = [f"teacher.cache={written}"]
     for name in ("kd", "ddkd"):
         run_train(f"{name}.yaml", *cached, "seed=1", f"folder=alone/{name}")
-    with one_core():
-        training_on_ranks.run(compare.main, 0, 1, place, ["kd.yaml", "ddkd.yaml", "seeds=0,1", "side=4", *cached])
+    training_on_ranks.run(compare.main, 0, 1, place, ["kd.yaml", "ddkd.yaml", "seeds=0,1", "side=4", *cached])
     for name in ("kd", "ddkd"):
         assert_same_run(place / "alone" / name, place / "runs" / name / "seed-1")
         assert (place / "runs" / name / "seed-0" / "result.json").is_file()
@@ -350,8 +341,7 @@ def test_seeds_and_methods_side_by_side_train_from_one_cache_as_each_does_alone(
 
 def test_a_cache_of_all_images_serves_a_run_that_holds_some_out(written: Path, place: Path, run_train: Command):
     holdout = "data.holdout={share: 0.34}"
-    with one_core():
-        rounded_teacher.train(0, 1, place, ["kd.yaml", "folder=live", holdout])
+    rounded_teacher.train(0, 1, place, ["kd.yaml", "folder=live", holdout])
     run_train("kd.yaml", f"teacher.cache={written}", "folder=cached", holdout)
     steps = [[line for line in trace(place / run / "journal.jsonl") if "total" in line] for run in ("live", "cached")]
     assert len(steps[0]) == 6  # two epochs of 40 images
@@ -360,8 +350,7 @@ def test_a_cache_of_all_images_serves_a_run_that_holds_some_out(written: Path, p
 
 def test_a_teacher_of_its_own_size_is_cached_as_it_answers_live(place: Path, run_cache: Command, run_train: Command):
     words = ["all.yaml", "teacher.size=24", "data.validation_size=20"]
-    with one_core():
-        rounded_teacher.train(0, 1, place, [*words, "folder=live"])
+    rounded_teacher.train(0, 1, place, [*words, "folder=live"])
     run_cache(*words, "teacher.cache=cache")
     run_train(*words, "teacher.cache=cache", "folder=cached")
     assert_same_run(place / "live", place / "cached")

@@ -83,7 +83,7 @@ def test_its_first_class_is_that_of_evaluate_on_the_same_pixels(
     found = [image["classes"][0]["label"] for image in json.loads(Path("found.json").read_text())]
     right = np.mean(np.array(found) == reader.samples["label"])
     capsys.readouterr()
-    evaluate.main(["runs/ce"])
+    evaluate.main(["runs/ce", "speed=no"])
     assert re.search(r"top-1 ([\d.]+)", capsys.readouterr().out)[1] == f"{100 * right:.2f}"  # type: ignore[index]
 
 
@@ -288,4 +288,4 @@ def test_weights_from_before_there_was_a_card_still_go_on_and_load(run_train: Tr
     assert (folder / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
     save_file(load_file(whole / "student.safetensors"), recipes / "old.safetensors")
     run_train("ce.yaml", "student.start.weights=old.safetensors", "folder=runs/started", "stop.steps=1")
-    evaluate.main(["ce.yaml", "weights=old.safetensors"])
+    evaluate.main(["ce.yaml", "weights=old.safetensors", "speed=no"])

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from one_core import one_core
 from tiny_runs import DATA, STRATEGY
 from training_on_ranks import train
 
@@ -73,8 +72,7 @@ def project(trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def train_here(*words: str) -> None:
-    with one_core():
-        train(0, 1, Path.cwd(), list(words))
+    train(0, 1, Path.cwd(), list(words))
 
 
 def name_tool(folder: Path, tool: str) -> None:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import training_on_ranks
 import yaml
-from one_core import one_core
 from safetensors.torch import load_file, save_file
 
 from pipeline import evaluate
@@ -39,9 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     recipe = {"data": data, "student": {"model": "cifar_resnet8"}, "losses": {"ce": {}}, "epochs": 1, "batch": 12}
     schedule = {"schedule": {"kind": "constant", "rate": 0.05}, "journal": {"every_steps": 1, "trackers": []}}
     (folder / "ce.yaml").write_text(yaml.safe_dump(recipe | schedule | {"checkpoints": {"every_steps": 2}}))
-    with one_core():
-        training_on_ranks.train(0, 1, folder, ["ce.yaml", "folder=whole"])
-        training_on_ranks.train(0, 1, folder, ["ce.yaml", "folder=part", "stop.steps=4"])
+    training_on_ranks.train(0, 1, folder, ["ce.yaml", "folder=whole"])
+    training_on_ranks.train(0, 1, folder, ["ce.yaml", "folder=part", "stop.steps=4"])
     return folder
 
 
@@ -52,8 +50,7 @@ def place(made: Path, tmp_path: Path) -> Path:
 
 
 def train(place: Path, run: str, *words: str) -> None:
-    with one_core():
-        training_on_ranks.train(0, 1, place, ["ce.yaml", f"folder={run}", *words])
+    training_on_ranks.train(0, 1, place, ["ce.yaml", f"folder={run}", *words])
 
 
 def refused(place: Path, run: str, *words: str) -> str:
@@ -160,7 +157,7 @@ def test_a_saved_recipe(place: Path, damage: str, monkeypatch: pytest.MonkeyPatc
         evaluate.main(["whole"])
     assert str(refusal.value).endswith("; give the recipe's own file in place of the folder")
     with training_on_ranks.launched(0, 1):
-        evaluate.main(["ce.yaml", "weights=whole/student.safetensors"])
+        evaluate.main(["ce.yaml", "weights=whole/student.safetensors", "speed=no"])
     assert "top-1" in capsys.readouterr().out
     train(place, "whole")  # a finished run does not ask for it
 
@@ -188,12 +185,11 @@ def test_other_weights_under_the_name_of_the_runs_own(place: Path, reads: str, m
     (place / "new.yaml").write_text(recipe + "folder: new\n")
 
     def read() -> None:
-        with one_core():
-            if reads == "evaluate":
-                with training_on_ranks.launched(0, 1):
-                    evaluate.main(["ce.yaml"])
-            else:
-                training_on_ranks.train(0, 1, place, ["new.yaml", *words[reads]])
+        if reads == "evaluate":
+            with training_on_ranks.launched(0, 1):
+                evaluate.main(["ce.yaml", "speed=no"])
+        else:
+            training_on_ranks.train(0, 1, place, ["new.yaml", *words[reads]])
 
     with pytest.raises((RecipeError, DamagedFile), match=r"student\.safetensors: not the weights that this run wrote"):
         read()

@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 from caching_on_ranks import cache
-from one_core import one_core
 from safetensors.torch import load_file
 from training_on_ranks import train
 
@@ -36,8 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def go_on(folder: Path) -> Path:
     """Train the kept run to its end; return its folder."""
-    with one_core():
-        train(0, 1, folder, ["recipe.yaml", DECODER])
+    train(0, 1, folder, ["recipe.yaml", DECODER])
     return folder / "run"
 
 
@@ -82,8 +80,7 @@ def test_what_it_leaves_has_the_names_that_were_kept(folder: Path):
 
 
 def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Path):
-    with one_core():
-        train(0, 1, folder, ["recipe.yaml", DECODER, "folder=anew", "stop.steps=1"])
+    train(0, 1, folder, ["recipe.yaml", DECODER, "folder=anew", "stop.steps=1"])
     old, new = (yaml.safe_load((folder / name / "recipe.yaml").read_text()) for name in ("run", "anew"))
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old |= {"task": "classification"}
@@ -107,9 +104,8 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
 
 
 def test_a_kept_cache_is_verified_and_written_again_as_the_same_bytes(folder: Path):
-    with one_core():
-        cache(0, 1, folder, ["--verify", "recipe.yaml", DECODER, "sample=16", "tolerance=0.001"])
-        cache(0, 1, folder, ["recipe.yaml", "teacher.cache=again"])
+    cache(0, 1, folder, ["--verify", "recipe.yaml", DECODER, "sample=16", "tolerance=0.001"])
+    cache(0, 1, folder, ["recipe.yaml", "teacher.cache=again"])
     for path in (KEPT / "cache").glob("*.npy"):
         ours, theirs = np.load(folder / "again" / path.name), np.load(path)
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from one_core import one_core
 
 SOURCE = Path(__file__).resolve().parents[1] / "nullgpu" / "null.c"
 ROOT = SOURCE.parents[2]
@@ -77,7 +78,10 @@ def python(
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     own = {**os.environ, **environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=seconds, check=False)
+    with one_core():
+        return subprocess.run(
+            command, cwd=folder, env=own, capture_output=True, text=True, timeout=seconds, check=False
+        )
 
 
 def main(words: Sequence[str]) -> int:

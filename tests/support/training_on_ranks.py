@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from one_core import one_core
 
 
 def train(rank: int, world: int, folder: Path, words: list[str]) -> None:
@@ -27,7 +28,10 @@ def run(main: Callable[[list[str]], None], rank: int, world: int, folder: Path, 
 
 @contextlib.contextmanager
 def launched(rank: int, world: int, **more: str) -> Iterator[None]:
-    """Be inside what a launcher would have started, and afterwards what this process was before."""
+    """Be inside what a launcher would have started, and afterwards what this process was before.
+
+    A lone rank has one core.
+    """
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
     told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}  # of use to nobody: the ranks have met
     variables = {key: str(value) for key, value in told.items()} | more if world > 1 else {}
@@ -35,7 +39,7 @@ def launched(rank: int, world: int, **more: str) -> Iterator[None]:
     threads = torch.get_num_threads()
     _forget_the_accelerator()
     try:
-        with mock.patch.dict(os.environ, variables):
+        with mock.patch.dict(os.environ, variables), one_core() if world == 1 else contextlib.nullcontext():
             yield
     finally:
         _forget_the_accelerator()

@@ -5,8 +5,8 @@
 
 Prints a line of JSON for each: what a step launches and copies, and how often the host waited for the device between
 two lines of the journal; and the same of a step that is a replay of a CUDA graph. Numbers mean nothing there, so what
-looks at them is left out: the guard's question and the evaluation. cuDNN is off; a convolution is a tensor of the right
-shape.
+looks at them is left out: the guard's question, the evaluation and the count of FLOPs. cuDNN is off; a convolution is a
+tensor of the right shape. A frozen teacher is built once for all runs that can use the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,21 @@ from methods import WITHOUT_TEACHER
 from training_on_ranks import launched
 
 from pipeline import compare, train
+from pipeline.builders import session as building
+from pipeline.builders.shared import SharedParts
 from pipeline.errors import Interrupted
 from pipeline.multirun.inputs import SharedInputs
 from pipeline.optim.guard import FiniteGuard
+from pipeline.runs.identity import Run
+from pipeline.teachers.cached import AnyTeacher
 from pipeline.training import session
 from pipeline.training.graph import EAGER_STEPS
 
 PAIR = Path(__file__).resolve().parents[2] / "configs" / "cifar100" / "resnet56_resnet20.yaml"
 STEPS = 9
 """Of a run; the journal writes after the first and the last."""
+TEACHERS: dict[tuple[str, frozenset[str]], AnyTeacher | None] = {}
+"""Of this process. Building a ResNet-56 takes longer than all steps of a run."""
 COUNTED = ("launches", "products", "copies", "fills", "waits", "pageable", "allocations", "replays", "captures")
 
 
@@ -85,7 +92,8 @@ def watched(null: Any, words: list[str], first: int) -> dict[str, Any]:
     silent = mock.patch.object(FiniteGuard, "check", return_value=None)
     blind = mock.patch.object(session.Session, "evaluate", return_value=None)
     counted = mock.patch.object(session, "learning_rate", at_a_step)
-    with launched(0, 1), silent, blind, counted:
+    quick = mock.patch.multiple(building, SharedParts=with_built_teachers, image_flops=mock.Mock(return_value=None))
+    with launched(0, 1), silent, blind, counted, quick:
         train.main(words)
     sys.setprofile(None)
     taken = [{key: b[key] - a.get(key, 0) for key in b} for a, b in pairwise(steps)]
@@ -97,6 +105,13 @@ def watched(null: Any, words: list[str], first: int) -> dict[str, Any]:
         "calls": min(calls[first - 1 : -1]),
         "alike": all(s == settled[0] for s in settled),
     }
+
+
+def with_built_teachers(runs: Sequence[Run]) -> SharedParts:
+    """Return the parts of the runs, with the teachers that earlier runs of this process built."""
+    parts = SharedParts(runs)
+    parts.teachers = TEACHERS
+    return parts
 
 
 def watched_side_by_side(null: Any, words: list[str], methods: str, seeds: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from shard_factory import open_loader
 from training_on_ranks import run
 
 from pipeline import evaluate
-from pipeline.benchmarks.inference import measure_speed
+from pipeline.benchmarks import inference
+from pipeline.benchmarks.inference import TimedNetwork, measure_rounds, measure_speed
 from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
@@ -222,36 +224,70 @@ def test_several_labels_are_accepted_in_the_order_of_imagenets_validation_images
             evaluate.main([*words, "speed=no", *options])
 
 
-def test_a_batch_that_does_not_fit_into_memory_costs_its_speed_alone(capsys: pytest.CaptureFixture[str]):
+SETTINGS = TimedNetwork(
+    model="cifar_resnet8",
+    arguments={},
+    num_classes=2,
+    weights="gone.safetensors",
+    size=2,
+    batches=(1, 128),
+    device="cpu",
+    threads=1,
+    precision="fp32",
+    channels_last=False,
+)
+
+
+def small_network() -> FeatureTaps:
+    return FeatureTaps(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), {}, frozenset())
+
+
+def test_a_batch_that_does_not_fit_into_memory_costs_its_speed_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     class Large(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             if len(images) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return images.flatten(1)
 
-    network = FeatureTaps(Large(), {}, frozenset())
-    autocast = torch.autocast("cpu", enabled=False)
-    found = measure_speed(network, 2, torch.device("cpu"), torch.contiguous_format, autocast)
-    assert [speed.batch for speed in found] == [1]
+    rounds = measure_rounds(FeatureTaps(Large(), {}, frozenset()), SETTINGS)
+    assert rounds.keys() == {1}
+    processes = iter([{1: [0.01], 128: [0.1]}, rounds, {1: [0.01], 128: [0.1]}])
+    monkeypatch.setattr(inference, "_measure_in_a_process", lambda network: next(processes))
+    assert [speed.batch for speed in measure_speed(SETTINGS)] == [1]
     assert "note: speed: a batch of 128 images does not fit" in capsys.readouterr().out
 
 
-def test_latency_is_the_median_of_a_steady_clock(monkeypatch: pytest.MonkeyPatch):
+def test_a_round_is_the_median_of_a_steady_clock(monkeypatch: pytest.MonkeyPatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: 0.01 * next(ticks))
-    network = FeatureTaps(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), {}, frozenset())
-    found = measure_speed(network, 2, torch.device("cpu"), torch.channels_last, torch.autocast("cpu", enabled=False))
-    for speed, batch in zip(found, (1, 128), strict=True):
-        figures = (speed.low_ms, speed.latency_ms, speed.high_ms, speed.images_per_second)
-        assert figures == pytest.approx((10, 10, 10, 100 * batch))
+    network = small_network()
+    for seconds in measure_rounds(network, SETTINGS).values():
+        assert seconds == pytest.approx([0.01] * 4)
     assert network.training
 
 
-def test_the_spread_of_latency_covers_a_machine_that_becomes_slower(monkeypatch: pytest.MonkeyPatch):
+def test_the_rounds_of_a_process_cover_a_machine_that_becomes_slower(monkeypatch: pytest.MonkeyPatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + max(n - 300, 0) * 0.01)
-    network = FeatureTaps(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), {}, frozenset())
-    found = measure_speed(network, 2, torch.device("cpu"), torch.channels_last, torch.autocast("cpu", enabled=False))
-    for speed in found:
-        assert (speed.low_ms, speed.high_ms) == pytest.approx((10, 20))
-        assert 10 < speed.latency_ms <= 20
+    for seconds in measure_rounds(small_network(), SETTINGS).values():
+        assert (min(seconds), max(seconds)) == pytest.approx((0.01, 0.02))
+
+
+def test_the_spread_of_latency_covers_processes_that_differ(monkeypatch: pytest.MonkeyPatch):
+    processes = iter([[20, 21, 22, 22], [25, 26, 26, 27], [23, 23, 24, 24]])
+    rounds = iter([{1: times, 128: [10 * time for time in times]} for times in processes])
+    monkeypatch.setattr(inference, "_measure_in_a_process", lambda network: next(rounds))
+    for speed, scale in zip(measure_speed(SETTINGS), (1, 10), strict=True):
+        figures = (speed.low_ms, speed.latency_ms, speed.high_ms)
+        assert figures == pytest.approx((20_000 * scale, 23_500 * scale, 27_000 * scale))
+        assert speed.images_per_second == pytest.approx(speed.batch / (23.5 * scale))
+
+
+def test_a_process_that_cannot_measure_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nRuntimeError: the GPU is taken\n")
+    monkeypatch.setattr(inference.subprocess, "run", lambda *args, **options: done)
+    assert measure_speed(SETTINGS) == []
+    told = "note: speed: a process that measures it failed, and is left out: RuntimeError: the GPU is taken\n"
+    assert capsys.readouterr().out == 3 * told
