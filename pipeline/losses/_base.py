@@ -48,12 +48,12 @@ class Facts:
     """int64 [id_count]; −1 for an id that no sample has."""
     teacher_norms: dict[str, NormParameters] = field(default_factory=dict)
     """Scale and shift, before folding, of the BatchNorm that ends a teacher's ``stageN.preact``, by tap name."""
+    autocast: torch.dtype | None = None
+    """The recipe's autocast dtype, under which auxiliary networks run; None if autocast is off."""
     student_head: nn.Linear | None = None
     """The layer that computes the student's logits; None if it is not one linear layer."""
     teacher_head_KD: Tensor | None = None
     """Weights of the layer that computes the teacher's logits; None if it is not one linear layer, or not there."""
-    autocast: torch.dtype | None = None
-    """The recipe's autocast dtype, under which auxiliary networks run; None if autocast is off."""
 
 
 class Loss(nn.Module):
