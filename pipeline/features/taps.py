@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pipeline.batch import Outputs
 from pipeline.features.names import canonical, deep_stages, find_stage
 from pipeline.image_size import Resolution, height_width, size_text
-from pipeline.models.subclasses import SubclassHead
 
 CAM = "cam"
 """Name of the one tap that is computed, not captured: the class activation map [K, H, W].
@@ -153,7 +152,8 @@ class FeatureTaps(nn.Module):
                 f"tap {CAM!r}: {_type(self.model)} has no known average of a map before one linear layer; "
                 "name both under stages: {map: <module path>, logits: <module path>}"
             )
-        if isinstance(head, SubclassHead):
+        # Known by its attribute: importing the networks takes seconds, and recipes are read without them.
+        if hasattr(head, "scores"):
             raise ValueError(
                 f"tap {CAM!r}: {_type(self.model)} has maps of subclasses, not of classes; remove subclasses"
             )
