@@ -25,7 +25,7 @@ def bucket_numbers(config: Config, samples_N: NDArray) -> NDArray[np.int64]:
         samples_N["width"], samples_N["height"], short=max(config.short or SHORT), long=config.long or LONG
     )
     holds = (sides[:, None] <= np.asarray(config.buckets or BUCKETS)).all(axis=2)
-    return np.where(holds.any(axis=1), holds.argmax(axis=1), -1)
+    return np.where(holds.any(axis=-1), holds.argmax(axis=-1), -1)
 
 
 def count_batches(buckets_N: NDArray[np.int64], batch: int) -> int:
