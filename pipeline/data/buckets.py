@@ -24,8 +24,8 @@ def bucket_numbers(config: Config, samples_N: NDArray) -> NDArray[np.int64]:
     sides = augment.keep_ratio(
         samples_N["width"], samples_N["height"], short=max(config.short or SHORT), long=config.long or LONG
     )
-    holds: NDArray = np.all(sides[:, None] <= np.asarray(config.buckets or BUCKETS), axis=2)
-    return np.where(np.any(holds, axis=1), holds.argmax(axis=1), -1)
+    holds = (sides[:, None] <= np.asarray(config.buckets or BUCKETS)).all(axis=2)
+    return np.where(holds.any(axis=-1), holds.argmax(axis=-1), -1)
 
 
 def count_batches(buckets_N: NDArray[np.int64], batch: int) -> int:
