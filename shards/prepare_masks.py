@@ -27,7 +27,8 @@ from shards.choice import set_aside
 from shards.classes import read_classes, read_lines
 from shards.command import Parser, run_main, share
 from shards.layouts import SUFFIXES, VALIDATION
-from shards.masks import IGNORED_VALUE, Meaning, meaning_of_values
+from shards.manifest import IGNORED_VALUE
+from shards.masks import Meaning, meaning_of_values
 from shards.pairs import Endings, MaskedSplit, add_masked_options, find_pairs, prepare_masked
 
 _SPLIT_OPTIONS = ("train", "val", "val_share")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.builders.student import build_student, check_optimizer_section, load_start, student_spec
+from pipeline.builders.student import (
+    build_student,
+    check_optimizer_section,
+    load_start,
+    note_untrained_head,
+    student_spec,
+)
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import error_context
@@ -25,6 +31,7 @@ def build_distiller(
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
     load_start(run, student)
     check_optimizer_section(recipe, student.model)  # before the folder is opened
+    note_untrained_head(recipe, student)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         spec.probe(student, validation_size)  # an error now, not after the first epoch
     facts = Facts(

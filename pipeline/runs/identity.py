@@ -240,6 +240,8 @@ def identity(
     name_by_content(tree, recipe, [teacher_run.recipe for teacher_run in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
+    if teacher:
+        teacher["expect_top1"] = teacher.pop("expect")  # its name in the identities of old runs
     if teacher.get("cache"):
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
     for section in (*(teacher.get("members") or ()), teacher, tree["student"]["start"] or {}):

@@ -20,7 +20,8 @@ from pipeline.batch import Batch, Outputs
 from pipeline.data.config import Config
 from pipeline.distributed import collectives
 from pipeline.tasks._mask_images import palette
-from pipeline.tasks._masks import IGNORED, MASK, masks_at, upsampled
+from pipeline.tasks._masks import MASK, masks_at, upsampled
+from shards.manifest import IGNORED_VALUE
 
 _IMAGES = 4
 _LONGEST = 240
@@ -75,7 +76,7 @@ class MaskSamples:
         cells_NChw = rows[:, 1:].view(len(rows), -1, *self._shape).to(torch.uint8).cpu().numpy()
         images_NhwC, masks_NMhw = cells_NChw[:, :3].transpose(0, 2, 3, 1), cells_NChw[:, 3:]
         cells = [[image, *palette()[masks]] for image, masks in zip(images_NhwC, masks_NMhw, strict=True)]
-        classes = tuple(int(value) for value in np.unique(masks_NMhw) if value != IGNORED)
+        classes = tuple(int(value) for value in np.unique(masks_NMhw) if value != IGNORED_VALUE)
         return DrawnSheet(_as_png(cells), ("image", "truth", *self._networks), classes)
 
     def _coloured(self, images_BCHW: Tensor) -> Tensor:
