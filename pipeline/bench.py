@@ -152,7 +152,7 @@ def run_benchmark(
 def reduce_recipe(loaded: LoadedRecipe, out: Path) -> LoadedRecipe:
     """Return the recipe without the work that is no part of a step, with ``out`` as its run folder."""
     recipe = loaded.recipe
-    teacher = recipe.teacher.model_copy(update={"expect_top1": None}) if recipe.teacher else None
+    teacher = recipe.teacher.model_copy(update={"expect": None}) if recipe.teacher else None
     student = recipe.student.model_copy(update={"start": None})
     changed = {"teacher": teacher, "student": student, "compare": (), "folder": str(out)}
     return dataclasses.replace(loaded, recipe=recipe.model_copy(update=changed))

@@ -52,10 +52,11 @@ from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
 from pipeline.runs.ownership import check_cache_folder
 from pipeline.runs.rank_settings import join_ranks
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config
 from pipeline.training.accelerator import create_accelerator, use_all_cores
-from pipeline.training.evaluation import check_teacher_accuracy
+from pipeline.training.evaluation import check_teacher
 
 FLAGS = ("--dry-run", "--verify")
 STOPPED = 128 + signal.SIGTERM
@@ -151,9 +152,10 @@ def write(run: Run, config: Config, folder: Path, arguments: CacheArguments, lau
     available, stages = choices(recipe, recipes(run.teachers), arguments.kinds, arguments.encode)
     kinds = {choice.name: choice.kind for choice in available if choice.written}
     source = open_source(run, config, kinds, accelerator.device)
-    if config.expect_top1 is not None:
+    if config.expect is not None:
         splits = training_splits(run.recipe.data, run.manifest)[1:]
-        check_teacher_accuracy(config, source.teacher, build_loader(recipe, run.manifest, accelerator.device, splits))
+        loader = build_loader(recipe, run.manifest, accelerator.device, splits)
+        check_teacher(find_task(recipe.task), config, source.teacher, loader)
     blocks: list[Block] = []
     if accelerator.is_main_process:
         print(size_table(recipe, available, views))

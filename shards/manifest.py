@@ -25,7 +25,9 @@ VERSION = 1
 MANIFEST_ADVICE = "copy it again, or run the preparation again"
 """How to repair a folder with a damaged or missing file; the end of error messages."""
 
-MOST_MASK_CLASSES = 255
+IGNORED_VALUE = 255
+"""Value of a mask's pixel without a class: unlabelled in the data set, outside the image, or in a padded row."""
+MOST_MASK_CLASSES = IGNORED_VALUE
 """Largest number of classes of pixels: a mask has a byte for each pixel, and the last value means no class."""
 MOST_IDS = 10**8
 """Largest number of ids in a split: a sample's key has eight digits."""

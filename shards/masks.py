@@ -15,10 +15,9 @@ import numpy as np
 from PIL import Image
 
 from shards.jpeg import decode_jpeg
+from shards.manifest import IGNORED_VALUE
 from shards.plan import Unusable
 
-IGNORED_VALUE = 255
-"""Value of a pixel without a class."""
 REFUSED = -1
 """In the meaning of values: a value that a mask must not have."""
 COMPRESSION_LEVEL = 6

@@ -17,7 +17,8 @@ if not __package__:  # started as a script: Python put this folder, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shards.command import Parser, run_main
-from shards.masks import IGNORED_VALUE, meaning_of_values
+from shards.manifest import IGNORED_VALUE
+from shards.masks import meaning_of_values
 from shards.pairs import find_pairs, prepare_masked
 from shards.upright import add_upright_options
 

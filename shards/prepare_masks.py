@@ -27,7 +27,8 @@ from shards.choice import set_aside
 from shards.classes import read_classes, read_lines
 from shards.command import Parser, run_main, share
 from shards.layouts import SUFFIXES, VALIDATION
-from shards.masks import IGNORED_VALUE, Meaning, meaning_of_values
+from shards.manifest import IGNORED_VALUE
+from shards.masks import Meaning, meaning_of_values
 from shards.pairs import Endings, MaskedSplit, find_pairs, prepare_masked
 from shards.upright import add_upright_options
 

@@ -32,8 +32,8 @@ from shards.boxes import (
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_main
 from shards.foreign import ForeignShard, foreign_shards, scan_foreign
 from shards.jpeg import decode_jpeg, ends_in_grey
-from shards.manifest import Manifest, Shard, ShardTaskName, Split, read_manifest, sha256_of
-from shards.masks import IGNORED_VALUE, check_size, decode_mask, meaning_of_values, to_classes
+from shards.manifest import IGNORED_VALUE, Manifest, Shard, ShardTaskName, Split, read_manifest, sha256_of
+from shards.masks import check_size, decode_mask, meaning_of_values, to_classes
 from shards.plan import Unusable
 from shards.read import load_samples, load_targets, sample_dtype, samples_path, targets_path
 from shards.scan import Scan, index_fits, scan_shard

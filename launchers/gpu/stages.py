@@ -113,7 +113,7 @@ def imagenet_run(options: Options, method: str) -> list[str]:
     overrides = [f"method={method}", f"data.path={options.inputs / 'imagenet'}", "data.loader=synthetic"]
     overrides += [f"data.size={options.imagenet_size}", f"batch={options.imagenet_batch}"]
     if method != "ce":
-        overrides += [f"teacher.weights={options.inputs / 'resnet50.pt'}", "teacher.expect_top1=null"]
+        overrides += [f"teacher.weights={options.inputs / 'resnet50.pt'}", "teacher.expect=null"]
     return [IMAGENET_PAIR, *overrides]
 
 

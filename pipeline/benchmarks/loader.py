@@ -22,6 +22,7 @@ from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.requests import BatchSampler, SampleRequest
 from pipeline.distributed import collectives
 from pipeline.runs.identity import Run
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import CachedTeacher
 
 EPOCHS = 2**31
@@ -36,9 +37,9 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
 
     ``read`` makes requests: order, geometry, encoded images in memory, rows of a teacher's cache. ``decode`` makes
     pixels from requests that were read before. ``loader`` is both together. ``native reader`` is DALI's own, if the
-    recipe decodes with DALI, and its images have one size. The page cache is not emptied, so a data set that fits into
-    memory is measured as in its later epochs. With ``loader: memory`` a request is for many batches, so only ``loader``
-    is measured.
+    recipe decodes with DALI, and its images have no masks and no buckets. The page cache is not emptied, so a data set
+    that fits into memory is measured as in its later epochs. With ``loader: memory`` a request is for many batches, so
+    only ``loader`` is measured.
     """
     loader = open_training(run, run.recipe, device)
     reading = ReadBenchmark(loader.plan)
@@ -49,10 +50,8 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
         requests = _first_requests(loader.plan, steps)
         parts = {"read": reading.requests(), "decode": other.decoders["train"](cycle(requests))}
     parts["loader"] = stream(loader)
-    if run.recipe.data.loader == "dali" and run.recipe.data.crop != "keep_ratio":
-        from pipeline.data.native import native_decoder  # loads DALI
-
-        parts["native reader"] = native_decoder(loader.plan, loader.settings, device)
+    if run.recipe.data.loader == "dali":
+        parts |= _native_reader(run, loader, device)
     images = steps * loader.plan.micro_batch
     ahead = items_ahead(loader.settings)
     measured = measure_in_turn(
@@ -61,6 +60,17 @@ def measure_loading(run: Run, device: torch.device, *, repeats: int, warmup: int
     if collectives.is_main() and "read" in parts:
         print(reading)
     return measured
+
+
+def _native_reader(run: Run, loader: Loader, device: torch.device) -> dict[str, Items]:
+    """Return DALI's own reader as a part; nothing, with a note, for images with masks or buckets, which it has not."""
+    if find_task(run.recipe.task).of_pixels or run.recipe.data.crop == "keep_ratio":
+        if collectives.is_main():
+            print("note: native reader: it has no masks and no buckets, so it is not measured")
+        return {}
+    from pipeline.data.native import native_decoder  # loads DALI
+
+    return {"native reader": native_decoder(loader.plan, loader.settings, device)}
 
 
 def measure_in_turn(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from pipeline.builders.inheriting import inherit_weights
-from pipeline.builders.student import build_student, check_optimizer_section, load_start, student_spec
+from pipeline.builders.student import (
+    build_student,
+    check_optimizer_section,
+    load_start,
+    note_untrained_head,
+    student_spec,
+)
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import display_path, error_context
@@ -31,6 +37,7 @@ def build_distiller(
     load_start(run, student)
     inherit_weights(run, student.model)
     check_optimizer_section(recipe, student.model)  # before the folder is opened
+    note_untrained_head(recipe, student)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         spec.probe(student, validation_size)  # an error now, not after the first epoch
     facts = Facts(

@@ -27,6 +27,7 @@ from pipeline.data.holdout import used_rows
 from pipeline.data.mixer import unmixed_targets
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
+from pipeline.distributed.sync_batchnorm import check_batchnorms
 from pipeline.errors import RecipeError, error_context, one_line
 from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.image_size import Resolution, height_width
@@ -81,6 +82,9 @@ def probe_models(
     spec = student_spec(recipe.student, recipe.taps.student)._replace(synced=False)
     student = measure(spec, num_classes, recipe.data.size)
     spec.check_task(student[1], recipe.task)
+    if recipe.student.sync_batchnorm:
+        with error_context("student.sync_batchnorm"):
+            check_batchnorms(student[1].model)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
     specs = teacher_specs(recipe, sources)

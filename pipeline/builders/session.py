@@ -103,7 +103,7 @@ def _build(
         teacher = parts.teacher(run, device)
         loader = parts.loader(run, device, teacher)
         distiller = build_distiller(run, loader, teacher, device, weights_layout(recipe, launch))
-        parts.check_teacher_accuracy(recipe.teacher, teacher, loader)
+        parts.check_teacher(recipe, teacher, loader)
     if not loader.has_validation:
         accelerator.print(f"note: {recipe.data.path} has no validation split: this run is not evaluated")
     return loader, teacher, distiller

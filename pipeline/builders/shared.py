@@ -10,13 +10,14 @@ from torch import nn
 
 from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import build_teacher, teacher_networks
+from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.runs.identity import Run
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
-from pipeline.teachers.config import Config
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
-from pipeline.training.evaluation import check_teacher_accuracy
+from pipeline.training.evaluation import check_teacher
 
 
 class SharedParts:
@@ -70,11 +71,11 @@ class SharedParts:
                 )
         return self.loaders[key]
 
-    def check_teacher_accuracy(self, config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
+    def check_teacher(self, recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:
         """Check the teacher once, as the function of that name does."""
-        check = (id(teacher), config and config.expect_top1)
+        check = (id(teacher), recipe.teacher and recipe.teacher.expect)
         if check not in self.checked:
-            check_teacher_accuracy(config, teacher, loader)
+            check_teacher(find_task(recipe.task), recipe.teacher, teacher, loader)
             self.checked.add(check)
 
 

@@ -25,6 +25,7 @@ from pipeline.runs.card import Card
 from pipeline.runs.dependencies import finished
 from pipeline.runs.files import STUDENT, check_student
 from pipeline.runs.identity import Run
+from pipeline.tasks._registry import find_task
 
 
 def student_spec(config: StudentConfig, taps: frozenset[str]) -> ModelSpec:
@@ -92,6 +93,13 @@ def check_optimizer_section(recipe: Recipe, model: nn.Module) -> None:
         check_optimizer(recipe.optimizer)
     with error_context("optimizer.rates"):
         rate_multipliers(model, recipe.optimizer.rates)
+
+
+def note_untrained_head(recipe: Recipe, student: FeatureTaps) -> None:
+    """Print a note if the student of masks has an auxiliary head that no loss reads: it is saved as it began."""
+    if find_task(recipe.task).of_pixels and "aux" in student.stages and "aux" not in recipe.taps.student:
+        advice = "set losses.segmentation.aux_weight, or leave the head out by student.arguments={aux: false}"
+        print_note("student", f"no loss trains its auxiliary head, which is saved as it began; {advice}")
 
 
 def print_note(key: str, note: str) -> None:

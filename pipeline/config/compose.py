@@ -202,6 +202,14 @@ def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in kept}
 
 
+def _no_keys(constant: str, value: Any) -> str:
+    """Return why keys cannot be laid on a constant that is no mapping, and what to do."""
+    if value is not None:
+        return f"{constant} is a single value, {value!r}, and has no keys"
+    name = constant.removeprefix("${").removesuffix("}")
+    return f"{constant} is null in this recipe; remove the override, or set all keys by constants.{name}={{…}}"
+
+
 class _Constants:
     """The constants of a recipe, and their replacement in its tree."""
 
@@ -229,7 +237,7 @@ class _Constants:
             for key, below in value.items():
                 found = self.fill(below, at if key == _UNDER else (*at, str(key)))
                 if key == _UNDER and not isinstance(found, dict):
-                    raise RecipeError(f"{self.location(at)}: {below} is a single value, {found!r}, and has no keys")
+                    raise RecipeError(f"{self.location(at)}: {_no_keys(below, found)}")
                 _merge(filled, found if key == _UNDER else {key: found}, None, {})
             return filled
         if isinstance(value, list):

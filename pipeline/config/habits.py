@@ -58,6 +58,7 @@ _KEYS = {
     "schedule.warmup_rate": "warmup_init_lr warmup_lr",
     "student.compile or teacher.compile": "compile torch_compile torchcompile",
     "student.model": "arch backbone model model_name net network student_arch student_model",
+    "teacher.expect": "expect_top1",
     "teacher.model": "model_t teacher_arch teacher_model teacher_name",
     "teacher.weights": "path_t teacher_checkpoint teacher_ckpt teacher_path teacher_weights",
     "teacher.weights or student.start.weights": "init_checkpoint pretrained pretrained_weights weights",

@@ -271,10 +271,13 @@ class Recipe(FrozenModel):
         moved = any(name in task.targets for name in _CROPS)
         if moved and self.teacher.size is not None:  # it makes squares, in which masks and boxes are elsewhere
             raise ValueError(f"teacher.size resizes images to squares, and this is task: {self.task}; remove it")
-        # Both are about a softmax over the classes.
-        keys = {"expect_top1": self.teacher.expect_top1 is not None, "members": bool(self.teacher.members)}
-        if found := [key for key, given in keys.items() if given]:
-            raise ValueError(f"teacher.{found[0]} needs images of one class, and this is task: {self.task}; remove it")
+        if task.of_boxes and self.teacher.expect is not None:
+            raise ValueError(
+                f"teacher.expect: the teacher of task: {self.task} finds no boxes while it teaches; measure it with "
+                "evaluate.py, and remove expect"
+            )
+        if self.teacher.members:  # their mean is that of a softmax over the classes
+            raise ValueError(f"teacher.members needs images of one class, and this is task: {self.task}; remove it")
         return self
 
     @model_validator(mode="after")
@@ -455,6 +458,8 @@ def _load_one(source: RecipeSource, overrides: Sequence[str], *, losses: bool = 
     origins: Origins = {}
     path = source.path
     tree = compose(source, overrides, origins)
+    if path.name == _SAVED_RECIPE and (path.parent / _BESIDE_IT).is_file():
+        _rename_saved_keys(tree, origins)
     if not losses:
         tree["losses"] = {}
     _unpack_models(tree)
@@ -468,6 +473,20 @@ def _load_one(source: RecipeSource, overrides: Sequence[str], *, losses: bool = 
     # After validation, because pydantic takes true as the number 1; only the typed recipe shows where.
     check_switches(tree, dump_recipe(recipe), origins, display_path(path))
     return recipe
+
+
+_SAVED_RECIPE, _BESIDE_IT = "recipe.yaml", "identity.json"
+_NEW_NAMES = {("teacher", "expect_top1"): "expect"}
+"""New names of keys, by section and old name, for the recipes in folders of runs that earlier code began."""
+
+
+def _rename_saved_keys(tree: dict[str, Any], origins: Origins) -> None:
+    """Give the keys of a run's own copy of its recipe the names that they have today."""
+    for (section, old), new in _NEW_NAMES.items():
+        if isinstance(keys := tree.get(section), dict) and old in keys:
+            keys[new] = keys.pop(old)
+        if (section, old) in origins:
+            origins[section, new] = origins.pop((section, old))
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from pipeline.data.jpeg_engine import uses_engine
 from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.read_ahead import cuda_index
 from pipeline.data.requests import SampleRequest, describe_sample
-from pipeline.tasks._masks import IGNORED, MASK
+from pipeline.tasks._masks import MASK
+from shards.manifest import IGNORED_VALUE
 from shards.read import SplitReader
 
 RESIZE = "linear, antialiased"
@@ -295,7 +296,7 @@ def with_masks(batch: Batch, masks_BHW1: Tensor, request: SampleRequest) -> Batc
     """Return the batch with the masks of its images among its targets; padded rows have no class anywhere."""
     masks_BHW, padded_B = masks_BHW1[..., 0], request.ids_B < 0
     if padded_B.any():
-        masks_BHW = masks_BHW.masked_fill(padded_B.to(masks_BHW.device)[:, None, None], IGNORED)
+        masks_BHW = masks_BHW.masked_fill(padded_B.to(masks_BHW.device)[:, None, None], IGNORED_VALUE)
     return batch._replace(targets={**batch.targets, MASK: masks_BHW})
 
 

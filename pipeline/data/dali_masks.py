@@ -18,7 +18,7 @@ from pipeline.data.dali import DecodingGraph, Pipeline, decoding, fn, new_pipeli
 from pipeline.data.loader_settings import LoaderSettings
 from pipeline.data.requests import SampleRequest
 from pipeline.image_size import height_width
-from pipeline.tasks._masks import IGNORED
+from shards.manifest import IGNORED_VALUE
 
 
 class MaskedInputs(NamedTuple):
@@ -78,7 +78,7 @@ def create_masked_pipeline(
         masks = fn.decoders.image(masks, device="cpu", output_type=types.GRAY, adjust_orientation=False)
         masks = fn.resize(masks, size=resized, interp_type=types.INTERP_NN)
         masks = fn.flip(fn.slice(masks, start=crops, shape=shapes, axes=(0, 1)), horizontal=flips)
-        masks = _padded(masks, config, IGNORED)
+        masks = _padded(masks, config, IGNORED_VALUE)
         pipeline.set_outputs(_padded(images, config, 0), masks.gpu() if device.type == "cuda" else masks)
     return pipeline
 

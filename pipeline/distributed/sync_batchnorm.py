@@ -42,18 +42,25 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 def synchronize_batchnorms(model: nn.Module) -> None:
     """Replace every BatchNorm2d of a network by one over the rows of all ranks, with the same parameters.
 
-    Raises ValueError for a BatchNorm of another kind, which may compute more.
+    Raises ValueError if ``check_batchnorms`` does.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    for norm in norms:
-        _check_norm(norm)
+    check_batchnorms(model)
     if not read_launch().on_cpu:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if child in norms:
+            if isinstance(child, _BatchNorm):
                 setattr(module, name, _synced(child))
+
+
+def check_batchnorms(model: nn.Module) -> None:
+    """Raise ValueError for a network without BatchNorm, or with one of another kind, which may compute more."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm to synchronise; remove sync_batchnorm")
+    for norm in norms:
+        _check_norm(norm)
 
 
 def _check_norm(norm: _BatchNorm) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import all_reduce_mean, world_size
-from pipeline.tasks._masks import IGNORED, MASK, masks_at
+from pipeline.tasks._masks import MASK, masks_at
+from shards.manifest import IGNORED_VALUE
 
 
 class LabelledPixels(NamedTuple):
@@ -29,7 +30,7 @@ def label_pixels(batch: Batch, student_BKHW: Tensor, teacher_BKHW: Tensor) -> La
     This is a collective: every rank must call it.
     """
     labels_R = masks_at(batch.targets[MASK], *student_BKHW.shape[2:]).flatten().long()
-    has_class_R = labels_R != IGNORED
+    has_class_R = labels_R != IGNORED_VALUE
     student_RK, teacher_RK = (
         Outputs(logits, {}).logits_BK.masked_fill(~has_class_R[:, None], 0.0) for logits in (student_BKHW, teacher_BKHW)
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.distributed.collectives import gather_rows, world_size
-from pipeline.losses._base import Loss
+from pipeline.losses._base import Facts, Loss
 from pipeline.precision import autocast
 
 
@@ -28,6 +28,14 @@ def checked_scope(scope: str) -> str:
 
 StatScope = Annotated[str, AfterValidator(checked_scope)]
 """Rows that a statistic covers: all ranks', this rank's, or with ``ghost:N`` each N consecutive rows of this rank."""
+
+
+def check_groups(name: str, scope: str, facts: Facts) -> None:
+    """Raise ValueError for a loss whose rows are pixels of a map of logits: groups of them are no groups of images."""
+    if scope.startswith("ghost") and len(facts.student_shapes.get("logits", ())) == 3:
+        raise ValueError(
+            f"{name}: stat_scope: {scope} would group pixels of maps of logits, not images; set it to global or rank"
+        )
 
 
 def group_size(scope: str, rows: int) -> int | None:

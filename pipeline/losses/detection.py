@@ -19,6 +19,7 @@ REGRESSION_TAP = "regression"
 PARTS = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "centre"}
 """Names of the parts, by torchvision's."""
 
+
 class DetectionLoss(Loss):
     """The focal loss of the classes and the loss of the boxes of the anchors that are matched with a box.
 
@@ -76,6 +77,7 @@ class DetectionLoss(Loss):
                 found = {name: value * (matched / positives) for name, value in found.items()}
             total = {name: total[name] + value if total else value for name, value in found.items()}
         return {PARTS[name]: value if positives is not None else value / images for name, value in total.items()}
+
 
 def _boxes_to_find(batch: Batch, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """Return the boxes and classes of each image, as torchvision names them, without padding and crowds."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import global_sum
+from pipeline.losses._base import Facts
 from pipeline.losses._class_maps import ClassMapLoss
 from pipeline.losses._functional import rounding, sum_levels
-from pipeline.losses._rows import StatScope, group_size, mean_by_rows
+from pipeline.losses._rows import StatScope, check_groups, group_size, mean_by_rows
 
 _EPS = 1e-8
 """ε in the denominator of the published code's cosine."""
@@ -94,6 +95,10 @@ class DIST(ClassMapLoss):
         """Temperature T by which both networks' logits are divided."""
         stat_scope: StatScope = "global"
         """Rows of the intra-class term: ``global`` (all ranks'), ``rank`` (as published) or ``ghost:N``."""
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        check_groups("dist", config.stat_scope, facts)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``inter`` and ``intra``."""

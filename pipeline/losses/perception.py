@@ -11,7 +11,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pipeline.distributed.collectives import standardize_both, standardize_columns
-from pipeline.losses._rows import StatScope, group_size
+from pipeline.losses._base import Facts
+from pipeline.losses._rows import StatScope, check_groups, group_size
 from pipeline.losses._transform import LogitTransform
 
 
@@ -41,6 +42,10 @@ class Perception(LogitTransform):
         """Term added to the variance. The paper has none, and would divide by zero."""
         stat_scope: StatScope = "global"
         """Rows of the statistics: ``global`` (all ranks'), ``rank`` (this rank's) or ``ghost:N`` (each N of a rank)."""
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
+        check_groups("perception", config.stat_scope, facts)
 
     def transform(self, student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return both perception matrices.

@@ -7,7 +7,8 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Loss, Taps
 from pipeline.losses._pixels import mean_count
-from pipeline.tasks._masks import IGNORED, MASK, upsampled
+from pipeline.tasks._masks import MASK, upsampled
+from shards.manifest import IGNORED_VALUE
 
 AUX_TAP = "aux"
 """Tap of the auxiliary head's logits."""
@@ -39,7 +40,7 @@ class SegmentationLoss(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``segmentation``, and ``aux`` of the auxiliary head."""
         mask_BHW = batch.targets[MASK]
-        pixels = mean_count(mask_BHW != IGNORED).to(student.logits.dtype)
+        pixels = mean_count(mask_BHW != IGNORED_VALUE).to(student.logits.dtype)
         parts = {"segmentation": pixel_cross_entropy(student.logits, mask_BHW) / pixels}
         if self.config.aux_weight:
             of_head = pixel_cross_entropy(student.features[AUX_TAP], mask_BHW)
@@ -52,8 +53,8 @@ def pixel_cross_entropy(logits_BKHW: Tensor, mask_BHW: Tensor) -> Tensor:
     logits_BKHW = upsampled(logits_BKHW, mask_BHW)
     # F.cross_entropy of a map adds in no fixed order on a GPU.
     log_p_BHW = logits_BKHW.log_softmax(1).gather(1, _as_index(mask_BHW))[:, 0]
-    return -log_p_BHW.masked_fill(mask_BHW == IGNORED, 0.0).sum()
+    return -log_p_BHW.masked_fill(mask_BHW == IGNORED_VALUE, 0.0).sum()
 
 
 def _as_index(mask_BHW: Tensor) -> Tensor:
-    return mask_BHW.masked_fill(mask_BHW == IGNORED, 0)[:, None].to(torch.int64)
+    return mask_BHW.masked_fill(mask_BHW == IGNORED_VALUE, 0)[:, None].to(torch.int64)

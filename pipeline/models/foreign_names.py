@@ -1,7 +1,8 @@
 """Names that well-known code gives to weights of networks that have other names here.
 
 RepDistiller's and mdistiller's networks for CIFAR are the same as this project's, layer by layer. So is mmdetection's
-RetinaNet, whose P6 is computed from C5. Torchvision's published DenseNets have the names of its first release. A family is a function from our name to the foreign name.
+RetinaNet, whose P6 is computed from C5. Torchvision's published DenseNets have the names of its first release.
+A family is a function from our name to the foreign name.
 """
 
 from __future__ import annotations

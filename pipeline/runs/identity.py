@@ -268,6 +268,8 @@ def identity(
     name_by_content(tree, recipe, [teacher_run.recipe for teacher_run in teachers], run, manifest.num_classes)
     if tree["student"]["start"] and start:
         tree["student"]["start"]["recipe"] = start
+    if teacher:
+        teacher["expect_top1"] = teacher.pop("expect")  # its name in the identities of old runs
     if teacher.get("cache"):
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
     _name_loss_runs(tree, recipe, of_losses, begun)

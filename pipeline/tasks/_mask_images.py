@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.tasks._masks import IGNORED
+from shards.manifest import IGNORED_VALUE
 
 _GREY = (128, 128, 128)
 """Of pixels without a class; no class is grey."""
@@ -22,7 +22,7 @@ _RATIO = 1.324717957244746
 
 def palette() -> NDArray[np.uint8]:
     """Return the colours of all values of a mask, uint8 [256, 3], the same for any number of classes."""
-    colours = [_color(number) for number in range(IGNORED)]
+    colours = [_color(number) for number in range(IGNORED_VALUE)]
     return np.concatenate([(np.array(colours) * 255).round(), [_GREY]]).astype(np.uint8)
 
 
@@ -33,7 +33,7 @@ def _color(number: int) -> tuple[float, float, float]:
 
 def class_color(number: int) -> str:
     """Return the colour of a class for HTML, such as ``#2f6ca8``."""
-    return f"#{palette()[number % IGNORED].tobytes().hex()}"
+    return f"#{palette()[number % IGNORED_VALUE].tobytes().hex()}"
 
 
 def palette_png(mask_HW: NDArray[np.uint8]) -> bytes:

@@ -1,6 +1,7 @@
 """Masks: the class of every pixel of an image, as segmentation's target.   B batch, H W pixels, K classes.
 
-A value below K is a class. ``IGNORED`` marks pixels of no class, which no loss and no metric counts.
+A value below K is a class. ``IGNORED_VALUE`` of ``shards.manifest`` marks pixels of no class, which no loss and no
+metric counts.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from torch import Tensor
 
 MASK = "mask_BHW"
 """Name of the targets: uint8 [B, H, W], the class of each pixel of the image."""
-IGNORED = 255
-"""Value of a pixel without a class: unlabelled in the data set, outside the image, or in a padded row."""
 
 
 def masks_at(mask_BHW: Tensor, height: int, width: int) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import all_reduce_sum
 from pipeline.tasks._base import Details, Evaluation, Seen, Task
-from pipeline.tasks._masks import IGNORED, MASK, masks_at, upsampled
+from pipeline.tasks._masks import MASK, masks_at, upsampled
+from shards.manifest import IGNORED_VALUE
 
 
 class Segmentation(Task):
@@ -39,7 +40,7 @@ class Segmentation(Task):
         """Return the share of right pixels, at the size of the logits."""
         labels_BHW = masks_at(batch.targets[MASK], *outputs.logits.shape[2:])
         right = (outputs.logits.argmax(1) == labels_BHW).sum()
-        return 100 * right.float() / (labels_BHW != IGNORED).sum().clamp(min=1)
+        return 100 * right.float() / (labels_BHW != IGNORED_VALUE).sum().clamp(min=1)
 
     def see(self, outputs: Outputs, batch: Batch) -> Seen:
         """Return int64 [K·K]: pixels by class and prediction; float64 [2]: cross-entropy of all, and images."""
@@ -103,7 +104,7 @@ def _count_pixels(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _has_class(batch: Batch) -> Tensor:
     """Return which pixels count, bool [B, H, W]: those with a class, in rows that are no padding."""
-    return (batch.targets[MASK] != IGNORED) & (batch.labels_B >= 0)[:, None, None]
+    return (batch.targets[MASK] != IGNORED_VALUE) & (batch.labels_B >= 0)[:, None, None]
 
 
 def square(counts: Tensor) -> Tensor:

@@ -88,8 +88,9 @@ class Config(TeacherNetwork):
     """Settings of the moving average of the student's weights, which is then the teacher."""
     batch: PositiveInt | None = None
     """Images per forward of the teacher, whatever the batch; default: a rank's rows at the first start of the run."""
-    expect_top1: float | None = Field(default=None, ge=0, le=100)
-    """Smallest top-1 accuracy on the validation images, in percent; below it no run starts and no cache is written."""
+    expect: float | None = Field(default=None, ge=0, le=100)
+    """Smallest value of the task's main metric on the validation images, in percent: top-1, mAP or mIoU. Below it no
+    run starts, and no cache is written."""
     cache: str | None = None
     """Folder of outputs written by ``cache_teacher.py``. They replace the network, which is then not loaded."""
     fallback: Literal["live"] | None = None
@@ -103,7 +104,7 @@ class Config(TeacherNetwork):
     def _complete(self) -> Self:
         kind = next((key for key in _BESIDE if getattr(self, key) is not None), None)
         given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
-        allowed = {kind, *_BESIDE[kind]} if kind else {*TeacherNetwork.model_fields, "batch", "expect_top1", *_CACHE}
+        allowed = {kind, *_BESIDE[kind]} if kind else {*TeacherNetwork.model_fields, "batch", "expect", *_CACHE}
         if stray := sorted(given - allowed):
             kind_text = kind or "a single network, without members"
             raise ValueError(f"{', '.join(stray)} cannot be combined with {kind_text}; remove {', '.join(stray)}")
@@ -116,10 +117,10 @@ class Config(TeacherNetwork):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")
         if any(member.head for member in self.members or ()):
             raise ValueError("members: their logits are mixed, and head: none leaves them out; remove head")
-        if self.head and self.expect_top1 is not None:
-            raise ValueError("expect_top1 needs the logits, which head: none leaves out; remove expect_top1")
-        if self.combine == "confidence" and self.expect_top1 is not None:
-            raise ValueError("expect_top1 has no meaning with combine: confidence, which uses the labels; remove it")
+        if self.head and self.expect is not None:
+            raise ValueError("expect needs the logits, which head: none leaves out; remove expect")
+        if self.combine == "confidence" and self.expect is not None:
+            raise ValueError("expect has no meaning with combine: confidence, which uses the labels; remove it")
         return self
 
     @property
@@ -144,5 +145,5 @@ class Config(TeacherNetwork):
 
 
 _CACHE = ("cache", "fallback", "accept", "encode")
-_BESIDE = {"members": ("combine", "temperature", "batch", "expect_top1", *_CACHE), "average": ("dtype", "batch")}
+_BESIDE = {"members": ("combine", "temperature", "batch", "expect", *_CACHE), "average": ("dtype", "batch")}
 """Keys that may be combined with ``members`` or ``average``."""

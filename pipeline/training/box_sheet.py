@@ -16,7 +16,6 @@ from pipeline.batch import Batch, Outputs
 from pipeline.data.config import BUCKETS, Config
 from pipeline.tasks._boxes import BOXES, CLASSES, CROWD, DETECTIONS, LIKELY, SIZES
 from pipeline.tasks._mask_images import palette
-from pipeline.tasks._masks import IGNORED
 from pipeline.training.image_sheet import (
     LONGEST,
     DrawnSheet,
@@ -27,6 +26,7 @@ from pipeline.training.image_sheet import (
     keep_smallest,
     network_columns,
 )
+from shards.manifest import IGNORED_VALUE
 
 _LINE = 2
 """Pixels of a box's line."""
@@ -111,6 +111,6 @@ def _with_boxes(image_hwC: NDArray[np.uint8], boxes_N5: NDArray[np.float64], fac
     canvas, colours = ImageDraw.Draw(image), palette().tolist()
     for *edges, label in boxes_N5.tolist():
         left, top, right, bottom = (round(edge * factor) for edge in edges)
-        color = tuple(colours[IGNORED if label == _CROWD else int(label) % IGNORED])
+        color = tuple(colours[IGNORED_VALUE if label == _CROWD else int(label) % IGNORED_VALUE])
         canvas.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=_LINE)
     return np.asarray(image)

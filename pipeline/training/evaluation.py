@@ -13,7 +13,6 @@ from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context
 from pipeline.features.taps import FeatureTaps, evaluating
 from pipeline.tasks._base import Evaluation, Task
-from pipeline.tasks.classification import Classification
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.teachers.config import Config
 from pipeline.teachers.ensemble import TeacherEnsemble
@@ -36,21 +35,21 @@ def evaluate(task: Task, student: FeatureTaps, batches: Iterable[Batch], acceler
         return measure_split(task, lambda batch: student(batch.images_BCHW), batches)
 
 
-def check_teacher_accuracy(config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
-    """Raise RecipeError if the teacher's top-1 is below the recipe's ``expect_top1``.
+def check_teacher(task: Task, config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
+    """Raise RecipeError if the task's main metric of the teacher is below the recipe's ``expect``.
 
     A cached teacher has no answers for validation images. It was checked before its cache was written.
     """
-    expected = config.expect_top1 if config else None
+    expected = config.expect if config else None
     if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
         return
     if not loader.has_validation:
         folder = loader.plan.config.path
-        raise RecipeError(f"teacher.expect_top1: {folder} has no validation images to measure the teacher on")
-    measured = evaluate_teacher(Classification(), teacher, loader).main
+        raise RecipeError(f"teacher.expect: {folder} has no validation images to measure the teacher on")
+    measured = evaluate_teacher(task, teacher, loader).main
     if measured < expected:
         raise RecipeError(
-            f"teacher.expect_top1: the teacher reaches {measured:.2f} of the expected {expected}; "
+            f"teacher.expect: the teacher reaches {task.title} {measured:.2f} of the expected {expected}; "
             "check its weights, mean, std and classes"
         )
 

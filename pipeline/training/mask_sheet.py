@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.data.config import Config
 from pipeline.tasks._mask_images import palette
-from pipeline.tasks._masks import IGNORED, MASK, masks_at, upsampled
+from pipeline.tasks._masks import MASK, masks_at, upsampled
 from pipeline.training.image_sheet import (
     LONGEST,
     DrawnSheet,
@@ -26,6 +26,7 @@ from pipeline.training.image_sheet import (
     keep_smallest,
     network_columns,
 )
+from shards.manifest import IGNORED_VALUE
 
 
 class MaskSamples:
@@ -65,7 +66,7 @@ class MaskSamples:
         cells_NChw = rows.view(len(rows), -1, *self._shape).to(torch.uint8).cpu().numpy()
         images_NhwC, masks_NMhw = cells_NChw[:, :3].transpose(0, 2, 3, 1), cells_NChw[:, 3:]
         cells = [[image, *palette()[masks]] for image, masks in zip(images_NhwC, masks_NMhw, strict=True)]
-        classes = tuple(int(value) for value in np.unique(masks_NMhw) if value != IGNORED)
+        classes = tuple(int(value) for value in np.unique(masks_NMhw) if value != IGNORED_VALUE)
         return DrawnSheet("masks", cells_as_png(cells), ("image", "truth", *self._networks), classes)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from masked import write_masked
 from resolved import run_of
 from shard_factory import CPU, config_of, join, open_loader
 
@@ -38,6 +39,15 @@ def run(folder: Path, *words: str) -> Run:
 
 def loaded(folder: Path, *words: str) -> LoadedRecipe:
     return load_recipe(RECIPE, ["method=ce", f"data.path={folder}", "data.size=16", "batch=4", *words])
+
+
+def test_a_reader_that_leaves_masks_out_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = write_masked(tmp_path / "masked", 9, 3, size=(48, 40))
+    words = ["task=segmentation", "losses={ce: null, segmentation: {}}", f"data.path={folder}", "data.resize=null"]
+    sizes = ["data.crop=scaled", "data.size=16", "data.validation_size=16", "data.scale=null", "batch=4"]
+    parts = measure_loading(run_of(RECIPE, ["method=ce", *words, *sizes]), CPU, repeats=1, warmup=1, steps=2)
+    assert [part.name for part in parts] == ["read", "decode", "loader"]
+    assert "note: native reader: it reads no masks, so it is not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

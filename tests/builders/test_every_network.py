@@ -36,7 +36,7 @@ def check(recipe: Path, student: str, teacher: str, *more: str) -> set[str]:
     networks = (f"student.model={student}", f"teacher.model={teacher}", "teacher.weights=none.pt")
     sizes = ("data.classes=1000", "data.samples=2000", "data.path=no/shards", "data.resize=320", "data.size=299")
     sizes = sizes if "inception_v3" in (student, teacher) else sizes[:3]
-    loaded = load_recipe(recipe, [*networks, *sizes, "teacher.expect_top1=null", "batch=8", *more])
+    loaded = load_recipe(recipe, [*networks, *sizes, "teacher.expect=null", "batch=8", *more])
     return {part.partition("/")[0] for part in summarize(loaded).parts}
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from pipeline.builders.meta import probe
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.student import student_spec
-from pipeline.config.recipe import StudentConfig
+from pipeline.builders.summary import summarize
+from pipeline.config.recipe import StudentConfig, load_recipe
 from pipeline.errors import RecipeError
 from pipeline.features.names import tap_names
 from pipeline.models import create_model, plain_fpn, segmentation
@@ -69,3 +72,16 @@ def test_a_network_whose_norms_do_more_than_normalise_is_not_synchronised():
     config = StudentConfig(model="timm/efficientnet_b0", sync_batchnorm=True)
     with pytest.raises(RecipeError, match=r"^student\.sync_batchnorm: a BatchNormAct2d cannot be synchronised, only"):
         student_spec(config, frozenset()).build(5)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"), [("timm/efficientnet_b0", "a BatchNormAct2d cannot"), ("vit_b_16", "VisionTransformer has no")]
+)
+def test_a_student_that_cannot_be_synchronised_is_refused_by_check(tmp_path: Path, model: str, told: str):
+    data = {"path": "nowhere", "size": 224, "classes": 5, "mean": [0.5] * 3, "std": [0.25] * 3}
+    strategy = {"epochs": 1, "batch": 2, "schedule": {"kind": "constant", "rate": 0.1}}
+    student = {"model": model, "sync_batchnorm": True}
+    recipe = {"data": data, "student": student, "losses": {"ce": {}}, **strategy}
+    (tmp_path / "ce.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=f"student.sync_batchnorm: {told}"):
+        summarize(load_recipe(tmp_path / "ce.yaml"))

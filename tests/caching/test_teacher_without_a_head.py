@@ -148,10 +148,8 @@ def test_a_loss_of_ones_own_may_say_that_it_reads_no_logits(place: Path, monkeyp
 
 @pytest.mark.usefixtures("place")
 def test_what_needs_its_logits_says_so_in_one_line(place: Path, run_train: Command):
-    with pytest.raises(
-        RecipeError, match="expect_top1 needs the logits, which head: none leaves out; remove expect_top1"
-    ):
-        load_recipe(HEADLESS, ["teacher.expect_top1=50"])
+    with pytest.raises(RecipeError, match="expect needs the logits, which head: none leaves out; remove expect"):
+        load_recipe(HEADLESS, ["teacher.expect=50"])
     alone = ("teacher.model=null", "teacher.weights=null", "teacher.batch=null")
     members = "teacher.members=[{model: resnet18, weights: a.pt, head: none}]"
     with pytest.raises(

@@ -158,8 +158,8 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 
 def test_a_teacher_worse_than_expected_is_not_cached(place: Path, run_cache: Command):
-    with pytest.raises(RecipeError, match=r"expect_top1: the teacher reaches"):
-        run_cache("kd.yaml", "teacher.cache=cache", "teacher.expect_top1=99")
+    with pytest.raises(RecipeError, match=r"expect: the teacher reaches"):
+        run_cache("kd.yaml", "teacher.cache=cache", "teacher.expect=99")
     assert not (place / "cache").exists()
 
 

@@ -174,7 +174,7 @@ def test_what_makes_no_sense_for_boxes_is_refused_in_one_line(place: Path):
     for words, message in (
         (["losses.ce={}"], "the loss 'ce' compares images by their logits, and task: detection has those of anchors"),
         (["losses.kd={temperature: 4}"], "the loss 'kd' compares images by their logits"),
-        (["teacher.expect_top1=50"], "teacher.expect_top1 needs images of one class, and this is task: detection"),
+        (["teacher.expect=50"], "teacher.expect: the teacher of task: detection finds no boxes while it teaches"),
     ):
         with pytest.raises(RecipeError, match=message) as refused:
             load_recipe(place / "recipe.yaml", words)

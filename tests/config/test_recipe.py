@@ -184,6 +184,8 @@ def test_a_constant_that_is_a_mapping_may_be_changed_in_part(recipe: Path, tmp_p
         "losses.dkd={alpha: 1, beta: 2, temperature: '${dkd.temperature}'}",
         "losses.dkd.temperature.x=3",
     )
+    told = "losses.dkd: ${dkd} is null in this recipe; remove the override, or set all keys by constants.dkd={…}"
+    assert told in refused(child, "constants.dkd=null", "losses.dkd.beta=3")
     assert list(load_recipe(child, ["losses.dkd=null"]).recipe.losses) == ["ce"]
 
 

@@ -20,7 +20,8 @@ from pipeline.data.config import SCALE_FACTORS, Config
 from pipeline.data.loader import Loader, create_loader, transform_fingerprint
 from pipeline.data.requests import training_geometry
 from pipeline.image_size import height_width
-from pipeline.tasks._masks import IGNORED, MASK
+from pipeline.tasks._masks import MASK
+from shards.manifest import IGNORED_VALUE
 
 WIDTH, HEIGHT = 48, 40
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -80,8 +81,8 @@ def test_a_mask_takes_the_nearest_pixels_and_the_rest_of_the_crop_has_no_class(m
             height, width = expected_4HW.shape[1:]
             assert mask_HW.shape == (32, 52)
             assert (mask_HW[:height, :width] == expected_4HW).any(0).all()
-            assert (mask_HW[height:] == IGNORED).all()
-            assert (mask_HW[:, width:] == IGNORED).all()
+            assert (mask_HW[height:] == IGNORED_VALUE).all()
+            assert (mask_HW[:, width:] == IGNORED_VALUE).all()
             shapes.add((height, width))
     assert (32, 52) in shapes  # some crops are inside of their image, and others are not
     assert any(height < 32 for height, _ in shapes)
@@ -94,7 +95,7 @@ def test_an_image_has_the_colour_of_its_mask_away_from_edges(masked: Path):
     for batch in training(open_masked(config_of(masked))):
         for image_CHW, mask_HW in zip(batch.images_BCHW.numpy(), batch.targets[MASK].numpy(), strict=True):
             windows = np.lib.stride_tricks.sliding_window_view(mask_HW, (7, 7))
-            even = (windows == windows[..., :1, :1]).all((2, 3)) & (windows[..., 3, 3] != IGNORED)
+            even = (windows == windows[..., :1, :1]).all((2, 3)) & (windows[..., 3, 3] != IGNORED_VALUE)
             for y, x in np.argwhere(even) + 3:
                 inside += 1
                 assert image_CHW[:, y, x] == pytest.approx(colours_K3[mask_HW[y, x]], abs=1e-5)
@@ -139,14 +140,14 @@ def test_validation_shows_every_whole_image_once_and_padding_has_no_class(masked
             columns = batch.ids_B.tolist(), batch.images_BCHW, batch.targets[MASK]
             for number, image_CHW, mask_HW in zip(*columns, strict=True):
                 if number < 0:
-                    assert (mask_HW == IGNORED).all()
+                    assert (mask_HW == IGNORED_VALUE).all()
                     continue
                 assert number not in seen
                 seen[number] = mask_HW
                 pixels, mask = draw_masked(1000 + number, WIDTH, HEIGHT)
                 assert mask_HW[:HEIGHT, :WIDTH].tolist() == mask.tolist()
-                assert (mask_HW[HEIGHT:] == IGNORED).all()
-                assert (mask_HW[:, WIDTH:] == IGNORED).all()
+                assert (mask_HW[HEIGHT:] == IGNORED_VALUE).all()
+                assert (mask_HW[:, WIDTH:] == IGNORED_VALUE).all()
                 expected = (pixels / 255 - np.array(MEAN)) / np.array(STD)
                 assert image_CHW[:, :HEIGHT, :WIDTH].permute(1, 2, 0).numpy() == pytest.approx(expected, abs=1e-5)
                 assert image_CHW[:, HEIGHT:].abs().max() == image_CHW[:, :, WIDTH:].abs().max() == 0

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 WITHOUT_GPUS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 TINY = (
-    *("student.model=cifar_resnet8", "teacher.model=cifar_resnet20", "teacher.expect_top1=null", "precision=fp32"),
+    *("student.model=cifar_resnet8", "teacher.model=cifar_resnet20", "teacher.expect=null", "precision=fp32"),
     *("data.size=24", "data.resize=null", "data.crop=pad", "data.loader=memory", "batch=12"),
     *("schedule.rate=0.05", "journal.every_steps=1", "checkpoints={every_steps: 5, every_epochs: 0, poll_steps: 1}"),
 )

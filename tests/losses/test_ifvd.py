@@ -8,7 +8,7 @@ from loss_cases import example
 from torch import Tensor
 
 from pipeline.losses.ifvd import class_similarities, ifvd_loss
-from pipeline.tasks._masks import IGNORED
+from shards.manifest import IGNORED_VALUE
 
 
 def maps(seed: int, *shape: int) -> Tensor:
@@ -31,7 +31,7 @@ def test_a_centre_is_the_mean_of_its_class_in_the_same_image():
 def test_pixels_of_no_class_are_in_no_centre_and_count_with_a_difference_of_zero():
     student, teacher = maps(0, 2, 4, 3, 4), maps(1, 2, 5, 3, 4)
     mask = torch.randint(3, (2, 3, 4), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    mask[:, :, 2:] = IGNORED
+    mask[:, :, 2:] = IGNORED_VALUE
     whole = ifvd_loss(student, teacher, mask, 3)
     left = ifvd_loss(student[..., :2], teacher[..., :2], mask[..., :2], 3)
     assert whole.item() == pytest.approx(left.item() / 2, rel=1e-12)  # half of the pixels have a class
@@ -41,7 +41,7 @@ def test_pixels_of_no_class_are_in_no_centre_and_count_with_a_difference_of_zero
 
 def test_an_image_without_any_class_gives_zero_and_no_gradient():
     student = maps(0, 2, 4, 3, 4).requires_grad_()
-    mask = torch.full((2, 6, 8), IGNORED, dtype=torch.uint8)
+    mask = torch.full((2, 6, 8), IGNORED_VALUE, dtype=torch.uint8)
     loss = ifvd_loss(student, maps(1, 2, 4, 3, 4), mask, 3)
     loss.backward()
     assert loss.item() == 0
@@ -52,7 +52,7 @@ def test_an_image_without_any_class_gives_zero_and_no_gradient():
 def test_a_class_beyond_the_data_sets_counts_as_none():
     student, teacher = maps(0, 1, 4, 2, 2), maps(1, 1, 4, 2, 2)
     mask = torch.tensor([[[0, 0], [0, 7]]], dtype=torch.uint8)
-    ignored = mask.where(mask != 7, IGNORED)
+    ignored = mask.where(mask != 7, IGNORED_VALUE)
     assert ifvd_loss(student, teacher, mask, 3).item() == ifvd_loss(student, teacher, ignored, 3).item()
 
 

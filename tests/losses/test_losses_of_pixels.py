@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import known_losses, load_spec
-from pipeline.tasks._masks import IGNORED, MASK, masks_at
+from pipeline.tasks._masks import MASK, masks_at
+from shards.manifest import IGNORED_VALUE
 
 SPECS = {name: load_spec(name, config_of(name)) for name in known_losses()}
 OF_PIXELS = [name for name, spec in SPECS.items() if spec.takes_pixels and spec.reads_teachers_head]
@@ -28,7 +29,7 @@ def test_losses_of_logits_that_take_pixels_are_known():
 @pytest.mark.parametrize("name", [name for name in OF_PIXELS if "diff" not in name and name != "ddkd"])
 def test_a_loss_of_a_map_is_the_oracles_of_its_pixels(name: str):
     case = example(name, of_pixels=True)
-    mask_BHW = case.batch.targets[MASK].where(case.batch.targets[MASK] != IGNORED, 0)
+    mask_BHW = case.batch.targets[MASK].where(case.batch.targets[MASK] != IGNORED_VALUE, 0)
     case = case._replace(batch=case.batch._replace(targets={MASK: mask_BHW}))
     inputs = inputs_of(case, seed=3)._replace(labels=masks_at(mask_BHW, *MAP_SIZE).flatten().tolist())
     assert len(inputs.student_logits) == len(inputs.labels) == 6 * 3 * 4
@@ -42,7 +43,7 @@ def test_a_loss_of_a_map_is_the_oracles_of_its_pixels(name: str):
 def test_dkd_of_a_map_is_that_of_the_pixels_with_a_class():
     case = example("dkd", of_pixels=True)
     labels_R = masks_at(case.batch.targets[MASK], *MAP_SIZE).flatten()
-    known = (labels_R != IGNORED).nonzero()[:, 0].tolist()
+    known = (labels_R != IGNORED_VALUE).nonzero()[:, 0].tolist()
     assert 0 < len(known) < len(labels_R)
     inputs = inputs_of(case, seed=3)
     student, teacher = ([rows[row] for row in known] for rows in (inputs.student_logits, inputs.teacher_logits))
@@ -51,14 +52,14 @@ def test_dkd_of_a_map_is_that_of_the_pixels_with_a_class():
     assert case.total().item() == pytest.approx(expected["dkd"], rel=1e-10)
     case.total().backward()
     gradient_RK = Outputs(case.student.logits.grad, {}).logits_BK
-    assert (gradient_RK[labels_R == IGNORED] == 0).all()
+    assert (gradient_RK[labels_R == IGNORED_VALUE] == 0).all()
     assert (gradient_RK[known] != 0).any(1).all()
 
 
 def test_perception_standardises_over_all_pixels_and_its_dkd_reads_those_with_a_class():
     case = example("perception", load_spec("perception", {"inner": {"dkd": DKD}}), of_pixels=True)
     labels_R = masks_at(case.batch.targets[MASK], *MAP_SIZE).flatten()
-    known = labels_R != IGNORED
+    known = labels_R != IGNORED_VALUE
 
     def standardized(rows_RK: Tensor) -> Tensor:
         return (rows_RK - rows_RK.mean(0)) / (rows_RK.var(0, correction=0) + 1e-5).sqrt()
@@ -134,7 +135,7 @@ def uneven(rank: int, world: int, name: str) -> list[float]:
     """Return the parts of a loss and its gradient's sum, on a rank's images; the first images have few known pixels."""
     case = example(name, rows=4, of_pixels=True)
     mask_BHW = case.batch.targets[MASK].clone()
-    mask_BHW[:2, 3:] = IGNORED
+    mask_BHW[:2, 3:] = IGNORED_VALUE
     case = case._replace(batch=case.batch._replace(targets={MASK: mask_BHW}))
     size = 4 // world
     case = case.at(list(range(rank * size, (rank + 1) * size)))
@@ -154,7 +155,7 @@ def test_two_ranks_with_unequal_numbers_of_known_pixels_are_one_process(name: st
 def test_images_without_any_class_train_nothing_and_end_no_run():
     for name in ("segmentation", "dkd"):
         case = example(name, of_pixels=True)
-        empty = torch.full_like(case.batch.targets[MASK], IGNORED)
+        empty = torch.full_like(case.batch.targets[MASK], IGNORED_VALUE)
         case = case._replace(batch=case.batch._replace(targets={MASK: empty}))
         total = case.total()
         total.backward()
@@ -169,6 +170,24 @@ def test_maps_of_logits_of_different_size_are_refused_in_one_line(name: str):
     ours, theirs = {"logits": (CLASSES, 3, 4), **taps}, {"logits": (CLASSES, 6, 8), **taps}
     with pytest.raises(ValueError, match=f"{name}: the maps of logits .* 3 × 4 and 6 × 8; give both one output stride"):
         spec.build(Facts(CLASSES, ours, theirs))
+
+
+GROUPED = {"beta": 1, "gamma": 1, "temperature": 1, "stat_scope": "ghost:2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("dist", GROUPED),
+        ("perception", {"inner": {"kd": KD}, "stat_scope": "ghost:2"}),
+        ("logit_standardization", {"inner": {"dist": GROUPED}}),
+    ],
+)
+def test_groups_of_pixels_are_refused_in_one_line(name: str, values: dict):
+    of_images, of_pixels = ({"logits": (CLASSES, *size)} for size in ((), MAP_SIZE))
+    load_spec(name, values).build(Facts(CLASSES, of_images, of_images))
+    with pytest.raises(ValueError, match=r"^(dist|perception): stat_scope: ghost:2 would group pixels"):
+        load_spec(name, values).build(Facts(CLASSES, of_pixels, of_pixels))
 
 
 def test_reductions_are_refused_for_logits_that_are_no_map():

@@ -20,6 +20,7 @@ from caching_on_ranks import cache
 from safetensors.torch import load_file
 from training_on_ranks import train
 
+from pipeline.runs.folder import load_run
 from pipeline.training.journal import trace
 
 KEPT = Path(__file__).with_name("kept")
@@ -91,6 +92,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old["ema"] |= {"warmup": False}
     old["journal"] |= {"project": "distillation", "name": None, "tags": [], "report": True}
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
+    old["teacher"]["expect"] = old["teacher"].pop("expect_top1")
     old["teacher"] |= {"accept": ["data.decoder.version"], **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
     old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None, "pairs": False}
@@ -101,6 +103,14 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     before, now = (json.loads((folder / name / "identity.json").read_text()) for name in ("run", "anew"))
     weights = json.loads((KEPT / "cache" / "cache.json").read_text())["binding"]["teacher"]["network"]["weights"]
     assert now == before | {"teacher": before["teacher"] | {"weights": f"sha256:{weights}"}}  # it was a path
+
+
+def test_keys_of_a_kept_recipe_that_have_other_names_now_are_read(folder: Path):
+    file = folder / "run" / "recipe.yaml"
+    file.write_text(file.read_text().replace("expect_top1: null", "expect_top1: 42.0"))
+    teacher = load_run(folder / "run").recipe.teacher
+    assert teacher is not None
+    assert teacher.expect == 42
 
 
 def test_a_kept_cache_is_verified_and_written_again_as_the_same_bytes(folder: Path):

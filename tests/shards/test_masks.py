@@ -10,16 +10,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pictures import decode, encode, jpeg
 from PIL import Image
 
-from shards.masks import (
-    IGNORED_VALUE,
-    changes_of,
-    check_size,
-    decode_mask,
-    encode_mask,
-    meaning_of_values,
-    resized_mask,
-    to_classes,
-)
+from shards.manifest import IGNORED_VALUE
+from shards.masks import changes_of, check_size, decode_mask, encode_mask, meaning_of_values, resized_mask, to_classes
 from shards.plan import Unusable
 
 SQUARE = np.arange(64, dtype=np.uint8).reshape(8, 8)

@@ -22,8 +22,9 @@ from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec, known_losses, load_spec
 from pipeline.tasks import _boxes
-from pipeline.tasks._masks import IGNORED, MASK
+from pipeline.tasks._masks import MASK
 from pipeline.tasks.multilabel import LABELS
+from shards.manifest import IGNORED_VALUE
 
 NAMES = known_losses()
 # Past every warm-up.
@@ -164,7 +165,7 @@ def targets_of(rows: int) -> dict[str, Tensor]:
     """Return the targets of every task: several classes an image, masks with every sixth stripe of no class, boxes."""
     several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
     stripes = (torch.arange(rows * MASK_SIZE**2) // 3 % (CLASSES + 1)).view(rows, MASK_SIZE, MASK_SIZE)
-    masks = stripes.where(stripes < CLASSES, IGNORED).to(torch.uint8)
+    masks = stripes.where(stripes < CLASSES, IGNORED_VALUE).to(torch.uint8)
     return {LABELS: several, MASK: masks, **boxes_of(rows)}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from pictures import encode
 
-from shards.manifest import Manifest, Split, write_manifest
-from shards.masks import IGNORED_VALUE, encode_mask
+from shards.manifest import IGNORED_VALUE, Manifest, Split, write_manifest
+from shards.masks import encode_mask
 from shards.write import ShardWriter, write_samples
 
 PIXEL_CLASSES = ("ground", "box", "disc")

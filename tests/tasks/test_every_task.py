@@ -15,9 +15,10 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.tasks._base import Evaluation
 from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DETECTIONS, LIKELY, SCALES, SIZES
-from pipeline.tasks._masks import IGNORED, MASK, upsampled
+from pipeline.tasks._masks import MASK, upsampled
 from pipeline.tasks._registry import find_task, known_tasks
 from pipeline.tasks.multilabel import LABELS, MultiLabel, mean_average_precision
+from shards.manifest import IGNORED_VALUE
 
 every_task = pytest.mark.parametrize("name", known_tasks())
 IMAGES, NUMBER = 31, 7
@@ -38,7 +39,7 @@ def maps(seed: int = 0) -> tuple[Tensor, Tensor]:
     draws = torch.Generator().manual_seed(seed)
     logits_NKHW = torch.randint(-4, 5, (IMAGES, NUMBER, 2, 3), generator=draws) / 2
     masks_NHW = torch.randint(NUMBER + 1, (IMAGES, 4, 6), generator=draws)
-    return logits_NKHW, torch.where(masks_NHW < NUMBER, masks_NHW, IGNORED).to(torch.uint8)
+    return logits_NKHW, torch.where(masks_NHW < NUMBER, masks_NHW, IGNORED_VALUE).to(torch.uint8)
 
 
 def boxes(seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,11 +112,11 @@ def test_the_loss_is_that_of_the_task_over_real_images_in_float64():
     logits_NK, labels_N, several_NK = (x.numpy() for x in split())
     logits_NK = logits_NK.astype(np.float64)
     logits_NKHW, masks_NHW = maps()
-    pixels = upsampled(logits_NKHW.double(), masks_NHW).permute(0, 2, 3, 1).numpy()[masks_NHW.numpy() != IGNORED]
+    pixels = upsampled(logits_NKHW.double(), masks_NHW).permute(0, 2, 3, 1).numpy()[masks_NHW.numpy() != IGNORED_VALUE]
     expected = {
         "classification": cross_entropy(logits_NK, labels_N),
         "multilabel": binary_cross_entropy(logits_NK, several_NK),
-        "segmentation": cross_entropy(pixels, masks_NHW.numpy()[masks_NHW.numpy() != IGNORED]),
+        "segmentation": cross_entropy(pixels, masks_NHW.numpy()[masks_NHW.numpy() != IGNORED_VALUE]),
     }
     found = {name: evaluation(0, 1, name, 8).loss for name in known_tasks()}
     assert found.pop("detection") is None
@@ -141,7 +142,7 @@ def test_a_task_measures_what_it_names_and_a_perfect_network_reaches_a_hundred(n
         "classification": one_hot(labels_N, NUMBER),
         "detection": labels_N[:, None, None].new_zeros(IMAGES, 1, NUMBER),
         "multilabel": several_NK,
-        "segmentation": one_hot(masks_NHW.long() % IGNORED, NUMBER).permute(0, 3, 1, 2),
+        "segmentation": one_hot(masks_NHW.long() % IGNORED_VALUE, NUMBER).permute(0, 3, 1, 2),
     }
     perfect, ids_N = answers[name] - 0.5, torch.arange(IMAGES)
     features, objects = perfect_boxes()
@@ -159,7 +160,7 @@ def test_networks_agree_with_themselves_and_padding_is_no_decision(name: str):
     task = find_task(name)
     ((outputs, batch),) = batches(np.arange(IMAGES + 2), IMAGES + 2, name)
     same, decisions = task.agreement(outputs, outputs, batch).tolist()
-    pixels = int((maps()[1] != IGNORED).sum())
+    pixels = int((maps()[1] != IGNORED_VALUE).sum())
     found_N36 = outputs.features[DETECTIONS]
     twice = 2 * int((found_N36[:IMAGES, :, 4] >= LIKELY).sum())
     expected = {"classification": IMAGES, "multilabel": IMAGES * NUMBER, "segmentation": pixels, "detection": twice}

@@ -12,8 +12,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix, 
 
 from pipeline.batch import Batch, Outputs
 from pipeline.tasks._base import Evaluation
-from pipeline.tasks._masks import IGNORED, MASK, masks_at, upsampled
+from pipeline.tasks._masks import MASK, masks_at, upsampled
 from pipeline.tasks.segmentation import Segmentation
+from shards.manifest import IGNORED_VALUE
 
 IMAGES, CLASSES = 5, 4
 
@@ -24,7 +25,7 @@ def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits_NKHW = torch.randn(IMAGES, CLASSES, 3, 4, generator=random)
     logits_NKHW[:, 3] -= 9
     mask_NHW = torch.randint(0, 4, (IMAGES, 6, 9), generator=random)
-    return logits_NKHW, torch.where(mask_NHW == 3, IGNORED, mask_NHW).to(torch.uint8)
+    return logits_NKHW, torch.where(mask_NHW == 3, IGNORED_VALUE, mask_NHW).to(torch.uint8)
 
 
 def batch_of(mask_BHW: torch.Tensor) -> Batch:
@@ -40,7 +41,7 @@ def ious_by_loops(logits_NKHW: torch.Tensor, mask_NHW: torch.Tensor) -> tuple[li
         for y in range(mask_HW.shape[0]):
             for x in range(mask_HW.shape[1]):
                 label, guess = int(mask_HW[y, x]), int(large[:, y, x].argmax())
-                if label == IGNORED:
+                if label == IGNORED_VALUE:
                     continue
                 pixels += 1
                 right += label == guess
@@ -72,7 +73,7 @@ def test_confusion_and_iou_are_those_of_torchmetrics():
     task, batch, outputs = Segmentation(), batch_of(mask_NHW), Outputs(logits_NKHW, {})
     detail = task.detail(task.detail_rows(outputs, batch), CLASSES)
     guess_NHW = upsampled(logits_NKHW, mask_NHW).argmax(1)
-    settings = {"num_classes": CLASSES, "ignore_index": IGNORED}
+    settings = {"num_classes": CLASSES, "ignore_index": IGNORED_VALUE}
     theirs_KK = multiclass_confusion_matrix(guess_NHW, mask_NHW.long(), **settings)
     assert detail.confusion is not None
     ours_KK = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
@@ -114,11 +115,11 @@ def test_a_mask_at_another_size_takes_the_pixels_that_pil_takes(size: tuple[int,
 def test_the_training_metric_counts_pixels_with_a_class_at_the_size_of_the_logits():
     logits_NKHW, mask_NHW = draw(4)
     small_NHW = masks_at(mask_NHW, 3, 4)
-    known = small_NHW != IGNORED
+    known = small_NHW != IGNORED_VALUE
     expected = 100 * (logits_NKHW.argmax(1)[known] == small_NHW[known]).float().mean()
     measured = Segmentation().measure_batch(Outputs(logits_NKHW, {}), batch_of(mask_NHW))
     assert measured.item() == pytest.approx(expected.item())
-    empty = batch_of(torch.full_like(mask_NHW, IGNORED))
+    empty = batch_of(torch.full_like(mask_NHW, IGNORED_VALUE))
     assert Segmentation().measure_batch(Outputs(logits_NKHW, {}), empty).item() == 0
 
 

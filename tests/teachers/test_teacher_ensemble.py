@@ -132,7 +132,7 @@ TWO = [{"model": "resnet18", "weights": "a.pt"}, {"recipe": "r.yaml"}]
 
 
 def test_members_are_a_teacher():
-    config = Config.model_validate({"members": TWO, "combine": "entropy", "temperature": 4, "expect_top1": 60})
+    config = Config.model_validate({"members": TWO, "combine": "entropy", "temperature": 4, "expect": 60})
     assert [run.recipe for run in config.runs] == ["r.yaml"]
 
 
@@ -152,10 +152,10 @@ def test_members_are_a_teacher():
             "average cannot be combined with",
         ),
         ({"members": [{"model": "x"}], "combine": "mean", "temperature": 4}, "give either model and weights"),
-        ({"members": TWO, "combine": "confidence", "temperature": 4, "expect_top1": 60}, "which uses the labels"),
+        ({"members": TWO, "combine": "confidence", "temperature": 4, "expect": 60}, "which uses the labels"),
         ({"recipe": "r.yaml", "combine": "mean"}, "combine cannot be combined with a single network"),
         ({"average": {"decay": 0.9}, "mean": (0, 0, 0)}, "mean cannot be combined with average"),
-        ({"average": {"decay": 0.9}, "expect_top1": 60}, "expect_top1 cannot be combined with average"),
+        ({"average": {"decay": 0.9}, "expect": 60}, "expect cannot be combined with average"),
     ],
 )
 def test_what_does_not_go_together_is_refused(keys: dict[str, object], message: str):

@@ -79,7 +79,7 @@ def test_a_teacher_that_cannot_take_the_validation_images_is_one_line(run_train:
     words = ["ddkd.yaml", *sizes, f"teacher={json.dumps({'recipe': None, **network, 'weights': 'vit.pt'})}"]
     message = r"teacher\.model: VisionTransformer cannot take images of 40 pixels: [^\n]*$"
     with pytest.raises(RecipeError, match=message):
-        run_train(*words, "teacher.expect_top1=0")
+        run_train(*words, "teacher.expect=0")
     torch.save(create_model("cifar_resnet8", 20).state_dict(), "student.pt")
     with pytest.raises(RecipeError, match=message):
         evaluate.main([*words, "weights=student.pt", "agreement=yes"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training_on_ranks import train
 
 from pipeline import cache_teacher
+from pipeline.builders.student import note_untrained_head, student_spec
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
 from pipeline.training.journal import trace
@@ -137,6 +138,22 @@ def test_a_cache_of_maps_teaches_as_the_network_does(place: Path, run_train: Tra
     assert live == cached
 
 
+def test_a_teacher_is_held_to_the_metric_of_its_task(place: Path, run_train: Train):
+    told = r"teacher\.expect: the teacher reaches mIoU [\d.]+ of the expected 100"
+    with pytest.raises(RecipeError, match=told):
+        run_train("student.yaml", "teacher.expect=100")
+    assert not (place / "runs" / "student").exists()
+
+
+def test_an_auxiliary_head_that_no_loss_trains_is_told(place: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["student.model=deeplabv3_resnet18", "student.arguments={width: 0.125}"]
+    for more, told in (([], True), (["losses.segmentation.aux_weight=0.4"], False)):
+        recipe = load_recipe(place / "teacher.yaml", [*words, *more]).recipe
+        note_untrained_head(recipe, student_spec(recipe.student, recipe.taps.student).build(3))
+        note = "note: student: no loss trains its auxiliary head, which is saved as it began"
+        assert (note in capsys.readouterr().out) == told
+
+
 REFUSED = [
     (["losses.ce={}"], "the loss 'ce' compares images by their logits, and task: segmentation has those of pixels"),
     (["losses.sigmoid_kd={temperature: 1}"], "the loss 'sigmoid_kd' compares images by their"),
@@ -147,7 +164,7 @@ REFUSED = [
     ),
     (["task=classification"], "needs|reads the targets mask_BHW|crop"),
     (["data.crop=pad", "data.size=24", "data.validation_size=null"], "data.crop: pad is not for task: segmentation"),
-    (["teacher.expect_top1=50"], "teacher.expect_top1 needs images of one class, and this is task: segmentation"),
+    (["teacher.expect_top1=50"], "teacher.expect_top1: unknown key; use teacher.expect"),
     (["teacher.size=32"], "teacher.size resizes images to squares, and this is task: segmentation; remove it"),
     (["data.augment=[{erasing: {probability: 0.5}}]"], "augment: crop: scaled does not take it; remove it"),
 ]

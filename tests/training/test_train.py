@@ -177,8 +177,8 @@ def test_a_non_finite_loss_ends_the_run_with_its_name_and_step_and_touches_nothi
 
 def test_the_teacher_gate_stops_a_run_before_it_begins(run_train: Train, recipes: Path):
     run_train("teacher.yaml")
-    with pytest.raises(ValueError, match=r"teacher.expect_top1: the teacher reaches [\d.]+ of the expected 99"):
-        run_train("ddkd.yaml", "compare=null", "teacher.expect_top1=99")
+    with pytest.raises(ValueError, match=r"teacher.expect: the teacher reaches top-1 [\d.]+ of the expected 99"):
+        run_train("ddkd.yaml", "compare=null", "teacher.expect=99")
     assert not (recipes / "runs" / "ddkd").exists()
 
 
