@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task": "detection",
         "student": NETWORK,
         "teacher": {**NETWORK, "weights": str(folder / "teacher.safetensors")},
-        "losses": {"box_l1": {}},
+        "losses": {"detection": {}},
         "data": {
             "path": str(folder / "shards"),
             "crop": "keep_ratio",
