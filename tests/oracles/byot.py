@@ -10,7 +10,7 @@ from oracles.kd import softmax
 from oracles.pad import linear
 from oracles.soft_ce import soft_cross_entropy
 
-PROPERTIES = {"never negative", "ignores the order of rows", "three norms in a row"}
+PROPERTIES = {"never negative", "ignores the order of rows", "three norms in a row", "stops a gradient"}
 NO_GRADIENT = {"embedding", "stage2"}
 
 

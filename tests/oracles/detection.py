@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import exp, log, log1p
 
 PROPERTIES = {"never negative", "ignores the order of rows", "reads the logits"}
+NO_GRADIENT = {"anchors"}
 
 
 def area(box):
