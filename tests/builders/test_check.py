@@ -28,6 +28,13 @@ from pipeline.losses._base import Loss
 CONFIGS = ROOT / "configs"
 IN_TABLES = [path for path in known_pairs() if load_tables().table_of(RecipeSource(path))]
 SEGMENTERS = [path for path in IN_TABLES if path.parent.name in ("cityscapes", "camvid")]
+
+
+def without_table(path: Path) -> str:
+    """Return the method by which a pair that is in no table is tried: DDKD, which has no logits of a detector."""
+    return "diffkd" if path.stem == "demo_detection" else "ddkd"
+
+
 RECIPES = [
     *(
         RecipeSource(CONFIGS / "cifar100" / "resnet56_resnet20.yaml", name)
@@ -39,10 +46,10 @@ RECIPES = [
     *table_cells(
         SEGMENTERS[1:], ("ce", "cwd", "ddkd")
     ),  # their methods are those of the first; a ResNet-101 takes a second
-    *(RecipeSource(path, "ddkd") for path in known_pairs() if path not in IN_TABLES),
+    *(RecipeSource(path, without_table(path)) for path in known_pairs() if path not in IN_TABLES),
     *map(RecipeSource, sorted(CONFIGS.glob("*/teachers/*.yaml"))),
 ]
-"""Every method but those of masks, the cells of the tables, the other pairs by DDKD, and the teachers."""
+"""Every method but those of masks, the cells of the tables, the other pairs, and the teachers."""
 
 
 @pytest.mark.parametrize("source", dict.fromkeys(RECIPES), ids=str)
@@ -53,7 +60,7 @@ def test_every_recipe_of_the_tree_is_built(source: RecipeSource):
     for name in loaded.recipe.losses:
         assert any(part == name or part.startswith(f"{name}/") for part in report.parts)
     assert report.student.parameters > 5_000
-    assert report.student.shapes["logits"][0] == loaded.recipe.data.classes
+    assert loaded.recipe.data.classes in report.student.shapes["logits"]
     assert len(report.teachers) == (loaded.recipe.teacher is not None)
     assert report.training_macs >= 3 * report.student.macs
 
