@@ -27,7 +27,11 @@ from pipeline.losses._base import Loss
 
 CONFIGS = ROOT / "configs"
 IN_TABLES = [path for path in known_pairs() if load_tables().table_of(RecipeSource(path))]
-SEGMENTERS = [path for path in IN_TABLES if path.parent.name in ("cityscapes", "camvid")]
+LARGE = [
+    path
+    for folders in (("cityscapes", "camvid"), ("coco",))
+    for path in [path for path in IN_TABLES if path.parent.name in folders][1:]
+]
 
 
 def without_table(path: Path) -> str:
@@ -42,10 +46,9 @@ RECIPES = [
         if name not in (*OF_TOKENS, *OF_MASKS, *OF_BOXES, "subclass_kd")  # its teacher needs subclasses
     ),
     *(RecipeSource(CONFIGS / "imagenet" / "regnety_deit_tiny.yaml", name) for name in OF_TOKENS),
-    *table_cells([path for path in IN_TABLES if path not in SEGMENTERS[1:]], ()),
-    *table_cells(
-        SEGMENTERS[1:], ("ce", "cwd", "ddkd")
-    ),  # their methods are those of the first; a ResNet-101 takes a second
+    *table_cells([path for path in IN_TABLES if path not in LARGE], ()),
+    # Their methods are those of the first pair of the task; a ResNet-101 takes a second.
+    *table_cells(LARGE, ("ce", "cwd", "diffkd")),
     *(RecipeSource(path, without_table(path)) for path in known_pairs() if path not in IN_TABLES),
     *map(RecipeSource, sorted(CONFIGS.glob("*/teachers/*.yaml"))),
 ]

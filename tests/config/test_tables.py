@@ -37,7 +37,7 @@ def test_every_cell_that_a_paper_prints_has_its_recipe():
             for method in methods:
                 assert load_recipe(CONFIGS / dataset / f"{name}.yaml", [f"method={method}"]).recipe.epochs
             printed += sum(len(numbers.keys() - {TEACHER}) for numbers in table.published.values())
-    assert (len(CIFAR_PAIRS), printed) == (11, 380)
+    assert (len(CIFAR_PAIRS), printed) == (11, 388)
 
 
 def test_the_tables_name_every_method_and_every_network():
@@ -190,7 +190,12 @@ def test_the_proxy_has_one_strategy_for_all_methods():
 
 
 CACHED = [
-    *(RecipeSource(path, method, ("cached",)) for path in PAIR_FILES for method in ("kd", "dkd", "perception", "ddkd")),
+    *(
+        RecipeSource(path, method, ("cached",))
+        for path in PAIR_FILES
+        if path.parent.name != "coco"  # the maps of detectors differ in size, and are terabytes
+        for method in ("kd", "dkd", "perception", "ddkd")
+    ),
     RecipeSource(CONFIGS / "tiny_imagenet" / "resnet18_mobilenet_v1.yaml", "ddkd", ("cached",)),
 ]
 
