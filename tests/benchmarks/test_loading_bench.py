@@ -47,7 +47,7 @@ def test_a_reader_that_leaves_masks_out_is_not_measured(tmp_path: Path, capsys: 
     sizes = ["data.crop=scaled", "data.size=16", "data.validation_size=16", "data.scale=null", "batch=4"]
     parts = measure_loading(run_of(RECIPE, ["method=ce", *words, *sizes]), CPU, repeats=1, warmup=1, steps=2)
     assert [part.name for part in parts] == ["read", "decode", "loader"]
-    assert "note: native reader: it reads no masks, so it is not measured" in capsys.readouterr().out
+    assert "note: native reader: it has no masks and no buckets, so it is not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
