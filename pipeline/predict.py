@@ -207,7 +207,8 @@ def _boxes(
 ) -> bool:
     """Print the likely boxes of each image, write all to ``out``, and return whether an image could not be read."""
     distinct = list(dict.fromkeys(paths))
-    found = dict(predict_boxes(model, card, distinct, arguments.batch or 4))
+    answers = dict(predict_boxes(model, card, distinct, arguments.batch or 4))
+    found = {path: answers[path] for path in distinct if path in answers}  # images of one shape came together
     rows = [["image", "class", "score", "left", "top", "right", "bottom"]]
     for path, boxes in found.items():
         likely = [box for box in boxes if box.score >= LIKELY][: arguments.top]

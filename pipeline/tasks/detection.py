@@ -36,7 +36,7 @@ class Detection(Task):
     }
     training_metric = "class_accuracy"
     images_have = "have boxes"
-    script = "shards/prepare_boxes.py"
+    script = "shards/prepare_coco.py"
     targets = frozenset({BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES})
     taps = frozenset({DETECTIONS, CLASS_MAPS})
     of_boxes = True
