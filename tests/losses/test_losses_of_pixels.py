@@ -23,7 +23,7 @@ KD = {"temperature": 1.0}
 
 
 def test_losses_of_logits_that_take_pixels_are_known():
-    assert OF_PIXELS == ["ddkd", "diffkd", "dist", "dkd", "kd", "logit_standardization", "perception"]
+    assert OF_PIXELS == ["ddkd", "diffkd", "dist", "dkd", "kd", "logit_standardization", "perception", "soft_ce"]
 
 
 @pytest.mark.parametrize("name", [name for name in OF_PIXELS if "diff" not in name and name != "ddkd"])
