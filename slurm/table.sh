@@ -3,7 +3,7 @@
 #   sbatch slurm/table.sh [key=value …]
 #   sbatch --array=0-2 slurm/table.sh configs/imagenet/r34_r18.yaml methods=kd,dkd,perception [key=value …]
 #SBATCH --job-name=table
-#SBATCH --array=0-33%2
+#SBATCH --array=0-39%2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

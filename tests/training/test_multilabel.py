@@ -197,7 +197,7 @@ def test_shards_of_another_task_are_refused(place: Path, run_train: Train, shard
         (["losses.ce={}"], r"the loss 'ce' reads the class of an image, and an image of task: multi"),
         (["losses.dkd={alpha: 1, beta: 2, temperature: 4}"], r"the loss 'dkd' reads the class"),
         (["task=classification"], r"the loss 'bce' reads the targets labels_BK, which task: classification has not"),
-        (["task=segmenting"], r"there is no task 'segmenting'; known are classification, multilabel"),
+        (["task=segmenting"], r"there is no task 'segmenting'; known are classification, detection, multilabel"),
     ],
 )
 def test_what_does_not_fit_the_task_is_one_line(place: Path, words: list[str], message: str):
