@@ -88,7 +88,7 @@ def test_a_loss_takes_of_mixed_images_what_it_says(name: str):
 def test_losses_refuse_mixed_images_that_read_a_class_and_do_not_say_how():
     refused = {name for name, spec in SPECS.items() if spec.refuses_mixed}
     assert refused == {name for name, spec in SPECS.items() if spec.reads_labels} - {
-        *("ce", "deit", "dkd", "ddkd", "perception")
+        *("ce", "byot", "deit", "dkd", "ddkd", "perception", "spherical_kd")
     }
     assert "crd" in refused  # its banks keep what an image alone looks like
 
