@@ -123,11 +123,17 @@ def frozen_networks(run: Run, config: Config) -> list[FrozenNetwork]:
 
 
 def trained_network(run: Run, network: FrozenNetwork, taps: frozenset[str] = frozenset()) -> tuple[FeatureTaps, str]:
-    """Return a teacher's network with its weights and those taps, and a line about the weights, or ""."""
+    """Return a teacher's network with its weights and those taps, and a line about the weights, or "".
+
+    Raises RecipeError if it does not fit the task, the images or the weights.
+    """
     if network.run is not None:
         finished(network.run)
     spec = network.spec._replace(taps=taps)
     built = spec.build(run.manifest.num_classes)
+    spec.check_task(built, run.recipe.task)
+    # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
+    spec.probe(built, run.recipe.data.size)
     with error_context(f"{spec.key}.weights"):
         check_student(Path(network.weights))
         key = network.config.weights_key
@@ -141,9 +147,6 @@ def _build_frozen(
     data = run.recipe.data
     spec = network.spec._replace(taps=taps)
     built, note = trained_network(run, network, taps)
-    spec.check_task(built, run.recipe.task)
-    # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
-    spec.probe(built, data.size)
     print_note(f"{spec.key}.weights", note)
     given = Normalization(data.mean, data.std)
     if not is_file(network.weights) and network.expected != given:

@@ -20,7 +20,6 @@ from pipeline.config.compose import Origins, compose, find_source, network_secti
 from pipeline.config.messages import check_nulls, validation_message
 from pipeline.config.source import RecipeSource, find_recipe
 from pipeline.config.values import check_numbers, check_switches
-from pipeline.data.config import BUCKETS
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
 from pipeline.frozen_model import FrozenModel
@@ -255,7 +254,7 @@ class Recipe(FrozenModel):
 
     @model_validator(mode="after")
     def _cache_has_maps_of_one_size(self) -> Recipe:
-        several = self.data.crop == "keep_ratio" and len(self.data.buckets or BUCKETS) > 1
+        several = self.data.crop == "keep_ratio" and len(self.data.bucket_sizes) > 1
         if several and self.teacher is not None and self.teacher.cache is not None:
             raise ValueError(
                 "teacher.cache: images of several data.buckets have maps of several sizes, which a cache does not "

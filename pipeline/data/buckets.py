@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import augment
-from pipeline.data.config import BUCKET_MULTIPLE, BUCKETS, LONG, SHORT, Config
+from pipeline.data.config import BUCKET_MULTIPLE, Config
 from pipeline.data.holdout import training_images, used_rows
 from pipeline.image_size import size_text
 from shards.manifest import Manifest
@@ -22,9 +22,9 @@ from shards.read import SplitReader
 def bucket_numbers(config: Config, samples_N: NDArray) -> NDArray[np.int64]:
     """Return the first bucket that holds each image at its largest, counted from 0, int64 [N]; −1 if none does."""
     sides = augment.keep_ratio(
-        samples_N["width"], samples_N["height"], short=max(config.short or SHORT), long=config.long or LONG
+        samples_N["width"], samples_N["height"], short=max(config.short_sides), long=config.long_side
     )
-    holds = (sides[:, None] <= np.asarray(config.buckets or BUCKETS)).all(axis=2)
+    holds = (sides[:, None] <= np.asarray(config.bucket_sizes)).all(axis=2)
     return np.where(holds.any(axis=-1), holds.argmax(axis=-1), -1)
 
 
@@ -52,7 +52,7 @@ def canvas(config: Config, samples_N: NDArray) -> tuple[int, int] | None:
     numbers = np.unique(bucket_numbers(config, samples_N))
     if len(numbers) > 1:
         raise ValueError("data.buckets: images of several buckets cannot be in one batch; give one bucket")
-    return (config.buckets or BUCKETS)[int(numbers[0])]
+    return config.bucket_sizes[int(numbers[0])]
 
 
 def check_buckets(config: Config, samples: dict[str, NDArray], batch: int) -> str | None:
@@ -60,7 +60,7 @@ def check_buckets(config: Config, samples: dict[str, NDArray], batch: int) -> st
 
     Raises ValueError if an image is larger than every bucket, or if no bucket has a global batch of ``batch`` images.
     """
-    buckets = config.buckets or BUCKETS
+    buckets = config.bucket_sizes
     for split, rows in samples.items():
         if (outside := bucket_numbers(config, rows) < 0).any():
             raise ValueError(_too_large(config, split, rows[outside]))
@@ -82,7 +82,7 @@ def check_buckets(config: Config, samples: dict[str, NDArray], batch: int) -> st
 
 def _too_large(config: Config, split: str, samples_N: NDArray) -> str:
     """Return the message about images of a split that are in no bucket."""
-    short, long = max(config.short or SHORT), config.long or LONG
+    short, long = max(config.short_sides), config.long_side
     sides = augment.keep_ratio(samples_N["width"], samples_N["height"], short=short, long=long)
     number, height, width = (int(samples_N[0][column]) for column in ("id", "height", "width"))
     fit = [-(-side // BUCKET_MULTIPLE) * BUCKET_MULTIPLE for side in sides.max(axis=0).tolist()]

@@ -213,7 +213,7 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _buckets_fit(self) -> Config:
-        buckets = self.buckets or BUCKETS
+        buckets = self.bucket_sizes
         if odd := [bucket for bucket in buckets if any(side % BUCKET_MULTIPLE for side in bucket)]:
             fit = [-(-side // BUCKET_MULTIPLE) * BUCKET_MULTIPLE for side in odd[0]]
             raise ValueError(
@@ -236,6 +236,26 @@ class Config(FrozenModel):
         """Return the settings with which validation images are decoded: of their own size, without augmentation."""
         changed = {"size": self.validation_size or self.size, "validation_size": None, "augment": ()}
         return self.model_copy(update=changed)
+
+    @property
+    def scale_factors(self) -> tuple[float, ...]:
+        """Return the factors of ``crop: scaled``."""
+        return self.scales or SCALE_FACTORS
+
+    @property
+    def short_sides(self) -> tuple[int, ...]:
+        """Return the largest short sides of ``crop: keep_ratio``, of which training draws one for each image."""
+        return self.short or SHORT
+
+    @property
+    def long_side(self) -> int:
+        """Return the largest long side of ``crop: keep_ratio``."""
+        return self.long or LONG
+
+    @property
+    def bucket_sizes(self) -> tuple[Bucket, ...]:
+        """Return the sizes of the batches of ``crop: keep_ratio``."""
+        return self.buckets or BUCKETS
 
     @property
     def rows_per_image(self) -> int:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.data.buckets import bucket_numbers
-from pipeline.data.config import BUCKET_MULTIPLE, BUCKETS, Config
+from pipeline.data.config import BUCKET_MULTIPLE, Config
 from pipeline.data.requests import validation_geometry
 from pipeline.errors import one_line
 
@@ -76,7 +76,7 @@ def image_on_canvas(pixels_HWC: NDArray[np.uint8], config: Config) -> tuple[Tens
     height, width = (int(side) for side in validation_geometry(config, samples).resized_B2[0])
     bucket = int(bucket_numbers(config, samples)[0])
     sides = [-(-side // BUCKET_MULTIPLE) * BUCKET_MULTIPLE for side in (height, width)]
-    below, right = sides if bucket < 0 else (config.buckets or BUCKETS)[bucket]
+    below, right = sides if bucket < 0 else config.bucket_sizes[bucket]
     x_CHW = _resized(torch.from_numpy(pixels_HWC.astype(np.float32)).permute(2, 0, 1), (height, width))
     return F.pad(_standardized(x_CHW, config), (0, right - width, 0, below - height)), (height, width)
 

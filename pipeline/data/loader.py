@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Progress
 from pipeline.data import augment, memory, synthetic
 from pipeline.data.buckets import check_buckets
-from pipeline.data.config import BUCKETS, LONG, SCALE_FACTORS, SHORT, Config
+from pipeline.data.config import Config
 from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.mixer import partners
@@ -187,10 +187,10 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
     keys = ("size", "crop", *crop_keys, "flip", "mean", "std", "seed")
     values = {key: getattr(config, key) for key in keys}
     if config.crop == "scaled":
-        values["scales"] = config.scales or SCALE_FACTORS
+        values["scales"] = config.scale_factors
     if config.crop == "keep_ratio":
-        sides = {"short": config.short or SHORT, "long": config.long or LONG}
-        values |= {**sides, "buckets": config.buckets or BUCKETS}
+        sides = {"short": config.short_sides, "long": config.long_side}
+        values |= {**sides, "buckets": config.bucket_sizes}
     if config.augment:  # caches that were written before this key have none
         values["augment"] = config.model_dump(mode="json", include={"augment"})["augment"]
     if config.mixes:
@@ -233,7 +233,7 @@ def _check_scaled_sizes(config: Config, samples: dict[str, NDArray]) -> None:
     """Print how many training images fill their crop at no scale, and check the sizes of the validation images."""
     sides = {split: np.stack([rows["height"], rows["width"]], axis=1) for split, rows in samples.items()}
     if "train" in sides:
-        largest = np.floor(sides["train"] * max(config.scales or SCALE_FACTORS) + 0.5)
+        largest = np.floor(sides["train"] * max(config.scale_factors) + 0.5)
         small = int((largest < height_width(config.size)).any(axis=1).sum())
         if small and collectives.is_main():
             images = f"{small:,} of {len(sides['train']):,} training images"

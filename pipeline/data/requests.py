@@ -24,7 +24,7 @@ from pipeline.data import augment
 from pipeline.data.augmenter import Augmenter, Drawn
 from pipeline.data.box_targets import box_targets
 from pipeline.data.buckets import bucket_numbers, canvas, count_batches
-from pipeline.data.config import LONG, SCALE_FACTORS, SHORT, Config
+from pipeline.data.config import Config
 from pipeline.data.mixer import Mixer, Mixture
 from pipeline.data.read_ahead import CPU
 from pipeline.image_size import height_width
@@ -112,12 +112,12 @@ def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Ge
             widths,
             heights,
             seed=config.seed,
-            scales=config.scales or SCALE_FACTORS,
+            scales=config.scale_factors,
             size=height_width(config.size),
         )
         return Geometry(boxes, resized, crops, flips)
     if config.crop == "keep_ratio":
-        shorts = augment.drawn_shorts(ids, view, seed=config.seed, shorts=config.short or SHORT)
+        shorts = augment.drawn_shorts(ids, view, seed=config.seed, shorts=config.short_sides)
         return _whole_geometry(config, samples_B, shorts, flips)
     if config.crop == "pad":
         offsets = augment.pad_crop(ids, view, seed=config.seed, pad=config.pad)
@@ -139,7 +139,7 @@ def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
         boxes = _full_boxes(samples_B["width"], samples_B["height"])
         return Geometry(boxes, boxes[:, 2:], np.zeros_like(boxes[:, :2]), np.zeros(len(samples_B), np.bool_))
     if config.crop == "keep_ratio":
-        return _whole_geometry(config, samples_B, max(config.short or SHORT), np.zeros(len(samples_B), np.bool_))
+        return _whole_geometry(config, samples_B, max(config.short_sides), np.zeros(len(samples_B), np.bool_))
     boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.side
     resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or size, size)
     return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
@@ -150,7 +150,7 @@ def _whole_geometry(
 ) -> Geometry:
     """Return the geometry of whole images, their ratio kept, whose short side is at most ``short``."""
     boxes = _full_boxes(samples_B["width"], samples_B["height"])
-    resized = augment.keep_ratio(boxes[:, 3], boxes[:, 2], short=short, long=config.long or LONG)
+    resized = augment.keep_ratio(boxes[:, 3], boxes[:, 2], short=short, long=config.long_side)
     return Geometry(boxes, resized, np.zeros_like(resized), flips_B)
 
 

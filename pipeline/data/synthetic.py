@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.data.config import BUCKETS, Config
+from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest
 from pipeline.image_size import height_width
 from pipeline.tasks._masks import MASK
@@ -35,7 +35,7 @@ class SyntheticDecoder:
         draws = torch.Generator(device).manual_seed(config.seed)
         self._size = height_width(config.size)
         self._images: dict[tuple[int, int], Tensor] = {}
-        for size in [self._size] if config.crop != "keep_ratio" else config.buckets or BUCKETS:
+        for size in [self._size] if config.crop != "keep_ratio" else config.bucket_sizes:
             images_BCHW = torch.randn(batch, *size, 3, generator=draws, device=device).permute(0, 3, 1, 2)
             self._images[size] = images_BCHW if config.channels_last else images_BCHW.contiguous()
         self._targets: dict[str, Tensor] = {}

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import all_reduce_mean, gather_rows
-from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._base import Facts, Loss
 from pipeline.losses._rows import in_global_order
-from pipeline.losses._stages import StageChoice, stage_pair, stage_taps, vector_width
+from pipeline.losses._stages import StageChoice, StageConfig, stage_pair, vector_width
 
 EPSILON = 1e-7
 """ε of the published losses."""
@@ -113,7 +113,7 @@ class BankLoss(Loss):
 
     scope = "statistics"
 
-    class Config(Loss.Config):
+    class Config(StageConfig):
         """The config of a loss with banks; ``configs/methods/crd.yaml`` has values."""
 
         stage: StageChoice = "embedding"
@@ -126,14 +126,6 @@ class BankLoss(Loss):
         """Temperature τ of the scores."""
         momentum: float = Field(ge=0, lt=1)
         """Share μ of a bank's old row that is kept in an update."""
-
-        def taps(self) -> Taps:
-            """Return the taps that are embedded."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
 
     student_bank: Tensor
     teacher_bank: Tensor

@@ -131,6 +131,21 @@ def check_equal_widths(loss: str, levels: Iterable[tuple[str, str]], facts: Fact
             )
 
 
+class StageConfig(Loss.Config):
+    """The config of a loss that compares features of one stage alone."""
+
+    stage: StageChoice
+    """Stage of both networks whose features are compared."""
+
+    def taps(self) -> Taps:
+        """Return the stage's taps."""
+        return stage_taps(self.stage)
+
+    def reads_head(self) -> bool:
+        """Return False: only features are compared."""
+        return False
+
+
 class FeatureMapLoss(Loss):
     """A loss on the maps of several stages. Raises ValueError if a tap is not a map."""
 

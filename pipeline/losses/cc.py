@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import gather_rows, global_sum, world_size
-from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._base import Facts, Loss
 from pipeline.losses._rows import in_global_order
-from pipeline.losses._stages import StageChoice, stage_pair, stage_taps, vector_width
+from pipeline.losses._stages import StageChoice, StageConfig, stage_pair, vector_width
 
 
 def all_pairs(distance_BD: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class CC(Loss):
     scope = "statistics"
     reads_labels = False
 
-    class Config(Loss.Config):
+    class Config(StageConfig):
         """The config of CC, such as ``{weight: 0.02, dim: 128, pairs: all}``."""
 
         stage: StageChoice = "embedding"
@@ -55,14 +55,6 @@ class CC(Loss):
         """Dimension D of the embeddings."""
         pairs: Literal["all", "neighbours"]
         """Pairs of rows: ``all``, or ``neighbours`` in the global batch, as published."""
-
-        def taps(self) -> Taps:
-            """Return the taps that are embedded."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Taps
+from pipeline.losses._base import Facts
 from pipeline.losses._connectors import ConnectorLoss
 from pipeline.losses._functional import l2_normalize, pool_to_smaller
-from pipeline.losses._stages import StageChoice, channels, stage_pair, stage_taps
+from pipeline.losses._stages import StageChoice, StageConfig, channels, stage_pair
 from pipeline.losses.ft_paraphraser import SLOPE, Paraphraser, factor_width
 from pipeline.run_reference import RunReference
 
@@ -42,7 +42,7 @@ class FT(ConnectorLoss):
 
     reads_labels = False
 
-    class Config(ConnectorLoss.Config):
+    class Config(StageConfig, ConnectorLoss.Config):
         """The config of FT, such as ``{share: 0.5, paraphraser: {method: ft_init}}``."""
 
         stage: StageChoice = "last"
@@ -51,14 +51,6 @@ class FT(ConnectorLoss):
         """Channels of a factor, as a share of the teacher's map; the paraphraser's."""
         paraphraser: RunReference
         """The run that trained the paraphraser."""
-
-        def taps(self) -> Taps:
-            """Return the stage's taps."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only maps are compared."""
-            return False
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.norms import batch_norm
-from pipeline.losses._base import Facts, Taps
+from pipeline.losses._base import Facts
 from pipeline.losses._connectors import ConnectorLoss, width_connector
-from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
+from pipeline.losses._stages import StageChoice, StageConfig, stage_pair
 
 
 def pad_loss(student_BD: Tensor, teacher_BD: Tensor, log_variance: Tensor, *, eps: float) -> Tensor:
@@ -36,7 +36,7 @@ class PAD(ConnectorLoss):
 
     reads_labels = False
 
-    class Config(ConnectorLoss.Config):
+    class Config(StageConfig, ConnectorLoss.Config):
         """The config of PAD, such as ``{eps: 1.0e-6, per: element}``."""
 
         stage: StageChoice = "embedding"
@@ -45,14 +45,6 @@ class PAD(ConnectorLoss):
         """Term ε added to the variance."""
         per: Literal["element", "sample"] = "element"
         """What has a variance: each number of the embedding, as published, or each image, the mean of those."""
-
-        def taps(self) -> Taps:
-            """Return the embeddings."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

@@ -5,10 +5,9 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Taps
 from pipeline.losses._functional import safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
+from pipeline.losses._stages import StageChoice, StageConfig, stage_pair
 
 
 def pkt_loss(student_BD: Tensor, teacher_BE: Tensor, *, eps: float) -> Tensor:
@@ -41,21 +40,13 @@ class PKT(BatchLoss):
 
     reads_labels = False
 
-    class Config(BatchLoss.Config):
+    class Config(StageConfig, BatchLoss.Config):
         """The config of PKT, such as ``{weight: 30000.0, eps: 1.0e-7}``."""
 
         eps: PositiveFloat
         """Term added to lengths and to probabilities."""
         stage: StageChoice = "embedding"
         """Stage of both networks whose features are compared."""
-
-        def taps(self) -> Taps:
-            """Return the stage's taps."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``pkt``."""

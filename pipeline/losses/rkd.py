@@ -9,10 +9,9 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Taps
 from pipeline.losses._functional import distances, l2_normalize, safe_divide
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
+from pipeline.losses._stages import StageChoice, StageConfig, stage_pair
 
 
 def rkd_loss(student_BD: Tensor, teacher_BE: Tensor, *, distance_weight: float, angle_weight: float) -> Tensor:
@@ -56,7 +55,7 @@ class RKD(BatchLoss):
 
     reads_labels = False
 
-    class Config(BatchLoss.Config):
+    class Config(StageConfig, BatchLoss.Config):
         """The config of RKD, such as ``{distance_weight: 25.0, angle_weight: 50.0}``."""
 
         distance_weight: NonNegativeFloat
@@ -65,14 +64,6 @@ class RKD(BatchLoss):
         """Weight of the angles among three rows."""
         stage: StageChoice = "embedding"
         """Stage of both networks whose features are compared."""
-
-        def taps(self) -> Taps:
-            """Return the stage's taps."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss parts ``distance`` and ``angle``."""

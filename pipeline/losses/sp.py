@@ -4,10 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Taps
 from pipeline.losses._functional import l2_normalize
 from pipeline.losses._rows import BatchLoss
-from pipeline.losses._stages import StageChoice, stage_pair, stage_taps
+from pipeline.losses._stages import StageChoice, StageConfig, stage_pair
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,19 +30,11 @@ class SP(BatchLoss):
 
     reads_labels = False
 
-    class Config(BatchLoss.Config):
+    class Config(StageConfig, BatchLoss.Config):
         """The config of SP, such as ``{weight: 3000.0}``."""
 
         stage: StageChoice = "last"
         """Stage of both networks whose features are compared."""
-
-        def taps(self) -> Taps:
-            """Return the stage's taps."""
-            return stage_taps(self.stage)
-
-        def reads_head(self) -> bool:
-            """Return False: only features are compared."""
-            return False
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``sp``."""

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs
-from pipeline.losses._base import Facts, Loss, Taps
+from pipeline.losses._base import Facts, Loss
 from pipeline.losses._connectors import width_connector
 from pipeline.losses._functional import pool_to_smaller
-from pipeline.losses._stages import StageChoices, pair_stages, stage_taps
+from pipeline.losses._stages import FeatureMapLoss, StageChoices, pair_stages
 
 
 class StageMSE(Loss):
@@ -24,19 +24,11 @@ class StageMSE(Loss):
 
     reads_labels = False
 
-    class Config(Loss.Config):
+    class Config(FeatureMapLoss.Config):
         """The config of the stages' errors, such as ``{stages: [stage2]}``."""
 
         stages: StageChoices
         """Stages of both networks. Maps of different size are average-pooled to the smaller one."""
-
-        def taps(self) -> Taps:
-            """Return the stages' taps."""
-            return stage_taps(self.stages)
-
-        def reads_head(self) -> bool:
-            """Return whether a stage is ``logits``."""
-            return "logits" in self.taps().teacher
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
-from pipeline.data.config import BUCKETS, Config
+from pipeline.data.config import Config
 from pipeline.tasks._boxes import BOXES, CLASSES, CROWD, DETECTIONS, LIKELY, SIZES
 from pipeline.tasks._mask_images import palette
 from pipeline.training.image_sheet import (
@@ -44,7 +44,7 @@ class BoxSamples:
     def __init__(self, config: Config, *, with_teacher: bool) -> None:
         self._config = config
         self._networks = network_columns(with_teacher=with_teacher)
-        self._side = min(LONGEST, max(map(max, config.buckets or BUCKETS)))
+        self._side = min(LONGEST, max(map(max, config.bucket_sizes)))
         self._rows: Tensor | None = None
         """An image's id, the pixels of its cells, and for each class whether it is drawn."""
 

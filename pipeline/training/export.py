@@ -9,7 +9,6 @@ from typing import TypeVar
 from accelerate import Accelerator
 from torch import nn
 
-from pipeline.data.config import BUCKETS, LONG, SHORT
 from pipeline.distributed import collectives
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Loss
@@ -30,7 +29,7 @@ def student_card(run: Run, found: Evaluation | None, best: Best | None = None) -
     student, data = run.recipe.student, run.recipe.data
     sides = {}
     if data.crop == "keep_ratio":
-        sides = {"short": max(data.short or SHORT), "long": data.long or LONG, "buckets": data.buckets or BUCKETS}
+        sides = {"short": max(data.short_sides), "long": data.long_side, "buckets": data.bucket_sizes}
     return Card(
         task=run.recipe.task,
         model=student.model,

@@ -6,10 +6,10 @@ and anchors j; and γ·(1 − mean cos(g_s, g_t)), g = (softmax(z) − y)·W.
 
 from __future__ import annotations
 
-from math import exp, log, sqrt
+from math import exp, sqrt
 
 import torch
-from oracles.crd import EPS, candidates, embed
+from oracles.crd import candidates, embed, noise_contrast
 from oracles.kd import softmax
 
 PROPERTIES = {"reads the logits", "needs equal widths"}
@@ -33,12 +33,7 @@ def relation(embeddings, bank, ids, chosen, config, samples):
         }
         scores.append([of_bank[n] for n in chosen[i]])
     normalizer = samples * sum(map(sum, scores)) / sum(map(len, scores))
-    kappa = config["negatives"] / samples
-    total = 0.0
-    for row in scores:
-        own, *noise = (score / normalizer for score in row)
-        total += log(own / (own + kappa + EPS)) + sum(log(kappa / (p + kappa + EPS)) for p in noise)
-    return -total / len(scores)
+    return noise_contrast(scores, normalizer, config["negatives"] / samples)
 
 
 def gradient(logits, label, head):

@@ -39,7 +39,11 @@ def contrast(anchors, bank, chosen, temperature, samples):
         of_bank = {i: exp(sum(a * m for a, m in zip(anchor, bank[i], strict=True)) / temperature) for i in set(row)}
         scores.append([of_bank[i] for i in row])
     normalizer = samples * sum(map(sum, scores)) / sum(map(len, scores))
-    kappa = (len(chosen[0]) - 1) / samples
+    return noise_contrast(scores, normalizer, (len(chosen[0]) - 1) / samples)
+
+
+def noise_contrast(scores, normalizer, kappa):
+    """Return the loss of rows of scores, each row's own sample first, averaged over the rows."""
     total = 0.0
     for row in scores:
         own, *noise = (score / normalizer for score in row)
