@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_cases import TEACHER_SHAPES, config_of, example
+from weight_decay import decay_alone
 
 from pipeline.losses._registry import load_spec
 from pipeline.losses.pad import pad_loss
-from pipeline.optim.optimizer import Config, create_optimizer, set_learning_rate
+from pipeline.optim.optimizer import Config
 
 
 def test_the_loss_is_least_where_the_variance_is_the_squared_error():
@@ -50,12 +51,7 @@ def test_equal_widths_need_no_connector():
 
 def test_weight_decay_leaves_the_norm_of_the_variance():
     case = example("pad")
-    optimizer = create_optimizer(Config(momentum=0.0, weight_decay=0.5), torch.nn.ModuleDict({"losses": case.loss}))
-    before = {name: parameter.detach().clone() for name, parameter in case.loss.named_parameters()}
-    for parameter in case.loss.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    set_learning_rate(optimizer, 0.1)
-    optimizer.step()
+    before = decay_alone(case.loss, Config(momentum=0.0, weight_decay=0.5))
     for name, parameter in case.loss.named_parameters():
         kept = 1.0 if name.startswith("variance.norm.") else 0.95
         torch.testing.assert_close(parameter.detach(), kept * before[name], msg=name)
