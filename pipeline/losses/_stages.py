@@ -146,22 +146,29 @@ class StageConfig(Loss.Config):
         return False
 
 
+class StagesConfig(Loss.Config):
+    """The config of a loss that compares features of several stages."""
+
+    stages: StageChoices
+    """Stages of both networks whose features are compared."""
+
+    def taps(self) -> Taps:
+        """Return the stages' taps."""
+        return stage_taps(self.stages)
+
+    def reads_head(self) -> bool:
+        """Return whether a stage is ``logits``, the map that a segmentation network's head computes."""
+        return "logits" in self.taps().teacher
+
+
 class FeatureMapLoss(Loss):
     """A loss on the maps of several stages. Raises ValueError if a tap is not a map."""
 
-    class Config(Loss.Config):
+    class Config(StagesConfig):
         """The config of a loss on maps, such as ``{stages: all}``."""
 
         stages: StageChoices = "all"
         """Stages of both networks whose maps are compared."""
-
-        def taps(self) -> Taps:
-            """Return the stages' taps."""
-            return stage_taps(self.stages)
-
-        def reads_head(self) -> bool:
-            """Return whether a stage is ``logits``, the map that a segmentation network's head computes."""
-            return "logits" in self.taps().teacher
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

@@ -12,7 +12,7 @@ from pipeline.batch import Batch, Outputs
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._connectors import width_connector
 from pipeline.losses._functional import pool_to_smaller
-from pipeline.losses._stages import FeatureMapLoss, StageChoices, pair_stages
+from pipeline.losses._stages import StageChoices, StagesConfig, pair_stages
 
 
 class StageMSE(Loss):
@@ -24,7 +24,7 @@ class StageMSE(Loss):
 
     reads_labels = False
 
-    class Config(FeatureMapLoss.Config):
+    class Config(StagesConfig):
         """The config of the stages' errors, such as ``{stages: [stage2]}``."""
 
         stages: StageChoices
