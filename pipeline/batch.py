@@ -15,7 +15,8 @@ class Batch(NamedTuple):
     """One rank's rows of a batch. It is a NamedTuple, because accelerate looks into tuples but not into dataclasses."""
 
     images_BCHW: Tensor
-    """Float images, normalised with the recipe's mean and std."""
+    """Float images, normalised with the recipe's mean and std. With ``data.views_per_step`` they are [V, B, C, H, W],
+    every image in V views."""
     labels_B: Tensor
     """int64 class numbers; −1 in a padded row of a validation batch."""
     ids_B: Tensor
@@ -34,6 +35,8 @@ class Outputs(NamedTuple):
     """What the head computes: [B, K] of a classifier, [B, 0] without a head, a map [B, K, H, W] of a segmenter."""
     features: dict[str, Tensor]
     """Features by the tap's name in the recipe, such as ``stage4`` or ``last``."""
+    peers: tuple[Outputs, ...] = ()
+    """Outputs of all networks that train together, of ``student.peers``; the fields above are those of one of them."""
 
     @property
     def logits_BK(self) -> Tensor:

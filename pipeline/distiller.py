@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.features.cohort import Cohort
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._registry import LossSpec
@@ -24,7 +25,7 @@ class Distiller(nn.Module):
     """The student with its losses. DDP and ZeRO need all trainable work inside ``forward``; the teacher is outside."""
 
     def __init__(
-        self, student: FeatureTaps, specs: dict[str, LossSpec], facts: Facts, task: Task | None = None
+        self, student: FeatureTaps | Cohort, specs: dict[str, LossSpec], facts: Facts, task: Task | None = None
     ) -> None:
         super().__init__()
         self.student = student

@@ -69,7 +69,9 @@ class LossInputs(NamedTuple):
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
-    """Return the tensors of a network's outputs."""
+    """Return the tensors of a network's outputs, or of those of all networks that train together."""
+    if outputs.peers:
+        return [x for peer in outputs.peers for x in tensors(peer)]
     return [outputs.logits, *outputs.features.values()]
 
 
@@ -79,7 +81,11 @@ def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, 
     batch = draw_batch(recipe, facts.labels_by_id, facts.num_classes, device)
     draw = partial(draw_outputs, rows=len(batch.labels_B), device=device)
     precision = facts.autocast or torch.float32
+    exported, peers = recipe.student.export, facts.peers
     student = draw(facts.student_shapes, dtype=precision, layout=layout)
+    if peers:
+        of_peers = tuple(draw(peer.student_shapes, dtype=precision, layout=layout) for peer in peers)
+        student = of_peers[exported]._replace(peers=of_peers)
     for x in tensors(student):
         x.requires_grad_()
     if recipe.teacher is None:
@@ -88,7 +94,12 @@ def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, 
         precision = torch.float16  # of the answers in a teacher's cache
     elif not recipe.teacher.average:
         precision = (recipe.teacher.members or (recipe.teacher,))[0].torch_dtype(device)
-    return LossInputs(student, draw(facts.teacher_shapes, dtype=precision, layout=torch.channels_last), batch)
+    of_teacher = partial(draw, dtype=precision, layout=torch.channels_last)
+    teacher = of_teacher(facts.teacher_shapes)
+    if peers and recipe.teacher.average:
+        averages = tuple(of_teacher(peer.teacher_shapes) for peer in peers)
+        teacher = averages[exported]._replace(peers=averages)
+    return LossInputs(student, teacher, batch)
 
 
 def build(spec: LossSpec, facts: Facts, layout: torch.memory_format, device: torch.device) -> Distiller:

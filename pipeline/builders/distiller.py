@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 
 from pipeline.builders.inheriting import inherit_weights
+from pipeline.builders.peers import build_trained, probe_trained
 from pipeline.builders.student import (
-    build_student,
     check_optimizer_section,
     load_start,
     note_untrained_head,
     student_spec,
 )
+from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import display_path, error_context
 from pipeline.features.checkpointing import checkpoint_blocks
+from pipeline.features.cohort import Cohort, exported_peer
+from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
+from pipeline.losses._peers import facts_of_peers
 from pipeline.models.states import read_state
 from pipeline.precision import AUTOCAST
 from pipeline.runs.dependencies import finished
@@ -24,6 +28,7 @@ from pipeline.runs.files import LOSS_MODULES, check_student
 from pipeline.runs.identity import Run
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import AnyTeacher
+from pipeline.teachers.peers import AveragedPeers
 
 
 def build_distiller(
@@ -31,35 +36,47 @@ def build_distiller(
 ) -> Distiller:
     """Return the student with the recipe's losses, on the device, with weights in the memory format ``layout``."""
     recipe = run.recipe
-    spec = student_spec(recipe.student, recipe.taps.student)
-    student = build_student(spec, loader.num_classes, recipe.seed, layout)
-    spec.check_task(student, recipe.task)
+    trained = build_trained(recipe, loader.num_classes, layout)
+    student = exported_peer(trained)
+    student_spec(recipe.student, recipe.taps.student).check_task(student, recipe.task)
     load_start(run, student)
     inherit_weights(run, student.model)
-    check_optimizer_section(recipe, student.model)  # before the folder is opened
+    check_optimizer_section(recipe, trained.model)  # before the folder is opened
     note_untrained_head(recipe, student)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
-        spec.probe(student, validation_size)  # an error now, not after the first epoch
-    facts = Facts(
-        num_classes=loader.num_classes,
-        student_shapes=spec.probe(student, recipe.data.size),
-        teacher_shapes=teacher.shapes(recipe.data.size) if teacher else {},
-        id_count=loader.id_count,
-        labels_by_id=loader.labels_by_id,
-        teacher_norms=teacher.norms if teacher else {},
-        student_head=student.linear_head(),
-        teacher_head_KD=teacher.head_KD if teacher else None,
-        autocast=AUTOCAST[recipe.precision],
-    )
+        probe_trained(recipe, trained, validation_size)  # an error now, not after the first epoch
+    facts = _facts(recipe, loader, teacher, trained)
     if recipe.student.checkpoint:
         with error_context("student.checkpoint"):
             checkpoint_blocks(student.model)
-    distiller = Distiller(student, recipe.losses, facts, find_task(recipe.task)).to(device)
+    distiller = Distiller(trained, recipe.losses, facts, find_task(recipe.task)).to(device)
     load_auxiliaries(run, distiller)
     if recipe.student.compile:
         # The method, not torch.compile(student): a wrapper would change the keys of the state dict.
         student.compile(dynamic=False)
     return distiller.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def _facts(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, trained: FeatureTaps | Cohort) -> Facts:
+    """Return the facts that the losses are built from."""
+    shapes = probe_trained(recipe, trained, recipe.data.size)
+    networks = trained.members if isinstance(trained, Cohort) else [trained]
+    teachers = teacher.members if isinstance(teacher, AveragedPeers) else [teacher] * len(networks)
+    found = [
+        Facts(
+            num_classes=loader.num_classes,
+            student_shapes=of_student,
+            teacher_shapes=of_peer.shapes(recipe.data.size) if of_peer else {},
+            id_count=loader.id_count,
+            labels_by_id=loader.labels_by_id,
+            teacher_norms=of_peer.norms if of_peer else {},
+            student_head=network.linear_head(),
+            teacher_head_KD=of_peer.head_KD if of_peer else None,
+            autocast=AUTOCAST[recipe.precision],
+        )
+        for of_student, network, of_peer in zip(shapes, networks, teachers, strict=True)
+    ]
+    return facts_of_peers(found, trained.number) if isinstance(trained, Cohort) else found[0]
 
 
 def load_auxiliaries(run: Run, distiller: Distiller) -> None:

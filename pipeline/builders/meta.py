@@ -8,6 +8,7 @@ such as one that calls ``.item()``, is built and run on the CPU instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.builders.inheriting import inherited_names
 from pipeline.builders.model_spec import ModelSpec
+from pipeline.builders.peers import peer_specs
 from pipeline.builders.student import student_spec
 from pipeline.builders.teacher import check_head, teacher_specs
 from pipeline.config.recipe import Recipe
@@ -29,9 +31,11 @@ from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.distributed.sync_batchnorm import check_batchnorms
 from pipeline.errors import RecipeError, error_context, one_line
+from pipeline.features.cohort import Cohort
 from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.image_size import Resolution, height_width
 from pipeline.losses._base import Facts
+from pipeline.losses._peers import facts_of_peers
 from pipeline.precision import AUTOCAST
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import Cache
@@ -61,6 +65,8 @@ class ProbedModels(NamedTuple):
     """The networks of a recipe, and the facts that its losses are built from."""
 
     student: ProbedNetwork
+    peers: list[ProbedNetwork]
+    """The networks that train together, of which the student is one; empty for one alone."""
     teachers: list[ProbedNetwork]
     facts: Facts
     note: str
@@ -78,15 +84,7 @@ def probe_models(
     ``sources`` are the recipes of ``teacher.runs``; ``manifest`` is that of the shards, if it was read already.
     """
     num_classes, labels_by_id, note = training_labels(recipe.data, manifest)
-    # BatchNorm over all ranks counts as BatchNorm; torch's works on GPUs only.
-    spec = student_spec(recipe.student, recipe.taps.student)._replace(synced=False)
-    student = measure(spec, num_classes, recipe.data.size)
-    spec.check_task(student[1], recipe.task)
-    if recipe.student.sync_batchnorm:
-        with error_context("student.sync_batchnorm"):
-            check_batchnorms(student[1].model)
-    if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
-        measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
+    student, peers = _probe_students(recipe, num_classes, measure)
     specs = teacher_specs(recipe, sources)
     teachers = [measure(spec, num_classes, recipe.data.size) for spec in specs]
     for teacher_spec, (_, network) in zip(specs, teachers, strict=True):
@@ -94,7 +92,7 @@ def probe_models(
     if recipe.student.inherit:
         with error_context("student.inherit"):
             inherited_names(student[1].model, teachers[0][1].model, recipe.student.inherit)
-    shapes, norms = _cached_shapes(recipe.teacher, recipe, teachers)
+    shapes, norms = _teacher_facts(recipe.teacher, recipe, teachers)
     facts = Facts(
         num_classes=num_classes,
         student_shapes=student[0].shapes,
@@ -106,13 +104,48 @@ def probe_models(
         teacher_head_KD=_teacher_head(recipe.teacher, teachers),
         autocast=AUTOCAST[recipe.precision],
     )
-    return ProbedModels(student, teachers, facts, note)
+    return ProbedModels(student, peers, teachers, _with_peers(facts, recipe, peers, teachers), note)
 
 
-def _cached_shapes(
+def _with_peers(facts: Facts, recipe: Recipe, peers: list[ProbedNetwork], teachers: list[ProbedNetwork]) -> Facts:
+    """Return the facts with those of each peer, if there are several."""
+    if not peers:
+        return facts
+    average = recipe.teacher is not None and recipe.teacher.average is not None
+    shapes = [network.shapes for network, _ in teachers] if average else [facts.teacher_shapes] * len(peers)
+    of_peers = [
+        replace(facts, student_shapes=network.shapes, teacher_shapes=of_teacher, student_head=taps.linear_head())
+        for (network, taps), of_teacher in zip(peers, shapes, strict=True)
+    ]
+    return facts_of_peers(of_peers, recipe.student.export)
+
+
+def _probe_students(
+    recipe: Recipe, num_classes: int, measure: Callable[[ModelSpec, int, Resolution], ProbedNetwork]
+) -> tuple[ProbedNetwork, list[ProbedNetwork]]:
+    """Return the student, and the networks that train together, of which it is one; an empty list for one alone."""
+    config, taps = recipe.student, recipe.taps.student
+    specs = peer_specs(config, taps) or [student_spec(config, taps)]
+    # BatchNorm over all ranks counts as BatchNorm; torch's works on GPUs only.
+    specs = [spec._replace(synced=False) for spec in specs]
+    networks = [measure(spec, num_classes, recipe.data.size) for spec in specs]
+    student = networks[config.export if config.peers else 0]
+    specs[0].check_task(student[1], recipe.task)
+    if config.sync_batchnorm:
+        with error_context("student.sync_batchnorm"):
+            check_batchnorms(student[1].model)
+    if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
+        for spec in specs:
+            measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
+    return student, networks if config.peers else []
+
+
+def _teacher_facts(
     config: Config | None, recipe: Recipe, measured: list[ProbedNetwork]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, NormParameters]]:
     """Return the shapes of the teacher's outputs, and the parameters of the BatchNorms before its taps.
+
+    Of the averages of several peers they are those of the exported one.
 
     The header of a cache contains both, so that a recipe with only a cache needs no network.
     """
@@ -124,7 +157,7 @@ def _cached_shapes(
             check_head(recipe, cache)
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms
-    network, taps = measured[0]
+    network, taps = measured[recipe.student.export if len(measured) > 1 and config.average else 0]
     return network.shapes, {} if config.average else _initial_norms(taps.norms())
 
 
@@ -148,6 +181,34 @@ class FakeModel(nn.Module):
         rows, device = len(images_BCHW), images_BCHW.device
         found = {name: torch.rand(rows, *shape, device=device) for name, shape in self.shapes.items()}
         return Outputs(found["logits"], found)  # a map of logits may be a tap, too
+
+
+class FakePeers(nn.Module):
+    """A stand-in for several networks that train together."""
+
+    def __init__(self, peers: Sequence[FakeModel], exported: int) -> None:
+        super().__init__()
+        self.peers = nn.ModuleList(peers)
+        self.exported = exported
+
+    def forward(self, images_BCHW: Tensor) -> Outputs:
+        """Return the outputs of the exported one, with those of all."""
+        outputs = tuple(peer(images_BCHW) for peer in self.peers)
+        return outputs[self.exported]._replace(peers=outputs)
+
+
+def fake_networks(recipe: Recipe, facts: Facts) -> tuple[nn.Module, nn.Module | None]:
+    """Return stand-ins for what the recipe trains and for its teacher, None without one."""
+    average = recipe.teacher is not None and recipe.teacher.average is not None
+    student, teacher = FakeModel(facts.student_shapes), FakeModel(facts.teacher_shapes)
+    if facts.peers:
+        students, teachers = (
+            [FakeModel(shapes) for shapes in of_each]
+            for of_each in zip(*((peer.student_shapes, peer.teacher_shapes) for peer in facts.peers), strict=True)
+        )
+        student = FakePeers(students, recipe.student.export)
+        teacher = FakePeers(teachers, recipe.student.export) if average else teacher
+    return student, teacher if facts.teacher_shapes else None
 
 
 def training_labels(config: DataConfig, manifest: Manifest | None = None) -> tuple[int, np.ndarray, str]:
@@ -247,8 +308,10 @@ def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     task = find_task(recipe.task)
     targets = trial_targets(recipe, zeros_B, parts.facts.num_classes)
     batch = Batch(torch.empty(rows, 3, *size), zeros_B, zeros_B, {}, targets)
-    teacher = FakeModel(parts.facts.teacher_shapes)(batch.images_BCHW) if parts.facts.teacher_shapes else None
-    distiller = Distiller(parts.student[1], recipe.losses, parts.facts, task).to("meta")
+    _, fake = fake_networks(recipe, parts.facts)
+    trained = Cohort([taps for _, taps in parts.peers], recipe.student.export) if parts.peers else parts.student[1]
+    distiller = Distiller(trained, recipe.losses, parts.facts, task).to("meta")
+    teacher = fake and fake(batch.images_BCHW)
     with FlopCounter() as counted:
         distiller(batch, teacher, Progress(steps_per_epoch=1))["total"].backward()
     return counted.flops / rows

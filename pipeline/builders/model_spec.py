@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from pipeline.distributed.sync_batchnorm import synchronize_batchnorms
 from pipeline.errors import RecipeError, error_context
 from pipeline.features.patterns import freeze, frozen_norms
@@ -47,6 +49,10 @@ class ModelSpec(NamedTuple):
 
     def build(self, num_classes: int) -> FeatureTaps:
         """Return the network with its taps, freshly initialised."""
+        return self.tapped(self.create(num_classes))
+
+    def create(self, num_classes: int) -> nn.Module:
+        """Return the plain network, freshly initialised, its frozen parameters without gradients."""
         try:
             with error_context(f"{self.key}.model"):
                 model = create_model(self.model, num_classes, self.arguments)
@@ -56,6 +62,10 @@ class ModelSpec(NamedTuple):
             raise
         with error_context(f"{self.key}.freeze"):
             freeze(model, self.frozen)
+        return model
+
+    def tapped(self, model: nn.Module) -> FeatureTaps:
+        """Return a network of ``create`` with its taps."""
         with error_context(f"{self.key}.stages"):
             known = stages(model) | dict(self.stages)
             known = without_head(model, known) if self.headless else known

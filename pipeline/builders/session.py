@@ -18,6 +18,7 @@ from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import display_path, error_context
+from pipeline.features.cohort import Cohort, exported_peer
 from pipeline.features.taps import FeatureTaps
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
@@ -25,8 +26,8 @@ from pipeline.optim.optimizer import allocate_state, create_optimizer
 from pipeline.runs.files import STUDENT_BEST
 from pipeline.runs.folder import open_folder
 from pipeline.runs.identity import Run
-from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
+from pipeline.teachers.peers import MovingTeacher
 from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Best, Checkpoints, exported_best
 from pipeline.training.graph import maybe_graph
@@ -49,7 +50,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
     accelerator = create_accelerator(recipe, launch, run.folder)
     loader, teacher, unwrapped = _build(run, launch, accelerator, parts)
     # Counted before ``prepare``: under ZeRO-3, the parameters are empty afterwards.
-    parameters = sum(parameter.numel() for parameter in unwrapped.student.parameters())
+    parameters = sum(parameter.numel() for parameter in exported_peer(unwrapped.student).parameters())
     averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)
@@ -120,11 +121,15 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, unwrapped: Distiller) -> 
     return distiller, optimizer
 
 
-def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) -> dict[str, EMA | EMATeacher]:
-    """Return the moving averages that follow the student."""
-    averages: dict[str, EMA | EMATeacher] = {"ema": EMA(recipe.ema, student.model)} if recipe.ema else {}
-    if isinstance(teacher, EMATeacher):
-        teacher.follow(student.model)
+def _averages(
+    recipe: Recipe, student: FeatureTaps | Cohort, teacher: AnyTeacher | None
+) -> dict[str, EMA | MovingTeacher]:
+    """Return the moving averages that follow the student, of several peers that which is exported."""
+    averages: dict[str, EMA | MovingTeacher] = {}
+    if recipe.ema:
+        averages["ema"] = EMA(recipe.ema, exported_peer(student).model)
+    if isinstance(teacher, MovingTeacher):
+        teacher.follow(student.model)  # type: ignore[arg-type]
         averages["teacher"] = teacher
     return averages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -10,10 +11,10 @@ import torch
 from pipeline.batch import Batch, Progress
 from pipeline.builders.loader import check_task
 from pipeline.builders.meta import (
-    FakeModel,
     NetworkSummary,
     ProbedModels,
     count_parameters,
+    fake_networks,
     probe,
     probe_models,
     trial_targets,
@@ -41,6 +42,8 @@ class Report(NamedTuple):
 
     source: RecipeSource
     student: NetworkSummary
+    peers: list[NetworkSummary]
+    """The networks that train together, of which the student is one; empty for one alone."""
     teachers: list[NetworkSummary]
     """The teacher's networks: none, one, or each member. The losses read taps of the first."""
     cache: str | None
@@ -70,7 +73,8 @@ class Report(NamedTuple):
         stored vectors, such as CRD with its banks: they have less of a backward.
         """
         teacher_macs = 0.0 if self.cache else sum(teacher.macs for teacher in self.teachers)
-        return 3 * (self.student.macs + self.auxiliary_macs) + teacher_macs
+        trained_macs = sum(peer.macs for peer in self.peers) or self.student.macs
+        return 3 * (trained_macs + self.auxiliary_macs) + teacher_macs
 
     def __str__(self) -> str:
         """Return the report as text for the user."""
@@ -78,6 +82,9 @@ class Report(NamedTuple):
         lines += [f"paper     {self.paper}"] if self.paper else []
         lines += [f"measured  {self.measured}"] if self.measured else []
         lines += _describe_network("student", self.student)
+        if self.peers:
+            names = " and ".join(f"{count} {name}" for name, count in Counter(peer.name for peer in self.peers).items())
+            lines += [f"          one of {len(self.peers)} peers that train together: {names}"]
         lines += [line for teacher in self.teachers for line in _describe_network("teacher", teacher)]
         lines += [f"          answers from {self.cache}"] if self.cache else []
         auxiliary = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
@@ -113,7 +120,8 @@ def summarize(loaded: LoadedRecipe) -> Report:
     if manifest:
         check_task(recipe, manifest)
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe, manifest)
-    check_optimizer_section(recipe, built.student[1].model)
+    trained = [taps.model for _, taps in built.peers]
+    check_optimizer_section(recipe, torch.nn.ModuleList(trained) if trained else built.student[1].model)
     losses = _try_losses(recipe, built.facts)
     # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
     labels = None if built.note else built.facts.labels_by_id
@@ -125,6 +133,7 @@ def summarize(loaded: LoadedRecipe) -> Report:
     return Report(
         loaded.source,
         built.student[0],
+        [network for network, _ in built.peers],
         [network for network, _ in built.teachers],
         recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None,
         *losses,
@@ -166,10 +175,10 @@ def _run_losses(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dic
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     task = find_task(recipe.task)
     batch = Batch(images_BCHW, zeros_B, zeros_B, {}, trial_targets(recipe, zeros_B, facts.num_classes))
-    student = cast(FeatureTaps, FakeModel(facts.student_shapes))
-    answers = FakeModel(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
+    student, teacher = fake_networks(recipe, facts)
+    answers = teacher and teacher(images_BCHW)
     with error_context("losses"), FlopCounter() as counted:
-        distiller = Distiller(student, recipe.losses, facts, task).to(images_BCHW.device)
+        distiller = Distiller(cast(FeatureTaps, student), recipe.losses, facts, task).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))
     parts = [name for name in losses if name not in ("total", task.training_metric)]
     parameters = {name: count_parameters(loss) for name, loss in distiller.losses.items()}

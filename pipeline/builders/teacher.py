@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.builders.model_spec import ModelSpec
-from pipeline.builders.student import print_note, student_spec
+from pipeline.builders.peers import peer_specs
+from pipeline.builders.student import print_note
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import transform_fingerprint
 from pipeline.distributed import collectives
@@ -30,6 +31,7 @@ from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.teachers.config import Config, TeacherNetwork
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Normalization, Teacher
+from pipeline.teachers.peers import AveragedPeers
 from shards.manifest import Manifest
 
 
@@ -50,11 +52,12 @@ def build_teacher(run: Run, device: torch.device, taps: frozenset[str] = frozens
         with error_context("teacher.cache"):
             return _build_cached(run, config, Cache(Path(config.cache)), device)
     if config.average is not None:
-        spec = student_spec(recipe.student, recipe.taps.teacher)._replace(key="teacher", frozen=())
         auto = "fp32" if recipe.precision == "fp32" else "bf16"
         autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
-        network = spec.build(run.manifest.num_classes)
-        return EMATeacher(network, config.average, batch=config.batch or 1, device=device, autocast=autocast)
+        options = {"batch": config.batch or 1, "device": device, "autocast": autocast}
+        networks = [spec.build(run.manifest.num_classes) for spec in teacher_specs(recipe, ())]
+        first, *others = [EMATeacher(network, config.average, **options) for network in networks]
+        return AveragedPeers([first, *others], recipe.student.export) if recipe.student.peers else first
     return build_live_teacher(run, config, recipe.taps.teacher | taps, device)
 
 
@@ -80,10 +83,12 @@ def teacher_networks(config: Config | None) -> dict[str, TeacherNetwork]:
 
 
 def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
-    """Return the specifications of the teacher's networks; a moving average is the student's network.
+    """Return the specifications of the teacher's networks. A moving average is the student's network, or its peers'.
 
     The first has the taps that the losses read. ``sources`` are the recipes of ``teacher.runs``, in that order.
     """
+    if recipe.teacher and recipe.teacher.average and recipe.student.peers:
+        return [spec._replace(key="teacher", frozen=()) for spec in peer_specs(recipe.student, recipe.taps.teacher)]
     remaining, found = iter(sources), []
     for key, network in teacher_networks(recipe.teacher).items():
         source = next(remaining).student if network.recipe is not None else network

@@ -20,6 +20,7 @@ from pipeline.config.compose import Origins, compose, find_source, network_secti
 from pipeline.config.messages import check_nulls, validation_message
 from pipeline.config.source import RecipeSource, find_recipe
 from pipeline.config.values import check_numbers, check_switches
+from pipeline.data.config import MAX_PEERS
 from pipeline.data.config import Config as Data
 from pipeline.errors import RecipeError, display_path
 from pipeline.frozen_model import FrozenModel
@@ -62,6 +63,13 @@ class StartConfig(RunReference):
         return self
 
 
+Peers = (
+    Annotated[int, Field(gt=0, le=MAX_PEERS)]
+    | Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_PEERS)]
+    | None
+)
+
+
 class StudentConfig(FrozenModel):
     """The network that is trained."""
 
@@ -84,6 +92,48 @@ class StudentConfig(FrozenModel):
     """True to use torch.compile: a minute or more at the start, faster steps, and different last bits."""
     checkpoint: bool = False
     """True to compute the inside of the network's blocks again in the backward: less memory, with equal numbers."""
+    peers: Peers = None
+    """Networks that train together and learn from each other, with different initial weights: their number, all being
+    ``model``, or their names. null is one network."""
+    export: NonNegativeInt = 0
+    """``peers``: number of the one whose weights the run leaves, from 0; ``model`` is its network."""
+    shared: str | None = None
+    """``peers``: stage up to which all have the same modules, such as ``stage2``; null shares nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_is_the_exported_peer(cls, given: Any) -> Any:
+        names = given.get("peers") if isinstance(given, dict) else None
+        number = given.get("export", 0) if names else 0
+        if given and isinstance(names, list) and given.get("model") is None and isinstance(number, int):
+            return {**given, "model": names[number]} if 0 <= number < len(names) else given
+        return given
+
+    @model_validator(mode="after")
+    def _peers_fit(self) -> StudentConfig:
+        models = self.peer_models
+        if not models:
+            if key := next((key for key in ("export", "shared") if getattr(self, key)), None):
+                raise ValueError(f"{key} is for several networks that train together; set peers, or remove it")
+            return self
+        if self.export >= len(models):
+            raise ValueError(f"export: {self.export} is no peer; there are {len(models)}, counted from 0")
+        if models[self.export] != self.model:
+            raise ValueError(f"model: {self.model} is not peer {self.export}, {models[self.export]}; remove model")
+        unlike = {"shared": self.shared, "stages": self.stages, "arguments": self.arguments}
+        if len(set(models)) > 1 and (key := next((key for key, value in unlike.items() if value), None)):
+            raise ValueError(f"{key} needs peers of one network, got {', '.join(models)}; remove it")
+        if self.shared is not None and self.sync_batchnorm:
+            raise ValueError("shared does not go with sync_batchnorm; remove one of them")
+        untried = ("start", "inherit", "freeze", "compile", "checkpoint")
+        if key := next((key for key in untried if getattr(self, key)), None):
+            raise ValueError(f"peers do not go with {key}; remove one of them")
+        return self
+
+    @property
+    def peer_models(self) -> tuple[str, ...]:
+        """Return the names of the networks that train together; empty without ``peers``."""
+        return (self.model,) * self.peers if isinstance(self.peers, int) else self.peers or ()
 
     @model_validator(mode="after")
     def _compiled_or_checkpointed(self) -> StudentConfig:
@@ -338,6 +388,23 @@ class Recipe(FrozenModel):
         if self.batch // self.accumulation % 2:
             rows = f"{self.batch // self.accumulation} rows, batch: {self.batch} by accumulation: {self.accumulation}"
             raise ValueError(f"data.pairs needs an even micro-batch, got {rows}; change batch")
+        return self
+
+    @model_validator(mode="after")
+    def _peers_have_what_they_need(self) -> Recipe:
+        count, views = len(self.student.peer_models), self.data.views_per_step
+        average = self.teacher is not None and self.teacher.average is not None
+        for name, spec in self.losses.items():
+            if spec.compares_peers and count < 2:
+                raise ValueError(f"the loss {name!r} compares networks that train together; set student.peers")
+            if spec.compares_peers and spec.loss.needs_teacher and not average:
+                raise ValueError(f"the loss {name!r} reads the averages of the peers; set teacher.average")
+        if count and self.task != "classification":
+            raise ValueError(f"student.peers is for task: classification, and this is task: {self.task}; remove it")
+        if views > 1 and views != count:
+            raise ValueError(f"data.views_per_step: {views} is not the number of student.peers, {count}; set 1 or that")
+        if views > 1 and self.teacher and not average:
+            raise ValueError("data.views_per_step: a teacher answers for one view of an image; set 1")
         return self
 
     @model_validator(mode="after")

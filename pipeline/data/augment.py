@@ -59,6 +59,15 @@ def repeated(order_N: NDArray[np.int64], times: int) -> tuple[NDArray[np.int64],
     return np.repeat(order_N, times), np.tile(np.arange(times), len(order_N))
 
 
+def views_of_batches(rows_N: NDArray[np.int64], batch: int, views: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of batches of ``batch`` images, each batch ``views`` times in a row, and the number of the time.
+
+    Numbers count from 0. With batches of two, [a, b, c, d] becomes [a, b, a, b, c, d, c, d].
+    """
+    rows = np.repeat(rows_N.reshape(-1, 1, batch), views, axis=1)
+    return rows.reshape(-1), np.tile(np.repeat(np.arange(views), batch), len(rows))
+
+
 def partners_of_class(order_N: NDArray[np.int64], samples: NDArray, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return another row of its class for each row of an epoch [N], every one with equal probability.
 

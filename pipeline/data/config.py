@@ -16,6 +16,8 @@ MAX_PIXELS = 2**14
 """Largest side of an image, in pixels."""
 MAX_VIEWS = 100_000
 """Largest number of augmented views."""
+MAX_PEERS = 16
+"""Largest number of networks that train together."""
 MAX_REPEAT = 1000
 """Largest number of times that an epoch has an image."""
 SCALE_FACTORS = tuple(step / 10 for step in range(5, 21))
@@ -114,6 +116,9 @@ class Config(FrozenModel):
     pairs: bool = False
     """True to put another image of its class behind every image of an epoch, drawn anew in each epoch. An epoch is
     twice as long. A class of one image pairs it with itself, in another view."""
+    views_per_step: int = Field(default=1, gt=0, le=MAX_PEERS)
+    """Views of every image in a batch: 1, or as many as ``student.peers``, each of which then gets a view of its own.
+    Decoding costs as many times more."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
     run may continue with another. A library may choose other kernels for another size, whose logits differ in their
@@ -140,8 +145,10 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _repetitions_differ(self) -> Config:
-        if self.views is not None and self.repeat > self.views:
-            raise ValueError(f"repeat: {self.repeat} needs as many views, got views: {self.views}; raise views")
+        several = {key: getattr(self, key) for key in ("repeat", "views_per_step")}
+        for key, number in several.items():
+            if self.views is not None and number > self.views:
+                raise ValueError(f"{key}: {number} needs as many views, got views: {self.views}; raise views")
         return self
 
     @model_validator(mode="after")
@@ -155,6 +162,18 @@ class Config(FrozenModel):
         }
         if self.pairs and (odd := [key for key, given in unfit.items() if given]):
             raise ValueError(f"pairs: true does not go with {odd[0]}; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _views_of_a_step_fit(self) -> Config:
+        unfit = {
+            "repeat": self.repeat > 1,
+            "pairs": self.pairs,
+            f"crop: {self.crop}": self.crop in _WHOLE_IMAGES,
+            "mixup and cutmix": self.mixes,
+        }
+        if self.views_per_step > 1 and (odd := [key for key, given in unfit.items() if given]):
+            raise ValueError(f"views_per_step: {self.views_per_step} does not go with {odd[0]}; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -269,7 +288,7 @@ class Config(FrozenModel):
 
     def view(self, epoch: int, repetition: int = 0) -> int:
         """Return the view in which an epoch has an image for the ``repetition``-th time, counted from 0."""
-        number = epoch * self.repeat + repetition
+        number = epoch * self.repeat * self.views_per_step + repetition
         return number if self.views is None else number % self.views
 
 

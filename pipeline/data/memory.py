@@ -67,6 +67,7 @@ class MemoryDecoder:
                 drawn = tuple(np.concatenate([each[rows], each[partners]]) for each in request.drawn)
                 images = self._augmenter(self._pixels(firsts_D, flips_D), drawn)
                 batch = Batch(images, labels_B, ids_B, {}, {name: x[rows] for name, x in targets.items()})
+                batch = request.with_views(batch)
                 yield request.mixture.of(rows)(batch) if request.mixture else batch
 
     def _table(self, request: SampleRequest) -> Tensor:

@@ -83,6 +83,8 @@ class SampleRequest(NamedTuple):
     """How the images are mixed; None if they are not."""
     canvas: tuple[int, int] | None = None
     """Height and width of the images, if they are not those of ``data.size``."""
+    views: int = 1
+    """Views of each image, of ``data.views_per_step``: a batch has its images in one view, then in the next."""
 
     def rows_of_batches(self) -> Iterator[tuple[slice, slice]]:
         """Yield the rows of each batch, and those of its images' partners."""
@@ -96,8 +98,16 @@ class SampleRequest(NamedTuple):
         """Return the batch of a request for a single one, whose images, with the partners', are on ``device``."""
         labels_B, ids_B = (x.to(device, non_blocking=True) for x in (self.labels_B, self.ids_B))
         targets = {name: x.to(device, non_blocking=True) for name, x in self.targets.items()}
-        batch = Batch(images_BCHW, labels_B, ids_B, {}, targets)
+        batch = self.with_views(Batch(images_BCHW, labels_B, ids_B, {}, targets))
         return self.mixture(batch) if self.mixture else batch
+
+    def with_views(self, batch: Batch) -> Batch:
+        """Return a decoded batch of this request with the views of its images as [V, B, C, H, W], if it has several."""
+        if self.views == 1:
+            return batch
+        images_VBCHW = batch.images_BCHW.unflatten(0, (self.views, -1))
+        count = images_VBCHW.shape[1]
+        return batch._replace(images_BCHW=images_VBCHW, labels_B=batch.labels_B[:count], ids_B=batch.ids_B[:count])
 
 
 def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Geometry:
@@ -215,7 +225,12 @@ class BatchSampler:
     @property
     def decoded_rows(self) -> int:
         """Return the largest number of images of a training request of one batch, with those that are mixed in."""
-        return self.micro_batch * (2 if self.config.mixes else 1)
+        return self._viewed_rows * (2 if self.config.mixes else 1)
+
+    @property
+    def _viewed_rows(self) -> int:
+        """Return the number of rows of a training request of one batch, in all views of a step."""
+        return self.micro_batch * self.config.views_per_step
 
     @property
     def validation_batch(self) -> int:
@@ -232,8 +247,9 @@ class BatchSampler:
     def training(self, progress: Progress, epochs: int) -> Generator[SampleRequest, None, None]:
         """Yield this rank's micro-batches from ``progress`` to the end of epoch ``epochs``."""
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for rows, views in self._parts(progress, epochs, self._request_rows(self.micro_batch)):
-                yield self._training_request(rows, views, self.micro_batch, pool)
+            for rows, views in self._parts(progress, epochs, self._request_rows(self._viewed_rows)):
+                request = self._training_request(rows, views, self._viewed_rows, pool)
+                yield request._replace(views=self.config.views_per_step)
 
     def extra(self, progress: Progress, epochs: int) -> Generator[dict[str, Tensor], None, None]:
         """Yield the rows of ``columns`` by name for each micro-batch of ``training``, on the host."""
@@ -286,7 +302,8 @@ class BatchSampler:
                 order = augment.bucket_order(order, self._buckets["train"], self.batch)
             order = used[order]
             first = progress.step_in_epoch if epoch == progress.epoch else 0
-            ours = [self._share(column, first) for column in self._rows_and_views(order, epoch)]
+            columns = (self._share(column, first) for column in self._rows_and_views(order, epoch))
+            ours = self._viewed(epoch, *columns)
             for start in range(0, len(ours[0]), size):
                 rows_B, views_B = (column[start : start + size] for column in ours)
                 yield rows_B, views_B
@@ -300,6 +317,17 @@ class BatchSampler:
         views = np.array([self.config.view(epoch, repetition) for repetition in range(self.config.repeat)])
         numbers, repetitions = augment.repeated(order, self.config.repeat)
         return numbers, views[repetitions]
+
+    def _viewed(
+        self, epoch: int, rows: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return this rank's rows of an epoch, and the view of each, in all views of a step."""
+        count = self.config.views_per_step
+        if count == 1:
+            return rows, views
+        numbers = np.array([self.config.view(epoch, number) for number in range(count)])
+        rows, places = augment.views_of_batches(rows, self.micro_batch, count)
+        return rows, numbers[places]
 
     def _share(self, column: NDArray[np.int64], first: int) -> NDArray[np.int64]:
         """Return this rank's part of a column of an epoch, from step ``first`` on."""

@@ -54,6 +54,8 @@ class Facts:
     """The layer that computes the student's logits; None if it is not one linear layer."""
     teacher_head_KD: Tensor | None = None
     """Weights of the layer that computes the teacher's logits; None if it is not one linear layer, or not there."""
+    peers: tuple[Facts, ...] = ()
+    """The facts of each network that trains, if several train together (``student.peers``)."""
 
 
 class Loss(nn.Module):

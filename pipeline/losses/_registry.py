@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, create_model
 
 from pipeline.losses._base import Facts, Loss
+from pipeline.losses._peers import EachPeer, PeersLoss
 from pipeline.run_reference import RunReference
 
 NO_LOSSES = {"losses": False}
@@ -29,8 +30,11 @@ class LossSpec:
     def build(self, facts: Facts) -> Loss:
         """Return the loss, built from the config and ``facts``.
 
-        Raises ValueError if it compares maps of logits of different size.
+        It is built for each peer if several networks train together, unless it compares them. Raises ValueError if it
+        compares maps of logits of different size.
         """
+        if facts.peers and not self.compares_peers:
+            return EachPeer(self.name, [self.build(of_peer) for of_peer in facts.peers], facts)
         # Losses that tap the maps of logits as features pool them to one size.
         if self.reads_teachers_head and self.takes_pixels and "logits" not in self.config.taps().student:
             _check_maps(self.name, facts)
@@ -50,6 +54,11 @@ class LossSpec:
     def scopes(self) -> frozenset[str]:
         """The scopes of this loss and of its inner losses."""
         return frozenset({self.loss.scope}).union(*(spec.scopes for spec in self._inner))
+
+    @property
+    def compares_peers(self) -> bool:
+        """Return whether the loss compares networks that train together."""
+        return issubclass(self.loss, PeersLoss)
 
     @property
     def reads_labels(self) -> bool:

@@ -28,6 +28,8 @@ class StagePair(FrozenModel):
     """Stage of the teacher."""
 
 
+EMBEDDING = "embedding"
+"""Name of the tap that the last linear layer reads."""
 StageChoice = str | StagePair
 StageList = Annotated[tuple[StageChoice, ...], Field(min_length=1)]
 StageChoices = Literal["all"] | StageList

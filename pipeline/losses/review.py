@@ -20,11 +20,10 @@ from pipeline.batch import Batch, Outputs
 from pipeline.distributed.norms import NormFactory
 from pipeline.losses._base import Facts, Taps
 from pipeline.losses._connectors import ConnectorLoss, convolution_norm
-from pipeline.losses._stages import StageChoices, channels, pair_stages, stage_taps
+from pipeline.losses._stages import EMBEDDING, StageChoices, channels, pair_stages, stage_taps
 
 PYRAMID = (4, 2, 1)
 """Heights and widths of the pooled maps that are compared besides the full map."""
-EMBEDDING = "embedding"
 PREACT = ".preact"
 
 

@@ -74,6 +74,8 @@ class Result(BaseModel):
     """Number of ranks of the last command."""
     side: PositiveInt | None = None
     """Number of runs that the last command trained side by side; None for one alone."""
+    peers: dict[str, Percent] | None = None
+    """The main metric of each network that trained together, of their mean and of their ensemble; None for one."""
 
     @model_validator(mode="before")
     @classmethod

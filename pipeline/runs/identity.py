@@ -69,6 +69,10 @@ _OPTIONS = {
     "maps": None,
     "cycles": None,
     "pairs": False,
+    "peers": None,
+    "export": 0,
+    "shared": None,
+    "views_per_step": 1,
     "gaussian": None,
     "steps": [],
 }

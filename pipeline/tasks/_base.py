@@ -27,6 +27,8 @@ class Evaluation(NamedTuple):
     """Number of images."""
     loss: float | None = None
     """Mean over the images of the task's own loss, summed in float64; its last bits may depend on the ranks."""
+    peers: dict[str, float] = {}  # noqa: RUF012
+    """The main metric of each network that trains with this one, of their mean and of their ensemble; never changed."""
 
     @property
     def main(self) -> float:

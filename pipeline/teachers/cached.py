@@ -15,6 +15,7 @@ from pipeline.image_size import Resolution
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
+from pipeline.teachers.peers import AveragedPeers
 from pipeline.teachers.sample import check_sample
 from shards.read import allow_open_files
 
@@ -95,7 +96,7 @@ class CachedTeacher(nn.Module):
         return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 
 
-AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher
+AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher | AveragedPeers
 """The types of teachers. All have ``teacher(batch)``, ``shapes``, ``norms`` and ``head_KD``."""
 
 

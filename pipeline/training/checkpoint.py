@@ -38,7 +38,7 @@ from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
 from pipeline.runs.card import CARD, Card
 from pipeline.runs.files import CHECKPOINTS, IDENTITY, Percent, checkpoint_folders
-from pipeline.teachers.average import EMATeacher
+from pipeline.teachers.peers import MovingTeacher
 from pipeline.training import zero
 from pipeline.training.files import (
     MACHINE_ERRORS,
@@ -84,7 +84,7 @@ class Checkpoints:
         accelerator: Accelerator,
         distiller: Distiller,
         optimizer: Any,
-        averages: dict[str, EMA | EMATeacher],
+        averages: dict[str, EMA | MovingTeacher],
     ) -> None:
         self.config = config
         self.folder = folder / CHECKPOINTS

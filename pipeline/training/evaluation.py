@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
@@ -11,12 +12,14 @@ from pipeline.batch import Batch, Outputs
 from pipeline.data.loader import Loader
 from pipeline.distributed import collectives
 from pipeline.errors import RecipeError, error_context
+from pipeline.features.cohort import Cohort
 from pipeline.features.taps import FeatureTaps, evaluating
-from pipeline.tasks._base import Evaluation, Task
+from pipeline.tasks._base import Evaluation, Seen, Task
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.teachers.config import Config
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
+from pipeline.teachers.peers import AveragedPeers
 from pipeline.training import zero
 
 
@@ -26,12 +29,35 @@ def measure_split(task: Task, answer: Callable[[Batch], Outputs], batches: Itera
     return task.summarize(task.see(answer(batch), batch) for batch in batches)
 
 
-def evaluate(task: Task, student: FeatureTaps, batches: Iterable[Batch], accelerator: Accelerator) -> Evaluation:
+@torch.no_grad()
+def measure_peers(task: Task, peers: Cohort, batches: Iterable[Batch]) -> Evaluation:
+    """Return the task's metrics of the exported peer, and the main one of each, of their mean and of their ensemble.
+
+    The ensemble's probabilities are the mean of the peers'.
+    """
+    seen: list[list[Seen]] = [[] for _ in range(len(peers.members) + 1)]
+    for batch in batches:
+        outputs = peers(batch.images_BCHW)
+        log_p_MBK = torch.stack([peer.logits_BK.float().log_softmax(1) for peer in outputs.peers])
+        ensemble = outputs.with_logits(log_p_MBK.logsumexp(0))
+        for of_network, answers in zip(seen, (*outputs.peers, ensemble), strict=True):
+            of_network.append(task.see(answers, batch))
+    *singles, ensemble = [task.summarize(of_network) for of_network in seen]
+    found = {f"peer{number}": single.main for number, single in enumerate(singles)}
+    found |= {"mean": fmean(found.values()), "ensemble": ensemble.main}
+    return singles[peers.number]._replace(peers=found)
+
+
+def evaluate(
+    task: Task, student: FeatureTaps | Cohort, batches: Iterable[Batch], accelerator: Accelerator
+) -> Evaluation:
     """Return the metrics of ``student`` in eval mode under the recipe's autocast.
 
     BatchNorm uses the mean of the ranks' statistics. The student's mode and its own statistics are restored afterwards.
     """
     with evaluating(student), collectives.average_buffers(student), zero.deepspeed_autocast(accelerator):
+        if isinstance(student, Cohort):
+            return measure_peers(task, student, batches)
         return measure_split(task, lambda batch: student(batch.images_BCHW), batches)
 
 
@@ -41,7 +67,7 @@ def check_teacher(task: Task, config: Config | None, teacher: AnyTeacher | None,
     A cached teacher has no answers for validation images. It was checked before its cache was written.
     """
     expected = config.expect if config else None
-    if teacher is None or isinstance(teacher, CachedTeacher) or expected is None:
+    if teacher is None or isinstance(teacher, CachedTeacher | AveragedPeers) or expected is None:
         return
     if not loader.has_validation:
         folder = loader.plan.config.path

@@ -177,11 +177,12 @@ class TrainingJournal:
         The display shows the main metric, the first one, and ``best``, the best so far.
         """
         values, validation = found.metrics, {"loss": found.loss, "best": best}
-        more = {OBSERVED: observed} if observed else {}
+        more = ({"peers": found.peers} if found.peers else {}) | ({OBSERVED: observed} if observed else {})
         line = {"step": progress.step, "epoch": progress.epoch, **values, "validation": validation, **more}
         self._write(line, progress.step)
         main = next(iter(values))
-        self._track("val", {**values, "loss": found.loss, f"best_{main}": best}, progress.step)
+        of_peers = {f"{name}_{main}": value for name, value in found.peers.items()}
+        self._track("val", {**values, "loss": found.loss, f"best_{main}": best, **of_peers}, progress.step)
         if self.display is not None:
             self.display.show_evaluation(found.main, best)
             tqdm.write(f"epoch {progress.epoch}: " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))

@@ -53,6 +53,7 @@ def write_result(
         device=device_name(),
         ranks=collectives.world_size(),
         side=side if side > 1 else None,
+        peers=(last and last.peers) or None,
         **metrics,  # pyright: ignore[reportArgumentType]
     )
     write_json(run.folder / RESULT_FILE, result.model_dump())
@@ -101,6 +102,10 @@ def print_table(run: Run) -> None:
             ]
         )
     )
+    for _, each in runs:
+        if each.result and each.result.peers:
+            values = ", ".join(f"{name} {percent(value)}" for name, value in each.result.peers.items())
+            print(f"peers of {each.folder}: {values}")
     holdout = run.recipe.data.holdout
     if holdout and any(teacher.recipe.data.holdout != holdout for teacher in run.teachers):
         print("note: students are measured on held-out training images, the teacher on its own validation images")

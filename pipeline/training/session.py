@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
+from pipeline.features.cohort import Cohort, exported_peer
 from pipeline.features.taps import FeatureTaps
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
@@ -23,8 +24,8 @@ from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
 from pipeline.tasks._base import Evaluation, Task
 from pipeline.tasks._registry import find_task
-from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
+from pipeline.teachers.peers import MovingTeacher
 from pipeline.training.checkpoint import Best, Checkpoints, CheckpointState
 from pipeline.training.evaluation import evaluate
 from pipeline.training.export import export, export_auxiliary, export_average, student_card
@@ -47,12 +48,12 @@ class Session:
     teacher: AnyTeacher | None
     distiller: nn.Module
     """The Distiller in its wrapper for training, DDP or DeepSpeed."""
-    student: FeatureTaps
-    """The student without a wrapper."""
+    trained: FeatureTaps | Cohort
+    """The student without a wrapper, or several that train together."""
     parameters: int
     """Number of parameters of the student."""
     optimizer: Any
-    averages: dict[str, EMA | EMATeacher]
+    averages: dict[str, EMA | MovingTeacher]
     """Moving averages of the student's weights, by name in a checkpoint."""
     checkpoints: Checkpoints
     journal: TrainingJournal
@@ -69,6 +70,11 @@ class Session:
         return self.run.recipe
 
     @property
+    def student(self) -> FeatureTaps:
+        """Return the student without a wrapper; of several the one that is exported."""
+        return exported_peer(self.trained)
+
+    @property
     def timer(self) -> StepTimer:
         """Return the timer of a step's parts."""
         return self.journal.timer
@@ -82,7 +88,7 @@ class Session:
         """Return the student's metrics on the validation images, or None if there are none."""
         if not self.loader.has_validation:
             return None
-        return evaluate(self.task, self.student, self.loader.validation(), self.accelerator)
+        return evaluate(self.task, self.trained, self.loader.validation(), self.accelerator)
 
     def micro_batches(self, state: State) -> Iterator[Batch]:
         """Yield this rank's micro-batches from the current progress. The wait for them is timed as ``data``."""

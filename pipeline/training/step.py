@@ -21,8 +21,8 @@ from pipeline.distributed import collectives
 from pipeline.errors import RecipeError
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
-from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher, half_answers
+from pipeline.teachers.peers import MovingTeacher
 from pipeline.training.timer import StepTimer
 
 
@@ -48,7 +48,7 @@ class Step:
         distiller: nn.Module,
         teacher: AnyTeacher | None,
         optimizer: Any,
-        averages: Iterable[EMA | EMATeacher],
+        averages: Iterable[EMA | MovingTeacher],
         clip: float | None,
         guard: FiniteGuard,
         timer: StepTimer,

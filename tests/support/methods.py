@@ -8,7 +8,7 @@ from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
 from pipeline.losses._registry import find_loss
 
-WITHOUT_TEACHER = ("ce", "ab", "fsp", "bce", "byot", "cs_kd", "subclass_auxiliary")
+WITHOUT_TEACHER = ("ce", "ab", "fsp", "bce", "byot", "cs_kd", "subclass_auxiliary", "dml", "pcl", "mmt")
 
 
 def losses_of(method: str) -> dict[str, Any]:
@@ -33,7 +33,10 @@ OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "detecti
 """The methods for detectors alone."""
 OF_MODULES = [name for name in ALL if "ft" in losses_of(name)]
 """The methods whose losses start with modules that another run left."""
-METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES)]
+OF_PEERS = [name for name in ALL if losses_of(name).keys() & {"mutual", "peer_mean"}]
+"""The methods of several networks that train together."""
+OTHERS = (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES, *OF_PEERS)
+METHODS = [name for name in ALL if name not in OTHERS]
 """The methods for images of one class and any network, in one run."""
 CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for loss in losses_of(name))]
 """Those of them whose step a CUDA graph can record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from itertools import product
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,10 +13,12 @@ from published_cases import Case, Formulas, Outcome
 from published_relations import linear_layers
 from torch import Tensor
 
-from pipeline.batch import Batch, Outputs
+from pipeline.batch import Batch, Outputs, Progress
 from pipeline.losses import kdsvd as kdsvd_module
 from pipeline.losses._base import Facts
+from pipeline.losses._peers import facts_of_peers
 from pipeline.losses._registry import load_spec
+from pipeline.losses.ce import label_cross_entropy
 from pipeline.losses.crcd import gradient_loss
 from pipeline.losses.fsp import fsp_loss
 from pipeline.losses.kdsvd import kdsvd_loss
@@ -115,6 +118,54 @@ def crcd_gradient(case: Case) -> Outcome:
     return {"loss": loss}, loss, {"student_embedding": student, **leaves}
 
 
+def mmt(case: Case) -> Outcome:
+    """Add up both networks' losses, as the authors' code does: (1 − w)·CE with smoothing, and w·soft CE."""
+    weight, smoothing = case["hyper"]["soft_weight"], case["hyper"]["label_smoothing"]
+    peers, averages = (peers_of(case, key, 2) for key in ("logits", "mean_logits"))
+    batch = Batch(case["in.labels"], case["in.labels"], case["in.labels"], {})
+    hard = [label_cross_entropy(logits, batch, smoothing) for logits in peers]
+    soft = PeersOf("peer_mean", {"temperature": 1.0, "form": "ce"}).parts(peers, averages, batch)
+    loss = torch.stack([(1 - weight) * value for value in hard] + [weight * value for value in soft]).sum()
+    named = {
+        f"{kind}_{number}": value for kind, of in (("hard", hard), ("soft", soft)) for number, value in enumerate(of)
+    }
+    return {"loss": loss, **named}, loss, {f"logits_{number}": logits for number, logits in enumerate(peers)}
+
+
+def pcl(case: Case) -> Outcome:
+    """Add up the ensemble's CE, and of each peer its CE, and both divergences where the ramp has ended."""
+    temperature = case["hyper"]["temperature"]
+    peers, averages = (peers_of(case, key, 3) for key in ("logits", "mean_logits"))
+    ensemble = case["in.ensemble_logits"].requires_grad_()
+    batch = Batch(case["in.labels"], case["in.labels"], case["in.labels"], {})
+    of_averages = PeersOf("peer_mean", {"temperature": temperature, "form": "kl"}).parts(peers, averages, batch)
+    of_ensemble = PeersOf("peer_ensemble", {"temperature": temperature})
+    with mock.patch.object(of_ensemble.loss.fc, "forward", return_value=ensemble):
+        ce, *divergences = of_ensemble.parts(peers, averages, batch)
+    each = zip(peers, divergences, of_averages, strict=True)
+    parts = [label_cross_entropy(logits, batch, 0.0) + a + b for logits, a, b in each]
+    loss = torch.stack([ce, *parts]).sum()
+    leaves = {f"logits_{number}": logits for number, logits in enumerate(peers)} | {"ensemble_logits": ensemble}
+    return {"loss": loss, **{f"peer_{number}": value for number, value in enumerate(parts)}}, loss, leaves
+
+
+def peers_of(case: Case, key: str, count: int) -> list[Tensor]:
+    return [case[f"in.{key}_{number}"].requires_grad_(key == "logits") for number in range(count)]
+
+
+class PeersOf:
+    """A loss of networks that train together, called with their logits."""
+
+    def __init__(self, name: str, config: dict[str, Any]) -> None:
+        shapes = {"embedding": (1,)}
+        self.loss: Any = load_spec(name, config).build(facts_of_peers([Facts(20, shapes, shapes)] * 3, 0)).double()
+
+    def parts(self, peers: list[Tensor], averages: list[Tensor], batch: Batch) -> list[Tensor]:
+        networks = (tuple(Outputs(x, {"embedding": x[:, :1].detach()}) for x in of) for of in (peers, averages))
+        student, teacher = (outputs[0]._replace(peers=outputs) for outputs in networks)
+        return list(self.loss.parts(student, teacher, batch, Progress(1)).values())
+
+
 def ft(case: Case) -> Outcome:
     student, teacher = case["in.student_feature"].requires_grad_(), case["in.teacher_feature"]
     config = {"share": case["hyper"]["rate"], "paraphraser": {"method": "ft_init"}}
@@ -153,5 +204,5 @@ def ft_paraphraser(case: Case) -> Outcome:
 
 
 FORMULAS: Formulas = {
-    formula.__name__: formula for formula in (fsp, kdsvd, cc, crcd, crcd_gradient, ft, ft_paraphraser)
+    formula.__name__: formula for formula in (fsp, kdsvd, cc, crcd, crcd_gradient, mmt, pcl, ft, ft_paraphraser)
 }

@@ -22,6 +22,11 @@ def plain(num_classes: int) -> nn.Module:
     return nn.Sequential(Conv(3, 8, 3, stride=2), nn.ReLU(), pool, Conv(8, num_classes, 1), nn.Flatten()).double()
 
 
+def with_linear_head(num_classes: int) -> nn.Module:
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Tanh(), pool, nn.Flatten(), nn.Linear(8, num_classes))
+
+
 class Witness(Loss):
     needs_teacher = False
     reads_labels = False

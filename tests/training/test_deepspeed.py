@@ -406,6 +406,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
             "student.checkpoint: under ZeRO-3 the weights are partitioned; use",
         ),
         ({"stage": 3}, CRCD, "losses.crcd: under ZeRO-3 no rank has all weights of the head; use zero2.json"),
+        ({}, ["student.peers=2"], "student.peers: networks that train together were not tried under DeepSpeed"),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has all weights"),
     ],
     ids=lambda value: None,
