@@ -69,6 +69,9 @@ _OPTIONS = {
     "maps": None,
     "cycles": None,
     "pairs": False,
+    "half": False,
+    "kd_weight": 1.0,
+    "export_exits": False,
     "gaussian": None,
     "steps": [],
 }
