@@ -3,13 +3,15 @@
     python pipeline/benchmarks/inference.py JSON        what ``measure_speed`` starts; JSON is a ``TimedNetwork``
 
 A process keeps where its code and tensors lie in memory, and the order of Python's tables. All of it changes its speed.
-So several processes measure, and the range of all their rounds is stated.
+So several processes measure, and the range of all their rounds is stated. On a CPU each of their rounds has a process
+of its own, a fork, which has read its code already. On a GPU they share one, because each process has a context.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Any, Literal
 
@@ -106,8 +109,24 @@ def summarize_rounds(batch: int, seconds: list[float]) -> Speed:
     )
 
 
+def measure_forks(settings: TimedNetwork) -> Rounds:
+    """Return the seconds of a forward in each round, for each batch size. Each round is that of a new fork."""
+    torch.set_num_threads(1)  # a fork has none of the other threads, and would wait for them
+    settings.build()  # imports what the network needs, once for all forks
+    forks = []
+    for _ in range(ROUNDS):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            forks.append(pool.submit(_build_and_measure, settings, 1).result())
+    return {batch: [seconds for rounds in forks for seconds in rounds[batch]] for batch in settings.batches}
+
+
+def _build_and_measure(settings: TimedNetwork, rounds: int) -> Rounds:
+    torch.set_num_threads(settings.threads)
+    return measure_rounds(settings.build(), settings, rounds)
+
+
 @torch.inference_mode()
-def measure_rounds(network: FeatureTaps, settings: TimedNetwork) -> Rounds:
+def measure_rounds(network: FeatureTaps, settings: TimedNetwork, count: int = ROUNDS) -> Rounds:
     """Return the seconds of a forward in each round of this process, for each batch size that fits into memory.
 
     It runs in eval mode under autocast, after a warm-up.
@@ -115,7 +134,7 @@ def measure_rounds(network: FeatureTaps, settings: TimedNetwork) -> Rounds:
     device, dtype, size = torch.device(settings.device), AUTOCAST[settings.precision], height_width(settings.size)
     rounds: Rounds = {batch: [] for batch in settings.batches}
     with evaluating(network), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for _ in range(ROUNDS):
+        for _ in range(count):
             for batch in list(rounds):
                 # New images in every round: where they lie in memory changes the speed, too.
                 images_BCHW = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=settings.layout)
@@ -147,8 +166,8 @@ def _measure_in_a_process(network: TimedNetwork) -> Rounds | None:
 def main(args: Sequence[str]) -> None:
     """Measure the network that the argument describes, and print its rounds as JSON."""
     settings = TimedNetwork.model_validate_json(args[0])
-    torch.set_num_threads(settings.threads)
-    print(json.dumps(measure_rounds(settings.build(), settings)))
+    on_cpu = torch.device(settings.device).type == "cpu"
+    print(json.dumps(measure_forks(settings) if on_cpu else _build_and_measure(settings, ROUNDS)))
 
 
 if __name__ == "__main__":

@@ -379,6 +379,9 @@ class Recipe(FrozenModel):
 
     @model_validator(mode="after")
     def _pairs_stay_together(self) -> Recipe:
+        needing = [name for name, spec in self.losses.items() if spec.needs_pairs]
+        if needing and not self.data.pairs:
+            raise ValueError(f"the loss {needing[0]!r} learns from pairs of one class; set data.pairs: true")
         if not self.data.pairs:
             return self
         if not find_task(self.task).one_class:

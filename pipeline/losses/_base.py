@@ -93,6 +93,14 @@ class Loss(nn.Module):
             """Return whether the loss reads the weights of both networks' last layers, which must be linear."""
             return False
 
+        def has_label_loss(self) -> bool:
+            """Return whether a part is the cross-entropy with the labels, which counts once in a recipe."""
+            return False
+
+        def needs_pairs(self) -> bool:
+            """Return whether every second row must be another image of the class of the one before: ``data.pairs``."""
+            return False
+
     scope: ClassVar[Literal["sample", "statistics", "batch"]] = "sample"
     """Data that the loss needs from other ranks.
 
@@ -105,14 +113,12 @@ class Loss(nn.Module):
     mixed_labels: ClassVar[Literal["soft", "dominant"] | None] = None
     """What a loss that reads labels takes of an image that is mixed from two. ``soft``: the shares of both classes,
     which are ``batch.targets["soft_BK"]``. ``dominant``: ``labels_B``, the class of the larger share. None refuses."""
-    has_label_loss: ClassVar[bool] = False
-    """Whether a part is the cross-entropy of the student's logits with the labels, which counts once in a recipe."""
     targets: ClassVar[frozenset[str]] = frozenset()
     """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
     takes_pixels: ClassVar[bool] = False
     """Whether the loss of logits takes a map of them, whose pixels are its rows; the tasks of pixels need that."""
-    exported: ClassVar[tuple[str, ...]] = ()
-    """Attributes that are modules which a finished run leaves, for the losses of other runs."""
+    exported: tuple[str, ...] = ()
+    """Attributes that are modules which a finished run leaves, such as for the losses of other runs."""
     capturable: ClassVar[bool] = True
     """Whether a CUDA graph can record the loss. Not if the host waits for its device, as for eigenvalues."""
 

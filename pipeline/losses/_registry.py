@@ -79,7 +79,12 @@ class LossSpec:
     @property
     def has_label_loss(self) -> bool:
         """Return whether this loss or an inner one has the cross-entropy with the labels as a part."""
-        return self.loss.has_label_loss or any(spec.has_label_loss for spec in self._inner)
+        return self.config.has_label_loss() or any(spec.has_label_loss for spec in self._inner)
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Return whether this loss or an inner one needs ``data.pairs``."""
+        return self.config.needs_pairs() or any(spec.needs_pairs for spec in self._inner)
 
     @property
     def targets(self) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """Be your own teacher, Zhang et al., ICCV 2019, arXiv:1905.08094.
 
 Every stage but the last gets an exit: a classifier of its own. The exits learn from the labels, and from what the
-network's end says and computes. No teacher is needed, and exits are left out at export.
+network's end says and computes. No teacher is needed. The exported student has no exits; a run leaves them beside it
+where ``export_exits`` says so.
 
 B batch, C channels, D embedding, H W space, K classes.
 """
@@ -61,6 +62,8 @@ class BYOT(ConnectorLoss):
         """Share α of KD against the labels."""
         beta: NonNegativeFloat
         """Weight β of the distance between the features, which is averaged over the rows."""
+        export_exits: bool = False
+        """True to leave the exits in ``auxiliary.safetensors``, beside the student."""
 
         def taps(self) -> Taps:
             """Return the student's stages and its embedding."""
@@ -76,6 +79,7 @@ class BYOT(ConnectorLoss):
             raise ValueError(f"byot: the embedding is shaped {list(shapes['embedding'])}, but a vector is needed")
         channels(shapes, last)
         self.exits = nn.ModuleList(self._exit(stage, last) for stage in self.stages)
+        self.exported = ("exits",) if config.export_exits else ()
         self.noted: list[Tensor] = []
 
     def _exit(self, stage: str, last: str) -> Exit:

@@ -24,13 +24,16 @@ class CrossEntropy(Loss):
 
     needs_teacher = False
     mixed_labels = "soft"
-    has_label_loss = True
 
     class Config(Loss.Config):
         """The config of cross-entropy, such as ``{}`` or ``{label_smoothing: 0.1}``."""
 
         label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
         """Share of the target that is spread evenly over the classes."""
+
+        def has_label_loss(self) -> bool:
+            """Return True: it is that loss."""
+            return True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``ce``."""

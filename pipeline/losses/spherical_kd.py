@@ -46,7 +46,6 @@ class SphericalKD(Loss):
     """
 
     mixed_labels = "soft"
-    has_label_loss = True
 
     class Config(Loss.Config):
         """The config of spherical KD, such as ``{temperature: 4.0, alpha: 0.9, scale: teacher}``."""
@@ -66,6 +65,10 @@ class SphericalKD(Loss):
             if not all(0 <= share <= 1 for share in shares):
                 raise ValueError(f"alpha must be from 0 to 1, got {', '.join(map(str, shares))}")
             return self
+
+        def has_label_loss(self) -> bool:
+            """Return True: the labels' part is of the logits at their given size."""
+            return True
 
         def alpha_at(self, progress: Progress) -> float:
             """Return α in the step that begins at ``progress``."""

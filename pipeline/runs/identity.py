@@ -73,6 +73,9 @@ _OPTIONS = {
     "export": 0,
     "shared": None,
     "views_per_step": 1,
+    "half": False,
+    "kd_weight": 1.0,
+    "export_exits": False,
     "gaussian": None,
     "steps": [],
 }

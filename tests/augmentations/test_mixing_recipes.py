@@ -13,7 +13,7 @@ from methods import config_of
 from pipeline.builders.summary import summarize
 from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.errors import RecipeError
-from pipeline.losses._registry import find_loss, load_spec
+from pipeline.losses._registry import load_spec
 
 MIXING = "data.augment=[{mixup: {alpha: 0.8}}, {cutmix: {alpha: 1.0}}]"
 SPECS = {name: load_spec(name, config_of(name)) for name in NAMES}
@@ -37,7 +37,7 @@ def write(recipes: Path) -> Callable[[dict], Path]:
 
 @pytest.mark.parametrize("name", OF_ONE_CLASS)
 def test_each_loss_takes_mixed_images_or_ends_the_command_in_one_line(name: str, write: Callable[[dict], Path]):
-    of_labels = {} if find_loss(name).has_label_loss else {"ce": {}}
+    of_labels = {} if SPECS[name].has_label_loss else {"ce": {}}
     path = write({**of_labels, name: config_of(name)})
     load_recipe(path)
     if name not in REFUSED:

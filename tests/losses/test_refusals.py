@@ -37,6 +37,18 @@ OF_RECIPES = {
         ["method=kd", "data.pairs=true", "with=cached", "data.views=null"],
         "data.pairs draws partners in views that a cache has not; remove teacher.cache or the key",
     ),
+    "labels twice, of which one is for the first of each pair": (
+        ["method=cs_kd", "losses.cs_kd.half=true"],
+        "the losses 'ce' and 'cs_kd' each have the cross-entropy with the labels; remove all but one of them",
+    ),
+    "the first of each pair without pairs": (
+        ["method=cs_kd", "losses.cs_kd.half=true", "losses.ce=null", "data.pairs=false"],
+        "the loss 'cs_kd' learns from pairs of one class; set data.pairs: true",
+    ),
+    "a weight beside no other part": (
+        ["method=cs_kd", "losses.cs_kd.kd_weight=3"],
+        "kd_weight is for half: true, whose loss has two parts; set weight",
+    ),
     "a rank's own partners": (["method=cs_kd", "losses.cs_kd.stat_scope=rank"], "losses.cs_kd.stat_scope"),
     "two forms of a ramp": (
         ["method=kd", "losses.kd.ramp={gaussian: 80, linear_epochs: 20}"],

@@ -64,6 +64,21 @@ def test_a_module_is_left_by_one_run_and_part_of_the_identity_of_the_next(
         run_train("second.yaml", "schedule.rate=1e-3")
 
 
+def test_exits_are_left_beside_the_student_where_the_recipe_asks_for_them(run_train: Train, recipes: Path):
+    own = {"base": "ce.yaml", "losses": losses_of("byot"), "epochs": 1, "folder": "runs/byot"}
+    (recipes / "byot.yaml").write_text(yaml.safe_dump(own))
+    run_train("byot.yaml")
+    assert not (recipes / "runs/byot/auxiliary.safetensors").exists()
+    run_train("byot.yaml", "losses.byot.export_exits=true", "folder=runs/exits")
+    left = load_file(recipes / "runs/exits/auxiliary.safetensors")
+    (saved,) = (recipes / "runs/exits/checkpoints").glob("step-*/distiller.safetensors")
+    trained = {key.removeprefix("losses."): x for key, x in load_file(saved).items() if ".exits." in key}
+    torch.testing.assert_close(left, trained, rtol=0, atol=0)
+    assert {key.split(".")[2] for key in left} == {"0", "1"}
+    students = [load_file(recipes / folder / "student.safetensors") for folder in ("runs/byot", "runs/exits")]
+    torch.testing.assert_close(*students, rtol=0, atol=0)
+
+
 REFUSED = {
     "losses.ft.share=0.25": r"losses.ft.paraphraser: runs/first/auxiliary.safetensors: its paraphraser has a",
     "losses.ft.paraphraser.recipe=teacher.yaml": r"runs/teacher/auxiliary.safetensors: there is no such file;",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from published_cases import Case, Formulas, Outcome
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs, Progress
 from pipeline.losses._base import Facts
 from pipeline.losses._registry import load_spec
-from pipeline.losses.cs_kd import cs_kd_rows
 from pipeline.losses.dist import dist_loss
 from pipeline.losses.dkd import dkd_loss
 from pipeline.losses.kd import kd_loss
@@ -73,12 +73,14 @@ def spherical_kd_layer_norm(case: Case) -> Outcome:
 
 
 def cs_kd(case: Case) -> Outcome:
-    """Take the loss of the first images of the pairs, as published; the partners are given."""
     hyper, student = case["hyper"], case["in.student_logits"].requires_grad_()
-    ce = F.cross_entropy(student, case["in.labels"])
-    kd = cs_kd_rows(student, case["in.partner_logits"], temperature=hyper["temperature"]).mean()
-    loss = ce + hyper["lambda"] * kd
-    return {"loss": loss, "ce": ce, "kd": kd}, loss, {"student_logits": student}
+    config = {"temperature": hyper["temperature"], "half": True, "kd_weight": hyper["lambda"]}
+    pairs_BK = torch.stack([student, case["in.partner_logits"]], 1).flatten(0, 1)
+    pairs = batch_of(case)._replace(labels_B=case["in.labels"].repeat_interleave(2))
+    outputs = Outputs(pairs_BK, {})
+    parts = load_spec("cs_kd", config).build(Facts(student.shape[1]))(outputs, outputs, pairs)
+    loss = parts["ce"] + parts["cs_kd"]
+    return {"loss": loss, "ce": parts["ce"], "kd": parts["cs_kd"] / hyper["lambda"]}, loss, {"student_logits": student}
 
 
 def subclass_auxiliary(case: Case) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -273,6 +274,24 @@ def test_the_rounds_of_a_process_cover_a_machine_that_becomes_slower(monkeypatch
     monkeypatch.setattr(time, "perf_counter", lambda: (n := next(ticks)) * 0.01 + max(n - 300, 0) * 0.01)
     for seconds in measure_rounds(small_network(), SETTINGS).values():
         assert (min(seconds), max(seconds)) == pytest.approx((0.01, 0.02))
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 4), ("cuda", 1)])
+def test_a_round_has_a_process_of_its_own_except_on_a_gpu(
+    device: str, processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def name_the_process(network: object, settings: TimedNetwork, count: int) -> dict[int, list[float]]:
+        return {batch: count * [float(os.getpid())] for batch in settings.batches}
+
+    monkeypatch.setattr(TimedNetwork, "build", lambda settings: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(inference, "measure_rounds", name_the_process)
+    inference.main([SETTINGS.model_copy(update={"device": device}).model_dump_json()])
+    rounds = json.loads(capsys.readouterr().out)
+    assert rounds.keys() == {"1", "128"}
+    for seconds in rounds.values():
+        assert (len(seconds), len(set(seconds))) == (4, processes)
+        assert (os.getpid() in seconds) == (device == "cuda")
 
 
 def test_the_spread_of_latency_covers_processes_that_differ(monkeypatch: pytest.MonkeyPatch):
