@@ -17,7 +17,10 @@ REASONS = {
     "class_head": "it has no distillation token",
     "token_head": "it has no distillation token",
     **dict.fromkeys(("anchors", "detections"), "it is no detector"),
-    **dict.fromkeys(("head.class", "head.box", "regression"), "it is no detector of one stage; those of two have rpn.class and rpn.box"),
+    **dict.fromkeys(
+        ("head.class", "head.box", "regression"),
+        "it is no detector of one stage; those of two have rpn.class and rpn.box",
+    ),
     **dict.fromkeys(("rpn.class", "rpn.box", "roi.class"), "it is no detector of two stages"),
 }
 """Why a network may lack a stage of that name."""
@@ -57,7 +60,8 @@ def canonical(paths: Mapping[str, str], name: str) -> str:
 def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
     """Return ``[name]``; for ``all``, ``all.preact`` or a group return the names of all its stages, shallowest first.
 
-    Of a name with ``?`` they are those that the network has, which may be none. Raises ValueError if the network's stages are not known.
+    Of a name with ``?`` they are those that the network has, which may be none. Raises ValueError if the network's
+    stages are not known.
     """
     if name.endswith(OPTIONAL):
         name = name.removesuffix(OPTIONAL)

@@ -101,7 +101,8 @@ class FeatureTaps(nn.Module):
     def forward(self, images_BCHW: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return the logits and the wanted features; nothing is kept between calls.
 
-        A network with ``takes_targets`` gets the batch's ``targets``, too. Raises ValueError if a tapped module was not called, or if the network overwrote a captured tensor in place.
+        A network with ``takes_targets`` gets the batch's ``targets``, too. Raises ValueError if a tapped module was not
+        called, or if the network overwrote a captured tensor in place.
         """
         self._captured = captured = {}
         more = (targets,) if getattr(self.model, "takes_targets", False) else ()

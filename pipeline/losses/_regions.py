@@ -1,6 +1,8 @@
 """Torchvision's losses of a detector of two stages, from the anchors and regions that the network has chosen.
 
-They are those of torchvision's networks, called without a network.   B batch, A anchors, R regions, K classes, C numbers.
+They are those of torchvision's networks, called without a network.
+
+B batch, R regions, K classes, C numbers, N anchors or regions, T regions of all images.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from pipeline.losses._pixels import mean_count
 
 RPN_WEIGHTS, ROI_WEIGHTS = (1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)
 """Factors of a box's numbers in the first and in the second stage, as in torchvision and MMDetection."""
-Losses = tuple[Tensor, Tensor]
+_Pair = tuple[Tensor, Tensor]
 """The losses of classes and of boxes."""
 
 
 def two_stage_losses(outputs: Outputs, *, per_image: bool) -> dict[str, Tensor]:
     """Return the losses ``rpn_class``, ``rpn_box``, ``class`` and ``box``.
 
-    They are sums divided by the number of chosen anchors or regions: with ``per_image`` by those of each image, and
-    then averaged over the images, else by those of all images on all ranks.
+    They are sums divided by the number of chosen anchors or regions of all images on all ranks. With ``per_image`` they
+    are those of an image divided by its own number, averaged over the images.
     """
     if outputs.logits.is_meta:  # where nothing is chosen; what is counted there is the network's work
         rpn = [torch.stack([map_BCHW.mean() for map_BCHW in _maps(outputs, kind)]).sum() for kind in ("class", "box")]
@@ -41,7 +43,7 @@ def two_stage_losses(outputs: Outputs, *, per_image: bool) -> dict[str, Tensor]:
 
 
 def _normalized(
-    outputs: Outputs, targets: str, losses_of: Callable[[Outputs, slice], Losses], per_image: bool
+    outputs: Outputs, targets: str, losses_of: Callable[[Outputs, slice], _Pair], per_image: bool
 ) -> list[Tensor]:
     """Return the losses of a stage, which ``losses_of`` gives as means of some images."""
     chosen_BN = outputs.features[targets][..., 4] >= 0
@@ -54,7 +56,7 @@ def _normalized(
     return [loss * share for loss in losses_of(outputs, slice(0, images))]
 
 
-def _rpn_losses(outputs: Outputs, images: slice) -> Losses:
+def _rpn_losses(outputs: Outputs, images: slice) -> _Pair:
     anchors = list(outputs.features["anchors"][images])
     boxes, labels = _boxes_and_labels(outputs.features["rpn.targets"][images])
     chosen = [label == 1 for label in labels], [label == 0 for label in labels]
@@ -65,7 +67,7 @@ def _rpn_losses(outputs: Outputs, images: slice) -> Losses:
     return RegionProposalNetwork.compute_loss(rpn, *concat_box_prediction_layers(*maps), labels, list(codes))
 
 
-def _region_losses(outputs: Outputs, images: slice) -> Losses:
+def _region_losses(outputs: Outputs, images: slice) -> _Pair:
     chosen_BR = outputs.features["roi.targets"][images][..., 4] >= 0
 
     def rows(name: str) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The boxes from which a detector of two stages learns: objects of a batch, and a seeded choice of anchors or proposals.
+"""The boxes from which a detector of two stages learns: objects of a batch, and a choice of anchors or proposals.
 
 Torchvision draws the choice from torch's default generators. Here each image has draws of its own, among the batch's
 targets, so the choice is the same in any batch, on any number of ranks and on any device.
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Names of targets, which pipeline.tasks._boxes explains.
-BOXES, CLASSES, CROWD, DRAWS = "boxes_BN4", "classes_BN", "crowd_BN", "draws_B2"
+OBJECT_TARGETS = ("boxes_BN4", "classes_BN", "crowd_BN", "draws_B2")
+"""Names of the targets that are read, which ``pipeline.tasks._boxes`` explains."""
 
 
 class Objects(NamedTuple):
@@ -31,8 +31,8 @@ class Objects(NamedTuple):
 def objects_of(targets: Mapping[str, Tensor], dtype: torch.dtype) -> list[Objects]:
     """Return the objects of each image of a batch with these targets, without padding and crowds."""
     found = []
-    columns = (targets[name] for name in (BOXES, CLASSES, CROWD))
-    for boxes_N4, classes_N, crowd_N, seeds in zip(*columns, targets[DRAWS].tolist(), strict=True):
+    *columns, draws_B2 = (targets[name] for name in OBJECT_TARGETS)
+    for boxes_N4, classes_N, crowd_N, seeds in zip(*columns, draws_B2.tolist(), strict=True):
         wanted_N = (classes_N >= 0) & ~crowd_N
         found.append(Objects(boxes_N4[wanted_N].to(dtype), classes_N[wanted_N] + 1, (seeds[0], seeds[1])))
     return found

@@ -62,8 +62,8 @@ def known_models() -> list[str]:
 def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
 
-    Those of a segmentation network are a map, [B, ``num_classes``, h, w], and those of a detector are of boxes, which
-    are its anchors or the regions of its second stage, [B, boxes, ``num_classes``].
+    Those of a segmentation network are a map, [B, ``num_classes``, h, w]. Those of a detector are of its anchors, or of
+    the regions of its second stage, [B, boxes, ``num_classes``].
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory; ``subclasses`` among them

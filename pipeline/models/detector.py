@@ -101,9 +101,7 @@ class Detector(nn.Module):
         for module in modules:
             yield from module.buffers()
 
-    def _run_heads(
-        self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None
-    ) -> Tensor:
+    def _run_heads(self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None) -> Tensor:
         """Return the logits of the classes, and give all that the heads compute to the taps."""
         raise NotImplementedError
 
@@ -138,9 +136,7 @@ class OneStageDetector(Detector):
         classes: Any = self.get_submodule("head.classification_head")
         return classes.num_classes
 
-    def _run_heads(
-        self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None
-    ) -> Tensor:
+    def _run_heads(self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None) -> Tensor:
         """Return the logits of the classes of all anchors, and give all that the heads compute to the taps."""
         outputs: dict[str, Tensor] = self.head(maps)
         cells = zip(maps, self.anchor_generator.num_anchors_per_location(), strict=True)

@@ -54,9 +54,12 @@ class FasterRCNNDetector(Detector, FasterRCNN):  # type: ignore[misc]  # another
         """Return the number of classes, without the background."""
         return self.roi_heads.box_predictor.cls_score.out_features - 1
 
+    def _run_heads(self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None) -> Tensor:
+        return self._run_stages(images_BCHW, maps, targets)  # pyright: ignore[reportCallIssue]  # by its decorator
+
     # The number of regions differs, for which torch.compile would compile this part again and again.
     @torch.compiler.disable
-    def _run_heads(self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None) -> Tensor:
+    def _run_stages(self, images_BCHW: Tensor, maps: list[Tensor], targets: Mapping[str, Tensor] | None) -> Tensor:
         """Return the logits of the regions, or [B, 0] without the second stage; give all that is computed to the taps.
 
         Raises ValueError in training without a batch's targets.
@@ -86,7 +89,7 @@ class FasterRCNNDetector(Detector, FasterRCNN):  # type: ignore[misc]  # another
         if not self.training or like.is_meta:  # where no box can be compared
             return None
         if targets is None:
-            raise ValueError("Faster R-CNN chooses by a batch's boxes what it learns from; give its targets in training")
+            raise ValueError("Faster R-CNN chooses what it learns from by a batch's boxes; in training give targets")
         return objects_of(targets, like.dtype)
 
     def _anchor_targets(self, anchors: list[Tensor], objects: list[Objects] | None) -> Tensor:
@@ -118,7 +121,7 @@ class FasterRCNNDetector(Detector, FasterRCNN):  # type: ignore[misc]  # another
 
         The boxes of the objects are among the regions. A label of 0 is the background's.
         """
-        boxes, labels = ([each[column] for each in objects] for column in (0, 1))
+        boxes, labels = [each.boxes_N4 for each in objects], [each.labels_N for each in objects]
         regions = self.roi_heads.add_gt_proposals(regions, boxes)
         matches, labels = self.roi_heads.assign_targets_to_proposals(regions, boxes, labels)
         chosen, learnt = [], []

@@ -16,13 +16,13 @@ from pipeline.batch import Batch, Progress
 from pipeline.data.buckets import epoch_batches
 from pipeline.data.config import Config
 from pipeline.data.loader import Loader, create_loader, transform_fingerprint
-from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, SCALES, SIZES
+from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DRAWS, SCALES, SIZES
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 BUCKETS = [[64, 96], [96, 64]]
 TRAIN, VAL = 20, 7
 CPU = torch.device("cpu")
-KINDS = {BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES}
+KINDS = {BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES, DRAWS}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def rows_of(batches: Iterable[Batch]) -> list[tuple[int, int, tuple]]:
 def targets_of(batch: Batch, row: int) -> list[list]:
     real = batch.targets[CLASSES][row] >= 0
     boxes = [batch.targets[name][row][real].tolist() for name in (BOXES, CLASSES, CROWD, AREAS)]
-    return [*boxes, *(batch.targets[name][row].tolist() for name in (SIZES, SCALES))]
+    return [*boxes, *(batch.targets[name][row].tolist() for name in (SIZES, SCALES, DRAWS))]
 
 
 def painted_boxes(image_CHW: np.ndarray, boxes_N4: np.ndarray) -> list[tuple[list[int], np.ndarray]]:
