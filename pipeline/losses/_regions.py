@@ -59,7 +59,7 @@ def _normalized(
 def _rpn_losses(outputs: Outputs, images: slice) -> _Pair:
     anchors = list(outputs.features["anchors"][images])
     boxes, labels = _boxes_and_labels(outputs.features["rpn.targets"][images])
-    chosen = [label == 1 for label in labels], [label == 0 for label in labels]
+    chosen = [label >= 1 for label in labels], [(label >= 0) & (label < 1) for label in labels]
     # It stands in for ``self`` of the method, with all that it reads of it.
     rpn: Any = SimpleNamespace(fg_bg_sampler=lambda _labels: chosen)
     maps = ([map_BCHW[images] for map_BCHW in _maps(outputs, kind)] for kind in ("class", "box"))
