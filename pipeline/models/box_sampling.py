@@ -1,7 +1,7 @@
 """The boxes from which a detector of two stages learns: objects of a batch, and a choice of anchors or proposals.
 
 Torchvision draws the choice from torch's default generators. Here each image has draws of its own, among the batch's
-targets, so the choice is the same in any batch, on any number of ranks and on any device.
+targets. So the choice is the same in any batch, on any number of ranks and on any device.
 
 N objects of an image, P anchors or proposals of an image.
 """
