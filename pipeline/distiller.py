@@ -43,7 +43,7 @@ class Distiller(nn.Module):
         ``timer`` measures ``student`` and ``losses``.
         """
         with timer("student"):
-            student = self.student(batch.images_BCHW)
+            student = self.student(batch.images_BCHW, batch.targets)
         with timer("losses"):
             parts: dict[str, Tensor] = {}
             noted: dict[str, Tensor] = {}

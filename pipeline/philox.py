@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     It is also which short side an image with boxes gets."""
     PAIR = 7
     """Which other image of its class stands beside an image."""
+    SAMPLE = 8
+    """From which anchors and regions of an image a detector learns."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

@@ -7,7 +7,7 @@ such as one that calls ``.item()``, is built and run on the CPU instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -176,7 +176,7 @@ class FakeModel(nn.Module):
         super().__init__()
         self.shapes = shapes
 
-    def forward(self, images_BCHW: Tensor) -> Outputs:
+    def forward(self, images_BCHW: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return features and logits with the shapes of the network's."""
         rows, device = len(images_BCHW), images_BCHW.device
         found = {name: torch.rand(rows, *shape, device=device) for name, shape in self.shapes.items()}
@@ -191,7 +191,7 @@ class FakePeers(nn.Module):
         self.peers = nn.ModuleList(peers)
         self.exported = exported
 
-    def forward(self, images_BCHW: Tensor) -> Outputs:
+    def forward(self, images_BCHW: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return the outputs of the exported one, with those of all."""
         outputs = tuple(peer(images_BCHW) for peer in self.peers)
         return outputs[self.exported]._replace(peers=outputs)

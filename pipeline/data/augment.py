@@ -50,6 +50,11 @@ def _sort_keys(numbers_N: ArrayLike, draw: int, seed: int, epoch: int) -> NDArra
     return high << np.uint64(32) | low
 
 
+def sampling_draws(ids_N: ArrayLike, view: ArrayLike, *, seed: int) -> NDArray[np.int64]:
+    """Return two random 32-bit numbers of each image and view, [N, 2], by which a detector chooses what it learns."""
+    return random_words(ids_N, view, Purpose.SAMPLE, seed=seed)[:2].T.astype(np.int64)
+
+
 def repeated(order_N: NDArray[np.int64], times: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return an epoch's rows, each ``times`` times in a row, and how often each of them came before; both [N · times].
 

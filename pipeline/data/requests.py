@@ -28,6 +28,7 @@ from pipeline.data.config import Config
 from pipeline.data.mixer import Mixer, Mixture
 from pipeline.data.read_ahead import CPU
 from pipeline.image_size import height_width
+from pipeline.tasks._boxes import DRAWS
 from pipeline.tasks.multilabel import LABELS
 from shards.read import SplitReader
 
@@ -352,7 +353,7 @@ class BatchSampler:
             self._host(samples["id"]),
             self._host(samples["label"].astype(np.int64)),
             batch,
-            self._targets("train", rows, geometry),
+            self._targets("train", rows, geometry, views=views),
             self._augmenter.draw(decoded["id"], views),
             mixture,
             canvas(self.config, samples),
@@ -374,12 +375,18 @@ class BatchSampler:
             self._host(np.where(real, samples["id"], -1)),
             self._host(np.where(real, samples["label"], -1).astype(np.int64)),
             self.validation_batch,
-            self._targets("val", rows, geometry, real),
+            self._targets("val", rows, geometry, real=real),
             canvas=canvas(self.config, samples),
         )
 
     def _targets(
-        self, split: str, rows: NDArray[np.int64], geometry: Geometry, real: NDArray[np.bool_] | None = None
+        self,
+        split: str,
+        rows: NDArray[np.int64],
+        geometry: Geometry,
+        *,
+        views: ArrayLike = 0,
+        real: NDArray[np.bool_] | None = None,
     ) -> dict[str, Tensor]:
         """Return the task's targets of a request. Validation gives the rows that are ``real``, and keeps all boxes."""
         reader = self.readers[split]
@@ -389,6 +396,7 @@ class BatchSampler:
                 boxes = [each if is_real else each[:0] for each, is_real in zip(boxes, real, strict=True)]
             sides, smallest = geometry.boxes_B4[:, 2:], 1.0 if real is None else 0.0
             found = box_targets(boxes, sides, geometry.resized_B2, geometry.flips_B, smallest)
+            found[DRAWS] = augment.sampling_draws(reader.samples["id"][rows], views, seed=self.config.seed)
             return {name: self._host(column) for name, column in found.items()}
         return {} if reader.targets is None else {LABELS: self._host(reader.targets[rows])}
 

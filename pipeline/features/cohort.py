@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,10 @@ class Cohort(nn.Module):
         """Return the peers."""
         return list(self.peers)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return the outputs for images [B, C, H, W], or for [V, B, C, H, W], where each peer has views of its own."""
         views = views_of_peers(images, len(self.peers))
-        outputs = tuple(peer(view_BCHW) for peer, view_BCHW in zip(self.peers, views, strict=True))
+        outputs = tuple(peer(view_BCHW, targets) for peer, view_BCHW in zip(self.peers, views, strict=True))
         return outputs[self.number]._replace(peers=outputs)
 
 

@@ -2,6 +2,7 @@
 
 A network's stages are a mapping from canonical names to module paths; see ``models/stages.py``. Here it is ``paths``.
 Stages named ``GROUP.pN`` are the levels of a group, such as ``fpn.p3`` of ``fpn``; a recipe may name the group alone.
+A name with ``?`` behind it is of a stage or group that a network may lack: ``head.class?``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ REASONS = {
     "subclasses": "it was built without arguments: {subclasses: …}",
     "class_head": "it has no distillation token",
     "token_head": "it has no distillation token",
-    **dict.fromkeys(("anchors", "regression", "detections"), "it is no detector"),
+    **dict.fromkeys(("anchors", "detections"), "it is no detector"),
+    **dict.fromkeys(
+        ("head.class", "head.box", "regression"),
+        "it is no detector of one stage; those of two have rpn.class and rpn.box",
+    ),
+    **dict.fromkeys(("rpn.class", "rpn.box", "roi.class"), "it is no detector of two stages"),
 }
 """Why a network may lack a stage of that name."""
+OPTIONAL = "?"
+"""What ends the name of a stage that a network may lack."""
 
 
 def tap_names(paths: Mapping[str, str]) -> list[str]:
@@ -52,8 +60,12 @@ def canonical(paths: Mapping[str, str], name: str) -> str:
 def deep_stages(paths: Mapping[str, str], name: str) -> list[str]:
     """Return ``[name]``; for ``all``, ``all.preact`` or a group return the names of all its stages, shallowest first.
 
-    Raises ValueError if the network's stages are not known.
+    Of a name with ``?`` they are those that the network has, which may be none. Raises ValueError if the network's
+    stages are not known.
     """
+    if name.endswith(OPTIONAL):
+        name = name.removesuffix(OPTIONAL)
+        return levels(paths, name) or [name] * (name in paths)
     stage, dot, kind = name.partition(".")
     if stage != "all":
         return levels(paths, name) or [name]

@@ -60,7 +60,8 @@ class FeatureTaps(nn.Module):
 
     ``stages`` maps stage names to module paths (``pipeline.models.stages``). The names in ``wanted`` become the keys of
     ``Outputs.features``. An alias such as ``last`` is kept as the key. ``all`` and ``all.preact`` are replaced by the
-    names of every stage. ``cam`` is the class activation map.
+    names of every stage. ``cam`` is the class activation map. A name that ends in ``?`` is read where the network has
+    such a stage.
 
     Maps are returned as [B, C, H, W], whatever layout the network uses. The plain network, whose state dict is the one
     to export, is ``.model``. The modules at the paths ``frozen`` stay in evaluation mode. Raises ValueError if a stage
@@ -97,14 +98,16 @@ class FeatureTaps(nn.Module):
             self.model.get_submodule(path).eval()
         return self
 
-    def forward(self, images_BCHW: Tensor) -> Outputs:
+    def forward(self, images_BCHW: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return the logits and the wanted features; nothing is kept between calls.
 
-        Raises ValueError if a tapped module was not called, or if the network overwrote a captured tensor in place.
+        A network with ``takes_targets`` gets the batch's ``targets``, too. Raises ValueError if a tapped module was not
+        called, or if the network overwrote a captured tensor in place.
         """
         self._captured = captured = {}
+        more = (targets,) if getattr(self.model, "takes_targets", False) else ()
         try:
-            logits = self.model(images_BCHW)
+            logits = self.model(images_BCHW, *more)
         finally:
             self._captured = None
         if not isinstance(logits, Tensor):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.features.names import group_of, numbered
+from pipeline.features.names import OPTIONAL, group_of, numbered
 from pipeline.features.taps import NormParameters
 from pipeline.frozen_model import FrozenModel
 from pipeline.optim.schedule import Ramp, ramp_factor
@@ -23,7 +23,10 @@ from pipeline.precision import autocast, autocast_call, promote_to_float32
 
 
 class Taps(NamedTuple):
-    """The taps that a loss reads from each network, by canonical stage name. Logits are always read and not listed."""
+    """The taps that a loss reads from each network, by canonical stage name. Logits are always read and not listed.
+
+    A name that ends in ``?`` is of a stage that a network may lack.
+    """
 
     student: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
@@ -187,6 +190,7 @@ class Loss(nn.Module):
 
 def keep_taps(outputs: Outputs, taps: frozenset[str]) -> Outputs:
     """Return ``outputs`` with only the features named in ``taps``; ``all`` selects every stage, a group its levels."""
+    taps = frozenset(tap.removesuffix(OPTIONAL) for tap in taps)
     # "all" and "all.preact" differ in the ending that the stages' names must have: "" or ".preact".
     endings = {tap.removeprefix("all") for tap in taps if tap.partition(".")[0] == "all"}
     of_all = {name for ending in endings for name in numbered(outputs.features, ending)}

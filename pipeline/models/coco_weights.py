@@ -9,17 +9,22 @@ import torchvision.models
 from torch import Tensor
 
 from pipeline.models.detector import Detector
+from pipeline.models.faster_rcnn import FasterRCNNDetector
 
 NAMES = {
     "retinanet_resnet50": "retinanet_resnet50_fpn",
     "retinanet_resnet50_v2": "retinanet_resnet50_fpn_v2",
     "fcos_resnet50": "fcos_resnet50_fpn",
+    "fasterrcnn_resnet50": "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_v2": "fasterrcnn_resnet50_fpn_v2",
 }
 """Torchvision's names of the networks that it has weights for."""
-WITHOUT_EPS = ("retinanet_resnet50",)
+WITHOUT_EPS = ("retinanet_resnet50", "fasterrcnn_resnet50")
 """Networks whose BatchNorms were published without the ``EPS`` that BatchNorms add to the variance."""
 EPS = 1e-5
-NO_CLASSES = ("__background__", "N/A")
+BACKGROUND = "__background__"
+"""Torchvision's name of the category 0, which a class of Faster R-CNN stands for, and no other network's."""
+NO_CLASSES = (BACKGROUND, "N/A")
 """Torchvision's names of categories that no object has."""
 
 
@@ -49,10 +54,16 @@ def fitted_classes(state: Mapping[str, Tensor], model: Detector, name: str, weig
     published: Any = torchvision.models.get_model_weights(torchvision_name(name)).__members__[weights].value
     categories = published.meta["categories"]
     kept = [number for number, category in enumerate(categories) if category not in NO_CLASSES]
-    if not model.has_head or model.get_submodule("head.classification_head").num_classes != len(kept):
+    if not model.has_head or model.num_classes != len(kept):
         return state
+    if isinstance(model, FasterRCNNDetector):
+        kept = [categories.index(BACKGROUND), *kept]
 
-    def rows_of_classes(value: Tensor) -> Tensor:
-        return value.unflatten(0, (-1, len(categories)))[:, kept].flatten(0, 1)  # every anchor has a row for each
+    def rows_of_classes(key: str, value: Tensor) -> Tensor:
+        if key.startswith("head.classification_head.cls_logits."):  # every anchor has a row for each
+            return value.unflatten(0, (-1, len(categories)))[:, kept].flatten(0, 1)
+        if key.startswith("roi_heads.box_predictor."):  # each has one row, or four
+            return value.unflatten(0, (len(categories), -1))[kept].flatten(0, 1)
+        return value
 
-    return {key: rows_of_classes(value) if ".cls_logits." in key else value for key, value in state.items()}
+    return {key: rows_of_classes(key, value) for key, value in state.items()}

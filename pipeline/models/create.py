@@ -22,6 +22,7 @@ from pipeline.models import (
     cifar_wrn,
     detection,
     mobilenet_v1,
+    plain_faster_rcnn,
     plain_fpn,
     plain_retinanet,
     segmentation,
@@ -43,6 +44,7 @@ PROJECT_MODELS = {
     **plain_fpn.MODELS,
     **detection.MODELS,
     **plain_retinanet.MODELS,
+    **plain_faster_rcnn.MODELS,
 }
 """This project's networks by name, as functions of the number of classes, with those of segmentation and detection."""
 
@@ -60,8 +62,8 @@ def known_models() -> list[str]:
 def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
 
-    Those of a segmentation network are a map, [B, ``num_classes``, h, w], and those of a detector are of all anchors,
-    [B, anchors, ``num_classes``].
+    Those of a segmentation network are a map, [B, ``num_classes``, h, w]. Those of a detector are of its anchors, or of
+    the regions of its second stage, [B, boxes, ``num_classes``].
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory; ``subclasses`` among them

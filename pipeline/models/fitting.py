@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.foreign_names import foreign_names
+from pipeline.models.foreign_names import foreign_names, from_foreign
 from pipeline.models.from_timm import PREFIX, converted_by_timm
 from pipeline.models.headless import head_prefixes
 from pipeline.models.weights_file import WEIGHTS_ADVICE, mappings
@@ -26,6 +26,8 @@ PROFILER_COUNTERS = ("total_ops", "total_params")
 """Buffers that thop, a counter of operations, leaves in every module."""
 CLASS_BIAS, BOX_BIAS = (f"head.{name}.bias" for name in ("classification_head.cls_logits", "regression_head.bbox_reg"))
 """Tensors of a detector with a row for each class, and for each number of a box, of every anchor of a cell."""
+REGIONS = "roi_heads.box_predictor."
+"""Start of the names of a two-stage detector's tensors with rows for each class and, before them, a background."""
 AVERAGED = "ema"
 """Text in the key of averaged weights."""
 
@@ -119,6 +121,7 @@ def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor], pa
                     name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
                 }
                 state = {ours.get(name, name): value for name, value in stripped.items() if not _needless(name, wanted)}
+                state = state if ours is ours_by_name[0] else from_foreign(model, state)
                 unprefixed = [name for name in tensors if not name.startswith(prefix)]
                 if part:
                     unprefixed += [f"{prefix}{name}" for name in state if name.partition(".")[0] not in modules]
@@ -241,8 +244,7 @@ def _mismatch_message(
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if reshaped and not (missing or unexpected or new_head) and _other_classes(state, wanted, reshaped):
-        anchors = _anchors(wanted)
-        found, expected = (len(tensors[reshaped[0]]) // anchors for tensors in (state, wanted))
+        found, expected = (round(_classes(tensors, reshaped[0], wanted)) for tensors in (state, wanted))
         advice = "a student may start with student.start.head=new, a teacher of features be used with teacher.head=none"
         return f"{source}: the weights have {found} classes, the network and the shards have {expected}; {advice}"
     problems = [f"{len(missing)} keys missing (first {missing[0]})"] if missing else []
@@ -253,22 +255,31 @@ def _mismatch_message(
     return f"{source}: weights of another architecture than {name}: {'; '.join(problems)}"
 
 
-def _anchors(wanted: Mapping[str, Tensor]) -> int:
-    """Return how many rows a class has in the last layer: as many as a cell of a detector has anchors, 1 elsewhere."""
-    return len(wanted[BOX_BIAS]) // 4 if BOX_BIAS in wanted else 1
+def _classes(tensors: Mapping[str, Tensor], key: str, wanted: Mapping[str, Tensor]) -> float:
+    """Return the number of classes of which a tensor of the last layers has rows; no whole number if it has others.
+
+    A class has one row in most networks, one for each anchor of a cell in a detector, and four for a region's box.
+    """
+    rows = len(tensors[key]) if tensors[key].ndim else 0
+    if key.startswith(REGIONS):
+        return rows / (4 if key.startswith(f"{REGIONS}bbox_pred.") else 1) - 1
+    return rows / (len(wanted[BOX_BIAS]) // 4 if BOX_BIAS in wanted else 1)
 
 
 def _other_classes(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], reshaped: Iterable[str]) -> bool:
     """Return whether the ``reshaped`` tensors differ in their number of classes alone.
 
-    It is the number of rows of the last layer, and of an auxiliary head besides. That of a detector's classes is not
-    the last of the network.
+    It is that of the last layer, and of an auxiliary head besides. That of a detector's classes is not the last of the
+    network.
     """
     last = CLASS_BIAS if CLASS_BIAS in wanted else list(wanted)[-1]
-    rows = [len(tensors[last]) if tensors[last].ndim else 0 for tensors in (state, wanted)]
+    classes = [_classes(tensors, last, wanted) for tensors in (state, wanted)]
     # Each must have as many classes as the last, and be equal in its other dimensions.
-    expected = [((rows[0], *wanted[key].shape[1:]), (rows[1], *wanted[key].shape[1:])) for key in reshaped]
-    return expected == [(tuple(state[key].shape), tuple(wanted[key].shape)) for key in reshaped]
+    return min(classes) >= 1 and all(
+        [_classes(tensors, key, wanted) for tensors in (state, wanted)] == classes
+        and state[key].shape[1:] == wanted[key].shape[1:]
+        for key in reshaped
+    )
 
 
 def check_finite(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:

@@ -1,8 +1,8 @@
 """Names that well-known code gives to weights of networks that have other names here.
 
-RepDistiller's and mdistiller's networks for CIFAR are the same as this project's, layer by layer. So is mmdetection's
-RetinaNet, whose P6 is computed from C5. Torchvision's published DenseNets have the names of its first release.
-A family is a function from our name to the foreign name.
+RepDistiller's and mdistiller's networks for CIFAR are the same as this project's, layer by layer. So are mmdetection's
+RetinaNet, whose P6 is computed from C5, and its Faster R-CNN, but for the order of the classes. Torchvision's published
+DenseNets have the names of its first release. A family is a function from our name to the foreign name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models import DenseNet, ResNet
 
 from pipeline.models.cifar_mobilenet_v2 import CifarMobileNetV2
@@ -19,6 +20,7 @@ from pipeline.models.cifar_shufflenet_v2 import CifarShuffleNetV2
 from pipeline.models.cifar_vgg import CifarVGG
 from pipeline.models.cifar_wrn import CifarWideResNet
 from pipeline.models.detector import RetinaNetDetector
+from pipeline.models.faster_rcnn import FasterRCNNDetector
 
 _PAIR = ("conv", "bn")
 """Foreign names of the first and the second module of a ``Conv2dNormActivation``."""
@@ -30,6 +32,11 @@ def foreign_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if isinstance(model, family):
             return {foreign_name(name): name for name in names}
     return {}
+
+
+def from_foreign(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with our names, but in foreign form, in the form of ``model``."""
+    return _background_first(state) if isinstance(model, FasterRCNNDetector) else state
 
 
 def _wide_resnet(name: str) -> str:
@@ -105,17 +112,51 @@ def _densenet(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))(\d\.)", r"\1.\2", name)
 
 
-def _retinanet(name: str) -> str:
-    """Return mmdetection's name: P3 to P7 are one list of convolutions, and both towers are one head."""
+def _with_pyramid(name: str) -> str:
+    """Return mmdetection's name of what stands before the heads."""
     name = re.sub(r"^backbone\.body\.", "backbone.", name)
     name = re.sub(r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv.", name)
-    name = re.sub(r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv.", name)
+    return re.sub(r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv.", name)
+
+
+def _retinanet(name: str) -> str:
+    """Return mmdetection's name: P3 to P7 are one list of convolutions, and both towers are one head."""
+    name = _with_pyramid(name)
     for index, level in enumerate(("p6", "p7"), start=3):
         name = name.replace(f"backbone.fpn.extra_blocks.{level}.", f"neck.fpn_convs.{index}.conv.")
     for ours, kind, last in (("classification", "cls", "cls_logits"), ("regression", "reg", "bbox_reg")):
         name = re.sub(rf"^head\.{ours}_head\.conv\.(\d)\.0\.", rf"bbox_head.{kind}_convs.\1.conv.", name)
         name = name.replace(f"head.{ours}_head.{last}.", f"bbox_head.retina_{kind}.")
     return name
+
+
+def _faster_rcnn(name: str) -> str:
+    """Return mmdetection's name of a Faster R-CNN whose second stage has two linear layers before its answers."""
+    name = _with_pyramid(name).replace("rpn.head.conv.0.0.", "rpn_head.rpn_conv.")
+    for ours, theirs in {"cls_logits": "cls", "bbox_pred": "reg"}.items():
+        name = name.replace(f"rpn.head.{ours}.", f"rpn_head.rpn_{theirs}.")
+    for index, layer in enumerate(("fc6", "fc7")):
+        name = name.replace(f"roi_heads.box_head.{layer}.", f"roi_head.bbox_head.shared_fcs.{index}.")
+    for ours, theirs in {"cls_score": "cls", "bbox_pred": "reg"}.items():
+        name = name.replace(f"roi_heads.box_predictor.{ours}.", f"roi_head.bbox_head.fc_{theirs}.")
+    return name
+
+
+def _background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return mmdetection's weights with the background's row in front, not last, and zeros as its box, which is unused.
+
+    Heads that have one box for all classes stay as they are, and do not fit.
+    """
+    scores, boxes = (f"roi_heads.box_predictor.{name}" for name in ("cls_score", "bbox_pred"))
+    classes = len(state.get(f"{scores}.bias", ())) - 1
+    if len(state.get(f"{boxes}.bias", ())) != 4 * classes:
+        return state
+    found = dict(state)
+    for kind in ("weight", "bias"):
+        found[f"{scores}.{kind}"] = state[f"{scores}.{kind}"].roll(1, 0)
+        value = state[f"{boxes}.{kind}"]
+        found[f"{boxes}.{kind}"] = torch.cat([torch.zeros_like(value[:4]), value])
+    return found
 
 
 NAME_FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
@@ -127,4 +168,5 @@ NAME_FAMILIES: dict[type[nn.Module], Callable[[str], str]] = {
     ResNet: _resnet,
     DenseNet: _densenet,
     RetinaNetDetector: _retinanet,
+    FasterRCNNDetector: _faster_rcnn,
 }

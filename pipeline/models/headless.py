@@ -33,7 +33,8 @@ def without_head(model: nn.Module, stages: Mapping[str, str]) -> dict[str, str]:
     """
     if isinstance(model, Detector):
         of_heads = model.tap_paths()
-        model.head = NoHead()
+        for name in model.heads:
+            setattr(model, name, NoHead())
         removed = of_heads.keys() - model.tap_paths().keys()
         return {name: path for name, path in stages.items() if name not in removed}
     if "logits" not in stages:

@@ -30,7 +30,13 @@ The meaning of a name:
 - ``head.class.pN``, ``head.box.pN`` and, of FCOS, ``head.centre.pN`` are maps of its heads. An anchor's channels stand
   together.
 - ``anchors`` are the boxes of all anchors, float32 [B, A, 4] in pixels.
-- ``regression`` is what the heads say of each anchor's box, [B, A, 4]; that of FCOS ends with the centre-ness.
+- ``regression`` is what the heads of one stage say of each anchor's box, [B, A, 4]; that of FCOS ends with the
+  centre-ness.
+- ``rpn.class.pN`` and ``rpn.box.pN`` are the maps of the first of two stages: objectness and box of every anchor.
+- ``roi.boxes`` are the regions of the second stage, [B, R, 4]. Rows behind an image's last are zero. ``roi.class``,
+  [B, R, 1 + K] with the background first, and ``roi.box``, [B, R, 4 + 4·K], are what it says of them.
+- ``rpn.targets`` and ``roi.targets`` are the box that each anchor or region should become, and its label, [B, …, 5].
+  The label is 0 of the background and −1 of what the network did not choose to learn from, as all in evaluation.
 - ``detections`` are the boxes that it finds, [B, 100, 6], the best first: left, top, right, bottom, score and class.
   In training there are none.
 

@@ -17,6 +17,8 @@ SIZES = "sizes_B2"
 """int64 [B, 2], height and width of the part of a batch's image that is not padding."""
 SCALES = "scales_B2"
 """float32 [B, 2], pixels of the batch's image for a pixel of the stored image, along height and width."""
+DRAWS = "draws_B2"
+"""int64 [B, 2], random numbers of each image and view, by which a detector chooses what it learns from."""
 DETECTIONS = "detections"
 """Tap of what a network finds: float32 [B, 100, 6], box, score, class; the best first, zeros and class −1 behind."""
 LIKELY = 0.3

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.distributed.collectives import gather_rows
+from pipeline.features.names import OPTIONAL
 from pipeline.tasks._average_precision import AREA_RANGES, average_precision_of_boxes, match_boxes
 from pipeline.tasks._base import Details, Evaluation, Seen, Task
-from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DETECTIONS, LIKELY, SCALES, SIZES
+from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DETECTIONS, DRAWS, LIKELY, SCALES, SIZES
 
 CLASS_MAPS = "head.class"
-"""Tap of the class logits as maps [B, anchors·K, h, w], one for each level."""
+"""Tap of the class logits as maps [B, anchors·K, h, w], one for each level, of detectors of one stage."""
+REGION_TARGETS = "roi.targets"
+"""Tap of what the regions of a detector of two stages should become, [B, R, 5]; the label, from 1 on, is the last."""
 
 
 class Detection(Task):
@@ -37,8 +40,8 @@ class Detection(Task):
     training_metric = "class_accuracy"
     images_have = "have boxes"
     script = "shards/prepare_coco.py"
-    targets = frozenset({BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES})
-    taps = frozenset({DETECTIONS, CLASS_MAPS})
+    targets = frozenset({BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES, DRAWS})
+    taps = frozenset({DETECTIONS, f"{CLASS_MAPS}{OPTIONAL}", f"{REGION_TARGETS}{OPTIONAL}"})
     of_boxes = True
 
     def blank_targets(self, rows: int, num_classes: int, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -50,10 +53,18 @@ class Detection(Task):
             AREAS: torch.zeros(rows, 1),
             SIZES: torch.tensor(size).repeat(rows, 1),
             SCALES: torch.ones(rows, 2),
+            DRAWS: torch.zeros(rows, 2, dtype=torch.int64),
         }
 
     def measure_batch(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Return the share of objects whose class has the largest logit at the middle of the box, on any level."""
+        """Return the share of objects whose class has the largest logit at the middle of the box, on any level.
+
+        Of a detector of two stages it is the share of the regions on an object whose class has the largest logit.
+        """
+        if REGION_TARGETS in outputs.features:
+            labels_BR = outputs.features[REGION_TARGETS][..., 4]
+            right_BR = (outputs.logits.argmax(-1) + 1 == labels_BR) & (labels_BR > 0)
+            return 100 * right_BR.sum().float() / (labels_BR > 0).sum().clamp(min=1)
         classes_BN, boxes_BN4 = batch.targets[CLASSES], batch.targets[BOXES]
         middles_BN2 = (boxes_BN4[..., :2] + boxes_BN4[..., 2:]) / 2
         shares_BN2 = middles_BN2 / middles_BN2.new_tensor(batch.images_BCHW.shape[:1:-1])

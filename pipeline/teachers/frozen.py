@@ -128,7 +128,8 @@ def _fold(taps: FeatureTaps, image_size: Resolution) -> None:
     after = taps(image_1CHW)
     logits = {"logits": before.logits} if before.logits.numel() else {}  # none without a head
     for name, value in {**before.features, **logits}.items():
-        if name == DETECTIONS:  # rounding may change the order of boxes, which follow from what is compared
+        # Rounding may change the order of boxes, and so the choice of regions; both follow from what is compared.
+        if name == DETECTIONS or name.startswith("roi.") or (name == "logits" and "roi.class" in taps.stages):
             continue
         new = after.logits if name == "logits" else after.features[name]
         change = ((new - value).abs().max() / value.abs().max().clamp_min(1e-12)).item()

@@ -16,13 +16,13 @@ from pipeline.batch import Batch, Progress
 from pipeline.data.buckets import epoch_batches
 from pipeline.data.config import Config
 from pipeline.data.loader import Loader, create_loader, transform_fingerprint
-from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, SCALES, SIZES
+from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DRAWS, SCALES, SIZES
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 BUCKETS = [[64, 96], [96, 64]]
 TRAIN, VAL = 20, 7
 CPU = torch.device("cpu")
-KINDS = {BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES}
+KINDS = {BOXES, CLASSES, CROWD, AREAS, SIZES, SCALES, DRAWS}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def rows_of(batches: Iterable[Batch]) -> list[tuple[int, int, tuple]]:
 def targets_of(batch: Batch, row: int) -> list[list]:
     real = batch.targets[CLASSES][row] >= 0
     boxes = [batch.targets[name][row][real].tolist() for name in (BOXES, CLASSES, CROWD, AREAS)]
-    return [*boxes, *(batch.targets[name][row].tolist() for name in (SIZES, SCALES))]
+    return [*boxes, *(batch.targets[name][row].tolist() for name in (SIZES, SCALES, DRAWS))]
 
 
 def painted_boxes(image_CHW: np.ndarray, boxes_N4: np.ndarray) -> list[tuple[list[int], np.ndarray]]:
@@ -82,7 +82,7 @@ def assert_painted(batch: Batch, drawn: int) -> None:
     """Assert that every image of a batch has its boxes where, and in the colours that, its targets say."""
     for row, number in enumerate(batch.ids_B.tolist()):
         pixels, table = draw_boxed(drawn + number)
-        boxes, classes, crowd, areas, size, scales = targets_of(batch, row)
+        boxes, classes, crowd, areas, size, scales, _ = targets_of(batch, row)
         image_CHW = batch.images_BCHW[row].numpy()
         assert np.abs(image_CHW[:, size[0] :]).max(initial=0) == np.abs(image_CHW[:, :, size[1] :]).max(initial=0) == 0
         assert np.abs(image_CHW[:, : size[0], : size[1]]).max(axis=0).min() > 0
@@ -109,6 +109,12 @@ def test_every_box_is_where_its_image_shows_it(boxed: Path, channels_last: bool)
                 seen.add((tuple(batch.images_BCHW.shape[2:]), int(size.min()), bool(mirrored)))
     expected = {(tuple(bucket), side, flip) for bucket in BUCKETS for side in (32, 48, 64) for flip in (False, True)}
     assert expected <= seen
+
+
+def test_every_view_of_an_image_has_draws_of_its_own(boxed: Path):
+    draws = [tuple(row) for batch in training(open_boxed(config_of(boxed))) for row in batch.targets[DRAWS].tolist()]
+    assert len({number for row in draws for number in row}) == 2 * len(draws)
+    assert all(0 <= number < 2**32 for row in draws for number in row)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

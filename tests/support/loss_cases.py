@@ -17,7 +17,7 @@ from methods import config_of
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
-from pipeline.features.names import levels, numbered
+from pipeline.features.names import OPTIONAL, deep_stages, levels, numbered
 from pipeline.features.taps import NormParameters
 from pipeline.losses._base import Facts, Loss
 from pipeline.losses._peers import PeersLoss
@@ -128,6 +128,9 @@ def shapes_of(taps: frozenset[str], shapes: dict[str, tuple[int, ...]]) -> dict[
     """Return the shapes of what a network of those ``shapes`` answers for ``taps``, as FeatureTaps names it."""
     found = {}
     for tap in sorted(taps):
+        if tap.endswith(OPTIONAL):
+            found |= {name: shapes[name] for name in deep_stages(dict.fromkeys(shapes, ""), tap)}
+            continue
         stage, dot, kind = tap.partition(".")
         if tap in shapes or levels(shapes, tap):
             found |= {name: shapes[name] for name in levels(shapes, tap) or [tap]}
@@ -182,6 +185,7 @@ def boxes_of(rows: int) -> dict[str, Tensor]:
         _boxes.BOXES: boxes_R34.masked_fill(none_R[:, None, None], 0.0),
         _boxes.CLASSES: classes_R3.masked_fill(none_R[:, None], -1),
         _boxes.CROWD: crowd_R3 & ~none_R[:, None],
+        _boxes.DRAWS: torch.arange(2 * rows).view(rows, 2),
     }
 
 
