@@ -34,6 +34,7 @@ def build_distiller(
     spec = student_spec(recipe.student, recipe.taps.student)
     student = build_student(spec, loader.num_classes, recipe.seed, layout)
     spec.check_task(student, recipe.task)
+    spec.select_stages(student, recipe.data.size)
     load_start(run, student)
     inherit_weights(run, student.model)
     check_optimizer_section(recipe, student.model)  # before the folder is opened

@@ -125,7 +125,7 @@ def _cached_shapes(
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms
     network, taps = measured[0]
-    return network.shapes, {} if config.average else _initial_norms(taps.norms())
+    return network.shapes, {} if config.moves else _initial_norms(taps.norms())
 
 
 def _teacher_head(config: Config | None, measured: list[ProbedNetwork]) -> Tensor | None:
@@ -183,6 +183,7 @@ def probe(spec: ModelSpec, num_classes: int, image_size: Resolution) -> ProbedNe
 def run_probe(spec: ModelSpec, num_classes: int, image_size: Resolution) -> ProbedNetwork:
     """Return the summary of a network, and the network, on torch's default device."""
     taps = spec.build(num_classes)
+    spec.select_stages(taps, image_size)
     with FlopCounter() as counted:
         shapes = spec.probe(taps, image_size)
     return NetworkSummary(spec.model, count_parameters(taps), counted.flops / 2, shapes), taps

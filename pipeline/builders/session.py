@@ -25,8 +25,8 @@ from pipeline.optim.optimizer import allocate_state, create_optimizer
 from pipeline.runs.files import STUDENT_BEST
 from pipeline.runs.folder import open_folder
 from pipeline.runs.identity import Run
-from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher
+from pipeline.teachers.follower import StudentFollower
 from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Best, Checkpoints, exported_best
 from pipeline.training.graph import maybe_graph
@@ -120,10 +120,10 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, unwrapped: Distiller) -> 
     return distiller, optimizer
 
 
-def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) -> dict[str, EMA | EMATeacher]:
-    """Return the moving averages that follow the student."""
-    averages: dict[str, EMA | EMATeacher] = {"ema": EMA(recipe.ema, student.model)} if recipe.ema else {}
-    if isinstance(teacher, EMATeacher):
+def _averages(recipe: Recipe, student: FeatureTaps, teacher: AnyTeacher | None) -> dict[str, EMA | StudentFollower]:
+    """Return the moving average of the student's weights, and the teacher that follows them, if there are such."""
+    averages: dict[str, EMA | StudentFollower] = {"ema": EMA(recipe.ema, student.model)} if recipe.ema else {}
+    if isinstance(teacher, StudentFollower):
         teacher.follow(student.model)
         averages["teacher"] = teacher
     return averages

@@ -20,7 +20,6 @@ from pipeline.distributed import collectives
 from pipeline.errors import one_line
 from pipeline.features.taps import evaluating
 from pipeline.losses._base import Loss
-from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
 from pipeline.training.zero import DDP, checkpoint_format
 
@@ -73,7 +72,7 @@ class LossObserver:
                 batch = next(iter(batches))
             images_BCHW, labels_B, ids_B = (x[:OBSERVED_ROWS].clone() for x in batch[:3])
             self.batch = Batch(images_BCHW, labels_B, ids_B, {}, {})
-        if self.answers is None or isinstance(self.teacher, EMATeacher):
+        if self.answers is None or (self.teacher and self.teacher.moves):
             cached = self.teacher is None or isinstance(self.teacher, CachedTeacher)
             self.answers = None if cached or self.teacher is None else self.teacher(self.batch)
         student = self.distiller.student
