@@ -17,12 +17,15 @@ from tiny_runs import DATA, STRATEGY
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress
+from pipeline.benchmarks.teacher import measure_teacher
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
+from pipeline.exporting.model_card import _describe_teacher
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
 from pipeline.models.stages import stages
 from pipeline.teachers.snapshots import SnapshotTeacher
+from pipeline.training import start_report
 from pipeline.training.journal import trace
 
 Train = Callable[..., None]
@@ -203,3 +206,11 @@ def test_what_snapshots_cannot_be_is_refused_in_one_line(place: Path, word: str,
 
 def test_a_loss_may_wait_for_the_first_snapshot_by_steps(place: Path):
     assert load_recipe("snapshots.yaml", ["losses.soft_ce.ramp={from: null, steps: [[0, 0.0], [1, 1.0]]}"])
+
+
+def test_what_shows_a_teacher_names_the_snapshots(place: Path):
+    loaded, run = load_recipe("snapshots.yaml"), run_of("snapshots.yaml")
+    assert _describe_teacher(loaded) == "Its teacher was itself at the end of its last cycle."
+    assert start_report._describe_teacher(run) == "the student itself at the end of each of 4 cycles"
+    with pytest.raises(RecipeError, match=r"teacher.snapshots: no network answers in the first cycle; give [^\n]*$"):
+        measure_teacher(run, CPU, repeats=1, warmup=0, steps=1)
