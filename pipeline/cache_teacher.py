@@ -103,7 +103,7 @@ def recipes(loaded: Iterable[LoadedRecipe | Run]) -> list[Recipe]:
 def live_teacher(recipe: Recipe) -> Config:
     """Return the recipe's teacher. Raises RecipeError unless it is a frozen network, which can be run."""
     config = recipe.teacher
-    if config is None or config.average is not None or not config.has_model:
+    if config is None or config.moves or not config.has_model:
         raise RecipeError("teacher: there is no frozen network to run; give teacher.model and teacher.weights")
     return config
 

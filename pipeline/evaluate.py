@@ -261,6 +261,10 @@ def _comparison_teacher(config: Teacher | None) -> Teacher:
         raise RecipeError("agreement=yes: the recipe has no teacher")
     if config.average is not None:
         raise RecipeError("agreement=yes: the teacher is the student's moving average, which a run does not save")
+    if config.moves:
+        raise RecipeError(
+            f"agreement=yes: the teacher is not one network, but moves with the run (teacher.{config.kind})"
+        )
     if config.head is not None:
         raise RecipeError("agreement=yes: the teacher has no head (teacher.head: none), so it predicts no class")
     if config.combine == "confidence":

@@ -54,7 +54,9 @@ def bucket_sizes(loaded: LoadedRecipe) -> list[tuple[int, torch.dtype]]:
     """Return the number of elements and the dtype of each bucket that DDP sends."""
     recipe = loaded.recipe
     facts = probe_models(recipe, [named.recipe for named in loaded.teachers], probe).facts
-    student = student_spec(recipe.student, recipe.taps.student).build(facts.num_classes)
+    spec = student_spec(recipe.student, recipe.taps.student)
+    student = spec.build(facts.num_classes)
+    spec.select_stages(student, recipe.data.size)
     distiller = Distiller(student, recipe.losses, facts)
     small = {"all": distiller, "auxiliary": distiller.losses}.get(recipe.compress or "")
     compressed = set(small.parameters()) if small else set()

@@ -92,7 +92,7 @@ def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, 
         return LossInputs(student, None, batch)
     if not recipe.teacher.uses_live_model:
         precision = torch.float16  # of the answers in a teacher's cache
-    elif not recipe.teacher.average:
+    elif not recipe.teacher.follows_student:
         precision = (recipe.teacher.members or (recipe.teacher,))[0].torch_dtype(device)
     of_teacher = partial(draw, dtype=precision, layout=torch.channels_last)
     teacher = of_teacher(facts.teacher_shapes)

@@ -20,6 +20,11 @@ def measure_teacher(run: Run, device: torch.device, *, repeats: int, warmup: int
             raise RecipeError(
                 "teacher.cache: the answers are read from files; give teacher.cache=null to measure the network"
             )
+        if recipe.teacher and recipe.teacher.snapshots is not None:
+            raise RecipeError(
+                "teacher.snapshots: no network answers in the first cycle; give teacher.snapshots=null "
+                "teacher.average.decay=0.9, whose forward is the same"
+            )
         teacher = build_teacher(run, device)
         if teacher is None:
             raise RecipeError("teacher: the recipe has none to measure; name a recipe with a teacher")

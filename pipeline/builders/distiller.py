@@ -38,7 +38,9 @@ def build_distiller(
     recipe = run.recipe
     trained = build_trained(recipe, loader.num_classes, layout)
     student = exported_peer(trained)
-    student_spec(recipe.student, recipe.taps.student).check_task(student, recipe.task)
+    spec = student_spec(recipe.student, recipe.taps.student)
+    spec.check_task(student, recipe.task)
+    spec.select_stages(student, recipe.data.size)
     load_start(run, student)
     inherit_weights(run, student.model)
     check_optimizer_section(recipe, trained.model)  # before the folder is opened

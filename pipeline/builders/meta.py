@@ -158,7 +158,7 @@ def _teacher_facts(
             teacher = CachedTeacher(cache, cache.kinds(recipe.taps.teacher), views=0, device=torch.device("cpu"))
         return teacher.shapes(recipe.data.size), teacher.norms
     network, taps = measured[recipe.student.export if len(measured) > 1 and config.average else 0]
-    return network.shapes, {} if config.average else _initial_norms(taps.norms())
+    return network.shapes, {} if config.moves else _initial_norms(taps.norms())
 
 
 def _teacher_head(config: Config | None, measured: list[ProbedNetwork]) -> Tensor | None:
@@ -244,6 +244,7 @@ def probe(spec: ModelSpec, num_classes: int, image_size: Resolution) -> ProbedNe
 def run_probe(spec: ModelSpec, num_classes: int, image_size: Resolution) -> ProbedNetwork:
     """Return the summary of a network, and the network, on torch's default device."""
     taps = spec.build(num_classes)
+    spec.select_stages(taps, image_size)
     with FlopCounter() as counted:
         shapes = spec.probe(taps, image_size)
     return NetworkSummary(spec.model, count_parameters(taps), counted.flops / 2, shapes), taps

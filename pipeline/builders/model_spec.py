@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.distributed.sync_batchnorm import synchronize_batchnorms
 from pipeline.errors import RecipeError, error_context
 from pipeline.features.patterns import freeze, frozen_norms
+from pipeline.features.stagewise import train_stages
 from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.image_size import Resolution
 from pipeline.models import create_model
@@ -39,6 +40,8 @@ class ModelSpec(NamedTuple):
     """Side in pixels to which its images are resized; None for those of the batch as they are."""
     headless: bool = False
     """Whether the network has no head; its logits are then [B, 0]."""
+    trained: tuple[str, ...] = ()
+    """Names of the stages that alone train, if there are any."""
     synced: bool = False
     """Whether its BatchNorms take the statistics of all ranks."""
 
@@ -82,6 +85,12 @@ class ModelSpec(NamedTuple):
                 f"{self.key}.model: {self.model} is a detector, and this is task: {task}; set task: detection, or take "
                 "another network"
             )
+
+    def select_stages(self, network: FeatureTaps, image_size: Resolution) -> None:
+        """Freeze all but the stages that alone train, of a network that takes images of that size."""
+        if self.trained:
+            with error_context(f"{self.key}.train"):
+                train_stages(network, self.trained, image_size)
 
     def probe(self, network: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""

@@ -12,9 +12,7 @@ from pipeline.builders.student import build_student, student_spec
 from pipeline.config.recipe import Recipe, StudentConfig
 from pipeline.errors import error_context
 from pipeline.features.cohort import Cohort, share_modules
-from pipeline.features.names import find_stage
 from pipeline.features.taps import FeatureTaps
-from pipeline.models.stages import stages
 
 
 def peer_specs(config: StudentConfig, taps: frozenset[str]) -> list[ModelSpec]:
@@ -38,8 +36,10 @@ def build_trained(
         models.insert(0, specs[number].create(num_classes))
     if config.shared is not None:
         with error_context("student.shared"):
-            paths = stages(models[0]) | dict(specs[0].stages)
-            share_modules(models, find_stage(paths, config.shared), recipe.data.size)
+            untapped = [
+                spec._replace(taps=frozenset()).tapped(model) for spec, model in zip(specs, models, strict=True)
+            ]
+            share_modules(untapped, config.shared, recipe.data.size)
     peers = [spec.tapped(model) for spec, model in zip(specs, models, strict=True)]
     return Cohort(peers, config.export).to(memory_format=layout)  # type: ignore[call-overload]
 

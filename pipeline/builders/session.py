@@ -27,7 +27,8 @@ from pipeline.runs.files import STUDENT_BEST
 from pipeline.runs.folder import open_folder
 from pipeline.runs.identity import Run
 from pipeline.teachers.cached import AnyTeacher
-from pipeline.teachers.peers import MovingTeacher
+from pipeline.teachers.follower import StudentFollower
+from pipeline.teachers.peers import AveragedPeers, FollowingTeacher
 from pipeline.training.accelerator import create_accelerator
 from pipeline.training.checkpoint import Best, Checkpoints, exported_best
 from pipeline.training.graph import maybe_graph
@@ -123,12 +124,12 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, unwrapped: Distiller) -> 
 
 def _averages(
     recipe: Recipe, student: FeatureTaps | Cohort, teacher: AnyTeacher | None
-) -> dict[str, EMA | MovingTeacher]:
-    """Return the moving averages that follow the student, of several peers that which is exported."""
-    averages: dict[str, EMA | MovingTeacher] = {}
+) -> dict[str, EMA | FollowingTeacher]:
+    """Return the moving average of the exported weights, and the teacher that follows the student, if there are any."""
+    averages: dict[str, EMA | FollowingTeacher] = {}
     if recipe.ema:
         averages["ema"] = EMA(recipe.ema, exported_peer(student).model)
-    if isinstance(teacher, MovingTeacher):
+    if isinstance(teacher, StudentFollower | AveragedPeers):
         teacher.follow(student.model)  # type: ignore[arg-type]
         averages["teacher"] = teacher
     return averages

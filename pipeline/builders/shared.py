@@ -41,7 +41,7 @@ class SharedParts:
     def teacher(self, run: Run, device: torch.device) -> AnyTeacher | None:
         """Return the teacher of a run, as ``build_teacher`` does; it may have taps that only other runs read."""
         config, own = run.recipe.teacher, run.recipe.taps.teacher
-        if config is None or config.average is not None:  # the average follows one student only
+        if config is None or config.moves:  # with one run only
             return build_teacher(run, device)
         # The compiler may fuse a network with other taps differently, and a cache is read for its taps only.
         fixed = config.cache is not None or any(network.compile for network in teacher_networks(config).values())

@@ -31,7 +31,8 @@ from pipeline.tasks._registry import find_task
 def student_spec(config: StudentConfig, taps: frozenset[str]) -> ModelSpec:
     """Return the specification of the student with those taps."""
     stages, arguments = frozenset((config.stages or {}).items()), json.dumps(config.arguments or {}, sort_keys=True)
-    return ModelSpec("student", config.model, stages, taps, arguments, config.freeze, synced=config.sync_batchnorm)
+    spec = ModelSpec("student", config.model, stages, taps, arguments, config.freeze, synced=config.sync_batchnorm)
+    return spec._replace(trained=config.train)
 
 
 def build_student(

@@ -1,4 +1,4 @@
-"""Builds the teacher of a recipe: a network, an ensemble, the student's moving average, or a cache of outputs."""
+"""Builds the teacher of a recipe: a network, an ensemble, the student itself at another time, or a cache of outputs."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from torch import Tensor
 
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.peers import peer_specs
-from pipeline.builders.student import print_note
+from pipeline.builders.student import print_note, student_spec
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import transform_fingerprint
 from pipeline.distributed import collectives
-from pipeline.errors import RecipeError, error_context
+from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.features.taps import FeatureTaps
 from pipeline.models.weights import load_weights, weights_sha256
 from pipeline.models.weights_file import is_file
 from pipeline.precision import AUTOCAST
 from pipeline.runs.dependencies import finished
-from pipeline.runs.files import IDENTITY, STUDENT, check_student
-from pipeline.runs.identity import Run, differing_keys
+from pipeline.runs.files import IDENTITY, STUDENT, check_student, route_file
+from pipeline.runs.identity import Run, check_route, differing_keys
 from pipeline.runs.weights import known_by_path
 from pipeline.teachers.average import EMATeacher
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
-from pipeline.teachers.config import Config, TeacherNetwork
+from pipeline.teachers.config import Config, Route, TeacherNetwork
 from pipeline.teachers.ensemble import TeacherEnsemble
+from pipeline.teachers.follower import StudentFollower
 from pipeline.teachers.frozen import Normalization, Teacher
 from pipeline.teachers.peers import AveragedPeers
+from pipeline.teachers.route import RouteTeacher
+from pipeline.teachers.snapshots import SnapshotTeacher
 from shards.manifest import Manifest
 
 
@@ -51,14 +54,44 @@ def build_teacher(run: Run, device: torch.device, taps: frozenset[str] = frozens
     if config.cache is not None:
         with error_context("teacher.cache"):
             return _build_cached(run, config, Cache(Path(config.cache)), device)
-    if config.average is not None:
-        auto = "fp32" if recipe.precision == "fp32" else "bf16"
-        autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
-        options = {"batch": config.batch or 1, "device": device, "autocast": autocast}
-        networks = [spec.build(run.manifest.num_classes) for spec in teacher_specs(recipe, ())]
-        first, *others = [EMATeacher(network, config.average, **options) for network in networks]
-        return AveragedPeers([first, *others], recipe.student.export) if recipe.student.peers else first
+    if config.follows_student:
+        specs = teacher_specs(recipe, ())
+        followers = [_build_follower(run, config, spec, device) for spec in specs]
+        return AveragedPeers(followers, recipe.student.export) if recipe.student.peers else followers[0]
+    if config.route is not None:
+        return _build_route(run, config, config.route, device)
     return build_live_teacher(run, config, recipe.taps.teacher | taps, device)
+
+
+def _build_follower(run: Run, config: Config, spec: ModelSpec, device: torch.device) -> StudentFollower:
+    """Return a teacher of a student's own network, which follows it from ``follow`` on."""
+    recipe = run.recipe
+    auto = "fp32" if recipe.precision == "fp32" else "bf16"
+    autocast = AUTOCAST[auto if config.dtype == "auto" else config.dtype]
+    network, batch = spec.build(run.manifest.num_classes), config.batch or 1
+    if config.snapshots is not None:
+        epochs = recipe.epochs // config.snapshots.cycles
+        return SnapshotTeacher(network, epochs, batch=batch, device=device, autocast=autocast)
+    assert config.average is not None
+    return EMATeacher(network, config.average, batch=batch, device=device, autocast=autocast)
+
+
+def _build_route(run: Run, config: Config, route: Route, device: torch.device) -> RouteTeacher:
+    """Return the teacher of a route. Raises RecipeError if the teacher's run kept no weights of one of its epochs."""
+    (network,) = frozen_networks(run, config)
+    source = finished(network.run)
+    anchors = []
+    for epoch in route.epochs:
+        weights = source.folder / route_file(epoch)
+        if not weights.is_file():
+            raise RecipeError(
+                f"teacher.route: {source.folder} kept no weights of epoch {epoch}; set checkpoints.export_epochs in "
+                f"{display_path(source.path)}, move the folder away, and the run is trained again"
+            )
+        anchors.append(
+            _build_frozen(run, config, network._replace(weights=str(weights)), run.recipe.taps.teacher, device)
+        )
+    return RouteTeacher(anchors, route.each)
 
 
 def build_live_teacher(
@@ -83,12 +116,15 @@ def teacher_networks(config: Config | None) -> dict[str, TeacherNetwork]:
 
 
 def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
-    """Return the specifications of the teacher's networks. A moving average is the student's network, or its peers'.
+    """Return the specifications of the teacher's networks. One that follows the student or its peers is their network.
 
     The first has the taps that the losses read. ``sources`` are the recipes of ``teacher.runs``, in that order.
     """
-    if recipe.teacher and recipe.teacher.average and recipe.student.peers:
-        return [spec._replace(key="teacher", frozen=()) for spec in peer_specs(recipe.student, recipe.taps.teacher)]
+    if recipe.teacher and recipe.teacher.follows_student:
+        taps = recipe.taps.teacher
+        specs = peer_specs(recipe.student, taps) or [student_spec(recipe.student, taps)]
+        return [spec._replace(key="teacher", frozen=(), trained=()) for spec in specs]
+    check_route(recipe.teacher, sources)
     remaining, found = iter(sources), []
     for key, network in teacher_networks(recipe.teacher).items():
         source = next(remaining).student if network.recipe is not None else network

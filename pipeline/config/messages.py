@@ -106,7 +106,8 @@ def _key_of_recipe(above: Sequence[str], name: str, root: Node, tree: dict[str, 
     """
     if above and is_typo:
         return None
-    key = key_for(name) or (None if is_typo else key_elsewhere(name, root))
+    # What a habit means by the name comes before a key that happens to have it.
+    key = key_for(name) or (None if is_typo or answer_for(name) else key_elsewhere(name, root))
     if not above and (key is None or key.startswith("losses.")):
         return _keys_of_losses(["losses"], name, tree) or key
     return key

@@ -29,7 +29,7 @@ from pipeline.losses._registry import NO_LOSSES, Losses
 from pipeline.network_arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.optim.optimizer import Config as Optimizer
-from pipeline.optim.schedule import Schedule
+from pipeline.optim.schedule import Schedule, first_epoch
 from pipeline.run_reference import RunReference
 from pipeline.tasks._boxes import BOXES
 from pipeline.tasks._masks import MASK
@@ -81,6 +81,9 @@ class StudentConfig(FrozenModel):
     """More keyword arguments of the network's factory, such as ``{drop_path_rate: 0.1, img_size: 32}`` of timm's."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that do not train, such as ``[conv1, "layer1.*"]``; their BatchNorms stay as they are."""
+    train: tuple[str, ...] = ()
+    """Stages that alone train: ``stem``, ``stage1`` … ``stage4``, and ``head``, what comes after the last of them. The
+    BatchNorms of the others stay as they are. Default: all train."""
     sync_batchnorm: bool = False
     """True to normalise by the statistics of all ranks' rows (SyncBatchNorm), where a rank has few. Several ranks then
     train as one does."""
@@ -125,7 +128,7 @@ class StudentConfig(FrozenModel):
             raise ValueError(f"{key} needs peers of one network, got {', '.join(models)}; remove it")
         if self.shared is not None and self.sync_batchnorm:
             raise ValueError("shared does not go with sync_batchnorm; remove one of them")
-        untried = ("start", "inherit", "freeze", "compile", "checkpoint")
+        untried = ("start", "inherit", "freeze", "train", "compile", "checkpoint")
         if key := next((key for key in untried if getattr(self, key)), None):
             raise ValueError(f"peers do not go with {key}; remove one of them")
         return self
@@ -134,6 +137,12 @@ class StudentConfig(FrozenModel):
     def peer_models(self) -> tuple[str, ...]:
         """Return the names of the networks that train together; empty without ``peers``."""
         return (self.model,) * self.peers if isinstance(self.peers, int) else self.peers or ()
+
+    @model_validator(mode="after")
+    def _frozen_by_one_key(self) -> StudentConfig:
+        if self.train and self.freeze:
+            raise ValueError("train and freeze cannot be combined; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _compiled_or_checkpointed(self) -> StudentConfig:
@@ -162,6 +171,9 @@ class CheckpointConfig(FrozenModel):
     """Epochs between two checkpoints; 0 is never."""
     keep: PositiveInt = 2
     """Number of the latest checkpoints that are kept."""
+    export_epochs: tuple[PositiveInt, ...] = ()
+    """Epochs, counted from 1, after which the student's weights are kept in the run's ``route`` folder, for
+    ``teacher.route`` of other runs. A run that is shorter keeps those that it reaches."""
     poll_steps: PositiveInt = 50
     """Steps between two checks of whether any rank has received a signal to stop."""
 
@@ -205,7 +217,8 @@ class Recipe(FrozenModel):
     student: StudentConfig
     """The network that is trained."""
     teacher: TeacherConfig | None = None
-    """The teacher: one network, several ``members``, or the ``average`` of the student's weights."""
+    """The teacher: one network, which may have a ``route``, or several ``members``. Or the student itself, by the
+    ``average`` of its weights or ``snapshots`` of them."""
     losses: Losses
     """The losses by name, whose weighted sum is the total."""
     data: Data
@@ -332,7 +345,7 @@ class Recipe(FrozenModel):
     @model_validator(mode="after")
     def _teacher_has_weights_to_inherit(self) -> Recipe:
         teacher = self.teacher
-        single = teacher is not None and teacher.has_model and not teacher.members and teacher.average is None
+        single = teacher is not None and teacher.has_model and not (teacher.members or teacher.moves)
         if self.student.inherit and not single:
             raise ValueError(
                 "student.inherit takes the weights of a teacher that is one network; remove it, or give teacher: "
@@ -355,11 +368,28 @@ class Recipe(FrozenModel):
     def _losses_know_the_head(self) -> Recipe:
         readers = [name for name, spec in self.losses.items() if spec.config.reads_head_weights()]
         if readers and self.teacher and not self.teacher.has_one_head:
-            kind = next((key for key in ("average", "members") if getattr(self.teacher, key)), "cache")
+            kind = self.teacher.kind or "cache"
             advice = "set teacher.fallback: live" if kind == "cache" else f"remove teacher.{kind}"
             raise ValueError(
                 f"the loss {readers[0]!r} reads the teacher's last layer, and teacher.{kind} does not give it; {advice}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_wait_for_the_first_snapshot(self) -> Recipe:
+        snapshots = self.teacher and self.teacher.snapshots
+        if not snapshots:
+            return self
+        cycles = f"teacher.snapshots.cycles: {snapshots.cycles}"
+        if self.epochs % snapshots.cycles:
+            raise ValueError(f"{cycles} does not divide epochs: {self.epochs}; change one of them")
+        first = self.epochs // snapshots.cycles
+        for name, spec in self.losses.items():
+            if spec.loss.needs_teacher and first_epoch(spec.config.ramp) < first:
+                raise ValueError(
+                    f"the loss {name!r} needs a teacher before the first snapshot, which epoch {first} has; set "
+                    f"losses.{name}.ramp.from: {first}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -65,7 +65,8 @@ def _describe_teacher(loaded: LoadedRecipe) -> str:
         return "It had no teacher."
     names = [each.recipe.student.model for each in loaded.teachers]
     names += [network.model for network in teacher.members or (teacher,) if network.model]
-    return f"Its teacher was {' and '.join(names)}." if names else "Its teacher was a moving average of itself."
+    itself = "itself at the end of its last cycle" if teacher.snapshots else "a moving average of itself"
+    return f"Its teacher was {' and '.join(names) or itself}."
 
 
 def _figures(card: Card, result: Result | None, evaluation: EvaluationFile | None) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Outputs
-from pipeline.features.taps import JOIN, FeatureTaps, evaluating
-from pipeline.image_size import Resolution, height_width
+from pipeline.features.stagewise import stages_of_modules
+from pipeline.features.taps import FeatureTaps
+from pipeline.image_size import Resolution
 
 
 class Cohort(nn.Module):
@@ -55,47 +55,20 @@ def exported_peer(student: FeatureTaps | Cohort) -> FeatureTaps:
     return student.exported if isinstance(student, Cohort) else student
 
 
-def share_modules(peers: Sequence[nn.Module], path: str, image_size: Resolution) -> None:
-    """Give all networks the modules of the first one up to the tensor at ``path``, the same objects.
+def share_modules(peers: Sequence[FeatureTaps], stage: str, image_size: Resolution) -> None:
+    """Give all peers the modules of the first one up to the end of that stage, the same objects.
 
-    ``path`` is that of a stage (``pipeline.models.stages``). Raises ValueError if it joins several tensors, or if the
-    networks differ up to there.
+    Raises ValueError for a stage that they do not have.
     """
-    first, *others = peers
-    shared = modules_before(first, path, image_size)
-    for other in others:
-        theirs = modules_before(other, path, image_size)
-        if [repr(first.get_submodule(name)) for name in shared] != [repr(other.get_submodule(name)) for name in theirs]:
-            raise ValueError("the peers differ up to that stage; give equal networks, or remove the key")
-        for name in shared:
-            parent, _, attribute = name.rpartition(".")
-            setattr(other.get_submodule(parent), attribute, first.get_submodule(name))
-
-
-@torch.no_grad()
-def modules_before(model: nn.Module, path: str, image_size: Resolution) -> list[str]:
-    """Return the names of the modules with tensors of their own that compute what the tensor at ``path`` needs.
-
-    They are those whose calls end before it, found by a forward of one blank image.
-    """
-    module, _, ending = path.partition(":")
-    if JOIN in path:
-        raise ValueError(f"it joins the tensors {path}; name a stage of one tensor")
-    events: list[tuple[str, str]] = []
-    handles = []
-    for name, child in model.named_modules():
-        handles.append(child.register_forward_pre_hook(lambda *_, name=name: events.append(("begins", name))))
-        handles.append(child.register_forward_hook(lambda *_, name=name: events.append(("ends", name))))
-    weight = next(model.parameters())
-    with evaluating(model):
-        model(torch.zeros(1, 3, *height_width(image_size), dtype=weight.dtype, device=weight.device))
-    for handle in handles:
-        handle.remove()
-    at = "begins" if ending.startswith("in") else "ends"
-    cut = max(number for number, event in enumerate(events) if event == (at, module))
-    ended = dict.fromkeys(name for kind, name in events[: cut + 1] if kind == "ends")
-    return [name for name in ended if name and _has_tensors(model.get_submodule(name))]
-
-
-def _has_tensors(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    found, (*known, _) = stages_of_modules(peers[0], image_size)
+    if stage not in known:
+        raise ValueError(f"{stage!r} is no stage of this network; it has {', '.join(known)}")
+    up_to = known[: known.index(stage) + 1]
+    first, *others = (peer.model for peer in peers)
+    for path in (path for path, of in found.items() if of in up_to):
+        module = first.get_submodule(path)
+        # Modules without tensors of their own may be called before and after the end of the stage, as a ReLU is.
+        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            parent, _, attribute = path.rpartition(".")
+            for other in others:
+                setattr(other.get_submodule(parent), attribute, module)

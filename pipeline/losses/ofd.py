@@ -88,6 +88,6 @@ def norm_of(tap: str, facts: Facts) -> NormParameters:
         stage = tap.removesuffix(".preact")
         raise ValueError(
             f"ofd: the teacher's {tap!r} has no known BatchNorm to take the margin from; "
-            f"name it under teacher.stages: {{{stage}.norm: <module path>}} (not possible with teacher.average)"
+            f"name it under teacher.stages: {{{stage}.norm: <module path>}} (impossible with moving teachers)"
         )
     return facts.teacher_norms[tap]

@@ -11,7 +11,6 @@ from pipeline.data.loader import Loader
 from pipeline.multirun.graphed_teacher import GraphedTeacher
 from pipeline.multirun.run import ConcurrentRun
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
-from pipeline.teachers.peers import MovingTeacher
 from pipeline.teachers.view_logits import ViewLogits
 from pipeline.training.graph import GraphedStep
 
@@ -73,8 +72,8 @@ class SharedInputs:
         return list(islice(stream, loader.plan.accumulation))
 
     def _answers(self, teacher: AnyTeacher | None, taught: Sequence[ConcurrentRun], batch: Batch) -> Outputs | None:
-        """Return the teacher's outputs for a batch; None without a teacher, or if it follows its own student."""
-        if teacher is None or isinstance(teacher, MovingTeacher):
+        """Return the teacher's outputs for a batch; None without a teacher, or if it moves with its own run."""
+        if teacher is None or teacher.moves:
             return None
         if teacher in self.view_logits and not any(each.recipe.taps.teacher for each in taught):
             return self.view_logits[teacher](batch, taught[0].recipe.data.view(taught[0].progress.epoch))
@@ -100,7 +99,7 @@ def _view_logits(members: Sequence[ConcurrentRun]) -> dict[AnyTeacher, ViewLogit
     sessions = [member.session for member in members if not member.recipe.taps.teacher]
     for session in sessions:
         teacher, config = session.teacher, session.recipe.teacher
-        if teacher is None or config is None or isinstance(teacher, MovingTeacher | CachedTeacher):
+        if teacher is None or config is None or teacher.moves or isinstance(teacher, CachedTeacher):
             continue
         loaders = {other.loader for other in sessions if other.teacher is teacher}
         data = session.recipe.data

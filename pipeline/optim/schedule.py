@@ -181,10 +181,23 @@ def ramp_factor(ramp: Ramp | None, progress: Progress) -> float:
     if progress.fraction < ramp.start or (ramp.until is not None and progress.fraction >= ramp.until):
         return 0.0
     if ramp.steps:
-        return [factor for epoch, factor in ramp.steps if epoch <= progress.fraction][-1]
+        return _step_factor(ramp, progress.fraction)
     if ramp.gaussian is not None:
         return math.exp(-5 * (1 - min(progress.epoch / ramp.gaussian, 1.0)) ** 2)
     if ramp.linear_epochs == 0:
         return 1.0
     # By whole epochs, as published: the factor is constant within an epoch.
     return min((progress.epoch + 1 - math.floor(ramp.start)) / ramp.linear_epochs, 1.0)
+
+
+def first_epoch(ramp: Ramp | None) -> float:
+    """Return the first epoch, counted from 0, at which the factor of a ramp is not 0; infinity if there is none."""
+    if ramp is None or not ramp.steps:
+        return ramp.start if ramp else 0.0
+    epochs = [ramp.start, *(epoch for epoch, _ in ramp.steps if epoch > ramp.start)]
+    return next((epoch for epoch in epochs if _step_factor(ramp, epoch) > 0), math.inf)
+
+
+def _step_factor(ramp: Ramp, epoch: float) -> float:
+    """Return the factor of a ramp with ``steps`` at an epoch."""
+    return [factor for first, factor in ramp.steps if first <= epoch][-1]

@@ -76,7 +76,7 @@ def _teacher(runs: Sequence[ReportedRun], notes: list[str]) -> tuple[ReportedRun
 def _teacher_name(run: ReportedRun) -> str | None:
     """Return what tells the teacher of a run from others, None for a cache alone, or a recipe that is gone."""
     config = run.recipe.teacher
-    if config is None or config.average:
+    if config is None or config.follows_student:
         return None
     try:
         folders = [str(run_folder(teacher)) for teacher in run.loaded.teachers]

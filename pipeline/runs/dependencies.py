@@ -53,18 +53,21 @@ def check_no_cycles(loaded: LoadedRecipe, above: tuple[RecipeSource, ...] = ()) 
 def _ensure(run: Run, launch: Launch, resolved_again: Callable[[], Run]) -> Run:
     """Train the missing runs that ``run`` needs, those that others need first, and return ``run``.
 
-    The modules that a run leaves are part of the identity of those that read them, which are then resolved again.
+    The modules and the route that a run leaves are part of the identity of those that read them, which are then
+    resolved again.
     """
     while missing := next((pair for pair in training_order(run) if pair[1].result is None), None):
         dependent, dependency = missing
         _train(dependency, dependent, launch)
-        if any(spec.loss.exported for spec in dependency.recipe.losses.values()):
+        leaves_modules = any(spec.loss.exported for spec in dependency.recipe.losses.values())
+        if leaves_modules or dependency.recipe.checkpoints.export_epochs:
             run = resolved_again()
     return run
 
 
 def _train(run: Run, dependent: Run, launch: Launch) -> None:
     """Train the run that ``dependent`` names; its own dependencies are there already."""
+    _check_keeps_route(run, dependent)
     check_folder(run, f"move {run.folder} away")
     path, *selection = run.source.args
     data_path, *others = run.overrides
@@ -75,6 +78,19 @@ def _train(run: Run, dependent: Run, launch: Launch) -> None:
     _execute(command, message, launch, explain_training(dependent, run))
     if run.result is None:
         raise Interrupted(f"{message} was stopped before its end; the same command continues")
+
+
+def _check_keeps_route(run: Run, dependent: Run) -> None:
+    """Raise RecipeError if the run is a teacher that will not keep the weights of its route."""
+    teacher = dependent.recipe.teacher
+    if teacher is None or teacher.route is None or run is not dependent.teachers[0]:
+        return
+    missing = [epoch for epoch in teacher.route.epochs if epoch not in run.recipe.checkpoints.export_epochs]
+    if missing:
+        raise RecipeError(
+            f"teacher.route: {display_path(run.path)} will keep no weights of epoch {missing[0]}; set "
+            f"checkpoints.export_epochs: [{', '.join(map(str, teacher.route.epochs))}] there"
+        )
 
 
 def prepare_shards(loaded: LoadedRecipe, launch: Launch, *, trusted: bool = True) -> None:

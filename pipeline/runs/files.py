@@ -29,6 +29,8 @@ STUDENT_BEST = "student_best.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
 LOSS_MODULES = "auxiliary.safetensors"
 """The modules that the run's losses leave for the losses of other runs."""
+ROUTE = "route"
+"""Folder of the weights that the run keeps of ``checkpoints.export_epochs``."""
 STUDENT_FILES = (STUDENT, STUDENT_BEST, STUDENT_EMA)
 PREEMPTED = "preempted"
 """Marker that a signal ended the command after it saved all its work; removed when the run continues."""
@@ -123,6 +125,7 @@ class _IdentitySection(BaseModel):
 class _TeacherIdentity(_IdentitySection):
     batch: PositiveInt | None = None
     cache: str | None = None
+    route: dict[str, Any] | None = None
 
 
 class _DataIdentity(_IdentitySection):
@@ -176,9 +179,15 @@ def read_result(folder: Path) -> Result | None:
 
 
 def student_sha256(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of weights in a run folder, the student's and the losses', by file name."""
-    files = (*STUDENT_FILES, LOSS_MODULES)
+    """Return the sha256 of each file of weights in a run folder, the student's and the losses', by its path there."""
+    route = sorted(path.relative_to(folder).as_posix() for path in (folder / ROUTE).glob("epoch-*.safetensors"))
+    files = (*STUDENT_FILES, LOSS_MODULES, *route)
     return {name: sha256_of(folder / name) for name in files if (folder / name).is_file()}
+
+
+def route_file(epoch: int) -> str:
+    """Return the path in a run folder of the weights after an epoch, counted from 1."""
+    return f"{ROUTE}/epoch-{epoch:03d}.safetensors"
 
 
 def check_student(path: Path) -> None:
@@ -186,10 +195,11 @@ def check_student(path: Path) -> None:
 
     Files outside a run folder, and files of an unfinished run, are not checked: there is no digest to compare with.
     """
-    if not (path.parent / IDENTITY).is_file():
+    folder = path.parent.parent if path.parent.name == ROUTE else path.parent
+    if not (folder / IDENTITY).is_file():
         return
-    result = read_result(path.parent)
-    digest = result and result.sha256.get(path.name)
+    result = read_result(folder)
+    digest = result and result.sha256.get(path.relative_to(folder).as_posix())
     if digest and digest != sha256_of(path):
         raise DamagedFile(
             f"{path}: not the weights that this run wrote (its sha256 differs from {RESULT_FILE}). Give another file, "

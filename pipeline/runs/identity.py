@@ -18,9 +18,10 @@ from pipeline.data.buckets import epoch_batches
 from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
-from pipeline.runs.files import IDENTITY, LOSS_MODULES, Identity, Result, read_identity, read_result
+from pipeline.runs.files import IDENTITY, LOSS_MODULES, Identity, Result, read_identity, read_result, route_file
 from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
+from pipeline.teachers.config import Config as TeacherConfig
 from shards.manifest import Manifest, read_manifest
 
 # Keys that a command may change and still continue the same run.
@@ -78,6 +79,9 @@ _OPTIONS = {
     "export_exits": False,
     "gaussian": None,
     "steps": [],
+    "route": None,
+    "snapshots": None,
+    "train": [],
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")
@@ -184,6 +188,7 @@ def _resolve(
     of_losses = tuple(map(resolve_named, loaded.of_losses))
     with error_context(display_path(loaded.path)):
         sources = [run.recipe for run in teachers]
+        check_route(loaded.recipe.teacher, sources)
         recipe = _fill_defaults(with_normalization(loaded.recipe, sources), folder, launch)
         ours = identity(recipe, folder, manifest, teachers, start and start.fingerprint, of_losses)
     # The key is the id, because a recipe contains dicts and cannot be hashed. Compared runs are resolved only when they
@@ -191,6 +196,15 @@ def _resolve(
     named = (teachers, start, of_losses, loaded.overrides, lambda: tuple(map(resolve_named, loaded.compare)))
     run = known[id(loaded)] = Run(recipe, loaded.source, folder, manifest, ours, *named)
     return run
+
+
+def check_route(teacher: TeacherConfig | None, sources: Sequence[Recipe]) -> None:
+    """Raise RecipeError if a teacher's route goes beyond its run. ``sources`` are the recipes of ``teacher.runs``."""
+    if teacher and teacher.route and teacher.route.epochs[-1] > sources[0].epochs:
+        raise RecipeError(
+            f"teacher.route.epochs: {teacher.route.epochs[-1]} is beyond the teacher's run, whose epochs are "
+            f"{sources[0].epochs}; give epochs of that run"
+        )
 
 
 def check_no_cycle(loaded: LoadedRecipe, above: tuple[RecipeSource, ...]) -> None:
@@ -279,11 +293,22 @@ def identity(
         teacher["expect_top1"] = teacher.pop("expect")  # its name in the identities of old runs
     if teacher.get("cache"):
         teacher["cache"] = _cache_digest(recipe, teacher["cache"], run)
+    if route := teacher.get("route"):
+        route["sha256"] = _route_digests(recipe, teachers[0], begun)
     _name_loss_runs(tree, recipe, of_losses, begun)
     for section in (*(teacher.get("members") or ()), teacher, tree["student"]["start"] or {}):
         for key in _NOT_IDENTITY_REFERENCE:
             section.pop(key, None)
     return _without_unused(tree)
+
+
+def _route_digests(recipe: Recipe, teacher: Run, begun: Identity | None) -> list[str | None]:
+    """Return the digests of the weights of a teacher's route; while they are not there, those of ``begun``."""
+    assert recipe.teacher is not None
+    assert recipe.teacher.route is not None
+    if teacher.result:
+        return [teacher.result.sha256.get(route_file(epoch)) for epoch in recipe.teacher.route.epochs]
+    return (begun.teacher.route or {}).get("sha256", []) if begun and begun.teacher else []
 
 
 def _name_loss_runs(tree: dict[str, Any], recipe: Recipe, runs: Sequence[Run], begun: Identity | None) -> None:

@@ -7,20 +7,22 @@ from functools import cached_property
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import NormParameters
 from pipeline.image_size import Resolution
+from pipeline.teachers._base import TeacherModule
 from pipeline.teachers.cache import LOGITS, Cache
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
 from pipeline.teachers.peers import AveragedPeers
+from pipeline.teachers.route import RouteTeacher
 from pipeline.teachers.sample import check_sample
 from shards.read import allow_open_files
 
 
-class CachedTeacher(nn.Module):
+class CachedTeacher(TeacherModule):
     """A teacher that returns cached outputs. ``live``, if given, computes the outputs that are not cached.
 
     ``head_KD`` are the weights of the network's last layer, if they are known.
@@ -96,8 +98,8 @@ class CachedTeacher(nn.Module):
         return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 
 
-AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher | AveragedPeers
-"""The types of teachers. All have ``teacher(batch)``, ``shapes``, ``norms`` and ``head_KD``."""
+AnyTeacher = Teacher | TeacherEnsemble | CachedTeacher | AveragedPeers | RouteTeacher
+"""The types of teachers. All have ``teacher(batch)``, ``at``, ``shapes``, ``norms`` and ``head_KD``."""
 
 
 def half_answers(teacher: AnyTeacher, answers: Outputs) -> dict[tuple[str, str], Tensor]:

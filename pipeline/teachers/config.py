@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.data.config import Side
+from pipeline.frozen_model import FrozenModel
 from pipeline.network_arguments import Arguments
 from pipeline.optim.ema import Config as Averaging
 from pipeline.run_reference import RunReference
@@ -75,8 +76,35 @@ class TeacherNetwork(RunReference):
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
 
 
+class Route(FrozenModel):
+    """The recipe's ``teacher.route``: weights of several epochs of the teacher's own run, one after the other."""
+
+    epochs: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Epochs of the teacher's run, counted from 1, whose weights teach in this order. That run keeps them by
+    ``checkpoints.export_epochs``."""
+    each: PositiveInt
+    """Epochs of the student for each of them but the last, which teaches to the end."""
+
+    @model_validator(mode="after")
+    def _epochs_rise(self) -> Self:
+        if list(self.epochs) != sorted(set(self.epochs)):
+            raise ValueError(f"epochs must be in increasing order, got {list(self.epochs)}")
+        return self
+
+
+class Snapshots(FrozenModel):
+    """The recipe's ``teacher.snapshots``: the student itself, as it was at the end of its last cycle."""
+
+    cycles: int = Field(ge=2)
+    """Number of cycles of equal length in the run; in the first one there is no teacher yet."""
+
+
 class Config(TeacherNetwork):
-    """The recipe's ``teacher``: one network, several ``members``, or the ``average`` of the student's weights."""
+    """The recipe's ``teacher``: one network, several ``members``, or the student itself at another time.
+
+    One network may teach by its weights of several epochs, its ``route``. The student itself is the ``average`` of its
+    weights, or ``snapshots`` of them.
+    """
 
     members: tuple[TeacherNetwork, ...] | None = Field(default=None, min_length=1)
     """Networks whose softened outputs are mixed, each with the keys above. Features come from the first."""
@@ -86,6 +114,10 @@ class Config(TeacherNetwork):
     """Temperature T of the mixture. A logit loss at this T has exactly the mixture as its target."""
     average: Averaging | None = None
     """Settings of the moving average of the student's weights, which is then the teacher."""
+    route: Route | None = None
+    """Epochs of the run that ``recipe`` names, whose weights teach one after the other."""
+    snapshots: Snapshots | None = None
+    """Settings of the student's snapshots, of which the last is then the teacher."""
     batch: PositiveInt | None = None
     """Images per forward of the teacher, whatever the batch; default: a rank's rows at the first start of the run."""
     expect: float | None = Field(default=None, ge=0, le=100)
@@ -102,7 +134,7 @@ class Config(TeacherNetwork):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        kind = next((key for key in _BESIDE if getattr(self, key) is not None), None)
+        kind = self.kind
         given = {key for key, field in Config.model_fields.items() if getattr(self, key) != field.default}
         allowed = {kind, *_BESIDE[kind]} if kind else {*TeacherNetwork.model_fields, "batch", "expect", *_CACHE}
         if stray := sorted(given - allowed):
@@ -113,6 +145,8 @@ class Config(TeacherNetwork):
         if kind is None:
             if self.cache is None or self.uses_live_model or self.model or self.recipe or self.arguments:
                 self.check_source()
+        elif kind == "route" and self.recipe is None:
+            raise ValueError("route is that of a run; give recipe, which names the run")
         elif kind == "members" and (self.combine is None or self.temperature is None):
             raise ValueError("members need combine (mean, entropy or confidence) and temperature")
         if any(member.head for member in self.members or ()):
@@ -129,9 +163,24 @@ class Config(TeacherNetwork):
         return self.cache is None or self.fallback is not None
 
     @property
+    def follows_student(self) -> bool:
+        """Return whether the teacher is the student's own network at another time."""
+        return self.average is not None or self.snapshots is not None
+
+    @property
+    def moves(self) -> bool:
+        """Return whether the teacher's weights change during the run."""
+        return self.follows_student or self.route is not None
+
+    @property
     def has_one_head(self) -> bool:
         """Return whether one network with fixed weights computes the logits, and training knows it."""
-        return self.uses_live_model and not (self.members or self.average or self.head)
+        return self.uses_live_model and not (self.members or self.moves or self.head)
+
+    @property
+    def kind(self) -> str | None:
+        """Return the key that makes the teacher another one than a single network, None if there is none."""
+        return next((key for key in _BESIDE if getattr(self, key) is not None), None)
 
     @property
     def has_model(self) -> bool:
@@ -145,5 +194,11 @@ class Config(TeacherNetwork):
 
 
 _CACHE = ("cache", "fallback", "accept", "encode")
-_BESIDE = {"members": ("combine", "temperature", "batch", "expect", *_CACHE), "average": ("dtype", "batch")}
-"""Keys that may be combined with ``members`` or ``average``."""
+_OF_RUN = ("recipe", "method", "overlays", "stages", "head", "dtype", "fold", "compile", "mean", "std", "size", "batch")
+_BESIDE = {
+    "members": ("combine", "temperature", "batch", "expect", *_CACHE),
+    "average": ("dtype", "batch"),
+    "route": _OF_RUN,
+    "snapshots": ("dtype", "batch"),
+}
+"""Keys that may be combined with each kind of teacher that is not a single network."""

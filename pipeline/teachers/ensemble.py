@@ -9,10 +9,11 @@ from pipeline.batch import Batch, Outputs
 from pipeline.features.taps import FeatureTaps
 from pipeline.image_size import Resolution
 from pipeline.precision import promote_to_float32
+from pipeline.teachers._base import TeacherModule
 from pipeline.teachers.frozen import Teacher
 
 
-class TeacherEnsemble(nn.Module):
+class TeacherEnsemble(TeacherModule):
     """A teacher that runs several teachers one after the other and mixes their softened outputs.
 
     Its logits are T·log Σ_m w_m·softmax(z_m/T). So KD at this T has the mixture itself as its target. Its gradient is

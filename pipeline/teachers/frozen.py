@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.batch import Batch, Outputs
@@ -13,6 +13,7 @@ from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.image_size import Resolution, height_width
 from pipeline.models.folding import fold_batchnorms
 from pipeline.tasks._boxes import DETECTIONS
+from pipeline.teachers._base import TeacherModule
 from pipeline.teachers.config import RGBTriple
 
 TOLERANCE = 1e-3
@@ -26,7 +27,7 @@ class Normalization(NamedTuple):
     std: RGBTriple
 
 
-class Teacher(nn.Module):
+class Teacher(TeacherModule):
     """A frozen network in evaluation mode that returns ``Outputs`` for a batch.
 
     It runs in chunks of exactly ``batch`` images; the last chunk is padded, and its outputs are cut. So the last bits

@@ -10,25 +10,27 @@ from pipeline.batch import Batch, Outputs
 from pipeline.features.cohort import views_of_peers
 from pipeline.features.taps import NormParameters
 from pipeline.image_size import Resolution
-from pipeline.teachers.average import EMATeacher
+from pipeline.teachers._base import TeacherModule
+from pipeline.teachers.follower import StudentFollower
 
 
-class AveragedPeers(nn.Module):
+class AveragedPeers(TeacherModule):
     """The moving average of each peer. It gets the view of the images that the peer itself gets.
 
     Its outputs are those of the ``exported`` peer's average, with those of all in ``peers``.
     """
 
+    moves = True
     head_KD = None
 
-    def __init__(self, averages: Sequence[EMATeacher], exported: int) -> None:
+    def __init__(self, averages: Sequence[StudentFollower], exported: int) -> None:
         super().__init__()
         self.averages = nn.ModuleList(averages)
         self.exported = exported
         self.norms: dict[str, NormParameters] = {}  # as of one average
 
     @property
-    def members(self) -> list[EMATeacher]:
+    def members(self) -> list[StudentFollower]:
         """Return the average of each peer."""
         return list(self.averages)  # type: ignore[arg-type]
 
@@ -58,5 +60,5 @@ class AveragedPeers(nn.Module):
         return super().train(False)
 
 
-MovingTeacher = EMATeacher | AveragedPeers
-"""A teacher that follows the student, whose answers change with every step."""
+FollowingTeacher = StudentFollower | AveragedPeers
+"""A teacher that follows the student, or several that train together."""

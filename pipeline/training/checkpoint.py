@@ -6,7 +6,7 @@ A checkpoint ``checkpoints/step-<n>/`` is written as ``.tmp-step-<n>``, fsynced 
     optimizer.pt  scaler.pt
     zero/                    instead of these three, under ZeRO: DeepSpeed's own files, one or more per rank
     buffers-<rank>.safetensors   that rank's own buffers (BatchNorm statistics)
-    ema.safetensors  teacher.safetensors (the student's moving average, used as its teacher)
+    ema.safetensors  teacher.safetensors (a teacher that follows the student)
     identity.json            a copy of the run folder's
     state.json               progress, journal length, world size, format, sha256 of every other file
 """
@@ -38,7 +38,7 @@ from pipeline.optim.ema import EMA
 from pipeline.optim.optimizer import optimizer_state
 from pipeline.runs.card import CARD, Card
 from pipeline.runs.files import CHECKPOINTS, IDENTITY, Percent, checkpoint_folders
-from pipeline.teachers.peers import MovingTeacher
+from pipeline.teachers.peers import FollowingTeacher
 from pipeline.training import zero
 from pipeline.training.files import (
     MACHINE_ERRORS,
@@ -84,7 +84,7 @@ class Checkpoints:
         accelerator: Accelerator,
         distiller: Distiller,
         optimizer: Any,
-        averages: dict[str, EMA | MovingTeacher],
+        averages: dict[str, EMA | FollowingTeacher],
     ) -> None:
         self.config = config
         self.folder = folder / CHECKPOINTS

@@ -20,6 +20,7 @@ from pipeline.teachers.config import Config
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
 from pipeline.teachers.peers import AveragedPeers
+from pipeline.teachers.route import RouteTeacher
 from pipeline.training import zero
 
 
@@ -64,10 +65,11 @@ def evaluate(
 def check_teacher(task: Task, config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:
     """Raise RecipeError if the task's main metric of the teacher is below the recipe's ``expect``.
 
-    A cached teacher has no answers for validation images. It was checked before its cache was written.
+    A cached teacher has no answers for validation images. It was checked before its cache was written. That of a route
+    has no ``expect``.
     """
     expected = config.expect if config else None
-    if teacher is None or isinstance(teacher, CachedTeacher | AveragedPeers) or expected is None:
+    if teacher is None or isinstance(teacher, CachedTeacher | AveragedPeers | RouteTeacher) or expected is None:
         return
     if not loader.has_validation:
         folder = loader.plan.config.path

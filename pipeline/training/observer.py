@@ -21,7 +21,6 @@ from pipeline.errors import one_line
 from pipeline.features.taps import evaluating
 from pipeline.losses._base import Loss
 from pipeline.teachers.cached import AnyTeacher, CachedTeacher
-from pipeline.teachers.peers import MovingTeacher
 from pipeline.training.zero import DDP, checkpoint_format
 
 OBSERVED_ROWS = 16
@@ -73,7 +72,7 @@ class LossObserver:
                 batch = next(iter(batches))
             images_BCHW, labels_B, ids_B = (x[:OBSERVED_ROWS].clone() for x in batch[:3])
             self.batch = Batch(images_BCHW, labels_B, ids_B, {}, {})
-        if self.answers is None or isinstance(self.teacher, MovingTeacher):
+        if self.answers is None or (self.teacher and self.teacher.moves):
             cached = self.teacher is None or isinstance(self.teacher, CachedTeacher)
             self.answers = None if cached or self.teacher is None else self.teacher(self.batch)
         student = self.distiller.student

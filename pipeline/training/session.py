@@ -19,13 +19,13 @@ from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.optim.optimizer import set_learning_rate
 from pipeline.optim.schedule import learning_rate
-from pipeline.runs.files import LOSS_MODULES, STUDENT, STUDENT_BEST, STUDENT_EMA
+from pipeline.runs.files import LOSS_MODULES, STUDENT, STUDENT_BEST, STUDENT_EMA, route_file
 from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
 from pipeline.tasks._base import Evaluation, Task
 from pipeline.tasks._registry import find_task
 from pipeline.teachers.cached import AnyTeacher
-from pipeline.teachers.peers import MovingTeacher
+from pipeline.teachers.peers import FollowingTeacher
 from pipeline.training.checkpoint import Best, Checkpoints, CheckpointState
 from pipeline.training.evaluation import evaluate
 from pipeline.training.export import export, export_auxiliary, export_average, student_card
@@ -53,8 +53,8 @@ class Session:
     parameters: int
     """Number of parameters of the student."""
     optimizer: Any
-    averages: dict[str, EMA | MovingTeacher]
-    """Moving averages of the student's weights, by name in a checkpoint."""
+    averages: dict[str, EMA | FollowingTeacher]
+    """Moving averages of the student's weights, and a teacher that follows them, by name in a checkpoint."""
     checkpoints: Checkpoints
     journal: TrainingJournal
     guard: FiniteGuard
@@ -115,6 +115,8 @@ def train_step(session: Session, state: State, batch: Batch, answers: Outputs | 
 
     ``answers`` are the teacher's outputs for the batch, if they are known already.
     """
+    if session.teacher:
+        session.teacher.at(state.progress)
     rate = learning_rate(session.recipe.schedule, state.progress, session.recipe.epochs)
     set_learning_rate(session.optimizer, rate)
     output = session.step(batch, state.progress, answers)
@@ -137,6 +139,8 @@ def close_step(session: Session, state: State, rate: float, norm: Tensor) -> Non
     journal.record(progress, rate, norm)
     if progress.epoch_ended and session.loader.has_validation:
         validate(session, state)
+    if progress.epoch_ended and progress.epoch in session.recipe.checkpoints.export_epochs:
+        keep_epoch(session, state)
     if saving:
         checkpoints.save(CheckpointState(progress, journal.length))
 
@@ -153,6 +157,13 @@ def validate(session: Session, state: State) -> None:
         card = student_card(session.run, last, state.best)
         export(session.student, session.run.folder / STUDENT_BEST, session.accelerator, card)
     session.journal.log_evaluation(state.progress, last, state.best.value, observed)
+
+
+def keep_epoch(session: Session, state: State) -> None:
+    """Keep the student's weights after an epoch of ``checkpoints.export_epochs``; every rank calls it."""
+    path = session.run.folder / route_file(state.progress.epoch)
+    path.parent.mkdir(exist_ok=True)
+    export(session.student, path, session.accelerator, student_card(session.run, state.last))
 
 
 def finish(session: Session, state: State) -> None:

@@ -51,9 +51,14 @@ def _describe_teacher(run: Run) -> str:
         return "none"
     if teacher.average is not None:
         return "a moving average of the student's weights"
+    if teacher.snapshots is not None:
+        return f"the student itself at the end of each of {teacher.snapshots.cycles} cycles"
     runs = [each.recipe.student.model for each in run.teachers]
     models = [network.model for network in teacher.members or (teacher,) if network.model]
     live = f"live, {' + '.join([*runs, *models])}{' without its head' if teacher.head else ''}"
+    if teacher.route is not None:
+        epochs = ", ".join(map(str, teacher.route.epochs))
+        return f"{live}, after epochs {epochs} of its own run, {_count(teacher.route.each, 'epoch')} each"
     if teacher.cache is None:
         return live
     return f"outputs from the cache {teacher.cache}" + (f"; others {live}" if teacher.uses_live_model else "")

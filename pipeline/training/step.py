@@ -22,7 +22,7 @@ from pipeline.errors import RecipeError
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.teachers.cached import AnyTeacher, half_answers
-from pipeline.teachers.peers import MovingTeacher
+from pipeline.teachers.peers import FollowingTeacher
 from pipeline.training.timer import StepTimer
 
 
@@ -48,7 +48,7 @@ class Step:
         distiller: nn.Module,
         teacher: AnyTeacher | None,
         optimizer: Any,
-        averages: Iterable[EMA | MovingTeacher],
+        averages: Iterable[EMA | FollowingTeacher],
         clip: float | None,
         guard: FiniteGuard,
         timer: StepTimer,
@@ -95,7 +95,9 @@ class Step:
             self.guard.half_answers = half_answers(self.teacher, answers)
         losses = self.distiller(batch, answers, progress, self.timer)
         if not losses["total"].requires_grad:
-            raise RecipeError("losses: none depends on a parameter that trains; shorten student.freeze, or add a loss")
+            raise RecipeError(
+                "losses: none depends on a parameter that trains; change student.freeze or student.train, or add a loss"
+            )
         with self.timer.backward(losses["total"]):
             self.accelerator.backward(losses["total"])
         return losses

@@ -187,14 +187,17 @@ def _check_recipe(recipe: Recipe, stage: int) -> None:
         )
     if stage == 3 and recipe.student.checkpoint:
         raise RecipeError("student.checkpoint: under ZeRO-3 the weights are partitioned; use zero2.json, or DDP")
+    if stage == 3 and recipe.student.train:
+        raise RecipeError("student.train: stages alone are not trained under ZeRO-3; use zero2.json, or DDP")
     readers = [name for name, spec in recipe.losses.items() if spec.config.reads_head_weights()]
     if stage == 3 and readers:
         raise RecipeError(
             f"losses.{readers[0]}: under ZeRO-3 no rank has all weights of the head; use zero2.json, or DDP"
         )
-    average = "ema" if recipe.ema else "teacher.average" if recipe.teacher and recipe.teacher.average else None
-    if stage == 3 and average:
-        raise RecipeError(f"{average}: under ZeRO-3 no rank has all weights to average; use zero2.json, or DDP")
+    teacher = recipe.teacher
+    copied = "ema" if recipe.ema else f"teacher.{teacher.kind}" if teacher and teacher.follows_student else None
+    if stage == 3 and copied:
+        raise RecipeError(f"{copied}: under ZeRO-3 no rank has all weights to copy; use zero2.json, or DDP")
 
 
 def _compiled_key(tree: dict[str, Any], above: str = "") -> str | None:

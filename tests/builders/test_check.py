@@ -43,7 +43,8 @@ RECIPES = [
     *(
         RecipeSource(CONFIGS / "cifar100" / "resnet56_resnet20.yaml", name)
         for name in known_methods()
-        if name not in (*OF_TOKENS, *OF_MASKS, *OF_BOXES, "subclass_kd")  # its teacher needs subclasses
+        # The teacher of one needs subclasses, and the networks of the other a fourth stage.
+        if name not in (*OF_TOKENS, *OF_MASKS, *OF_BOXES, "subclass_kd", "sskd_stage4")
     ),
     *(RecipeSource(CONFIGS / "imagenet" / "regnety_deit_tiny.yaml", name) for name in OF_TOKENS),
     *table_cells([path for path in IN_TABLES if path not in LARGE], ()),

@@ -42,6 +42,7 @@ def test_every_cell_that_a_paper_prints_has_its_recipe():
 
 def test_the_tables_name_every_method_and_every_network():
     others = {"ab_init", "fsp_init", "ft_init", "pad_init", "subclass_auxiliary"}
+    others |= {f"sskd_stage{number}" for number in (1, 2, 3, 4)}
     others |= {"ddkd_paper_literal", "perception_paper_literal"}
     others |= {"segmentation", "detection", "box_l1", *MULTILABEL, *OF_TOKENS}
     assert set(known_methods()) - TABLES.methods.keys() == others

@@ -86,8 +86,9 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old |= {"task": "classification"}
     old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False, "sync_batchnorm": False, "inherit": []}
-    old["student"] |= {"peers": None, "export": 0, "shared": None}
+    old["student"] |= {"peers": None, "export": 0, "shared": None, "train": []}
     old["data"] |= {"views_per_step": 1}
+    old["checkpoints"] |= {"export_epochs": []}
     old["schedule"] |= {"every": None, "cycles": None}
     old["optimizer"] |= {"rates": {}, "betas": None, "eps": None, "arguments": None}
     old["schedule"] |= {"power": None, "unit": "step"}
@@ -95,7 +96,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old["journal"] |= {"project": "distillation", "name": None, "tags": [], "report": True}
     since = {"weights_key": None, "method": None, "with": [], "arguments": None, "size": None, "head": None}
     old["teacher"]["expect"] = old["teacher"].pop("expect_top1")
-    old["teacher"] |= {"accept": ["data.decoder.version"], **since}
+    old["teacher"] |= {"accept": ["data.decoder.version"], "route": None, "snapshots": None, **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
     old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None, "pairs": False}
     old["losses"]["ddkd"] |= {"class_maps": None}

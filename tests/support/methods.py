@@ -21,6 +21,11 @@ def arguments_of(method: str) -> dict[str, Any]:
     return compose(RecipeSource(method_file(method))).get("student", {}).get("arguments", {})
 
 
+def keys_of(section: str, method: str) -> set[str]:
+    """Return the keys that a method's file sets in a section of a pair's recipe."""
+    return {*(compose(RecipeSource(method_file(method))).get(section) or {})}
+
+
 ALL = [name for name in known_methods() if not name.endswith("_paper_literal")]
 """All methods but those that have another's losses with another training strategy."""
 MULTILABEL = [name for name in ALL if "bce" in losses_of(name)]
@@ -33,10 +38,14 @@ OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "detecti
 """The methods for detectors alone."""
 OF_MODULES = [name for name in ALL if "ft" in losses_of(name)]
 """The methods whose losses start with modules that another run left."""
-OF_PEERS = [name for name in ALL if losses_of(name).keys() & {"mutual", "peer_mean"}]
+OF_PEERS = [name for name in ALL if "peers" in keys_of("student", name)]
 """The methods of several networks that train together."""
-OTHERS = (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES, *OF_PEERS)
-METHODS = [name for name in ALL if name not in OTHERS]
+OF_STAGES = [
+    name for name in ALL if keys_of("student", name) & {"train"} or (keys_of("teacher", name) and name not in OF_PEERS)
+]
+"""The methods with the losses of others, whose students or teachers have several stages."""
+_OTHERS = (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES, *OF_PEERS, *OF_STAGES)
+METHODS = [name for name in ALL if name not in _OTHERS]
 """The methods for images of one class and any network, in one run."""
 CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for loss in losses_of(name))]
 """Those of them whose step a CUDA graph can record."""

@@ -398,7 +398,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
         (
             {"stage": 3},
             ["ema.decay=0.9"],
-            "ema: under ZeRO-3 no rank has all weights to average; use zero2.json",
+            "ema: under ZeRO-3 no rank has all weights to copy; use zero2.json",
         ),
         (
             {"stage": 3},
@@ -408,6 +408,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
         ({"stage": 3}, CRCD, "losses.crcd: under ZeRO-3 no rank has all weights of the head; use zero2.json"),
         ({}, ["student.peers=2"], "student.peers: networks that train together were not tried under DeepSpeed"),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has all weights"),
+        ({"stage": 3}, ["student.train=[head]"], "student.train: stages alone are not trained under ZeRO-3; use"),
     ],
     ids=lambda value: None,
 )

@@ -22,7 +22,7 @@ from pipeline.batch import Batch, Outputs
 from pipeline.builders.peers import build_trained, peer_seed
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import ROOT, RecipeError
-from pipeline.features.cohort import Cohort, modules_before
+from pipeline.features.cohort import Cohort
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
 from pipeline.tasks.classification import Classification
@@ -149,15 +149,6 @@ def test_shared_modules_are_one_object_and_stand_in_every_peers_weights(recipes:
     assert first.state_dict().keys() == create_model("cifar_resnet8", 20).state_dict().keys()
 
 
-def test_the_modules_before_a_stage_are_those_that_it_needs():
-    network = create_model("cifar_resnet8", 10)
-    names = modules_before(network, "layer1", 16)
-    assert names[:2] == ["conv1", "bn1"]
-    assert {name.partition(".")[0] for name in names} == {"conv1", "bn1", "layer1"}
-    # The input of a module excludes the module itself.
-    assert modules_before(network, "layer2:in", 16) == names
-
-
 @pytest.fixture(scope="module")
 def two_views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``peers.yaml``: two peers without BatchNorm, each with a view of its own, that share their first stage."""
@@ -259,5 +250,7 @@ def test_what_peers_cannot_do_is_one_line(recipes: Path, words: list[str], messa
 
 
 def test_a_stage_that_cannot_be_shared_is_one_line(run_train: Train, mutual: Path):
-    with pytest.raises(RecipeError, match=r"student\.shared: the network has no stage 'stage9'"):
+    with pytest.raises(
+        RecipeError, match=r"student\.shared: 'stage9' is no stage of this network; it has stem, stage1"
+    ):
         run_train("mutual.yaml", "student.shared=stage9")
