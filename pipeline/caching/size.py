@@ -93,11 +93,10 @@ def _storage_choices(name: str, shape: tuple[int, ...], wanted: bool, rank: int 
 def check_one_size(recipe: Recipe, found: list[Choice]) -> None:
     """Raise RecipeError if images have several sizes, which says how large a view of the largest size would be."""
     if recipe.data.has_several_sizes:
-        view = _written_bytes(found) * len(training_labels(recipe.data)[1])
+        view = format_bytes(_written_bytes(found) * len(training_labels(recipe.data)[1]))
         raise RecipeError(
-            "data.buckets: images of several buckets have maps of several sizes, which a cache does not hold, and with "
-            f"all of {size_text(recipe.data.size)} a view would have {format_bytes(view)}; give one bucket, or train "
-            "without a cache"
+            f"data.buckets: a cache holds maps of one size; with all of {size_text(recipe.data.size)} a view would "
+            f"have {view}; give one bucket, or train without a cache"
         )
 
 
