@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import training_in
 from training_on_ranks import train
 
-from pipeline import cache_teacher
+from pipeline import cache_teacher, report
 from pipeline.training.journal import trace
 
 DATA = {
@@ -117,6 +117,14 @@ def test_a_detector_learns_to_find_boxes(trained: Path):
     measured = [line for line in lines if "ap" in line]
     assert len(measured) == EPOCHS
     assert measured[-1]["ap"] == found["ap"]
+
+
+def test_a_report_has_no_validation_loss_where_none_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(trained)
+    report.main(["runs/teacher"])
+    drawn = (trained / "runs/teacher/report.html").read_text()
+    assert "detection/box" in drawn
+    assert "alidation loss" not in drawn
 
 
 def test_a_student_of_every_loss_of_detectors_goes_on_bit_for_bit_after_a_kill(
