@@ -37,7 +37,7 @@ from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import check_provenance, check_sizes, provenance
 from pipeline.caching.blocks import Block
 from pipeline.caching.damage import Damage, find_damage, mark_damaged
-from pipeline.caching.size import choices, size_table
+from pipeline.caching.size import check_one_size, choices, size_table
 from pipeline.caching.source import open_source
 from pipeline.caching.verify import compare_answers
 from pipeline.caching.write import CacheArguments, begin, new_header, write_blocks
@@ -75,6 +75,7 @@ def main(args: Sequence[str]) -> None:
         arguments = fill_arguments(arguments, loaded.recipe, config, existing)
         if "--dry-run" in args:
             available, _ = choices(loaded.recipe, recipes(loaded.teachers), arguments.kinds, arguments.encode)
+            check_one_size(loaded.recipe, available)
             print(size_table(loaded.recipe, available, arguments.views or 1))
             return
         folder = cache_folder(config)

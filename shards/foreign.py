@@ -5,7 +5,8 @@ rest of the name is the component, in lower case. Members without a component, a
 
 A sample needs one image and one label. The image is a component ``jpg``, ``jpeg``, ``png`` or ``webp``. The label is
 the component ``cls``: digits, a class name, or a raw integer of 4 or 8 bytes, little endian. Or it is a value in the
-component ``json``. Instead of a label a sample may have a mask, in a component that is named.
+component ``json``. Instead of a label a sample may have a mask, in a component that is named. Samples with boxes are
+not listed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from shards.write import index_text
 IMAGE_COMPONENTS = ("jpg", "jpeg", "png", "webp")
 LABEL_KEYS = ("label", "cls", "class")
 """Keys of a ``json`` component that are tried for the label, in this order."""
+OWN_BOXES = "boxes.f32"
+"""The component of the boxes in this project's shards, whose ``cls`` says nothing."""
+BOX_KEYS = ("annotations", "objects", "boxes", "bboxes", "bbox")
+"""Usual names of the boxes in ``json``."""
 _KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -149,7 +154,9 @@ def find_image(path: Path, sample: ForeignSample, image_key: str | None) -> str:
 
 
 def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> tuple[Label, str]:
-    """Return the label of a sample, and where it stands. Raises Unusable if there is none."""
+    """Return the label of a sample, and where it stands. Raises Unusable if there is none, or boxes instead."""
+    if label_key is None and OWN_BOXES in sample.members:
+        raise Unusable(_boxes_instead(OWN_BOXES))
     if label_key is None and "cls" in sample.members:
         return _parse_label(_content(file, sample.members["cls"]), "cls"), "cls"
     if "json" not in sample.members:
@@ -162,6 +169,9 @@ def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> 
     keys = (label_key,) if label_key else LABEL_KEYS
     key = next((key for key in keys if isinstance(values, dict) and key in values), None)
     if key is None:
+        boxes = next((key for key in BOX_KEYS if isinstance(values, dict) and key in values), None)
+        if boxes and label_key is None:
+            raise Unusable(_boxes_instead(f"{boxes} of its json"))
         raise Unusable(f"no label: its json has no {' or '.join(keys)}; name the key with --label-key")
     value, source = values[key], f"{key} of its json"
     if type(value) is int:
@@ -169,6 +179,11 @@ def read_label(file: BinaryIO, sample: ForeignSample, label_key: str | None) -> 
     if not isinstance(value, str):
         raise Unusable(f"no label: {source} is {json.dumps(value)[:40]}, neither a whole number nor a name")
     return _parse_label(value.encode(errors="replace"), source), source
+
+
+def _boxes_instead(source: str) -> str:
+    """Return the reason why a sample is not usable that has boxes and no label. Tools write them in many ways."""
+    return f"no label, but boxes in {source}, which are not read in place: write shards with shards/prepare_coco.py"
 
 
 def index_tar(task: IndexTask) -> IndexedTar:

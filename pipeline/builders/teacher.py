@@ -303,9 +303,13 @@ def check_sizes(cache: Cache, manifest: Manifest) -> None:
     ids, logits = manifest.splits["train"].id_count, cache.header.kinds.get(LOGITS)
     if cache.header.id_count != ids:
         raise RecipeError(f"{cache.folder} has rows for {cache.header.id_count:,} ids, but the shards have {ids:,}")
-    if logits and logits.shape[0] != manifest.num_classes:
-        classes = manifest.num_classes
-        raise RecipeError(f"{cache.folder} has {logits.shape[0]} logits, but the shards have {classes} classes")
+    if logits and (classes := _classes_of(logits.shape)) != manifest.num_classes:
+        raise RecipeError(f"{cache.folder} has {classes} logits, but the shards have {manifest.num_classes} classes")
+
+
+def _classes_of(logits: tuple[int, ...]) -> int:
+    """Return the number of classes of logits [K], of those of pixels [K, H, W], or of those of anchors [A, K]."""
+    return logits[1] if len(logits) == 2 else logits[0]
 
 
 def check_provenance(cache: Cache, facts: dict[str, Any], accept: Iterable[str] = ()) -> None:

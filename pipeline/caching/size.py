@@ -12,6 +12,7 @@ from pipeline.builders.meta import probe, training_labels
 from pipeline.builders.teacher import teacher_specs
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
+from pipeline.image_size import size_text
 from pipeline.teachers.cache import LOGITS, NAME, CacheEntry, Encoding, format_bytes, kinds_by_tap
 
 CHANNEL_DIVISOR = 8
@@ -89,6 +90,16 @@ def _storage_choices(name: str, shape: tuple[int, ...], wanted: bool, rank: int 
     return [plain, Choice(name, CacheEntry(shape=shape, encoded=encoded), rank is not None)]
 
 
+def check_one_size(recipe: Recipe, found: list[Choice]) -> None:
+    """Raise RecipeError if images have several sizes, which says how large a view of the largest size would be."""
+    if recipe.data.has_several_sizes:
+        view = format_bytes(_written_bytes(found) * len(training_labels(recipe.data)[1]))
+        raise RecipeError(
+            f"data.buckets: a cache holds maps of one size; with all of {size_text(recipe.data.size)} a view would "
+            f"have {view}; give one bucket, or train without a cache"
+        )
+
+
 def size_table(recipe: Recipe, found: list[Choice], views: int) -> str:
     """Return a table of the sizes on disk of the kinds of output, for that many views."""
     _, labels_by_id, note = training_labels(recipe.data)
@@ -98,9 +109,14 @@ def size_table(recipe: Recipe, found: list[Choice], views: int) -> str:
         star = "*" if choice.written else " "
         row = choice.kind.row_bytes
         lines.append(f"{star} {choice.title:<28}{row:>16,}{_sizes(row * images, views)}")
-    total = sum(choice.kind.row_bytes for choice in found if choice.written)
+    total = _written_bytes(found)
     lines.append(f"* {'is written, together':<28}{total:>16,}{_sizes(total * images, views)}")
     return "\n".join([f"answers to {images:,} images, in float16", *lines, *([note] if note else [])])
+
+
+def _written_bytes(found: list[Choice]) -> int:
+    """Return the bytes on disk of what the command writes of an image."""
+    return sum(choice.kind.row_bytes for choice in found if choice.written)
 
 
 def _sizes(view: int, views: int) -> str:

@@ -317,8 +317,7 @@ class Recipe(FrozenModel):
 
     @model_validator(mode="after")
     def _cache_has_maps_of_one_size(self) -> Recipe:
-        several = self.data.crop == "keep_ratio" and len(self.data.bucket_sizes) > 1
-        if several and self.teacher is not None and self.teacher.cache is not None:
+        if self.data.has_several_sizes and self.teacher is not None and self.teacher.cache is not None:
             raise ValueError(
                 "teacher.cache: images of several data.buckets have maps of several sizes, which a cache does not "
                 "hold; give one bucket, or remove the cache"

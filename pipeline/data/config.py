@@ -277,6 +277,11 @@ class Config(FrozenModel):
         return self.buckets or BUCKETS
 
     @property
+    def has_several_sizes(self) -> bool:
+        """Return whether batches of training images have several sizes."""
+        return self.crop == "keep_ratio" and len(self.bucket_sizes) > 1
+
+    @property
     def rows_per_image(self) -> int:
         """Return how many rows of an epoch each training image brings."""
         return 2 if self.pairs else self.repeat

@@ -87,6 +87,7 @@ def _validation(run: ReportedRun, label: str, color: int, style: int, *, thin: b
 def draw_losses(methods: Sequence[MethodRuns]) -> str:
     """Return the section of the losses: the parts of each method's first run by epoch."""
     drawn: Captioned = []
+    measured = False
     for number, method in enumerate(methods):
         lines = method.first_run.training
         epochs = [line["epoch"] for line in lines]
@@ -99,15 +100,17 @@ def draw_losses(methods: Sequence[MethodRuns]) -> str:
         validation = [
             (line["epoch"], line["validation"].get("loss"))
             for line in method.first_run.evaluations
-            if isinstance(line.get("validation"), dict)
+            if isinstance(line.get("validation"), dict) and line["validation"].get("loss") is not None
         ]
         if validation:
             x, y = zip(*validation, strict=True)
             curves.append(Curve("validation loss", x, y, ALONE_COLOR, 1))
+            measured = True
         title = f"Loss parts of {method.name} by epoch, on a logarithmic axis: {', '.join(selected)}"
         svg = draw_curves(f"losses-{number}", title, curves, xlabel="epoch", ylabel="loss, weighted", log=True)
         drawn.append((f"{method.name}, seed {method.first_run.recipe.seed}", svg))
-    text = "Parts of the training loss as they are summed, with their weights. The validation loss is the task's own."
+    text = "Parts of the training loss as they are summed, with their weights."
+    text += " The validation loss is the task's own." if measured else ""
     return page.section("Loss parts", page.pictures(drawn), page.note(text))
 
 

@@ -40,8 +40,11 @@ MEND_HINT = (
     "and the same command without --verify writes them again"
 )
 
-NAME = r"[a-z][a-z0-9_]*(\.[a-z]+)?"
-"""Pattern of the name of a kind. It becomes part of a file name, and the cache may come from another user."""
+NAME = r"[a-z][a-z0-9_]*(\.[a-z]+)?(\.p[0-9]+)?"
+"""Pattern of the name of a kind, such as ``stage3.preact`` or ``head.class.p3``.
+
+It becomes part of a file name, and the cache may come from another user.
+"""
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Shape = tuple[PositiveInt, ...]
 

@@ -37,14 +37,16 @@ _CROWD = -1
 class BoxSamples:
     """The images of the smallest ids, which are the same on any number of ranks, with boxes in the classes' colours.
 
-    ``config`` are the settings of the validation images. Cells are squares, since images are of several shapes. Of what
-    a network finds only the likely boxes are drawn, the best on top.
+    ``config`` are the settings of the validation images. A cell holds images of all buckets. Of what a network finds
+    only the likely boxes are drawn, the best on top.
     """
 
     def __init__(self, config: Config, *, with_teacher: bool) -> None:
         self._config = config
         self._networks = network_columns(with_teacher=with_teacher)
-        self._side = min(LONGEST, max(map(max, config.bucket_sizes)))
+        sides = [max(each) for each in zip(*config.bucket_sizes, strict=True)]
+        factor = min(1.0, LONGEST / max(sides))
+        self._height, self._width = (round(side * factor) for side in sides)
         self._rows: Tensor | None = None
         """An image's id, the pixels of its cells, and for each class whether it is drawn."""
 
@@ -59,7 +61,7 @@ class BoxSamples:
             drawn_K = np.isin(np.arange(classes), np.concatenate(boxes)[:, 4])
             pixels = [self._centred(cell).ravel() for cell in cells]
             rows.append(np.concatenate([[int(batch.ids_B[number])], *pixels, drawn_K]).astype(np.int64))
-        columns = 1 + 3 * (1 + len(self._networks)) * self._side**2 + classes
+        columns = 1 + 3 * (1 + len(self._networks)) * self._height * self._width + classes
         new = torch.from_numpy(np.array(rows, np.int64).reshape(-1, columns)).to(batch.ids_B.device)
         self._rows = keep_smallest(new if self._rows is None else torch.cat([self._rows, new]))
 
@@ -68,15 +70,15 @@ class BoxSamples:
         if self._rows is None:
             return None
         rows = gather_smallest(self._rows).cpu().numpy()
-        pixels = (1 + len(self._networks)) * self._side**2 * 3
-        cells = rows[:, :pixels].reshape(len(rows), -1, self._side, self._side, 3).astype(np.uint8)
+        pixels = (1 + len(self._networks)) * self._height * self._width * 3
+        cells = rows[:, :pixels].reshape(len(rows), -1, self._height, self._width, 3).astype(np.uint8)
         classes = tuple(np.flatnonzero(rows[:, pixels:].any(0)).tolist())
         return DrawnSheet("boxes", cells_as_png([*map(list, cells)]), ("truth", *self._networks), classes)
 
     def _reduced(self, batch: Batch, number: int) -> tuple[NDArray[np.uint8], float]:
         """Return an image without its padding as it fits into a cell, and the factor of its size."""
         height, width = batch.targets[SIZES][number].tolist()
-        factor = min(1.0, self._side / max(height, width))
+        factor = min(1.0, self._height / height, self._width / width)
         size = [max(1, round(side * factor)) for side in (height, width)]
         levels_1CHW = in_colour(batch.images_BCHW[number, None, :, :height, :width], self._config)
         levels_Chw = F.interpolate(levels_1CHW, size, mode="area")[0].round().clamp(0, 255)
@@ -84,9 +86,9 @@ class BoxSamples:
 
     def _centred(self, image_hwC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the image in the middle of a white cell."""
-        cell = np.full((self._side, self._side, 3), 255, np.uint8)
+        cell = np.full((self._height, self._width, 3), 255, np.uint8)
         height, width = image_hwC.shape[:2]
-        top, left = (self._side - height) // 2, (self._side - width) // 2
+        top, left = (self._height - height) // 2, (self._width - width) // 2
         cell[top : top + height, left : left + width] = image_hwC
         return cell
 

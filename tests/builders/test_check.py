@@ -36,7 +36,7 @@ LARGE = [
 
 def without_table(path: Path) -> str:
     """Return the method by which a pair that is in no table is tried: DDKD, which has no logits of a detector."""
-    return "diffkd" if path.stem == "demo_detection" else "ddkd"
+    return "diffkd" if path.stem == "demo_detection" or path.parent.name == "bccd" else "ddkd"
 
 
 RECIPES = [

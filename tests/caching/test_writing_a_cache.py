@@ -239,3 +239,21 @@ def test_the_storage_of_each_choice_is_told_without_data_or_weights(capsys: pyte
     assert ["*", "is", "written,", "together", "27,088", "34.7", "GB", "347.0", "GB"] in told
     cache_teacher.main(["configs/imagenet/r34_r18.yaml", *words[1:]])
     assert "64.3 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["fitnet", "diffkd"])
+def test_a_detectors_maps_of_several_sizes_are_refused_with_their_bytes_and_of_one_size_listed(
+    method: str, capsys: pytest.CaptureFixture[str]
+):
+    words = ["configs/demo_detection.yaml", f"method={method}", "data.path=nowhere", "data.samples=1000", "--dry-run"]
+    several, one = "data.buckets=[[800, 1344], [1344, 800]]", "data.buckets=[[800, 1344]]"
+    of_an_image = 2 * 32 * (100 * 168 + 50 * 84)  # float16, channels, cells of P3 and P4
+    with pytest.raises(RecipeError, match=r"data\.buckets: .* all of 800 × 1344 a view would have 1\.3 GB;") as refused:
+        cache_teacher.main([*words, several])
+    assert "\n" not in str(refused.value)
+    assert not capsys.readouterr().out
+    cache_teacher.main([*words, one, "views=2"])
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["*", "is", "written,", "together", f"{of_an_image:,}", "1.3", "GB", "2.7", "GB"] in told
+    with pytest.raises(RecipeError, match=r"teacher\.cache: images of several data\.buckets have maps"):
+        cache_teacher.main([*words, several, "teacher.cache=cache"])

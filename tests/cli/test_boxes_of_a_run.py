@@ -140,6 +140,16 @@ def test_the_picture_shows_the_boxes_in_the_colours_of_their_classes(evaluation:
         assert pixels[top + y, left + x].tolist() == palette()[int(label)].tolist()
 
 
+def test_the_cells_of_a_picture_have_the_shape_of_the_only_bucket(tmp_path: Path):
+    write_boxed(tmp_path / "wide", 2, 2, size=(64, 48))
+    words = ["weights=student.safetensors", "speed=no", "out=wide.json"]
+    evaluate.main(["recipe.yaml", *words, f"data.path={tmp_path / 'wide'}", "data.buckets=[[64, 96]]"])
+    found = read_evaluation(Path("wide.json")).boxes
+    assert found is not None
+    with Image.open(found.file) as image:
+        assert image.size == (2 * (96 + 4), 2 * (64 + 4))
+
+
 def test_the_report_has_bars_of_sizes_and_classes(evaluation: EvaluationFile):
     named = [("kd", 0, evaluation)]
     ((caption, sizes),) = draw_box_metrics(named, Detection.titles)

@@ -240,6 +240,14 @@ UNUSABLE: dict[str, tuple[Entries, str]] = {
     "a list": ([("b.jpg", jpeg(1)), ("b.json", b'{"label": [1]}')], "no label: label of its json is [1], neither"),
     "odd bytes": ([("b.jpg", jpeg(1)), ("b.cls", b"\0\1\2")], "no label: cls is neither text nor an integer"),
     "empty": ([("b.jpg", jpeg(1)), ("b.cls", b" ")], "no label: cls is neither text nor an integer"),
+    "boxes of COCO": (
+        [("b.jpg", jpeg(1)), ("b.json", b'{"image_id": 1, "annotations": [{"bbox": [1, 1, 5, 5], "category_id": 3}]}')],
+        "no label, but boxes in annotations of its json, which are not read in place: write shards with shards/prepare",
+    ),
+    "boxes of a shard of this project": (
+        [("b.cls", b"0000"), ("b.jpg", jpeg(1)), ("b.boxes.f32", b""), ("b.areas.f32", b"")],
+        "no label, but boxes in boxes.f32, which are not read in place: write shards with shards/prepare_coco.py",
+    ),
     "cut image": ([("b.jpg", jpeg(1)[:200]), ("b.cls", b"0")], "cannot be decoded: "),
     "no picture": ([("b.png", b"text"), ("b.cls", b"0")], "neither a JPEG, a PNG nor a WebP"),
     "a GIF": ([("b.jpg", encode(pixels(1), "GIF")), ("b.cls", b"0")], "neither a JPEG, a PNG nor a WebP"),
