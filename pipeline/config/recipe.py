@@ -433,6 +433,8 @@ class Recipe(FrozenModel):
                 raise ValueError(f"the loss {name!r} reads the averages of the peers; set teacher.average")
         if count and self.task != "classification":
             raise ValueError(f"student.peers is for task: classification, and this is task: {self.task}; remove it")
+        if count and self.teacher and self.teacher.snapshots:
+            raise ValueError("teacher.snapshots follows one student; remove student.peers, or set teacher.average")
         if views > 1 and views != count:
             raise ValueError(f"data.views_per_step: {views} is not the number of student.peers, {count}; set 1 or that")
         if views > 1 and self.teacher and not average:

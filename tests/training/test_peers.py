@@ -240,6 +240,8 @@ def test_the_ensemble_is_the_mean_of_the_peers_probabilities(photo_shards: Path)
             "the loss 'peer_mean' reads the averages of the peers; set teacher.average",
         ),
         (["student.peers=17"], "student.peers"),
+        (["student.peers=2", "student.train=[stage1]"], "peers do not go with train; remove one of them"),
+        (["student.peers=2", "teacher.snapshots.cycles=2"], "teacher.snapshots follows one student"),
     ],
 )
 def test_what_peers_cannot_do_is_one_line(recipes: Path, words: list[str], message: str):
