@@ -50,6 +50,7 @@ def build_distiller(
         student_head=student.linear_head(),
         teacher_head_KD=teacher.head_KD if teacher else None,
         autocast=AUTOCAST[recipe.precision],
+        unlabelled_ratio=recipe.data.unlabelled_ratio,
     )
     if recipe.student.checkpoint:
         with error_context("student.checkpoint"):

@@ -17,6 +17,7 @@ from pipeline.builders.meta import (
     probe,
     probe_models,
     trial_targets,
+    with_unlabelled,
 )
 from pipeline.builders.student import check_optimizer_section
 from pipeline.config.measured import count_seeds, mean_and_deviation, measured
@@ -44,7 +45,7 @@ class Report(NamedTuple):
     teachers: list[NetworkSummary]
     """The teacher's networks: none, one, or each member. The losses read taps of the first."""
     cache: str | None
-    """Folder of cached outputs that training uses instead of running the teacher; None if there is none."""
+    """Folder of cached outputs or pseudo-labels that training uses instead of running the teacher; None if it runs."""
     parts: list[str]
     """Names of the parts of the losses, as in the journal."""
     auxiliary: dict[str, int]
@@ -126,14 +127,21 @@ def summarize(loaded: LoadedRecipe) -> Report:
         loaded.source,
         built.student[0],
         [network for network, _ in built.teachers],
-        recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None,
+        _answers_folder(recipe),
         *losses,
         built.note,
         paper,
         ours or ("not measured yet" if paper else ""),
-        samples and recipe.epochs * recipe.data.rows_per_image * samples,
+        samples and recipe.epochs * recipe.data.rows_per_image * samples * (1 + recipe.data.unlabelled_ratio),
         _cache_size(recipe, built, cached),
     )
+
+
+def _answers_folder(recipe: Recipe) -> str | None:
+    """Return the folder of outputs that training uses instead of running the teacher; None if it runs."""
+    if recipe.data.unlabelled and not recipe.runs_teacher:
+        return recipe.data.unlabelled.pseudo
+    return recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None
 
 
 def _cache_size(recipe: Recipe, built: ProbedModels, samples: int | None) -> str:
@@ -166,11 +174,12 @@ def _run_losses(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dic
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     task = find_task(recipe.task)
     batch = Batch(images_BCHW, zeros_B, zeros_B, {}, trial_targets(recipe, zeros_B, facts.num_classes))
+    batch = with_unlabelled(recipe, batch, facts.num_classes)
     student = cast(FeatureTaps, FakeModel(facts.student_shapes))
-    answers = FakeModel(facts.teacher_shapes)(images_BCHW) if facts.teacher_shapes else None
+    answers = FakeModel(facts.teacher_shapes)(batch.images_BCHW) if facts.teacher_shapes else None
     with error_context("losses"), FlopCounter() as counted:
         distiller = Distiller(student, recipe.losses, facts, task).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))
     parts = [name for name in losses if name not in ("total", task.training_metric)]
     parameters = {name: count_parameters(loss) for name, loss in distiller.losses.items()}
-    return parts, parameters, counted.flops / 2 / rows
+    return parts, parameters, counted.flops / 2 / len(batch.labels_B)

@@ -59,6 +59,15 @@ def repeated(order_N: NDArray[np.int64], times: int) -> tuple[NDArray[np.int64],
     return np.repeat(order_N, times), np.tile(np.arange(times), len(order_N))
 
 
+def occurrences(rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how often each row of an epoch came before, [N]."""
+    order_N = rows_N.argsort(kind="stable")
+    sorted_N = rows_N[order_N]
+    before_N = np.empty_like(rows_N)
+    before_N[order_N] = np.arange(len(rows_N)) - np.searchsorted(sorted_N, sorted_N)
+    return before_N
+
+
 def partners_of_class(order_N: NDArray[np.int64], samples: NDArray, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return another row of its class for each row of an epoch [N], every one with equal probability.
 

@@ -123,9 +123,14 @@ class _TeacherIdentity(_IdentitySection):
     cache: str | None = None
 
 
+class _UnlabelledIdentity(_IdentitySection):
+    pseudo: str | None = None
+
+
 class _DataIdentity(_IdentitySection):
     classes: str
     manifest: str
+    unlabelled: _UnlabelledIdentity | None = None
     views: PositiveInt | None = None
     validation_batch: PositiveInt | None = None
 

@@ -15,12 +15,14 @@ from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.config.source import RecipeSource
 from pipeline.data.buckets import epoch_batches
+from pipeline.data.config import Unlabelled
 from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.files import IDENTITY, LOSS_MODULES, Identity, Result, read_identity, read_result
 from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
+from pipeline.teachers.pseudo import PseudoLabels, has_pseudo_labels
 from shards.manifest import Manifest, read_manifest
 
 # Keys that a command may change and still continue the same run.
@@ -69,6 +71,9 @@ _OPTIONS = {
     "maps": None,
     "cycles": None,
     "pairs": False,
+    "unlabelled": None,
+    "from": "teacher",
+    "rows": "all",
     "gaussian": None,
     "steps": [],
 }
@@ -239,6 +244,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     if tree["data"]["validation_size"] == tree["data"]["size"]:
         tree["data"]["validation_size"] = None  # two words for the same images
     tree["data"]["validation_batch"] = None  # null in the identities of old runs, and training does not depend on it
+    if not recipe.data.unlabelled_ratio:
+        tree["data"]["unlabelled"] = None  # nothing of it is read
     return tree
 
 
@@ -259,6 +266,8 @@ def identity(
     tree = fixed_settings(recipe)
     tree["data"]["manifest"] = manifest.sha256
     tree["data"]["classes"] = classes_sha256(manifest)
+    if recipe.data.unlabelled and recipe.data.unlabelled_ratio:
+        tree["data"]["unlabelled"] = _name_unlabelled(recipe.data.unlabelled, run)
     if begun := read_identity(run):  # earlier code wrote the recipe's value, and a run keeps its identity
         tree["data"]["validation_batch"] = begun.data.validation_batch
     teacher = tree["teacher"] or {}
@@ -277,6 +286,22 @@ def identity(
         for key in _NOT_IDENTITY_REFERENCE:
             section.pop(key, None)
     return _without_unused(tree)
+
+
+def _name_unlabelled(config: Unlabelled, folder: Path) -> dict[str, Any]:
+    """Return the images without labels by their digests, and that of their pseudo-labels.
+
+    If the pseudo-labels are gone, it is that of the run in ``folder``, which used them.
+    """
+    with error_context("data.unlabelled.path"):
+        manifest = read_manifest(Path(config.path))
+    digest, begun = None, read_identity(folder)
+    if config.pseudo is not None:
+        known = begun and begun.data.unlabelled and begun.data.unlabelled.pseudo
+        with error_context("data.unlabelled.pseudo"):
+            gone = known and not has_pseudo_labels(Path(config.pseudo))
+            digest = known if gone else PseudoLabels(Path(config.pseudo)).digest
+    return {"manifest": manifest.sha256, "ratio": config.ratio, "pseudo": digest}
 
 
 def _name_loss_runs(tree: dict[str, Any], recipe: Recipe, runs: Sequence[Run], begun: Identity | None) -> None:
