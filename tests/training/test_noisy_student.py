@@ -247,7 +247,10 @@ def test_what_does_not_fit_is_refused_in_one_line_when_the_recipe_is_read(place:
         (["ns1.yaml", "others"], "expected RECIPE SHARDS FOLDER, got ns1.yaml others"),
         (["ns1.yaml", "nowhere", "new"], "SHARDS: nowhere/manifest.json does not exist"),
         (["supervised.yaml", "others", "new"], "teacher: there is no frozen network to run"),
-        (["ns1.yaml", "others", "new", "teacher.head=none"], "teacher: head: none has no answers, and combine:"),
+        (
+            ["ns1.yaml", "others", "new", "teacher.head=none", "data.unlabelled=null"],
+            "teacher: head: none has no answers, and combine:",
+        ),
         (["ns1.yaml", "others", "new", "keep=2"], "keep: Input should be less than or equal to 1"),
         (["ns1.yaml", "others", "new", "per_clas=2"], "per_clas: unknown key; did you mean 'per_class'?"),
         (["ns1.yaml", "others", "shards"], "shards: holds shards, and not a teacher's cache"),
