@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PSEUDO = "pseudo"
+"""Name in ``Batch.extra`` of the logits [B, K] that another network gave images without labels; zeros for others."""
+
 
 class Batch(NamedTuple):
     """One rank's rows of a batch. It is a NamedTuple, because accelerate looks into tuples but not into dataclasses."""
@@ -18,14 +21,26 @@ class Batch(NamedTuple):
     """Float images, normalised with the recipe's mean and std. With ``data.views_per_step`` they are [V, B, C, H, W],
     every image in V views."""
     labels_B: Tensor
-    """int64 class numbers; −1 in a padded row of a validation batch."""
+    """int64 class numbers; −1 in a padded row of a validation batch, and for an image without a label.
+
+    In training, images without labels are behind those with one."""
     ids_B: Tensor
     """int64 stable sample numbers of the split; −1 in a padded row."""
     extra: dict[str, Tensor]
-    """Tensors of a teacher's cache by name, with the rows of the batch."""
+    """Tensors of a teacher's cache, or pseudo-labels, by name, with the rows of the batch."""
     targets: dict[str, Tensor] = {}  # noqa: RUF012
     """What the task asks of the network besides ``labels_B``, by name, with the rows of the batch; a classification
     has none. Never changed in place, because all batches without any share one mapping."""
+
+    def at(self, rows: slice) -> Batch:
+        """Return the batch of those rows."""
+        extra, targets = ({name: x[rows] for name, x in mapping.items()} for mapping in (self.extra, self.targets))
+        return Batch(self.images_BCHW[rows], self.labels_B[rows], self.ids_B[rows], extra, targets)
+
+
+def labelled_rows(rows: int, ratio: int) -> slice:
+    """Return which of a batch's rows have labels, if each of them has ``ratio`` others without behind it."""
+    return slice(rows // (1 + ratio))
 
 
 class Outputs(NamedTuple):
@@ -37,6 +52,10 @@ class Outputs(NamedTuple):
     """Features by the tap's name in the recipe, such as ``stage4`` or ``last``."""
     peers: tuple[Outputs, ...] = ()
     """Outputs of all networks that train together, of ``student.peers``; the fields above are those of one of them."""
+
+    def at(self, rows: slice) -> Outputs:
+        """Return the outputs for those rows of the batch."""
+        return Outputs(self.logits[rows], {name: x[rows] for name, x in self.features.items()})
 
     @property
     def logits_BK(self) -> Tensor:

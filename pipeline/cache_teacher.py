@@ -26,21 +26,18 @@ if __name__ == "__main__":
     signals.install()  # before the imports below: they take seconds, and a scheduler may send a signal meanwhile
     nvjpeg.load_first()  # before the imports below: torchvision brings an older one
 
-import signal
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
 import numpy as np
 
 from pipeline.batch import rows_per_rank
-from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import check_provenance, check_sizes, provenance
 from pipeline.caching.blocks import Block
 from pipeline.caching.damage import Damage, find_damage, mark_damaged
 from pipeline.caching.size import check_one_size, choices, size_table
-from pipeline.caching.source import open_source
+from pipeline.caching.source import check_expected, live_teacher, open_source
 from pipeline.caching.verify import compare_answers
-from pipeline.caching.write import CacheArguments, begin, new_header, write_blocks
+from pipeline.caching.write import CacheArguments, begin, exit_stopped, new_header, write_blocks
 from pipeline.cli import entry
 from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
 from pipeline.config.recipe import LoadedRecipe, Recipe, load_recipe
@@ -48,19 +45,14 @@ from pipeline.distributed import collectives, signals
 from pipeline.distributed.launcher import Launch, read_launch
 from pipeline.errors import Interrupted, RecipeError, display_path, error_context
 from pipeline.runs.dependencies import ensure_dependencies
-from pipeline.runs.folder import mark_preempted
 from pipeline.runs.identity import Run
 from pipeline.runs.ownership import check_cache_folder
 from pipeline.runs.rank_settings import join_ranks
-from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config
 from pipeline.training.accelerator import create_accelerator, use_all_cores
-from pipeline.training.evaluation import check_teacher
 
 FLAGS = ("--dry-run", "--verify")
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a command that was stopped early: what is written stays, and the same command continues."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -99,14 +91,6 @@ def main(args: Sequence[str]) -> None:
 def recipes(loaded: Iterable[LoadedRecipe | Run]) -> list[Recipe]:
     """Return the recipe of each run or loaded recipe."""
     return [item.recipe for item in loaded]
-
-
-def live_teacher(recipe: Recipe) -> Config:
-    """Return the recipe's teacher. Raises RecipeError unless it is a frozen network, which can be run."""
-    config = recipe.teacher
-    if config is None or config.moves or not config.has_model:
-        raise RecipeError("teacher: there is no frozen network to run; give teacher.model and teacher.weights")
-    return config
 
 
 def cache_folder(config: Config) -> Path:
@@ -153,10 +137,7 @@ def write(run: Run, config: Config, folder: Path, arguments: CacheArguments, lau
     available, stages = choices(recipe, recipes(run.teachers), arguments.kinds, arguments.encode)
     kinds = {choice.name: choice.kind for choice in available if choice.written}
     source = open_source(run, config, kinds, accelerator.device)
-    if config.expect is not None:
-        splits = training_splits(run.recipe.data, run.manifest)[1:]
-        loader = build_loader(recipe, run.manifest, accelerator.device, splits)
-        check_teacher(find_task(recipe.task), config, source.teacher, loader)
+    check_expected(run, config, source)
     blocks: list[Block] = []
     if accelerator.is_main_process:
         print(size_table(recipe, available, views))
@@ -170,13 +151,6 @@ def write(run: Run, config: Config, folder: Path, arguments: CacheArguments, lau
     accelerator.end_training()
     if not is_complete:
         exit_stopped(folder if launch.is_main else None)
-
-
-def exit_stopped(folder: Path | None) -> NoReturn:
-    """Exit before the work is done. If a signal was the reason, mark ``folder`` as preempted for the scheduler."""
-    if folder is not None and signals.stop_requested():
-        mark_preempted(folder)
-    sys.exit(STOPPED)
 
 
 # -- verifying --------------------------------------------------------------------------------------------------------

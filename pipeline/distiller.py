@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Outputs, Progress
+from pipeline.batch import Batch, Outputs, Progress, labelled_rows
 from pipeline.features.cohort import Cohort
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts, Loss
@@ -30,6 +30,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.task = task or Classification()
+        self.unlabelled_ratio = facts.unlabelled_ratio
         # A module's name may not hold a dot; a user's loss is named package.module:Class.
         self.losses = nn.ModuleDict({name.replace(".", "_"): spec.build(facts) for name, spec in specs.items()})
 
@@ -48,10 +49,14 @@ class Distiller(nn.Module):
             parts: dict[str, Tensor] = {}
             noted: dict[str, Tensor] = {}
             for name, loss in self.losses.items():
-                named = loss.parts(student, teacher, batch, progress)  # type: ignore[operator]
+                rows = loss.select_rows(student, teacher, batch)  # type: ignore[operator]
+                named = loss.parts(*rows, progress)  # type: ignore[operator]
                 parts |= {name if part == name else f"{name}/{part}": value for part, value in named.items()}
                 noted |= {f"{name}/{key}": value for key, value in loss.metrics().items()}  # type: ignore[operator]
             with torch.no_grad():
+                if self.unlabelled_ratio:
+                    labelled = labelled_rows(len(batch.labels_B), self.unlabelled_ratio)
+                    student, batch = student.at(labelled), batch.at(labelled)
                 metric = self.task.measure_batch(student, batch)
             # Makes the gradients of a NaN or infinite loss non-finite, so that every rank skips the update.
             total = propagate_nonfinite(torch.stack(list(parts.values())).sum())

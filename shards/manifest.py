@@ -44,8 +44,8 @@ _TABLES = {
 }
 """The tables that splits of some tasks have beside the sample table, by the key of their digest."""
 
-ShardTaskName = Literal["classification", "multilabel", "segmentation", "detection"]
-"""What the images of shards have: one class, any number of classes, a mask, or boxes."""
+ShardTaskName = Literal["classification", "multilabel", "segmentation", "detection", "unlabelled"]
+"""What the images of shards have: one class, any number of classes, a mask, boxes, or no label at all."""
 
 
 def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
@@ -117,8 +117,8 @@ class Manifest:
 
     Tars of other tools may have several, as in ``jpg;png``, which is how DALI's reader takes them.
     """
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Class names in the order of their labels."""
+    classes: tuple[str, ...]
+    """Class names in the order of their labels; none if images have no labels."""
     transform: dict[str, Any] = field(default_factory=dict)
     """The conversion of the images: options and their values."""
     plan: Annotated[dict[str, Any], AfterValidator(_check_plan)] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Manifest:
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION
     task: ShardTaskName = "classification"
-    """Whether an image has one class, any number of them, a mask (a class for each pixel), or boxes.
+    """Whether an image has one class, any number of them, a mask (a class for each pixel), boxes, or no label.
 
     The file has this key in all cases but the first.
     """
@@ -177,13 +177,21 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     Raises DamagedFile if the contents are invalid or contradictory.
     """
     manifest = parse_document(content, location, Manifest, "copy it again, or prepare the shards again")
-    if manifest.task == "segmentation" and manifest.num_classes > MOST_MASK_CLASSES:
-        message = f"{manifest.num_classes:,} classes, but a mask has {MOST_MASK_CLASSES} at most"
+    if message := _wrong_classes(manifest):
         raise DamagedFile(f"{location}: classes: {message}; copy it again, or prepare the shards again")
     for name, split in manifest.splits.items():
         for key, message in _contradictions(name, split, manifest.task):
             raise DamagedFile(f"{location}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")
     return replace(manifest, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _wrong_classes(manifest: Manifest) -> str:
+    """Return what is wrong with the number of classes; an empty string if nothing is."""
+    if manifest.task == "segmentation" and manifest.num_classes > MOST_MASK_CLASSES:
+        return f"{manifest.num_classes:,} classes, but a mask has {MOST_MASK_CLASSES} at most"
+    if (manifest.num_classes == 0) != (manifest.task == "unlabelled"):
+        return f"{manifest.num_classes:,} classes, and its task is {manifest.task}"
+    return ""
 
 
 def _contradictions(name: str, split: Split, task: str) -> Iterator[tuple[str, str]]:

@@ -318,11 +318,12 @@ def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator
     ids = samples["id"][order]
     repeated = np.zeros(len(samples), np.bool_)
     repeated[order[1:]] = ids[1:] == ids[:-1]
+    lowest = 0 if num_classes else -1  # without classes, images have no labels
     # After these checks every image and mask is inside of its tar, and ids and labels are valid indices.
     for column, wrong, reason in (
         ("id", _outside(samples["id"], 0, split.id_count), f"not from 0 to {split.id_count - 1:,}"),
         ("id", repeated, "which is used more than once"),
-        ("label", _outside(samples["label"], 0, num_classes), f"but there are {num_classes:,} classes"),
+        ("label", _outside(samples["label"], lowest, num_classes), f"but there are {num_classes:,} classes"),
         ("shard", samples["shard"] != shards, "but the manifest has another"),
         *_wrong_positions(samples, "", tar_sizes),
         *(_wrong_positions(samples, "mask_", tar_sizes) if samples.dtype == MASKED_SAMPLE_DTYPE else ()),

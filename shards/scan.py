@@ -12,7 +12,7 @@ from shards.archives import DamagedArchive, Member, list_members
 from shards.boxes import decode_boxes
 from shards.manifest import Shard, sha256_of
 from shards.read import sample_dtype
-from shards.write import index_entry, index_path, index_text, member_names
+from shards.write import NO_LABEL, index_entry, index_path, index_text, member_names
 
 
 class Scan(NamedTuple):
@@ -62,15 +62,21 @@ def _read_row(file: BinaryIO, sample: list[Member], image: str, task: str) -> tu
     picture, *small = sample
     if len(sample) != len(member_names(0, image, task)):
         raise ValueError(f"the sample of {picture.name} is incomplete")
-    label, sample_id, sides = (_read(file, member) for member in small[:3])
-    if len(label) != 4 or not label.isdigit():
-        raise ValueError(f"{small[0].name} is not a label of four digits")
-    row = (*struct.unpack("<q", sample_id), int(label), 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
+    label = NO_LABEL if task == "unlabelled" else _read_label(file, small.pop(0))
+    sample_id, sides = (_read(file, member) for member in small[:2])
+    row = (*struct.unpack("<q", sample_id), label, 0, picture.offset, picture.size, *struct.unpack("<ii", sides))
     names = tuple(member.name for member in sample)
     # All members must belong to the same id, in the order in which they are written.
     if names not in [member_names(row[0], extension, task) for extension in image.split(";")]:
         raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
     return (*row, small[-1].offset, small[-1].size) if task == "segmentation" else row
+
+
+def _read_label(file: BinaryIO, member: Member) -> int:
+    label = _read(file, member)
+    if len(label) != 4 or not label.isdigit():
+        raise ValueError(f"{member.name} is not a label of four digits")
+    return int(label)
 
 
 def _read_boxes(file: BinaryIO, sample: list[Member]) -> np.ndarray:

@@ -179,7 +179,7 @@ def check_split(manifest: Manifest, split: Split, rows: np.ndarray) -> Iterator[
     for numbers, problem in ((missing, "missing"), (beyond, f"not from 0 to {split.id_count - 1:,}")):
         if len(numbers):
             yield f"{split.name}: {len(numbers):,} ids are {problem}, the first is {numbers[0]}"
-    for label in np.setdiff1d(rows["label"], np.arange(manifest.num_classes)):
+    for label in np.setdiff1d(rows["label"], np.arange(manifest.num_classes) if manifest.classes else [-1]):
         yield f"{split.name}: label {label} is not one of the manifest's {manifest.num_classes:,} classes"
     if len(rows) and (rows["width"].max(), rows["height"].max()) != (split.max_width, split.max_height):
         yield f"{split.name}: the largest sides are not the manifest's {split.max_width} and {split.max_height}"
@@ -292,7 +292,7 @@ def verify(folder: Path, jobs: int) -> list[str]:
             bar.update(result.task.shard.nsamples)
 
         for_each(check_shard, tasks, jobs, receive)
-    if "val" not in manifest.splits:
+    if "val" not in manifest.splits and manifest.classes:
         print("there is no validation split: training will not validate")
     results = [checked[task.shard.url] for task in tasks]
     problems += [problem for result in results for problem in result.problems]
@@ -308,6 +308,9 @@ def _check_and_print(manifest: Manifest, split: Split, results: list[CheckedShar
         _print_pixels(manifest, split, rows, np.sum([result.pixels for result in results], axis=0))
     elif manifest.task == "detection":
         _print_boxes(manifest, split, [boxes for result in results for boxes in result.boxes])
+    elif manifest.task == "unlabelled":
+        files = f"in {len(split.shards):,} shards; {len(split.left_out):,} files left out"
+        print(f"{split.name}: {len(rows):,} images without labels {files}")
     else:
         targets = [row for result in results for row in result.targets]
         _print_histogram(manifest, split, rows, _images_by_class(manifest, rows, targets))

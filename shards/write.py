@@ -10,7 +10,8 @@ The bytes of a tar depend on its samples alone. A sample's key is its id, such a
 The last two are little-endian integers. Where an image has any number of classes, there is a fifth member,
 ``00000042.labels.u8``. It has a byte for each class: 1 if the image has it, else 0. Where it has a mask, the fifth
 member is ``00000042.mask.png``. Where it has boxes, there are two more members: ``00000042.boxes.f32`` has six numbers
-for each box, and ``00000042.areas.f32`` its area (``shards/boxes.py``). The label in ``cls`` is then 0000.
+for each box, and ``00000042.areas.f32`` its area (``shards/boxes.py``). The label in ``cls`` is then 0000. An image
+without a label has no ``cls``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from shards.boxes import box_offsets, box_offsets_path, boxes_path, encode_boxes
 from shards.manifest import Shard, free_bytes, sync_path, unwritable, write_atomically, writing
 from shards.read import MASKED_SAMPLE_DTYPE, SAMPLE_DTYPE, samples_path, targets_path
 
+NO_LABEL = -1
+"""Label in the sample table of an image without one."""
 MAX_LABEL = 9_999
 MAX_ID = 99_999_999
 INDEX_VERSION = "v1.2"
@@ -74,16 +77,18 @@ class ShardWriter:
 
         Raises ValueError if the label or the id has too many digits.
         """
-        if not 0 <= label <= MAX_LABEL:
+        if not NO_LABEL <= label <= MAX_LABEL:
             raise ValueError(f"label {label} does not fit the four digits of a cls member")
         if not 0 <= sample_id <= MAX_ID:
             raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
-        contents = [image, b"%04d" % label, struct.pack("<q", sample_id), struct.pack("<ii", width, height)]
+        contents = [image, *([] if label == NO_LABEL else [b"%04d" % label])]
+        contents += [struct.pack("<q", sample_id), struct.pack("<ii", width, height)]
         contents += [each for each in (targets, mask) if each is not None]
         if boxes is not None:
             contents += encode_boxes(boxes)
             self.boxes.append(boxes)
-        names = member_names(sample_id, image_extension(image, self.image), _task_of(targets, mask, boxes))
+        task = "unlabelled" if label == NO_LABEL else _task_of(targets, mask, boxes)
+        names = member_names(sample_id, image_extension(image, self.image), task)
         written = [self._add_member(*member) for member in zip(names, contents, strict=True)]
         offsets, entries = zip(*written, strict=True)
         row = (sample_id, label, 0, offsets[0], len(image), width, height)
@@ -143,7 +148,8 @@ def _task_of(targets: bytes | None, mask: bytes | None, boxes: np.ndarray | None
 
 def member_names(sample_id: int, image: str, task: str = "classification") -> tuple[str, ...]:
     """Return the names of a sample's members, in their order; ``image`` is the image's extension."""
-    extensions = (image, "cls", "id.i64", "wh.i32", *_TARGET_MEMBERS.get(task, []))
+    label = [] if task == "unlabelled" else ["cls"]
+    extensions = (image, *label, "id.i64", "wh.i32", *_TARGET_MEMBERS.get(task, []))
     return tuple(f"{sample_id:08d}.{extension}" for extension in extensions)
 
 

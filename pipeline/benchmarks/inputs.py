@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.batch import Batch, Outputs, rows_per_rank
-from pipeline.builders.meta import trial_targets
+from pipeline.builders.meta import trial_targets, with_unlabelled
 from pipeline.config.recipe import Recipe
 from pipeline.distributed import collectives
 from pipeline.image_size import height_width
@@ -26,7 +26,8 @@ def draw_batch(recipe: Recipe, labels_by_id: np.ndarray, num_classes: int, devic
     images_BCHW = torch.randn(rows, 3, *size, device=device).contiguous(memory_format=layout)
     labels_B, ids_B = (torch.as_tensor(x, device=device) for x in (labels_by_id[ids_B], ids_B))
     targets = trial_targets(recipe, labels_B, num_classes)
-    return Batch(images_BCHW, labels_B, ids_B, {}, {name: x.to(device) for name, x in targets.items()})
+    batch = Batch(images_BCHW, labels_B, ids_B, {}, {name: x.to(device) for name, x in targets.items()})
+    return with_unlabelled(recipe, batch, num_classes)
 
 
 def draw_outputs(

@@ -59,7 +59,7 @@ def measure_step(
     timings = [line["timing"] for line in lines if "timing" in line and line["step"] in ends]
     if launch.is_main and len(timings) < repeats:
         raise Interrupted("stopped before the measurement was complete; nothing is written")
-    return split(timings, steps, recipe.batch)
+    return split(timings, steps, recipe.rows_per_step)
 
 
 def contains_evaluation(step: int, steps: int, in_epoch: int) -> bool:

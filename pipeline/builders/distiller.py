@@ -75,6 +75,7 @@ def _facts(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, trained: 
             student_head=network.linear_head(),
             teacher_head_KD=of_peer.head_KD if of_peer else None,
             autocast=AUTOCAST[recipe.precision],
+            unlabelled_ratio=recipe.data.unlabelled_ratio,
         )
         for of_student, network, of_peer in zip(shapes, networks, teachers, strict=True)
     ]

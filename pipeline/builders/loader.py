@@ -44,6 +44,10 @@ def check_task(recipe: Recipe, manifest: Manifest) -> None:
     """Raise RecipeError if the images of the shards do not have the targets of the recipe's task."""
     if recipe.task == manifest.task:
         return
+    if manifest.task == "unlabelled":
+        raise RecipeError(
+            f"data.path: the images in {recipe.data.path} have no labels; give them as data.unlabelled.path"
+        )
     script = find_task(recipe.task).script
     raise RecipeError(
         f"task: {recipe.task}: the images in data.path: {recipe.data.path} {find_task(manifest.task).images_have}; "

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Outputs, Progress
+from pipeline.batch import PSEUDO, Batch, Outputs, Progress
 from pipeline.builders.inheriting import inherited_names
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.peers import peer_specs
@@ -27,6 +27,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.config import Config as DataConfig
 from pipeline.data.holdout import used_rows
 from pipeline.data.mixer import unmixed_targets
+from pipeline.data.unlabelled import append_unlabelled
 from pipeline.distiller import Distiller
 from pipeline.distributed import collectives
 from pipeline.distributed.sync_batchnorm import check_batchnorms
@@ -103,6 +104,7 @@ def probe_models(
         student_head=student[1].linear_head(),
         teacher_head_KD=_teacher_head(recipe.teacher, teachers),
         autocast=AUTOCAST[recipe.precision],
+        unlabelled_ratio=recipe.data.unlabelled_ratio,
     )
     return ProbedModels(student, peers, teachers, _with_peers(facts, recipe, peers, teachers), note)
 
@@ -263,6 +265,16 @@ def trial_targets(recipe: Recipe, labels_B: Tensor, num_classes: int) -> dict[st
     return blank | unmixed_targets(recipe.data, labels_B, num_classes)
 
 
+def with_unlabelled(recipe: Recipe, batch: Batch, num_classes: int) -> Batch:
+    """Return a trial's batch with images without labels behind the others, as many as the recipe has for each."""
+    ratio = recipe.data.unlabelled_ratio
+    if ratio == 0:
+        return batch
+    images_BCHW, labels_B, ids_B = (torch.cat([x] * ratio) for x in batch[:3])
+    pseudo = {PSEUDO: torch.zeros(len(labels_B), num_classes, device=images_BCHW.device)}
+    return append_unlabelled(batch, Batch(images_BCHW, labels_B, ids_B, pseudo))
+
+
 def count_parameters(module: nn.Module) -> int:
     """Return the number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -309,19 +321,20 @@ def _student_flops(recipe: Recipe, parts: ProbedModels) -> float:
     task = find_task(recipe.task)
     targets = trial_targets(recipe, zeros_B, parts.facts.num_classes)
     batch = Batch(torch.empty(rows, 3, *size), zeros_B, zeros_B, {}, targets)
+    batch = with_unlabelled(recipe, batch, parts.facts.num_classes)
     _, fake = fake_networks(recipe, parts.facts)
     trained = Cohort([taps for _, taps in parts.peers], recipe.student.export) if parts.peers else parts.student[1]
     distiller = Distiller(trained, recipe.losses, parts.facts, task).to("meta")
     teacher = fake and fake(batch.images_BCHW)
     with FlopCounter() as counted:
         distiller(batch, teacher, Progress(steps_per_epoch=1))["total"].backward()
-    return counted.flops / rows
+    return counted.flops / len(batch.labels_B)
 
 
 def _teacher_flops(recipe: Recipe, parts: ProbedModels) -> float:
     """Return the operations of the teacher networks that run during training, per image."""
     config = recipe.teacher
-    if config is None or not config.uses_live_model:
+    if config is None or not (config.uses_live_model and recipe.runs_teacher):
         return 0.0
     if config.cache is not None and not Cache(Path(config.cache)).missing(recipe.taps.teacher):
         return 0.0

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import build_teacher, teacher_networks
+from pipeline.builders.unlabelled import build_unlabelled
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import Loader
 from pipeline.runs.identity import Run
@@ -66,9 +67,9 @@ class SharedParts:
             if same and recipe.data.loader != "dali":
                 self.loaders[key] = same[0].in_order_of(recipe.order_seed)
             else:
-                self.loaders[key] = build_loader(
-                    recipe, run.manifest, device, training_splits(recipe.data, run.manifest), teacher
-                )
+                loader = build_loader(recipe, run.manifest, device, training_splits(recipe.data, run.manifest), teacher)
+                unlabelled = build_unlabelled(run, device)
+                self.loaders[key] = loader.with_unlabelled(unlabelled) if unlabelled else loader
         return self.loaders[key]
 
     def check_teacher(self, recipe: Recipe, teacher: AnyTeacher | None, loader: Loader) -> None:

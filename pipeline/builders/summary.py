@@ -18,6 +18,7 @@ from pipeline.builders.meta import (
     probe,
     probe_models,
     trial_targets,
+    with_unlabelled,
 )
 from pipeline.builders.student import check_optimizer_section
 from pipeline.config.measured import count_seeds, mean_and_deviation, measured
@@ -47,7 +48,7 @@ class Report(NamedTuple):
     teachers: list[NetworkSummary]
     """The teacher's networks: none, one, or each member. The losses read taps of the first."""
     cache: str | None
-    """Folder of cached outputs that training uses instead of running the teacher; None if there is none."""
+    """Folder of cached outputs or pseudo-labels that training uses instead of running the teacher; None if it runs."""
     parts: list[str]
     """Names of the parts of the losses, as in the journal."""
     auxiliary: dict[str, int]
@@ -135,14 +136,21 @@ def summarize(loaded: LoadedRecipe) -> Report:
         built.student[0],
         [network for network, _ in built.peers],
         [network for network, _ in built.teachers],
-        recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None,
+        _answers_folder(recipe),
         *losses,
         built.note,
         paper,
         ours or ("not measured yet" if paper else ""),
-        samples and recipe.epochs * recipe.data.rows_per_image * samples,
+        samples and recipe.epochs * recipe.data.rows_per_image * samples * (1 + recipe.data.unlabelled_ratio),
         _cache_size(recipe, built, cached),
     )
+
+
+def _answers_folder(recipe: Recipe) -> str | None:
+    """Return the folder of outputs that training uses instead of running the teacher; None if it runs."""
+    if recipe.data.unlabelled and not recipe.runs_teacher:
+        return recipe.data.unlabelled.pseudo
+    return recipe.teacher.cache if recipe.teacher and not recipe.teacher.uses_live_model else None
 
 
 def _cache_size(recipe: Recipe, built: ProbedModels, samples: int | None) -> str:
@@ -175,11 +183,12 @@ def _run_losses(recipe: Recipe, facts: Facts, rows: int) -> tuple[list[str], dic
     images_BCHW, zeros_B = torch.empty(rows, 3, 1, 1), torch.zeros(rows, dtype=torch.int64)
     task = find_task(recipe.task)
     batch = Batch(images_BCHW, zeros_B, zeros_B, {}, trial_targets(recipe, zeros_B, facts.num_classes))
+    batch = with_unlabelled(recipe, batch, facts.num_classes)
     student, teacher = fake_networks(recipe, facts)
-    answers = teacher and teacher(images_BCHW)
+    answers = teacher and teacher(batch.images_BCHW)
     with error_context("losses"), FlopCounter() as counted:
         distiller = Distiller(cast(FeatureTaps, student), recipe.losses, facts, task).to(images_BCHW.device)
         losses = distiller(batch, answers, Progress(steps_per_epoch=1))
     parts = [name for name in losses if name not in ("total", task.training_metric)]
     parameters = {name: count_parameters(loss) for name, loss in distiller.losses.items()}
-    return parts, parameters, counted.flops / 2 / rows
+    return parts, parameters, counted.flops / 2 / len(batch.labels_B)

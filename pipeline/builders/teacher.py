@@ -45,7 +45,7 @@ def build_teacher(run: Run, device: torch.device, taps: frozenset[str] = frozens
     fit the network or the classes of the shards, or if a cache does not fit them.
     """
     recipe, config = run.recipe, run.recipe.teacher
-    if config is None:
+    if config is None or not recipe.runs_teacher:
         return None
     if (run.folder / IDENTITY).is_file():
         for weights in known_by_path(run.identity):
@@ -258,19 +258,27 @@ def views_read(recipe: Recipe, cache: Cache) -> int:
 def provenance(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any]:
     """Return the facts that determine a frozen teacher's outputs, besides id and view: networks, images and shards.
 
-    Unknown facts are None: the network of a recipe with only a cache, and the digest of a missing weights file.
-    Published weights are hashed only if ``published`` is true.
+    The network of a recipe with only a cache is None.
+    """
+    facts = {
+        "teacher": teacher_facts(run, config, device, published=published),
+        "data": transform_fingerprint(run.recipe.data, run.manifest, device),
+        "shards": run.manifest.sha256,
+    }
+    return json.loads(json.dumps(facts))  # tuples become lists, as in the header that they are compared with
+
+
+def teacher_facts(run: Run, config: Config, device: torch.device, *, published: bool = False) -> dict[str, Any] | None:
+    """Return the facts about a frozen teacher's networks for ``provenance``; None without a network.
+
+    The digest of a missing weights file is None. Published weights are hashed only if ``published`` is true.
     """
     classes = run.manifest.num_classes
     found = [_network_facts(network, classes, device, published) for network in frozen_networks(run, config)]
     members = {"members": {str(index): facts for index, facts in enumerate(found)}}
     mixture = {"combine": config.combine, "temperature": config.temperature, **members}
-    facts = {
-        "teacher": (mixture if config.members else {"network": found[0]}) if found else None,
-        "data": transform_fingerprint(run.recipe.data, run.manifest, device),
-        "shards": run.manifest.sha256,
-    }
-    return json.loads(json.dumps(facts))  # tuples become lists, as in the header that they are compared with
+    facts = (mixture if config.members else {"network": found[0]}) if found else None
+    return json.loads(json.dumps(facts))
 
 
 def _network_facts(network: FrozenNetwork, classes: int, device: torch.device, published: bool) -> dict[str, Any]:
@@ -312,16 +320,20 @@ def _classes_of(logits: tuple[int, ...]) -> int:
     return logits[1] if len(logits) == 2 else logits[0]
 
 
-def check_provenance(cache: Cache, facts: dict[str, Any], accept: Iterable[str] = ()) -> None:
-    """Raise RecipeError if the cache was written with other facts than ``facts``. Keys in ``accept`` may differ."""
+def check_provenance(
+    cache: Cache, facts: dict[str, Any], accept: Iterable[str] = (), advice: str | None = None
+) -> None:
+    """Raise RecipeError if the cache was written with other facts than ``facts``. Keys in ``accept`` may differ.
+
+    ``advice`` says what to do, by default for a cache of the training images.
+    """
     cached = cache.header.binding.model_dump()
     differing = [key for key in differing_keys(cached, _fill_unknown(facts, cached)) if key not in accept]
     if differing:
         values = ", ".join(f"{key}{_values(cached, facts, key)}" for key in differing)
-        raise RecipeError(
-            f"{cache.folder} was written with different settings: {values}; write a new cache, "
-            f"or, if you know that the outputs are the same, set teacher.accept=[{', '.join(differing)}]"
-        )
+        accepting = f"if you know that the outputs are the same, set teacher.accept=[{', '.join(differing)}]"
+        advice = advice or f"write a new cache, or, {accepting}"
+        raise RecipeError(f"{cache.folder} was written with different settings: {values}; {advice}")
 
 
 def _fill_unknown(facts: Any, cached: Any) -> Any:

@@ -13,14 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.batch import Outputs
+from pipeline.builders.loader import build_loader, training_splits
 from pipeline.builders.teacher import build_live_teacher
-from pipeline.data.loader import Loader, create_loader
+from pipeline.config.recipe import Recipe
+from pipeline.data.loader import Loader, create_loader, rows_of_ids
+from pipeline.errors import RecipeError
 from pipeline.features.pca import Encoder
 from pipeline.runs.identity import Run
+from pipeline.tasks._registry import find_task
 from pipeline.teachers.cache import LOGITS
 from pipeline.teachers.config import Config
 from pipeline.teachers.ensemble import TeacherEnsemble
 from pipeline.teachers.frozen import Teacher
+from pipeline.training.evaluation import check_teacher, check_validation_size
+from shards.manifest import Manifest
 
 Part = tuple[NDArray[np.int64], int]
 """Some ids, and the view of their images."""
@@ -33,6 +39,8 @@ class AnswerSource(NamedTuple):
     loader: Loader
     row_by_id: NDArray[np.int64]
     """Row of the sample table [N]; −1 for an id without a sample."""
+    plain: bool = False
+    """Whether images have the transform of validation, in which all views are one."""
 
     def present(self, ids: range) -> NDArray[np.int64]:
         """Return the ids of a range that have a sample."""
@@ -41,7 +49,9 @@ class AnswerSource(NamedTuple):
 
     def answers(self, parts: Iterable[Part]) -> Iterator[Outputs]:
         """Yield the teacher's outputs for each part. A part has at most the teacher's batch size of ids."""
-        for batch in self.loader.views((self.row_by_id[ids], view) for ids, view in parts):
+        rows = ((self.row_by_id[ids], view) for ids, view in parts)
+        batches = self.loader.plain(of_part for of_part, _ in rows) if self.plain else self.loader.views(rows)
+        for batch in batches:
             yield self.teacher(batch)
 
 
@@ -60,10 +70,42 @@ def open_source(run: Run, config: Config, kinds: Iterable[str], device: torch.de
         splits=("train",),
         manifest=run.manifest,
     )
-    ids = loader.plan.readers["train"].samples["id"]
-    row_by_id = np.full(loader.id_count, -1)
-    row_by_id[ids] = np.arange(len(ids))
-    return AnswerSource(teacher, loader, row_by_id)
+    return AnswerSource(teacher, loader, rows_of_ids(loader.plan.readers["train"]))
+
+
+def open_plain_source(run: Run, config: Config, manifest: Manifest, path: str, device: torch.device) -> AnswerSource:
+    """Return the teacher's network, with the training images of other shards in the transform of validation."""
+    teacher = build_live_teacher(run, config, (), device)
+    changed = {"path": path, "holdout": None, "validation_batch": None, "views": None}
+    loader = create_loader(
+        run.recipe.data.model_copy(update=changed),
+        batch=min(config.batch or 1, manifest.splits["train"].samples),
+        accumulation=1,
+        seed=0,
+        rank=0,
+        world=1,
+        device=device,
+        manifest=manifest,
+        sources={"train": "train", "val": "train"},
+    )
+    check_validation_size(teacher, loader)
+    return AnswerSource(teacher, loader, rows_of_ids(loader.plan.readers["val"]), plain=True)
+
+
+def live_teacher(recipe: Recipe) -> Config:
+    """Return the recipe's teacher. Raises RecipeError unless it is a frozen network, which can be run."""
+    config = recipe.teacher
+    if config is None or config.moves or not config.has_model:
+        raise RecipeError("teacher: there is no frozen network to run; give teacher.model and teacher.weights")
+    return config
+
+
+def check_expected(run: Run, config: Config, source: AnswerSource) -> None:
+    """Raise RecipeError if the teacher reaches less than ``expect`` on the recipe's validation images."""
+    if config.expect is not None:
+        splits = training_splits(run.recipe.data, run.manifest)[1:]
+        loader = build_loader(run.recipe, run.manifest, source.loader.device, splits)
+        check_teacher(find_task(run.recipe.task), config, source.teacher, loader)
 
 
 def stored(outputs: Outputs, kinds: Iterable[str], encoders: dict[str, Encoder]) -> dict[str, NDArray[np.float16]]:

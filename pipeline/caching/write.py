@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from pipeline.features import pca
 from pipeline.features.pca import Encoder
 from pipeline.frozen_model import FrozenModel
 from pipeline.runs.files import PREEMPTED
-from pipeline.runs.folder import lock_folder
+from pipeline.runs.folder import lock_folder, mark_preempted
 from pipeline.teachers.cache import (
     DTYPE,
     Cache,
@@ -45,6 +46,8 @@ FIT_IMAGES, HELD_OUT_IMAGES = 4096, 1024
 """Number of images that an encoder is fitted on, and of others to measure what it loses."""
 LOG_INTERVAL = 60.0
 """Seconds between two lines of progress if the output is not a terminal."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a command that was stopped early: what is written stays, and the same command continues."""
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
@@ -211,3 +214,10 @@ def _rows(
         yield ids, rows
         bar.update(len(present))
         bar.set_postfix_str(format_bytes(bar.n * cache.header.row_bytes(block.kinds)), refresh=False)
+
+
+def exit_stopped(folder: Path | None) -> NoReturn:
+    """Exit before the work is done. If a signal was the reason, mark ``folder`` as preempted for the scheduler."""
+    if folder is not None and signals.stop_requested():
+        mark_preempted(folder)
+    sys.exit(STOPPED)

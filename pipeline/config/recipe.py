@@ -442,6 +442,40 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _losses_have_their_unlabelled_images(self) -> Recipe:
+        unlabelled = self.data.unlabelled
+        for name, spec in self.losses.items():
+            if spec.config.reads_unlabelled_only() and unlabelled is None:
+                raise ValueError(
+                    f"the loss {name!r} learns from images without labels, and the recipe has none; set data.unlabelled"
+                )
+            if spec.config.reads_pseudo_labels() and (unlabelled is None or unlabelled.pseudo is None):
+                raise ValueError(
+                    f"the loss {name!r} reads pseudo-labels, and the recipe names none; set data.unlabelled.pseudo"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_images_fit(self) -> Recipe:
+        unlabelled, teacher = self.data.unlabelled, self.teacher
+        if unlabelled is None:
+            return self
+        if self.task != "classification":
+            raise ValueError(f"data.unlabelled is for task: classification, and this is task: {self.task}; remove it")
+        if self.student.peers:
+            raise ValueError("data.unlabelled was not tried with student.peers; remove one of them")
+        if teacher and teacher.cache:
+            raise ValueError("data.unlabelled has images that a cache has not; remove teacher.cache or the key")
+        if teacher and teacher.combine == "confidence":
+            raise ValueError("data.unlabelled has no labels for combine: confidence; set teacher.combine: mean")
+        if unlabelled.pseudo and (teacher is None or teacher.moves or teacher.head):
+            raise ValueError(
+                "data.unlabelled.pseudo needs the teacher that answered; give teacher: {recipe: …} or teacher: "
+                "{model: …, weights: …}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_ends(self) -> Recipe:
         if self.schedule.warmup_epochs > self.epochs:
             warmup = f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g}"
@@ -452,6 +486,17 @@ class Recipe(FrozenModel):
     def order_seed(self) -> int:
         """Return the seed of the order of the samples."""
         return self.seed if self.data.order_seed is None else self.data.order_seed
+
+    @property
+    def rows_per_step(self) -> int:
+        """Return the number of images of a global batch, with and without labels."""
+        return self.batch * (1 + self.data.unlabelled_ratio)
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Return whether training runs the teacher, or reads its cache; pseudo-labels are what it answered before."""
+        labels = self.data.unlabelled and self.data.unlabelled.pseudo
+        return self.teacher is not None and not (labels and not any(spec.runs_teacher for spec in self.losses.values()))
 
     @property
     def loss_runs(self) -> list[RunReference]:

@@ -73,6 +73,15 @@ def views_of_batches(rows_N: NDArray[np.int64], batch: int, views: int) -> tuple
     return rows.reshape(-1), np.tile(np.repeat(np.arange(views), batch), len(rows))
 
 
+def occurrences(rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how often each row of an epoch came before, [N]."""
+    order_N = rows_N.argsort(kind="stable")
+    sorted_N = rows_N[order_N]
+    before_N = np.empty_like(rows_N)
+    before_N[order_N] = np.arange(len(rows_N)) - np.searchsorted(sorted_N, sorted_N)
+    return before_N
+
+
 def partners_of_class(order_N: NDArray[np.int64], samples: NDArray, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return another row of its class for each row of an epoch [N], every one with equal probability.
 

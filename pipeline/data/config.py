@@ -44,6 +44,17 @@ _WHOLE_IMAGES = ("scaled", "keep_ratio")
 EngineLoad = Annotated[Literal[0, 1], BeforeValidator(_none_or_all)]
 
 
+class Unlabelled(FrozenModel):
+    """Images without labels, which a batch has behind those with labels."""
+
+    path: str
+    """Folder of their shards, by ``prepare_unlabelled.py``. If these have labels, nothing reads them."""
+    ratio: int = Field(default=1, ge=0, le=MAX_REPEAT)
+    """Unlabelled images of a global batch, in multiples of ``batch``; 0 leaves them out."""
+    pseudo: str | None = None
+    """Folder written by ``pseudo_label.py``: the teacher's logits, and which images are used; null uses all images."""
+
+
 class Config(FrozenModel):
     """The shards to read, and the transforms of their images."""
 
@@ -119,6 +130,9 @@ class Config(FrozenModel):
     views_per_step: int = Field(default=1, gt=0, le=MAX_PEERS)
     """Views of every image in a batch: 1, or as many as ``student.peers``, each of which then gets a view of its own.
     Decoding costs as many times more."""
+    unlabelled: Unlabelled | None = None
+    """Images without labels beside those of ``path``, with the same transforms. An epoch is still one of the labelled
+    images; the others have epochs of their own. null is none."""
     validation_batch: int | None = Field(default=None, gt=0, le=2**20)
     """Images per validation batch of a rank; null is the size of its micro-batch. Training does not depend on it, so a
     run may continue with another. A library may choose other kernels for another size, whose logits differ in their
@@ -174,6 +188,20 @@ class Config(FrozenModel):
         }
         if self.views_per_step > 1 and (odd := [key for key, given in unfit.items() if given]):
             raise ValueError(f"views_per_step: {self.views_per_step} does not go with {odd[0]}; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_fits(self) -> Config:
+        unfit = {
+            "repeat": self.repeat > 1,
+            "views": self.views is not None,
+            "pairs": self.pairs,
+            "views_per_step": self.views_per_step > 1,
+            f"crop: {self.crop}": self.crop in _WHOLE_IMAGES,
+            "mixup and cutmix": self.mixes,
+        }
+        if self.unlabelled and (odd := [key for key, given in unfit.items() if given]):
+            raise ValueError(f"unlabelled does not go with {odd[0]}; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -285,6 +313,11 @@ class Config(FrozenModel):
     def rows_per_image(self) -> int:
         """Return how many rows of an epoch each training image brings."""
         return 2 if self.pairs else self.repeat
+
+    @property
+    def unlabelled_ratio(self) -> int:
+        """Return how many images without labels a batch has for each one with a label."""
+        return self.unlabelled.ratio if self.unlabelled else 0
 
     @property
     def mixes(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.mixer import partners
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
+from pipeline.data.unlabelled import SEED_OFFSET, UnlabelledSampler, append_unlabelled
 from pipeline.distributed import collectives
 from pipeline.image_size import height_width, size_text
 from shards.manifest import Manifest
@@ -43,16 +44,28 @@ class Loader:
     """A loader of this rank's batches. It has no state: the ``Progress`` it gets determines the batches."""
 
     def __init__(
-        self, plan: BatchSampler, decoders: dict[str, Decoder], settings: LoaderSettings, device: torch.device
+        self,
+        plan: BatchSampler,
+        decoders: dict[str, Decoder],
+        settings: LoaderSettings,
+        device: torch.device,
+        unlabelled: Loader | None = None,
     ) -> None:
         self.plan = plan
         self.decoders = decoders
         self.settings = settings
         self.device = device
+        self.unlabelled = unlabelled
+        """The loader of the images without labels that training batches have, too; None if they have none."""
 
     def in_order_of(self, seed: int) -> Loader:
         """Return a loader of the same images, with the same decoders, in the order of another seed."""
-        return Loader(replace(self.plan, seed=seed), self.decoders, self.settings, self.device)
+        others = self.unlabelled and self.unlabelled.in_order_of(seed + SEED_OFFSET)
+        return Loader(replace(self.plan, seed=seed), self.decoders, self.settings, self.device, others)
+
+    def with_unlabelled(self, unlabelled: Loader) -> Loader:
+        """Return a loader whose training batches also have the rows of another loader's, behind their own."""
+        return Loader(self.plan, self.decoders, self.settings, self.device, unlabelled)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -87,7 +100,9 @@ class Loader:
     def stream(self, progress: Progress, epochs: int) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches from ``progress``, anywhere in an epoch, to the end of epoch ``epochs``."""
         batches = self._batches(self.plan.training(progress, epochs), self.decoders["train"])
-        return self._with_extra(batches, self.plan.extra(progress, epochs)) if self.plan.columns else batches
+        if self.plan.columns:
+            batches = self._with_extra(batches, self.plan.extra(progress, epochs))
+        return self._with_unlabelled(batches, self.unlabelled, progress, epochs) if self.unlabelled else batches
 
     @property
     def has_validation(self) -> bool:
@@ -107,6 +122,10 @@ class Loader:
         Its ``extra`` is empty.
         """
         return self._batches(self.plan.views(parts), self.decoders["train"])
+
+    def plain(self, parts: Iterable[NDArray[np.int64]]) -> Iterator[Batch]:
+        """Yield a batch for each array of rows of the validation split's sample table, in validation's transform."""
+        return self._batches(self.plan.plain(parts), self.decoders["val"])
 
     def _batches(
         self, requests: Generator[SampleRequest, None, None], decoder: Decoder
@@ -128,6 +147,16 @@ class Loader:
                 sent = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
                 yield batch._replace(extra=sent)
 
+    def _with_unlabelled(
+        self, batches: Generator[Batch, None, None], unlabelled: Loader, progress: Progress, epochs: int
+    ) -> Generator[Batch, None, None]:
+        # The others have done as many of their global batches, in epochs of another length, and last long enough.
+        done = Progress(unlabelled.steps_per_epoch, progress.step)
+        last = -(-epochs * self.steps_per_epoch // unlabelled.steps_per_epoch)
+        with closing(batches), closing(unlabelled.stream(done, last)) as others:
+            for batch, other in zip(batches, others, strict=False):
+                yield append_unlabelled(batch, other)
+
 
 def create_loader(
     config: Config,
@@ -141,27 +170,41 @@ def create_loader(
     columns: Columns | None = None,
     splits: tuple[str, ...] = ("train", "val"),
     manifest: Manifest | None = None,
+    sources: Mapping[str, str] | None = None,
+    ids: NDArray[np.int64] | None = None,
 ) -> Loader:
     """Open the shards and return the loader of ``rank``; ``batch`` is the global batch.
 
     ``manifest`` is that of the shards, if it was read already. ``columns(view)`` is called on a reading thread; rows
-    of its arrays become ``Batch.extra`` of ``stream``, on the device. Raises FileNotFoundError or ValueError, one line,
-    if the shards are incomplete or do not fit the recipe.
+    of its arrays become ``Batch.extra`` of ``stream``, on the device. ``sources`` is the split of the shards that each
+    split reads, by default that of its name, or that of ``data.holdout``. ``ids`` are the training images of an epoch,
+    which may have one several times; None is all of them. Raises FileNotFoundError or ValueError, one line, if the
+    shards are incomplete or do not fit the recipe.
     """
     if "train" in splits and batch % (world * accumulation):
         raise ValueError(
             f"batch: {batch} is not divisible by {world} ranks × accumulation: {accumulation}; "
             f"make it a multiple of {world * accumulation}"
         )
-    sources = {split: source_split(config.holdout, split) for split in splits}
+    sources = sources or {split: source_split(config.holdout, split) for split in splits}
     opened = {source: _open(config, source, manifest) for source in dict.fromkeys(sources.values())}
     readers = {split: opened[source] for split, source in sources.items()}
     rows = {split: used_rows(reader, config.holdout, split) for split, reader in readers.items()}
+    if ids is not None:
+        rows["train"] = rows_of_ids(readers["train"])[ids]
     _check_images(config, {split: reader.samples[rows[split]] for split, reader in readers.items()}, batch)
     encoded, pin = config.loader == "dali", device.type == "cuda"
-    plan = BatchSampler(config, readers, rows, batch, accumulation, seed, rank, world, columns, encoded, pin)
+    sampler = BatchSampler if ids is None else UnlabelledSampler
+    plan = sampler(config, readers, rows, batch, accumulation, seed, rank, world, columns, encoded, pin)
     settings = loader_settings(config, next(iter(readers.values())).manifest, device)
     return Loader(plan, _create_decoders(plan, settings, device), settings, device)
+
+
+def rows_of_ids(reader: SplitReader) -> NDArray[np.int64]:
+    """Return the row of the sample table of every id, [id_count]; −1 for an id without a sample."""
+    rows_by_id = np.full(reader.split.id_count, -1)
+    rows_by_id[reader.samples["id"]] = np.arange(len(reader.samples))
+    return rows_by_id
 
 
 def _check_images(config: Config, samples: dict[str, NDArray], batch: int) -> None:
@@ -196,6 +239,13 @@ def transform_fingerprint(config: Config, manifest: Manifest, device: torch.devi
     if config.mixes:
         values["partners"] = partners(config)
     return {**values, "law": augment.AUGMENT_VERSION, "decoder": _decoder_facts(config, manifest, device)}
+
+
+def plain_fingerprint(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:
+    """Return the facts that determine an image in the transform of validation, besides its shards and its id."""
+    decoded = config.for_validation
+    sizes = {"size": decoded.size, "resize": config.resize, "mean": config.mean, "std": config.std}
+    return {**sizes, "decoder": _decoder_facts(decoded, manifest, device)}
 
 
 def _decoder_facts(config: Config, manifest: Manifest, device: torch.device) -> dict[str, Any]:

@@ -265,6 +265,12 @@ class BatchSampler:
             for rows, view in parts:
                 yield self._training_request(rows, view, len(rows), pool)
 
+    def plain(self, parts: Iterable[NDArray[np.int64]]) -> Generator[SampleRequest, None, None]:
+        """Yield a request for each array of rows of the validation split, one image after another."""
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            for rows in parts:
+                yield self._validation_request(rows, np.arange(len(rows)), pool)._replace(batch=len(rows))
+
     def validation(self) -> Generator[SampleRequest, None, None]:
         """Yield this rank's share of the validation split in storage order, equally many requests on every rank.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Outputs, Progress
+from pipeline.batch import Batch, Outputs, Progress, labelled_rows
 from pipeline.features.names import OPTIONAL, group_of, numbered
 from pipeline.features.taps import NormParameters
 from pipeline.frozen_model import FrozenModel
@@ -57,6 +57,8 @@ class Facts:
     """The layer that computes the student's logits; None if it is not one linear layer."""
     teacher_head_KD: Tensor | None = None
     """Weights of the layer that computes the teacher's logits; None if it is not one linear layer, or not there."""
+    unlabelled_ratio: int = 0
+    """Images without a label in a training batch, for each one with a label."""
     peers: tuple[Facts, ...] = ()
     """The facts of each network that trains, if several train together (``student.peers``)."""
 
@@ -92,6 +94,14 @@ class Loss(nn.Module):
             """
             return True
 
+        def reads_pseudo_labels(self) -> bool:
+            """Return whether the loss reads the logits in the batch, ``PSEUDO``, and not what the teacher answers."""
+            return False
+
+        def reads_unlabelled_only(self) -> bool:
+            """Return whether the loss learns from the images without labels alone."""
+            return False
+
         def reads_head_weights(self) -> bool:
             """Return whether the loss reads the weights of both networks' last layers, which must be linear."""
             return False
@@ -112,7 +122,11 @@ class Loss(nn.Module):
     """
     needs_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = True
-    """Whether the loss reads ``batch.labels_B``, an image's only class, which a task with several has not."""
+    """Whether the loss reads ``batch.labels_B``, an image's only class, which a task with several has not.
+
+    If so, it gets no image without a label."""
+    labelled_only = False
+    """Whether the loss, or an inner one, reads labels: ``select_rows`` then leaves out images without one."""
     mixed_labels: ClassVar[Literal["soft", "dominant"] | None] = None
     """What a loss that reads labels takes of an image that is mixed from two. ``soft``: the shares of both classes,
     which are ``batch.targets["soft_BK"]``. ``dominant``: ``labels_B``, the class of the larger share. None refuses."""
@@ -134,6 +148,19 @@ class Loss(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the unweighted scalar parts by name."""
         raise NotImplementedError
+
+    def select_rows(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[Outputs, Outputs | None, Batch]:
+        """Return the rows that ``parts`` gets: the labelled ones for a loss that reads labels, all rows for another.
+
+        Every rank has as many labelled rows in each micro-batch. So the ranks' mean of a mean over them is the mean
+        over those of the global batch.
+        """
+        if not (self.labelled_only and self.facts.unlabelled_ratio):
+            return student, teacher, batch
+        rows = labelled_rows(len(batch.labels_B), self.facts.unlabelled_ratio)
+        return student.at(rows), teacher and teacher.at(rows), batch.at(rows)
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Return the parts of ``forward`` × weight × ramp, computed in at least float32 with autocast off."""

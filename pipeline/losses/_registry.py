@@ -38,12 +38,19 @@ class LossSpec:
         # Losses that tap the maps of logits as features pool them to one size.
         if self.reads_teachers_head and self.takes_pixels and "logits" not in self.config.taps().student:
             _check_maps(self.name, facts)
-        return self.loss(self.config, facts)
+        loss = self.loss(self.config, facts)
+        loss.labelled_only = self.reads_labels
+        return loss
 
     @property
     def reads_teachers_head(self) -> bool:
         """Return whether the loss reads what the teacher's head computes."""
-        return self.loss.needs_teacher and self.config.reads_head()
+        return self.runs_teacher and self.config.reads_head()
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Return whether the loss reads what the teacher answers during training."""
+        return self.loss.needs_teacher and not self.config.reads_pseudo_labels()
 
     @property
     def runs(self) -> dict[str, RunReference]:
@@ -170,6 +177,8 @@ def _load_inner(value: Any) -> LossSpec:
     spec = load_spec(name, config)
     if not spec.config.reads_head():
         raise ValueError(f"the loss {name!r} reads no logits, which are what it is for here; name another one")
+    if spec.config.reads_unlabelled_only():
+        raise ValueError(f"the loss {name!r} has rows of its own, and another loss chooses them here; remove its rows")
     return spec
 
 

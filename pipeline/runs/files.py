@@ -128,9 +128,14 @@ class _TeacherIdentity(_IdentitySection):
     route: dict[str, Any] | None = None
 
 
+class _UnlabelledIdentity(_IdentitySection):
+    pseudo: str | None = None
+
+
 class _DataIdentity(_IdentitySection):
     classes: str
     manifest: str
+    unlabelled: _UnlabelledIdentity | None = None
     views: PositiveInt | None = None
     validation_batch: PositiveInt | None = None
 

@@ -15,6 +15,7 @@ from pipeline.config.paths import default_folder
 from pipeline.config.recipe import LoadedRecipe, Recipe, dump_recipe
 from pipeline.config.source import RecipeSource
 from pipeline.data.buckets import epoch_batches
+from pipeline.data.config import Unlabelled
 from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
@@ -22,6 +23,7 @@ from pipeline.runs.files import IDENTITY, LOSS_MODULES, Identity, Result, read_i
 from pipeline.runs.weights import name_by_content, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config as TeacherConfig
+from pipeline.teachers.pseudo import PseudoLabels, has_pseudo_labels
 from shards.manifest import Manifest, read_manifest
 
 # Keys that a command may change and still continue the same run.
@@ -77,6 +79,9 @@ _OPTIONS = {
     "half": False,
     "kd_weight": 1.0,
     "export_exits": False,
+    "unlabelled": None,
+    "from": "teacher",
+    "rows": "all",
     "gaussian": None,
     "steps": [],
     "route": None,
@@ -260,6 +265,8 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     if tree["data"]["validation_size"] == tree["data"]["size"]:
         tree["data"]["validation_size"] = None  # two words for the same images
     tree["data"]["validation_batch"] = None  # null in the identities of old runs, and training does not depend on it
+    if not recipe.data.unlabelled_ratio:
+        tree["data"]["unlabelled"] = None  # nothing of it is read
     return tree
 
 
@@ -280,6 +287,8 @@ def identity(
     tree = fixed_settings(recipe)
     tree["data"]["manifest"] = manifest.sha256
     tree["data"]["classes"] = classes_sha256(manifest)
+    if recipe.data.unlabelled and recipe.data.unlabelled_ratio:
+        tree["data"]["unlabelled"] = _name_unlabelled(recipe.data.unlabelled, run)
     if begun := read_identity(run):  # earlier code wrote the recipe's value, and a run keeps its identity
         tree["data"]["validation_batch"] = begun.data.validation_batch
     teacher = tree["teacher"] or {}
@@ -309,6 +318,22 @@ def _route_digests(recipe: Recipe, teacher: Run, begun: Identity | None) -> list
     if teacher.result:
         return [teacher.result.sha256.get(route_file(epoch)) for epoch in recipe.teacher.route.epochs]
     return (begun.teacher.route or {}).get("sha256", []) if begun and begun.teacher else []
+
+
+def _name_unlabelled(config: Unlabelled, folder: Path) -> dict[str, Any]:
+    """Return the images without labels by their digests, and that of their pseudo-labels.
+
+    If the pseudo-labels are gone, it is that of the run in ``folder``, which used them.
+    """
+    with error_context("data.unlabelled.path"):
+        manifest = read_manifest(Path(config.path))
+    digest, begun = None, read_identity(folder)
+    if config.pseudo is not None:
+        known = begun and begun.data.unlabelled and begun.data.unlabelled.pseudo
+        with error_context("data.unlabelled.pseudo"):
+            gone = known and not has_pseudo_labels(Path(config.pseudo))
+            digest = known if gone else PseudoLabels(Path(config.pseudo)).digest
+    return {"manifest": manifest.sha256, "ratio": config.ratio, "pseudo": digest}
 
 
 def _name_loss_runs(tree: dict[str, Any], recipe: Recipe, runs: Sequence[Run], begun: Identity | None) -> None:

@@ -35,10 +35,9 @@ def check_run_folder(folder: Path, advice: str = NEW_FOLDER_HINT) -> None:
     _check_contents(folder, IDENTITY, TRACKERS, advice)
 
 
-def check_cache_folder(folder: Path) -> None:
-    """Raise RecipeError if ``folder`` cannot be written, or has files but no teacher's cache."""
-    advice = "give teacher.cache=ANOTHER"
-    check_writable(folder, "teacher.cache", advice)
+def check_cache_folder(folder: Path, key: str = "teacher.cache", advice: str = "give teacher.cache=ANOTHER") -> None:
+    """Raise RecipeError, which names ``key``, if ``folder`` cannot be written, or has files but no teacher's cache."""
+    check_writable(folder, key, advice)
     _check_contents(folder, HEADER, ENCODERS, advice)
 
 

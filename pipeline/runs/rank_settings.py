@@ -63,7 +63,8 @@ def _recipe_settings(recipe: Recipe, run: Run | None) -> dict[str, Any]:
     if run is None:
         return found
     # These are paths, which may differ between hosts; the identity has the digests of their files.
-    found = {key: value for key, value in found.items() if not key.endswith((".weights", "teacher.cache"))}
+    paths = (".weights", "teacher.cache", "unlabelled.path", "unlabelled.pseudo")
+    found = {key: value for key, value in found.items() if not key.endswith(paths)}
     for key, value in flatten(_rename_digests(run.identity)):
         if found.get(key) != value:
             found[key if key not in found else f"{key} (sha256)"] = value

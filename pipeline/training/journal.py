@@ -60,7 +60,7 @@ class TrainingJournal:
     ) -> None:
         self.path = folder / JOURNAL_FILE
         self.every_steps = recipe.journal.every_steps
-        self.batch = recipe.batch
+        self.batch = recipe.rows_per_step
         self.total_steps = total_steps
         self.track, self.device = track, device
         self.main = collectives.is_main()

@@ -32,7 +32,7 @@ def write_result(
 
     ``side`` is the number of runs that the command trained side by side.
     """
-    seconds = training_seconds(read_journal(run.folder / JOURNAL_FILE), run.recipe.batch)
+    seconds = training_seconds(read_journal(run.folder / JOURNAL_FILE), run.recipe.rows_per_step)
     metrics = {
         **(last.metrics if last else dict.fromkeys(task.titles)),
         f"best_{task.metric}": best.value if last else None,

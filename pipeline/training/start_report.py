@@ -53,6 +53,8 @@ def _describe_teacher(run: Run) -> str:
         return "a moving average of the student's weights"
     if teacher.snapshots is not None:
         return f"the student itself at the end of each of {teacher.snapshots.cycles} cycles"
+    if run.recipe.data.unlabelled and not run.recipe.runs_teacher:
+        return f"pseudo-labels {run.recipe.data.unlabelled.pseudo}"
     runs = [each.recipe.student.model for each in run.teachers]
     models = [network.model for network in teacher.members or (teacher,) if network.model]
     live = f"live, {' + '.join([*runs, *models])}{' without its head' if teacher.head else ''}"
@@ -77,7 +79,9 @@ def _describe_batch(recipe: Recipe, launch: Launch) -> str:
     if rows * launch.world_size * recipe.accumulation != recipe.batch:
         return f"{recipe.batch} images"  # an error of the loader, which says what to change
     ranks, per_rank = _count(launch.world_size, "rank"), _count(rows, "row")
-    return f"{recipe.batch} images = {ranks} × {per_rank} × accumulation {recipe.accumulation}"
+    unlabelled = recipe.rows_per_step - recipe.batch
+    others = f", and {unlabelled} without labels" if unlabelled else ""
+    return f"{recipe.batch} images = {ranks} × {per_rank} × accumulation {recipe.accumulation}{others}"
 
 
 def _describe_steps(run: Run) -> str:

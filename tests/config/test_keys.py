@@ -118,7 +118,7 @@ def test_the_keys_of_a_loss_include_its_weight_and_its_ramp(name: str):
         "ramp.linear_epochs",
         "ramp.from",
         "ramp.until",
-        *find_loss(name).Config.model_fields,
+        *(field.alias or key for key, field in find_loss(name).Config.model_fields.items()),
     ):
         assert f"  losses.{name}.{key} " in text
 

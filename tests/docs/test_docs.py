@@ -42,6 +42,7 @@ SELECTION = {"method", "methods", "with", "seeds", "jobs", "side", "base", "cons
 """Names before ``=`` or ``:`` that choose files, or belong to recipe files and not to recipes."""
 COMMAND_OPTIONS = {
     "cache_teacher": ("pipeline.caching.write", "CacheArguments"),
+    "pseudo_label": ("pipeline.pseudo_label", "LabelArguments"),
     "evaluate": ("pipeline.evaluate", "EvaluateArguments"),
     "export": ("pipeline.export", "ExportArguments"),
     "predict": ("pipeline.predict", "PredictArguments"),
@@ -233,7 +234,9 @@ def is_section(kind: Any) -> bool:
 
 def recipes_of(line: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the recipes of the project that a command names, each with its overrides."""
-    script = re.search(r"pipeline/(train|cache_teacher|bench|doctor|compare|evaluate)\.py|launchers/job.sh", line)
+    script = re.search(
+        r"pipeline/(train|cache_teacher|pseudo_label|bench|doctor|compare|evaluate)\.py|launchers/job.sh", line
+    )
     if script is None:
         return
     words = [word for word in words_of(line[script.end() :]) if not word.startswith("-")]

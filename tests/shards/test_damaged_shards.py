@@ -94,7 +94,7 @@ SHARD = (*TRAIN, "shards", 0)
         ),
         (put("plan", "members", to={"key": "a"}), "plan: Value error, members: expected names for label_key"),
         (put("plan", "members", to={"label_key": 1}), "plan: Value error, members: expected names for label_key"),
-        (put("classes", to=[]), "classes: Tuple should have at least 1 item"),
+        (put("classes", to=[]), "classes: 0 classes, and its task is classification"),
         (put("classes", to="abc"), "classes: Input should be a valid"),
         (put("classes", 0, to=7), "classes.0: Input should be a valid string"),
         (put("splits", to={}), "splits: Dictionary should have at least 1 item"),

@@ -85,7 +85,7 @@ def test_an_abandoned_writer_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("sample_id", "label"), [(0, 10_000), (0, -1), (100_000_000, 0), (-1, 0)])
+@pytest.mark.parametrize(("sample_id", "label"), [(0, 10_000), (0, -2), (100_000_000, 0), (-1, 0)])
 def test_numbers_of_too_many_digits_are_refused(tmp_path, sample_id, label):
     with pytest.raises(ValueError, match="does not fit"), ShardWriter(tmp_path / "train-000000.tar", "jpg") as writer:
         writer.add(sample_id, label, b"image", 1, 1)

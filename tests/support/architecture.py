@@ -14,7 +14,8 @@ from pathlib import Path
 House = dict[str, ast.Module]
 
 ENTRY_POINTS = {
-    *("train", "evaluate", "predict", "cache_teacher", "compare", "bench", "doctor", "export", "report", "search")
+    *("train", "evaluate", "predict", "cache_teacher", "pseudo_label", "compare", "bench", "doctor", "export"),
+    *("report", "search"),
 }
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
@@ -29,7 +30,7 @@ ORDER = [
     {"training", "cli"},
     {"builders"},
     {"caching", "diagnostics", "exporting", "multirun", "reports", "train", "predict", "__main__"},
-    {"benchmarks", "cache_teacher", "compare", "doctor", "export", "report", "search"},
+    {"benchmarks", "cache_teacher", "compare", "doctor", "export", "pseudo_label", "report", "search"},
     {"bench", "evaluate"},
 ]
 """What lies at the root of ``pipeline/``, the lowest first: each imports earlier sets, or itself."""
