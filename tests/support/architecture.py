@@ -19,7 +19,7 @@ ENTRY_POINTS = {
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
-    {"batch", "errors", "frozen_model", "image_size", "models", "network_arguments", "nvjpeg", "philox"},
+    {"batch", "bicubic", "errors", "frozen_model", "image_size", "models", "network_arguments", "nvjpeg", "philox"},
     {"augmentations", "commands", "distributed", "features", "precision", "run_reference"},
     {"tasks"},
     {"data", "optim", "diffusion"},
@@ -40,7 +40,7 @@ HOMES = {
     "deepspeed": {"pipeline.training.zero"},
     "matplotlib": {"pipeline.plots"},
     "accelerate": {"pipeline.training", "pipeline.builders.session", "pipeline.evaluate", "pipeline.optim.guard"},
-    "torchmetrics": {"pipeline.tasks.classification"},
+    "torchmetrics": {"pipeline.tasks.classification", "pipeline.tasks._image_quality"},
     "torchvision.transforms": set[str](),
     "pickle": {"shards.prepare_cifar"},
     "pyarrow": {"shards.parquet"},
@@ -184,6 +184,7 @@ def unlisted_files_at_the_root(house: House) -> Iterator[str]:
         "cli",
         "distiller",
         "batch",
+        "bicubic",
         "errors",
         "frozen_model",
         "image_size",
