@@ -30,6 +30,10 @@ class Purpose(IntEnum):
     It is also which short side an image with boxes gets."""
     PAIR = 7
     """Which other image of its class stands beside an image."""
+    PATCH = 8
+    """Which patch of an image is taken."""
+    SYMMETRY = 9
+    """How a patch is mirrored and transposed."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""
     AUGMENTATION = 2**24

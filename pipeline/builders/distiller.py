@@ -40,9 +40,11 @@ def build_distiller(
     note_untrained_head(recipe, student)
     if (validation_size := recipe.data.for_validation.size) != recipe.data.size:
         spec.probe(student, validation_size)  # an error now, not after the first epoch
+    shapes = spec.probe(student, recipe.data.size)
+    spec.check_logits(shapes, recipe.task, recipe.data.target_size)
     facts = Facts(
         num_classes=loader.num_classes,
-        student_shapes=spec.probe(student, recipe.data.size),
+        student_shapes=shapes,
         teacher_shapes=teacher.shapes(recipe.data.size) if teacher else {},
         id_count=loader.id_count,
         labels_by_id=loader.labels_by_id,

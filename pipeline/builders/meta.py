@@ -81,7 +81,6 @@ def probe_models(
     # BatchNorm over all ranks counts as BatchNorm; torch's works on GPUs only.
     spec = student_spec(recipe.student, recipe.taps.student)._replace(synced=False)
     student = measure(spec, num_classes, recipe.data.size)
-    spec.check_task(student[1], recipe.task)
     if recipe.student.sync_batchnorm:
         with error_context("student.sync_batchnorm"):
             check_batchnorms(student[1].model)
@@ -89,8 +88,9 @@ def probe_models(
         measure(spec, num_classes, validation_size)  # raises RecipeError if it cannot take such images
     specs = teacher_specs(recipe, sources)
     teachers = [measure(spec, num_classes, recipe.data.size) for spec in specs]
-    for teacher_spec, (_, network) in zip(specs, teachers, strict=True):
-        teacher_spec.check_task(network, recipe.task)
+    for each, (summary, network) in zip((spec, *specs), (student, *teachers), strict=True):
+        each.check_task(network, recipe.task)
+        each.check_logits(summary.shapes, recipe.task, recipe.data.target_size)
     if recipe.student.inherit:
         with error_context("student.inherit"):
             inherited_names(student[1].model, teachers[0][1].model, recipe.student.inherit)
@@ -197,7 +197,7 @@ def _initial_norms(norms: dict[str, NormParameters]) -> dict[str, NormParameters
 
 def trial_targets(recipe: Recipe, labels_B: Tensor, num_classes: int) -> dict[str, Tensor]:
     """Return targets of images with those labels, for a trial of the losses: the task's, and those of mixed images."""
-    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes, height_width(recipe.data.size))
+    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes, recipe.data.target_size)
     return blank | unmixed_targets(recipe.data, labels_B, num_classes)
 
 

@@ -71,6 +71,7 @@ _OPTIONS = {
     "pairs": False,
     "gaussian": None,
     "steps": [],
+    "upscale": 1,
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

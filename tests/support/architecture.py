@@ -19,7 +19,8 @@ ENTRY_POINTS = {
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
-    {"batch", "bicubic", "errors", "frozen_model", "image_size", "models", "network_arguments", "nvjpeg", "philox"},
+    {"bicubic"},
+    {"batch", "errors", "frozen_model", "image_size", "models", "network_arguments", "nvjpeg", "philox"},
     {"augmentations", "commands", "distributed", "features", "precision", "run_reference"},
     {"tasks"},
     {"data", "optim", "diffusion"},
