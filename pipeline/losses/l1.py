@@ -23,4 +23,4 @@ class L1(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return the loss part ``l1``."""
-        return {"l1": (student.logits - as_levels(batch.targets[HIGH])).abs().mean()}
+        return {"l1": (student.logits - as_levels(batch.targets[HIGH], student.logits.dtype)).abs().mean()}

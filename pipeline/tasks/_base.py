@@ -80,6 +80,16 @@ class Task(ABC):
         """Return the unit of the main metric."""
         return self.unit_of(self.metric)
 
+    @property
+    def title_and_unit(self) -> str:
+        """Return the title of the main metric with its unit."""
+        return f"{self.title}, {self.unit}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether a network answers for places in an image, and not for the image as a whole."""
+        return self.of_pixels or self.of_boxes or self.of_images
+
     def unit_of(self, metric: str) -> str:
         """Return the unit of a metric."""
         return self.units.get(metric, "%")

@@ -72,7 +72,7 @@ class SuperResolution(Task):
         high_BCHW = batch.targets[HIGH]
         scale = high_BCHW.shape[2] // batch.images_BCHW.shape[2]
         bicubic_BCHW = to_pixels(bicubic_upscaled(batch.images_BCHW.float(), scale))
-        errors_B = (outputs.logits.double() - as_levels(high_BCHW)).abs().mean((1, 2, 3))
+        errors_B = (outputs.logits.double() - as_levels(high_BCHW, torch.float64)).abs().mean((1, 2, 3))
         images = zip(to_pixels(outputs.logits), bicubic_BCHW, high_BCHW, errors_B, strict=True)
         rows = [
             torch.stack([*quality(ours, truth, scale), error, *quality(bicubic, truth, scale)])

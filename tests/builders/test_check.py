@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 import torch
 import yaml
-from methods import OF_BOXES, OF_MASKS, OF_TOKENS
+from methods import OF_BOXES, OF_IMAGES, OF_MASKS, OF_TOKENS
 from resolved import run_of
 from torch import Tensor
 
@@ -43,7 +43,7 @@ RECIPES = [
     *(
         RecipeSource(CONFIGS / "cifar100" / "resnet56_resnet20.yaml", name)
         for name in known_methods()
-        if name not in (*OF_TOKENS, *OF_MASKS, *OF_BOXES, "subclass_kd")  # its teacher needs subclasses
+        if name not in (*OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_IMAGES, "subclass_kd")  # its teacher needs subclasses
     ),
     *(RecipeSource(CONFIGS / "imagenet" / "regnety_deit_tiny.yaml", name) for name in OF_TOKENS),
     *table_cells([path for path in IN_TABLES if path not in LARGE], ()),

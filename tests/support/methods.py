@@ -31,9 +31,11 @@ OF_MASKS = [name for name in ALL if losses_of(name).keys() & {"ifvd", "segmentat
 """The methods that read the class of every pixel."""
 OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "detection", "fgd"}]
 """The methods for detectors alone."""
+OF_IMAGES = [name for name in ALL if "l1" in losses_of(name)]
+"""The methods for networks that enlarge images."""
 OF_MODULES = [name for name in ALL if "ft" in losses_of(name)]
 """The methods whose losses start with modules that another run left."""
-METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES)]
+METHODS = [name for name in ALL if name not in (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_IMAGES, *OF_MODULES)]
 """The methods for images of one class and any network, in one run."""
 CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for loss in losses_of(name))]
 """Those of them whose step a CUDA graph can record."""

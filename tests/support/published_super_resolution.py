@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from published_cases import Case, Formulas, Outcome
+from published_survey import maps_of
 from torch import Tensor
 
 from pipeline.bicubic import bicubic_upscaled
+from pipeline.losses.fakd import fakd_loss
 from pipeline.tasks._image_quality import quality
 from shards.imresize import reduced, reduced_to_bytes
 
@@ -35,4 +37,10 @@ def sr_metrics(case: Case) -> Outcome:
     return outputs, *NOTHING
 
 
-FORMULAS: Formulas = {"imresize": imresize, "sr_metrics": sr_metrics}
+def fakd_affinity(case: Case) -> Outcome:
+    students, teachers, leaves = maps_of(case)
+    loss = torch.stack([fakd_loss(*pair) for pair in zip(students, teachers, strict=True)]).sum()
+    return {"loss": loss}, loss, leaves
+
+
+FORMULAS: Formulas = {formula.__name__: formula for formula in (imresize, sr_metrics, fakd_affinity)}
