@@ -32,9 +32,11 @@ def affinity_distance(student_CHW: Tensor, teacher_CHW: Tensor) -> Tensor:
 def fakd_loss(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     """Return the mean of ``affinity_distance`` over the images of a map. No gradient reaches the teacher."""
     # An affinity has N² numbers, so those of one image are in memory at a time, and the backward computes them again.
-    images = zip(student_BCHW, teacher_BCHW.detach(), strict=True)
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # it draws nothing
-    distances = [checkpoint(affinity_distance, *pair, **options) for pair in images]
+    distances = [
+        # It draws nothing, so there is no random state to keep.
+        checkpoint(affinity_distance, ours, theirs, use_reentrant=False, preserve_rng_state=False)
+        for ours, theirs in zip(student_BCHW, teacher_BCHW.detach(), strict=True)
+    ]
     return sum_levels(distances) / len(distances)
 
 

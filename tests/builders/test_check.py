@@ -35,8 +35,8 @@ LARGE = [
 
 
 def without_table(path: Path) -> str:
-    """Return the method by which a pair that is in no table is tried: DDKD, which has no logits of a detector."""
-    return "diffkd" if path.stem == "demo_detection" else "ddkd"
+    """Return the method by which a pair that is in no table is tried: DDKD, or one that fits its task."""
+    return {"demo_detection": "diffkd", "demo_super_resolution": "fakd", "rcan_x4": "fakd"}.get(path.stem, "ddkd")
 
 
 RECIPES = [
