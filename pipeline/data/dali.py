@@ -302,7 +302,7 @@ def with_masks(batch: Batch, masks_BHW1: Tensor, request: SampleRequest) -> Batc
 
 def image_inputs(request: SampleRequest) -> Inputs:
     """Return the inputs of the graph for a request."""
-    boxes, resized, crops, flips, _ = request.geometry
+    boxes, resized, crops, flips = request.geometry
     return Inputs(
         request.encoded,
         boxes[:, :2].astype(np.int32),

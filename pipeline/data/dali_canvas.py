@@ -33,7 +33,7 @@ class CanvasInputs(NamedTuple):
 
 def canvas_inputs(request: SampleRequest) -> CanvasInputs:
     """Return the inputs of the graph for a request."""
-    _, resized, _, flips, _ = request.geometry
+    _, resized, _, flips = request.geometry
     canvases = np.broadcast_to(np.asarray(request.canvas, np.int32), resized.shape)
     return CanvasInputs(
         request.encoded, resized.astype(np.float32), flips.astype(np.int32), np.ascontiguousarray(canvases)

@@ -46,7 +46,7 @@ def mask_graph(config: Config) -> DecodingGraph:
 
 def masked_inputs(request: SampleRequest, size: tuple[int, int]) -> MaskedInputs:
     """Return the inputs of the graph for a request; ``size`` is the (height, width) of the batch's images."""
-    _, resized, crops, flips, _ = request.geometry
+    _, resized, crops, flips = request.geometry
     return MaskedInputs(
         request.encoded,
         request.masks,

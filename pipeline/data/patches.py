@@ -71,8 +71,8 @@ class PatchDecoder:
         for images, factor in ((self._low, 1), (self._high, self._scale)):
             widths_R = images.widths_N[rows_R]
             starts += [images.firsts_N[rows_R] + factor * (tops_R * widths_R + lefts_R), widths_R]
-        symmetries_3R = geometry.symmetries_B3.T.astype(np.int64)
-        return np.stack([request.ids_B.numpy(), request.labels_B.numpy(), *starts, *symmetries_3R])
+        flips_3R = geometry.flips_B.T.astype(np.int64)
+        return np.stack([request.ids_B.numpy(), request.labels_B.numpy(), *starts, *flips_3R])
 
 
 def _store(images: list[NDArray[np.uint8]], sides_N2: NDArray[np.int64], device: torch.device) -> StoredImages:

@@ -54,9 +54,8 @@ class Geometry(NamedTuple):
     crops_B2: NDArray[np.int64]
     """(top, left) of the ``size`` × ``size`` crop in the resized box."""
     flips_B: NDArray[np.bool_]
-    """Mask of the images that are mirrored left to right."""
-    symmetries_B3: NDArray[np.bool_] = np.zeros((0, 3), np.bool_)
-    """``patch``: whether an image is mirrored left to right, then top to bottom, and then transposed."""
+    """Mask of the images that are mirrored left to right. ``patch`` has [B, 3]: whether an image is mirrored left to
+    right, then top to bottom, and then transposed."""
 
 
 class SampleRequest(NamedTuple):
@@ -144,7 +143,7 @@ def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
         return Geometry(boxes, boxes[:, 2:], np.zeros_like(boxes[:, :2]), np.zeros(len(samples_B), np.bool_))
     if config.crop == "patch":
         boxes = _full_boxes(*_low_sides(config, samples_B))
-        return _plain(boxes, np.zeros((len(boxes), 3), np.bool_))
+        return _plain_geometry(boxes, np.zeros((len(boxes), 3), np.bool_))
     if config.crop == "keep_ratio":
         return _whole_geometry(config, samples_B, max(config.short_sides), np.zeros(len(samples_B), np.bool_))
     boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.side
@@ -157,12 +156,12 @@ def _patch_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Geom
     size, draws = height_width(config.size), {"seed": config.seed}
     corners_B2 = augment.patches(samples_B["id"], view, *_low_sides(config, samples_B), size=size, **draws)
     boxes_B4 = np.concatenate([corners_B2, np.broadcast_to(size, corners_B2.shape)], axis=1)
-    return _plain(boxes_B4, augment.symmetries(samples_B["id"], view, probability=config.flip, **draws))
+    return _plain_geometry(boxes_B4, augment.symmetries(samples_B["id"], view, probability=config.flip, **draws))
 
 
-def _plain(boxes_B4: NDArray[np.int64], symmetries_B3: NDArray[np.bool_]) -> Geometry:
-    """Return the geometry of boxes that are not resized, with their symmetries."""
-    return Geometry(boxes_B4, boxes_B4[:, 2:], np.zeros_like(boxes_B4[:, :2]), symmetries_B3[:, 0], symmetries_B3)
+def _plain_geometry(boxes_B4: NDArray[np.int64], flips: NDArray[np.bool_]) -> Geometry:
+    """Return the geometry of boxes that are neither resized nor cropped."""
+    return Geometry(boxes_B4, boxes_B4[:, 2:], np.zeros_like(boxes_B4[:, :2]), flips)
 
 
 def _low_sides(config: Config, samples_B: NDArray) -> tuple[NDArray, NDArray]:
