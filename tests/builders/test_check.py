@@ -24,6 +24,7 @@ from pipeline.config.tables import load_tables, table_cells
 from pipeline.data.loader import Loader
 from pipeline.errors import ROOT, RecipeError
 from pipeline.losses._base import Loss
+from pipeline.tasks._registry import find_task
 
 CONFIGS = ROOT / "configs"
 IN_TABLES = [path for path in known_pairs() if load_tables().table_of(RecipeSource(path))]
@@ -63,7 +64,8 @@ def test_every_recipe_of_the_tree_is_built(source: RecipeSource):
     for name in loaded.recipe.losses:
         assert any(part == name or part.startswith(f"{name}/") for part in report.parts)
     assert report.student.parameters > 5_000
-    assert loaded.recipe.data.classes in report.student.shapes["logits"]
+    data, logits = loaded.recipe.data, report.student.shapes["logits"]
+    assert logits == (3, *data.target_size) if find_task(loaded.recipe.task).of_images else data.classes in logits
     assert len(report.teachers) == (loaded.recipe.teacher is not None)
     assert report.training_macs >= 3 * report.student.macs
 
