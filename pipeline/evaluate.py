@@ -16,7 +16,8 @@ class, go to evaluation.json in the run folder; with other weights to evaluation
     val_labels=FILE       the classes of the validation images, which real_labels needs with shards of this project
 
 Of masks it also prints the IoU of each class, and draws some images into evaluation_masks.png beside the file. Of boxes
-it prints the AP of each class, and draws them into evaluation_boxes.png.
+it prints the AP of each class, and draws them into evaluation_boxes.png. Of restored images it prints PSNR and SSIM of
+bicubic interpolation, too, and draws them into evaluation_images.png.
 
 docs/evaluation.md explains the figures, and how to measure on ImageNet-V2, -A, -R, -Sketch and ReaL.
 """
@@ -75,10 +76,11 @@ from pipeline.training.comparison import Comparison, SplitClasses, compare_netwo
 from pipeline.training.evaluation import check_validation_size
 from pipeline.training.image_sheet import DrawnSheet
 from pipeline.training.mask_sheet import MaskSamples
+from pipeline.training.restored_sheet import RestoredSamples
 from pipeline.training.result import aligned, device_name
 from shards.manifest import MANIFEST, Manifest, read_manifest, sha256_of, write_atomically
 
-_TITLES = {"nll": "NLL", "ece": "ECE"}
+_TITLES = {"nll": "NLL", "ece": "ECE", "bicubic_psnr": "bicubic PSNR", "bicubic_ssim": "bicubic SSIM"}
 
 
 class EvaluateArguments(FrozenModel):
@@ -151,10 +153,11 @@ def main(args: Sequence[str]) -> None:
         print("not written, because it is no evaluation of a run's own images; give out=FILE")
 
 
-def _samples(subject: Subject, *, with_teacher: bool) -> MaskSamples | BoxSamples | None:
-    """Return what draws some images with their masks or boxes, None for a task without either."""
+def _samples(subject: Subject, *, with_teacher: bool) -> MaskSamples | BoxSamples | RestoredSamples | None:
+    """Return what draws some images with what networks make of them, None for a task of classes."""
     config, task = subject.recipe.data.for_validation, subject.task
     kind = MaskSamples if task.of_pixels else BoxSamples if task.of_boxes else None
+    kind = RestoredSamples if task.of_images else kind
     return kind and kind(config, with_teacher=with_teacher)
 
 
@@ -234,8 +237,9 @@ def _find_classes(subject: Subject, loader: Loader) -> SplitClasses:
     if arguments.val_labels and not arguments.real_labels:
         raise RecipeError("val_labels: it is the order of the images of real_labels=FILE; give both, or none")
     if arguments.real_labels and not subject.task.one_class:
-        of_pixels, of_boxes = subject.task.of_pixels, subject.task.of_boxes
-        have = "a class for every pixel" if of_pixels else "boxes" if of_boxes else "several labels already"
+        kinds = {"a class for every pixel": subject.task.of_pixels, "boxes": subject.task.of_boxes}
+        kinds |= {"smaller copies": subject.task.of_images, "several labels already": True}
+        have = next(name for name, is_so in kinds.items() if is_so)
         raise RecipeError(f"real_labels: the images of task: {subject.recipe.task} have {have}; remove it")
     classes = split_classes(subject.network, subject.manifest, path, arguments.class_map)
     if arguments.real_labels is None:
@@ -319,7 +323,7 @@ def _speed(subject: Subject, accelerator: Accelerator) -> list[Any] | None:
         num_classes=subject.network.num_classes,
         weights=str(subject.weights),
         size=recipe.data.for_validation.size,
-        batches=DENSE_BATCHES if subject.task.of_pixels or subject.task.of_boxes else BATCHES,
+        batches=DENSE_BATCHES if subject.task.is_dense else BATCHES,
         device=str(accelerator.device),
         threads=torch.get_num_threads(),
         precision=recipe.precision,
@@ -332,7 +336,7 @@ def _describe(subject: Subject, evaluation: EvaluationFile) -> list[str]:
     """Return the figures as lines of text."""
 
     def metrics(values: dict[str, float | None], titles: dict[str, str]) -> str:
-        known = {title: values[key] for key, title in titles.items()}
+        known = {title: values.get(key) for key, title in titles.items()}
         return "  ".join(f"{title} {value:.2f}" for title, value in known.items() if value is not None)
 
     network, teacher, titles = evaluation.network, evaluation.teacher, subject.task.titles

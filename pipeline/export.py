@@ -90,6 +90,8 @@ def main(args: Sequence[str]) -> None:
     file = student_file(arguments.weights, folder)
     if find_task(loaded.recipe.task).of_boxes:
         raise RecipeError(f"command line: {folder}: no format holds a detector's boxes; use {file} with predict.py")
+    if find_task(loaded.recipe.task).of_images:
+        raise RecipeError(f"command line: {folder}: no format is checked for larger images; use {file} with predict.py")
     path = (
         Path(arguments.out)
         if arguments.out

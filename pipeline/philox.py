@@ -30,7 +30,11 @@ class Purpose(IntEnum):
     It is also which short side an image with boxes gets."""
     PAIR = 7
     """Which other image of its class stands beside an image."""
-    SAMPLE = 8
+    PATCH = 8
+    """Which patch of an image is taken."""
+    SYMMETRY = 9
+    """How a patch is mirrored and transposed."""
+    SAMPLE = 10
     """From which anchors and regions of an image a detector learns."""
     CROP = 16
     """Attempt i at a crop uses ``CROP + i``."""

@@ -1,17 +1,17 @@
-"""Name what is on images, find its boxes, or draw masks, by a student's weights file alone.
+"""Name what is on images, find its boxes, draw masks, or enlarge images, by a student's weights file alone.
 
     python pipeline/predict.py runs/demo/seed-0/student.safetensors IMAGE_OR_FOLDER … [key=value …]
 
     top=5           number of classes per image; with several classes, at most that many
     batch=64        images at once; of masks and boxes 4
     out=FILE        write the classes, or all boxes, to FILE.json or FILE.csv as well
-    out=FOLDER      of a segmenter: write a mask for each image
+    out=FOLDER      of a segmenter: write a mask for each image; of a network that enlarges images: write them
 
 A folder stands for all images in it and below. Of a student of several classes (task: multilabel), those with a
 probability above one half are named. Of a segmenter the classes with most pixels are named. Its masks are PNGs with a
 palette, as large as the image, whose values are the classes. Of a detector the boxes with a score of at least 0.3 are
-named, in pixels of the image; the file has all of them. A file that is no image is named, the others are done, and the
-exit code is 2.
+named, in pixels of the image; the file has all of them. Enlarged images are PNGs; their originals are taken whole, one
+at a time. A file that is no image is named, the others are done, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ from pipeline.runs.card import Card, read_card
 from pipeline.runs.files import check_student
 from pipeline.runs.ownership import check_new_file, check_writable
 from pipeline.tasks._boxes import DETECTIONS, LIKELY
-from pipeline.tasks._mask_images import palette_png
+from pipeline.tasks._image_quality import to_pixels
+from pipeline.tasks._mask_images import palette_png, rgb_png
 from pipeline.tasks._masks import upsampled
 from pipeline.tasks._registry import find_task
 from pipeline.training.result import aligned
@@ -107,29 +108,30 @@ def main(args: Sequence[str]) -> None:
     weights, card = Path(words[0]), read_card(Path(words[0]))
     check_student(weights)
     task = find_task(card.task)
-    of_pixels = task.of_pixels
-    _check_out(arguments.out, of_pixels=of_pixels)
+    writes_images = task.of_pixels or task.of_images
+    _check_out(arguments.out, writes_images=writes_images)
     images = [Path(word) for word in words[1:]]
     paths = image_files(images)
-    targets = mask_files(images, Path(arguments.out)) if of_pixels and arguments.out else {}
+    written = "mask" if task.of_pixels else "enlarged image"
+    targets = written_files(images, Path(arguments.out), written) if writes_images and arguments.out else {}
     model = student_from_card(weights, card).to(_device())
-    answer = _masks if of_pixels else _boxes if task.of_boxes else _classes
+    answer = _masks if task.of_pixels else _boxes if task.of_boxes else _enlarged if task.of_images else _classes
     failed = answer(model, card, paths, arguments, targets)
     if failed:
         raise AlreadyReported
 
 
-def _check_out(out: str | None, *, of_pixels: bool) -> None:
-    """Raise RecipeError if ``out`` is no file for classes, or no folder for masks."""
+def _check_out(out: str | None, *, writes_images: bool) -> None:
+    """Raise RecipeError if ``out`` is no file for classes, or no folder for images."""
     if out is None:
         return
     path = Path(out)
-    if not of_pixels:
+    if not writes_images:
         if path.suffix not in _FILES:
             raise RecipeError(f"command line: out: expected a file that ends in .json or .csv, got {out!r}")
         check_new_file(path, "out")
     elif path.suffix in _FILES or (path.exists() and not path.is_dir()):
-        raise RecipeError(f"command line: out: expected a folder, which gets a mask for each image, got {out!r}")
+        raise RecipeError(f"command line: out: expected a folder, which gets a PNG for each image, got {out!r}")
     else:
         check_writable(path, "out", "give out=ANOTHER")
 
@@ -149,8 +151,10 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def mask_files(images: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Return the file of each image's mask: its path in the folder that was named, below ``out``, as ``.png``.
+def written_files(images: Sequence[Path], out: Path, written: str) -> dict[Path, Path]:
+    """Return the file of what is written for each image: its path in the folder that was named, below ``out``.
+
+    It ends in ``.png``. ``written`` is what it has, such as ``mask``.
 
     Raises RecipeError if two images would have the same file, or if it is one of the images.
     """
@@ -164,10 +168,10 @@ def mask_files(images: Sequence[Path], out: Path) -> dict[Path, Path]:
     for path, file in files.items():
         if original := originals.get(file.resolve()):
             raise RecipeError(
-                f"command line: out: the mask of {path} would replace the image {original}; give another folder"
+                f"command line: out: the {written} of {path} would replace the image {original}; give another folder"
             )
         if (other := owners.setdefault(file, path)).resolve() != path.resolve():
-            raise RecipeError(f"command line: out: {other} and {path} would have the same mask {file}; rename one")
+            raise RecipeError(f"command line: out: {other} and {path} would have the same {written} {file}; rename one")
     return files
 
 
@@ -200,6 +204,30 @@ def _masks(
             write_atomically(targets[path], palette_png(mask_HW))
     print_answer(aligned(rows))
     return found < len(distinct)
+
+
+@torch.no_grad()
+def _enlarged(
+    model: nn.Module, card: Card, paths: Sequence[Path], arguments: PredictArguments, targets: Mapping[Path, Path]
+) -> bool:
+    """Print the sizes of each image, write the enlarged ones, and return whether an image could not be read."""
+    rows = [["image", "pixels", "enlarged"]]
+    failed = False
+    for path in dict.fromkeys(paths):
+        try:
+            pixels_HWC = read_image(path, upright=True)
+        except ValueError as error:
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        x_1CHW = torch.tensor(pixels_HWC).permute(2, 0, 1)[None].float().div(255).to(_device())
+        large_CHW = to_pixels(model(x_1CHW.contiguous(memory_format=torch.channels_last))[0]).to(torch.uint8)
+        rows.append([_text(path), *(f"{shape[1]} × {shape[0]}" for shape in (pixels_HWC.shape, large_CHW.shape[1:]))])
+        if path in targets:
+            targets[path].parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(targets[path], rgb_png(large_CHW.permute(1, 2, 0).cpu().numpy()))
+    print_answer(aligned(rows))
+    return failed
 
 
 def _boxes(

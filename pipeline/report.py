@@ -96,6 +96,7 @@ def _search_page(folder: Path, record: SearchRecord) -> str:
         f"Search: {loaded.source.run_name}",
         str(folder),
         find_task(loaded.recipe.task).title,
+        find_task(loaded.recipe.task).unit,
         record.seeds,
         as_started(record.command(best)) if best else None,
     )

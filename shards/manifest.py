@@ -29,6 +29,8 @@ IGNORED_VALUE = 255
 """Value of a mask's pixel without a class: unlabelled in the data set, outside the image, or in a padded row."""
 MOST_MASK_CLASSES = IGNORED_VALUE
 """Largest number of classes of pixels: a mask has a byte for each pixel, and the last value means no class."""
+COPY_SCALES = (2, 3, 4, 8)
+"""How many times smaller the copies of images are in shards for super-resolution."""
 MOST_IDS = 10**8
 """Largest number of ids in a split: a sample's key has eight digits."""
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -44,8 +46,8 @@ _TABLES = {
 }
 """The tables that splits of some tasks have beside the sample table, by the key of their digest."""
 
-ShardTaskName = Literal["classification", "multilabel", "segmentation", "detection", "unlabelled"]
-"""What the images of shards have: one class, any number of classes, a mask, boxes, or no label at all."""
+ShardTaskName = Literal["classification", "multilabel", "segmentation", "detection", "super_resolution", "unlabelled"]
+"""What the images of shards have: one class, any number of classes, a mask, boxes, a smaller copy, or no label."""
 
 
 def _check_plan(plan: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +128,7 @@ class Manifest:
     splits: Annotated[dict[_Name, Split], Field(min_length=1)] = field(default_factory=dict)
     version: Literal[1] = VERSION
     task: ShardTaskName = "classification"
-    """Whether an image has one class, any number of them, a mask (a class for each pixel), boxes, or no label.
+    """Whether an image has one class, any number of them, a mask (a class for each pixel), boxes, a copy, or no label.
 
     The file has this key in all cases but the first.
     """
@@ -142,6 +144,11 @@ class Manifest:
     def num_classes(self) -> int:
         """Return the number of classes, including those without an image."""
         return len(self.classes)
+
+    @property
+    def scale(self) -> int:
+        """Return how many times smaller the copies of the images are, along each side; 1 without copies."""
+        return self.transform["scale"] if self.task == "super_resolution" else 1
 
     def values(self) -> dict[str, Any]:
         """Return the keys and values of the file."""
@@ -179,6 +186,9 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     manifest = parse_document(content, location, Manifest, "copy it again, or prepare the shards again")
     if message := _wrong_classes(manifest):
         raise DamagedFile(f"{location}: classes: {message}; copy it again, or prepare the shards again")
+    if manifest.task == "super_resolution" and manifest.transform.get("scale") not in COPY_SCALES:
+        message = f"expected one of {COPY_SCALES}, got {manifest.transform.get('scale')!r}"
+        raise DamagedFile(f"{location}: transform.scale: {message}; copy it again, or prepare the shards again")
     for name, split in manifest.splits.items():
         for key, message in _contradictions(name, split, manifest.task):
             raise DamagedFile(f"{location}: splits.{name}.{key}: {message}; copy it again, or prepare the shards again")

@@ -46,6 +46,8 @@ class ImageItem(NamedTuple):
     """Size of the mask's file in bytes."""
     boxes: ListedBoxes | None = None
     """The image's boxes, where it has some and they are known before it is read; ``label`` is then 0."""
+    crop: tuple[int, int, int, int] | None = None
+    """Left, top, width and height of the part of the image that is stored; None is all of it."""
 
 
 class EncodedImage(NamedTuple):
@@ -58,6 +60,8 @@ class EncodedImage(NamedTuple):
     """The encoded mask of the same size, where it has one."""
     boxes: np.ndarray | None = None
     """Its boxes in pixels of the stored image, float32 [n, 7], where it has boxes."""
+    low: bytes | None = None
+    """The encoded smaller copy, where it has one."""
 
 
 class Unusable(Exception):
@@ -164,6 +168,8 @@ def _listing_sha256(items: list[ImageItem]) -> str:
         digest.update(item.targets or b"")
         if item.mask:
             digest.update(f"{item.mask}\0{item.mask_size}\n".encode(errors="surrogateescape"))
+        if item.crop:
+            digest.update(f"{item.crop}\n".encode())
         if item.boxes:
             digest.update(f"{item.boxes.width}\0{item.boxes.height}\0{len(item.boxes.rows)}\n".encode())
             digest.update(item.boxes.rows)

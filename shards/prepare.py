@@ -164,8 +164,8 @@ def _write_shard(task: ShardTask) -> Finished:
         for number, item in zip(task.ids, task.items, strict=True):
             try:
                 image = task.source.load(task.split, item)
-                encoded, targets = (image.data, image.width, image.height), (item.targets, image.mask, image.boxes)
-                writer.add(number, item.label, *encoded, *targets)
+                targets = (item.targets, image.mask, image.boxes, image.low)
+                writer.add(number, item.label, image.data, image.width, image.height, *targets)
             except Unusable as reason:
                 if task.strict:
                     raise ValueError(f"{task.split}/{item.path} is not a usable image: {reason}") from None

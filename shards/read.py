@@ -37,11 +37,13 @@ SAMPLE_DTYPE = np.dtype(
 """A row of the sample table. ``offset`` and ``size`` are the position of the encoded image in its tar, in bytes."""
 MASKED_SAMPLE_DTYPE = np.dtype([*SAMPLE_DTYPE.descr, ("mask_offset", "<i8"), ("mask_size", "<i8")])
 """The row of a sample that has a mask, and the position of its encoded mask in the same tar."""
+PAIRED_SAMPLE_DTYPE = np.dtype([*SAMPLE_DTYPE.descr, ("low_offset", "<i8"), ("low_size", "<i8")])
+"""The row of a sample that has a smaller copy, and the position of the encoded copy in the same tar."""
 
 
 def sample_dtype(task: str) -> np.dtype:
     """Return the type of a row of the sample table, by the task of the manifest."""
-    return MASKED_SAMPLE_DTYPE if task == "segmentation" else SAMPLE_DTYPE
+    return {"segmentation": MASKED_SAMPLE_DTYPE, "super_resolution": PAIRED_SAMPLE_DTYPE}.get(task, SAMPLE_DTYPE)
 
 
 def samples_path(folder: Path, split: str) -> Path:
@@ -112,6 +114,20 @@ class SplitReader:
         if not self.has_masks:
             raise ValueError(f"{self.folder} has no masks: its task is {self.manifest.task}")
         return self._views(rows, "mask_offset", "mask_size")
+
+    @property
+    def has_copies(self) -> bool:
+        """Return whether every image has a smaller copy, ``manifest.scale`` times smaller along each side."""
+        return self.manifest.task == "super_resolution"
+
+    def copies(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the encoded smaller copies of some rows of ``samples``, as ``bytes`` returns the images.
+
+        A copy is a PNG of red, green and blue. Raises ValueError if the shards have none.
+        """
+        if not self.has_copies:
+            raise ValueError(f"{self.folder} has no smaller copies: its task is {self.manifest.task}")
+        return self._views(rows, "low_offset", "low_size")
 
     @property
     def has_boxes(self) -> bool:
@@ -327,6 +343,7 @@ def _wrong_rows(samples: np.ndarray, split: Split, num_classes: int) -> Iterator
         ("shard", samples["shard"] != shards, "but the manifest has another"),
         *_wrong_positions(samples, "", tar_sizes),
         *(_wrong_positions(samples, "mask_", tar_sizes) if samples.dtype == MASKED_SAMPLE_DTYPE else ()),
+        *(_wrong_positions(samples, "low_", tar_sizes) if samples.dtype == PAIRED_SAMPLE_DTYPE else ()),
         ("width", _outside(samples["width"], 1, split.max_width + 1), f"not from 1 to {split.max_width:,}"),
         ("height", _outside(samples["height"], 1, split.max_height + 1), f"not from 1 to {split.max_height:,}"),
     ):

@@ -69,7 +69,8 @@ def _read_row(file: BinaryIO, sample: list[Member], image: str, task: str) -> tu
     # All members must belong to the same id, in the order in which they are written.
     if names not in [member_names(row[0], extension, task) for extension in image.split(";")]:
         raise ValueError(f"id {row[0]} has the members {', '.join(names)}")
-    return (*row, small[-1].offset, small[-1].size) if task == "segmentation" else row
+    has_second = len(sample_dtype(task).names or ()) > len(row)  # the position of the image that belongs to the first
+    return (*row, small[-1].offset, small[-1].size) if has_second else row
 
 
 def _read_label(file: BinaryIO, member: Member) -> int:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 if not __package__:  # started as a script: Python put this folder, not the root, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,6 +30,7 @@ from shards.boxes import (
     no_boxes,
 )
 from shards.command import Parser, add_jobs, for_each, progress_bar, run_main
+from shards.copies import check_copy, decode_rgb
 from shards.foreign import ForeignShard, foreign_shards, scan_foreign
 from shards.jpeg import decode_jpeg, ends_in_grey
 from shards.manifest import IGNORED_VALUE, Manifest, Shard, ShardTaskName, Split, read_manifest, sha256_of
@@ -56,6 +57,8 @@ class VerifyTask(NamedTuple):
     """The shard's rows of the table of targets (None: there is no such table, or it is unusable)."""
     boxes: list[np.ndarray] | None = None
     """The boxes of each row in the tables of boxes (None: there are no such tables, or they are unusable)."""
+    scale: int = 1
+    """How many times smaller the copies are."""
 
 
 class CheckedShard(NamedTuple):
@@ -105,6 +108,8 @@ def check_shard(task: VerifyTask) -> CheckedShard:
     pixels = np.zeros(256, np.int64)
     if task.task == "segmentation":
         problems += _check_masks(path, scan.rows, task.num_classes, pixels)
+    if task.task == "super_resolution":
+        problems += _check_copies(path, scan.rows, task.scale)
     return CheckedShard(task, problems, scan.rows, grey, scan.targets, pixels, scan.boxes)
 
 
@@ -120,6 +125,25 @@ def _check_masks(path: Path, rows: np.ndarray, num_classes: int, pixels: np.ndar
                 pixels += np.bincount(to_classes(mask_HW, meaning).ravel(), minlength=256)
             except Unusable as reason:
                 yield f"{path}: the sample of id {row['id']} is unusable: {reason}"
+
+
+def _check_copies(path: Path, rows: np.ndarray, scale: int) -> Iterator[str]:
+    """Yield the problems of a tar's smaller copies, which must be their images, ``scale`` times smaller."""
+    with path.open("rb") as file:
+        for row in rows:
+            try:
+                image_HWC, low_HWC = (
+                    decode_rgb(_read_bytes(file, row[offset], row[size]))
+                    for offset, size in (("offset", "size"), ("low_offset", "low_size"))
+                )
+                check_copy(image_HWC, low_HWC, scale)
+            except Unusable as reason:
+                yield f"{path}: the sample of id {row['id']} is unusable: {reason}"
+
+
+def _read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _check_targets(path: Path, scan: Scan, num_targets: int, expected: np.ndarray | None) -> Iterator[str]:
@@ -273,6 +297,7 @@ def _tasks_of(folder: Path, manifest: Manifest, split: Split, tables: SplitTable
             manifest.num_classes,
             None if tables.targets is None else tables.targets[own],
             None if tables.boxes is None else tables.boxes[own],
+            manifest.scale,
         )
 
 
@@ -311,6 +336,8 @@ def _check_and_print(manifest: Manifest, split: Split, results: list[CheckedShar
     elif manifest.task == "unlabelled":
         files = f"in {len(split.shards):,} shards; {len(split.left_out):,} files left out"
         print(f"{split.name}: {len(rows):,} images without labels {files}")
+    elif manifest.task == "super_resolution":
+        _print_copies(manifest, split, rows)
     else:
         targets = [row for result in results for row in result.targets]
         _print_histogram(manifest, split, rows, _images_by_class(manifest, rows, targets))
@@ -326,6 +353,15 @@ def _print_pixels(manifest: Manifest, split: Split, rows: np.ndarray, pixels: np
         f"{split.name}: {len(rows):,} images with masks in {len(split.shards):,} shards; "
         f"{len(shares):,} of {manifest.num_classes:,} classes, {range_text}, "
         f"{100 * pixels[IGNORED_VALUE] / total:.3g} % ignored; {len(split.left_out):,} files left out"
+    )
+
+
+def _print_copies(manifest: Manifest, split: Split, rows: np.ndarray) -> None:
+    pixels = rows["width"].astype(np.int64) * rows["height"]
+    range_text = f", {pixels.min():,} to {pixels.max():,} pixels each" if len(rows) else ""
+    print(
+        f"{split.name}: {len(rows):,} images with copies {manifest.scale} times smaller in {len(split.shards):,} shards"
+        f"{range_text}; {len(split.left_out):,} files left out"
     )
 
 

@@ -9,9 +9,9 @@ The bytes of a tar depend on its samples alone. A sample's key is its id, such a
 
 The last two are little-endian integers. Where an image has any number of classes, there is a fifth member,
 ``00000042.labels.u8``. It has a byte for each class: 1 if the image has it, else 0. Where it has a mask, the fifth
-member is ``00000042.mask.png``. Where it has boxes, there are two more members: ``00000042.boxes.f32`` has six numbers
-for each box, and ``00000042.areas.f32`` its area (``shards/boxes.py``). The label in ``cls`` is then 0000. An image
-without a label has no ``cls``.
+member is ``00000042.mask.png``. Where it has a smaller copy, that is ``00000042.low.png``. Where it has boxes, there
+are two more members: ``00000042.boxes.f32`` has six numbers for each box, and ``00000042.areas.f32`` its area
+(``shards/boxes.py``). The label in ``cls`` is then 0000. An image without a label has no ``cls``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 
 from shards.boxes import box_offsets, box_offsets_path, boxes_path, encode_boxes, no_boxes
 from shards.manifest import Shard, free_bytes, sync_path, unwritable, write_atomically, writing
-from shards.read import MASKED_SAMPLE_DTYPE, SAMPLE_DTYPE, samples_path, targets_path
+from shards.read import SAMPLE_DTYPE, sample_dtype, samples_path, targets_path
 
 NO_LABEL = -1
 """Label in the sample table of an image without one."""
@@ -37,7 +37,12 @@ MAX_LABEL = 9_999
 MAX_ID = 99_999_999
 INDEX_VERSION = "v1.2"
 _BLOCK = tarfile.BLOCKSIZE
-_TARGET_MEMBERS = {"multilabel": ["labels.u8"], "segmentation": ["mask.png"], "detection": ["boxes.f32", "areas.f32"]}
+_TARGET_MEMBERS = {
+    "multilabel": ["labels.u8"],
+    "segmentation": ["mask.png"],
+    "detection": ["boxes.f32", "areas.f32"],
+    "super_resolution": ["low.png"],
+}
 _PNG_MAGIC = b"\x89PNG"
 
 
@@ -60,7 +65,7 @@ class ShardWriter:
         self.boxes: list[np.ndarray] = []
         """The boxes of each sample so far, where samples have boxes."""
         self._rows: list[tuple[int, ...]] = []
-        self._has_masks = False
+        self._task = "classification"
 
     def add(
         self,
@@ -72,8 +77,11 @@ class ShardWriter:
         targets: bytes | None = None,
         mask: bytes | None = None,
         boxes: np.ndarray | None = None,
+        low: bytes | None = None,
     ) -> None:
-        """Append a sample, with ``targets`` if it has several classes, with an encoded ``mask``, or with ``boxes``.
+        """Append a sample, with ``targets`` if it has several classes, an encoded ``mask``, ``boxes``, or a ``low``.
+
+        The latter is the encoded smaller copy.
 
         Raises ValueError if the label or the id has too many digits.
         """
@@ -83,17 +91,17 @@ class ShardWriter:
             raise ValueError(f"id {sample_id} does not fit the eight digits of a key")
         contents = [image, *([] if label == NO_LABEL else [b"%04d" % label])]
         contents += [struct.pack("<q", sample_id), struct.pack("<ii", width, height)]
-        contents += [each for each in (targets, mask) if each is not None]
+        contents += [each for each in (targets, mask, low) if each is not None]
         if boxes is not None:
             contents += encode_boxes(boxes)
             self.boxes.append(boxes)
-        task = "unlabelled" if label == NO_LABEL else _task_of(targets, mask, boxes)
-        names = member_names(sample_id, image_extension(image, self.image), task)
+        self._task = "unlabelled" if label == NO_LABEL else _task_of(targets, mask, boxes, low)
+        names = member_names(sample_id, image_extension(image, self.image), self._task)
         written = [self._add_member(*member) for member in zip(names, contents, strict=True)]
         offsets, entries = zip(*written, strict=True)
         row = (sample_id, label, 0, offsets[0], len(image), width, height)
-        self._has_masks = mask is not None
-        self._rows.append(row if mask is None else (*row, offsets[-1], len(mask)))
+        second = mask if mask is not None else low  # an image that belongs to the first
+        self._rows.append(row if second is None else (*row, offsets[-1], len(second)))
         self._index.append(" ".join(entries))
 
     def close(self) -> tuple[Shard, np.ndarray]:
@@ -108,8 +116,7 @@ class ShardWriter:
             self._temporary.rename(self.path)
             sync_path(self.path.parent)
         shard = Shard(self.path.name, len(self._rows), self._offset, self._hash.hexdigest())
-        dtype = MASKED_SAMPLE_DTYPE if self._has_masks else SAMPLE_DTYPE
-        return shard, np.array(self._rows, dtype)
+        return shard, np.array(self._rows, sample_dtype(self._task))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -140,9 +147,9 @@ class ShardWriter:
         self._offset += len(content)
 
 
-def _task_of(targets: bytes | None, mask: bytes | None, boxes: np.ndarray | None) -> str:
+def _task_of(targets: bytes | None, mask: bytes | None, boxes: np.ndarray | None, low: bytes | None) -> str:
     """Return the task of a sample with such targets."""
-    given = {"multilabel": targets, "segmentation": mask, "detection": boxes}
+    given = {"multilabel": targets, "segmentation": mask, "detection": boxes, "super_resolution": low}
     return next((task for task, each in given.items() if each is not None), "classification")
 
 

@@ -62,6 +62,8 @@ def build_distiller(
 def _facts(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, trained: FeatureTaps | Cohort) -> Facts:
     """Return the facts that the losses are built from."""
     shapes = probe_trained(recipe, trained, recipe.data.size)
+    spec = student_spec(recipe.student, recipe.taps.student)
+    spec.check_logits(shapes[recipe.student.export], recipe.task, recipe.data.target_size)
     networks = trained.members if isinstance(trained, Cohort) else [trained]
     teachers = teacher.members if isinstance(teacher, AveragedPeers) else [teacher] * len(networks)
     found = [

@@ -88,8 +88,9 @@ def probe_models(
     student, peers = _probe_students(recipe, num_classes, measure)
     specs = teacher_specs(recipe, sources)
     teachers = [measure(spec, num_classes, recipe.data.size) for spec in specs]
-    for teacher_spec, (_, network) in zip(specs, teachers, strict=True):
-        teacher_spec.check_task(network, recipe.task)
+    for each, (summary, network) in zip(specs, teachers, strict=True):
+        each.check_task(network, recipe.task)
+        each.check_logits(summary.shapes, recipe.task, recipe.data.target_size)
     if recipe.student.inherit:
         with error_context("student.inherit"):
             inherited_names(student[1].model, teachers[0][1].model, recipe.student.inherit)
@@ -133,6 +134,7 @@ def _probe_students(
     networks = [measure(spec, num_classes, recipe.data.size) for spec in specs]
     student = networks[config.export if config.peers else 0]
     specs[0].check_task(student[1], recipe.task)
+    specs[0].check_logits(student[0].shapes, recipe.task, recipe.data.target_size)
     if config.sync_batchnorm:
         with error_context("student.sync_batchnorm"):
             check_batchnorms(student[1].model)
@@ -261,7 +263,7 @@ def _initial_norms(norms: dict[str, NormParameters]) -> dict[str, NormParameters
 
 def trial_targets(recipe: Recipe, labels_B: Tensor, num_classes: int) -> dict[str, Tensor]:
     """Return targets of images with those labels, for a trial of the losses: the task's, and those of mixed images."""
-    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes, height_width(recipe.data.size))
+    blank = find_task(recipe.task).blank_targets(len(labels_B), num_classes, recipe.data.target_size)
     return blank | unmixed_targets(recipe.data, labels_B, num_classes)
 
 

@@ -92,6 +92,11 @@ class ModelSpec(NamedTuple):
             with error_context(f"{self.key}.train"):
                 train_stages(network, self.trained, image_size)
 
+    def check_logits(self, shapes: dict[str, tuple[int, ...]], task: str, target_size: tuple[int, int]) -> None:
+        """Raise RecipeError if the task cannot judge logits of the shape that ``probe`` found."""
+        if not self.headless and (problem := find_task(task).wrong_logits(shapes["logits"], target_size)):
+            raise RecipeError(f"{self.key}.model: {self.model}: {problem}")
+
     def probe(self, network: FeatureTaps, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the network's taps and logits on a batch's images of that size, without the batch."""
         with error_context(f"{self.key}.model"):

@@ -174,7 +174,7 @@ def trained_network(run: Run, network: FrozenNetwork, taps: frozenset[str] = fro
     built = spec.build(run.manifest.num_classes)
     spec.check_task(built, run.recipe.task)
     # Folding runs the network on images of this size, too, but its error would not name the key of the recipe.
-    spec.probe(built, run.recipe.data.size)
+    spec.check_logits(spec.probe(built, run.recipe.data.size), run.recipe.task, run.recipe.data.target_size)
     with error_context(f"{spec.key}.weights"):
         check_student(Path(network.weights))
         key = network.config.weights_key

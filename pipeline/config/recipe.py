@@ -32,12 +32,13 @@ from pipeline.optim.optimizer import Config as Optimizer
 from pipeline.optim.schedule import Schedule, first_epoch
 from pipeline.run_reference import RunReference
 from pipeline.tasks._boxes import BOXES
+from pipeline.tasks._high import HIGH
 from pipeline.tasks._masks import MASK
 from pipeline.tasks._registry import TaskName, find_task
 from pipeline.teachers.config import Config as TeacherConfig
 
 # The crops of images with such targets, which move with them; other tasks have those of square images.
-_CROPS = {MASK: ("scaled",), BOXES: ("keep_ratio",)}
+_CROPS = {MASK: ("scaled",), BOXES: ("keep_ratio",), HIGH: ("patch",)}
 
 
 class StartConfig(RunReference):
@@ -213,7 +214,8 @@ class Recipe(FrozenModel):
 
     task: TaskName = "classification"
     """What the images' targets are, and which metrics are measured. In ``classification`` an image has one class, in
-    ``multilabel`` any number of them. In ``segmentation`` every pixel has one, and in ``detection`` every box."""
+    ``multilabel`` any number of them. In ``segmentation`` every pixel has one, and in ``detection`` every box. In
+    ``super_resolution`` an image has a smaller copy, which the network enlarges."""
     student: StudentConfig
     """The network that is trained."""
     teacher: TeacherConfig | None = None
@@ -293,6 +295,12 @@ class Recipe(FrozenModel):
                     f"the loss {name!r} compares images by their logits, and task: {self.task} has those of anchors; "
                     f"{'give it maps: [head.class]' if has_maps else f'remove the loss{own}'}"
                 )
+            if task.of_images and HIGH not in spec.targets and not spec.takes_images and spec.config.reads_head():
+                own = ", or set its takes_images to True" if ":" in name else ""
+                raise ValueError(
+                    f"the loss {name!r} reads logits of classes, and task: {self.task} has images in their place; "
+                    f"remove the loss{own}"
+                )
             if spec.reads_labels and not task.one_class and not pixels:
                 own = ", or set its reads_labels to False" if ":" in name else ""
                 raise ValueError(
@@ -321,6 +329,14 @@ class Recipe(FrozenModel):
             raise ValueError(
                 "teacher.cache: images of several data.buckets have maps of several sizes, which a cache does not "
                 "hold; give one bucket, or remove the cache"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_has_no_images(self) -> Recipe:
+        if find_task(self.task).of_images and self.teacher is not None and self.teacher.cache is not None:
+            raise ValueError(
+                f"teacher.cache: the answers of task: {self.task} are images, which are larger than the data; remove it"
             )
         return self
 

@@ -219,6 +219,20 @@ def flips(ids_B: ArrayLike, view: ArrayLike, *, seed: int, probability: float) -
     return uniforms(ids_B, view, Purpose.FLIP, seed=seed)[0] < probability
 
 
+def patches(
+    ids_B: ArrayLike, view: ArrayLike, widths_B: ArrayLike, heights_B: ArrayLike, *, seed: int, size: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Return the (top, left) [B, 2] of a patch of (height, width) ``size``, every one with equal probability."""
+    for_top, for_left, _, _ = uniforms(ids_B, view, Purpose.PATCH, seed=seed)
+    sides_B2 = np.stack([np.asarray(heights_B, np.int64), np.asarray(widths_B, np.int64)], axis=1)
+    return np.floor(np.stack([for_top, for_left], axis=1) * (sides_B2 - np.asarray(size) + 1)).astype(np.int64)
+
+
+def symmetries(ids_B: ArrayLike, view: ArrayLike, *, seed: int, probability: float) -> NDArray[np.bool_]:
+    """Return whether a patch is mirrored left to right, top to bottom, and transposed: three draws of each, [B, 3]."""
+    return (uniforms(ids_B, view, Purpose.SYMMETRY, seed=seed)[:3] < probability).T
+
+
 def resize_and_centre_crop(
     widths_B: ArrayLike, heights_B: ArrayLike, resize: int, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -39,8 +39,10 @@ def _none_or_all(value: Any) -> int:
     return int(value)
 
 
-_WHOLE_IMAGES = ("scaled", "keep_ratio")
-"""Crops of images with masks or boxes, which move with them."""
+_WITH_TARGETS = ("scaled", "keep_ratio", "patch")
+"""Crops of images with masks, boxes or smaller copies, which move with them."""
+_NO_NORMALIZATION = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+"""Of the images of ``crop: patch``, whose values are in 0 … 1."""
 EngineLoad = Annotated[Literal[0, 1], BeforeValidator(_none_or_all)]
 
 
@@ -69,6 +71,9 @@ class Config(FrozenModel):
     loader: Literal["dali", "memory", "synthetic"] = "dali"
     """Source of the images: ``dali`` decodes during training. ``memory`` keeps a small data set decoded on the device.
     ``synthetic`` reads no image and returns noise, to measure a step that never waits for input."""
+    upscale: int = Field(default=1, ge=1, le=8)
+    """``patch``: how many times higher and wider the images are that a network restores, 2, 3, 4 or 8, as the shards
+    have it."""
     size: Side | tuple[Side, Side]
     """Side of the square images of a batch, in pixels, in training and in validation; or their [height, width].
     ``keep_ratio`` does not need it: networks are tried with the largest of ``buckets``."""
@@ -77,11 +82,13 @@ class Config(FrozenModel):
     larger than those they were trained on, because random crops enlarge what they show."""
     resize: Side | None = None
     """Short side in pixels before the centre crop of validation; null is the size of validation images."""
-    crop: Literal["random_resized", "pad", "scaled", "keep_ratio"] = "random_resized"
+    crop: Literal["random_resized", "pad", "scaled", "keep_ratio", "patch"] = "random_resized"
     """Crop of training images: a random area and aspect ratio, or the original size out of the zero-padded image.
     ``scaled``, for images with masks, enlarges or reduces the image by one of ``scales`` and takes a random place of
     it. Its validation images are whole, padded to ``validation_size``. ``keep_ratio``, for images with boxes, resizes
-    the whole image to ``short`` and ``long``, and pads it to one of ``buckets``."""
+    the whole image to ``short`` and ``long``, and pads it to one of ``buckets``. ``patch``, for images with smaller
+    copies, takes a random patch of the copy, of ``size``, and the same part of the image. Its validation images are
+    whole, one in a batch. It needs ``loader: memory``, and no ``mean`` and ``std``: values are in 0 … 1."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     """``scaled``: factors of an image's sides, of which each image gets one, all with the same probability; null is
     0.5, 0.6, … 2.0."""
@@ -101,7 +108,7 @@ class Config(FrozenModel):
     pad: int = Field(default=4, ge=0, le=MAX_PIXELS)
     """``pad``: pixels added on each side."""
     flip: Probability = 0.5
-    """Probability of mirroring left to right."""
+    """Probability of mirroring left to right; ``patch``: also of mirroring top to bottom, and of transposing."""
     augment: Augmentations = ()
     """Augmentations of training images after crop and flip, in this order, such as
     ``[{randaugment: {ops: 2, magnitude: 9}}, {erasing: {probability: 0.25}}]``; docs/augmentation.md."""
@@ -171,7 +178,7 @@ class Config(FrozenModel):
             "repeat": self.repeat > 1,
             "views": self.views is not None,
             "loader: synthetic": self.loader == "synthetic",
-            f"crop: {self.crop}": self.crop in _WHOLE_IMAGES,
+            f"crop: {self.crop}": self.crop in _WITH_TARGETS,
             "mixup and cutmix": self.mixes,
         }
         if self.pairs and (odd := [key for key, given in unfit.items() if given]):
@@ -183,7 +190,7 @@ class Config(FrozenModel):
         unfit = {
             "repeat": self.repeat > 1,
             "pairs": self.pairs,
-            f"crop: {self.crop}": self.crop in _WHOLE_IMAGES,
+            f"crop: {self.crop}": self.crop in _WITH_TARGETS,
             "mixup and cutmix": self.mixes,
         }
         if self.views_per_step > 1 and (odd := [key for key, given in unfit.items() if given]):
@@ -197,7 +204,7 @@ class Config(FrozenModel):
             "views": self.views is not None,
             "pairs": self.pairs,
             "views_per_step": self.views_per_step > 1,
-            f"crop: {self.crop}": self.crop in _WHOLE_IMAGES,
+            f"crop: {self.crop}": self.crop in _WITH_TARGETS,
             "mixup and cutmix": self.mixes,
         }
         if self.unlabelled and (odd := [key for key, given in unfit.items() if given]):
@@ -206,7 +213,7 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Config:
-        if self.crop in _WHOLE_IMAGES:
+        if self.crop in _WITH_TARGETS:
             return self
         key, size = ("validation_size", self.validation_size) if self.validation_size else ("size", self.size)
         crop = max(height_width(size))
@@ -223,7 +230,7 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _crop_takes_the_size(self) -> Config:
-        if self.crop in _WHOLE_IMAGES:
+        if self.crop in _WITH_TARGETS:
             return self
         sizes = {"size": self.size, "validation_size": self.validation_size}
         if odd := [key for key, size in sizes.items() if isinstance(size, tuple)]:
@@ -236,17 +243,39 @@ class Config(FrozenModel):
     @model_validator(mode="after")
     def _crop_takes_the_keys(self) -> Config:
         unfit = {key: getattr(self, key) for key in ("short", "long", "buckets") if self.crop != "keep_ratio"}
-        if self.crop in _WHOLE_IMAGES:
-            unfit |= {"resize": self.resize, "augment": self.augment, "repeat": self.repeat > 1}
-        if self.crop == "keep_ratio":
+        if self.crop in _WITH_TARGETS:
+            unfit |= {"resize": self.resize, "augment": self.augment}
+        if self.crop in ("scaled", "keep_ratio"):
+            unfit |= {"repeat": self.repeat > 1}
+        if self.crop in ("keep_ratio", "patch"):
             defaults = Config.model_fields
             unfit |= {key: getattr(self, key) != defaults[key].default for key in ("scale", "ratio", "pad")}
             unfit |= {"validation_size": self.validation_size, "scales": self.scales}
         if odd := [key for key, given in unfit.items() if given]:
             raise ValueError(f"{odd[0]}: crop: {self.crop} does not take it; remove it")
-        if self.crop in _WHOLE_IMAGES and self.loader == "memory":
-            raise ValueError(f"loader: memory does not take crop: {self.crop}; set loader: dali")
+        wrong, right = ("dali", "memory") if self.crop == "patch" else ("memory", "dali")
+        if self.crop in _WITH_TARGETS and self.loader == wrong:
+            raise ValueError(f"loader: {wrong} does not take crop: {self.crop}; set loader: {right}")
         return self
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Config:
+        if (self.crop == "patch") != (self.upscale > 1):
+            raise ValueError("upscale: crop: patch needs it, such as upscale: 2, and no other crop takes it")
+        if self.crop != "patch":
+            return self
+        if odd := [key for key, value in _NO_NORMALIZATION.items() if getattr(self, key) != value]:
+            raise ValueError(f"{odd[0]}: crop: patch has values in 0 … 1, which are not normalised; remove it")
+        if isinstance(self.size, tuple):
+            raise ValueError(f"size: {size_text(self.size)}: crop: patch makes square images; give one number")
+        if self.validation_batch not in (None, 1):
+            raise ValueError("validation_batch: crop: patch validates whole images, one in a batch; remove it")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patches_are_not_normalized(cls, values: Any) -> Any:
+        return {**_NO_NORMALIZATION, **values} if isinstance(values, dict) and values.get("crop") == "patch" else values
 
     @model_validator(mode="before")
     @classmethod
@@ -277,6 +306,12 @@ class Config(FrozenModel):
     def side(self) -> int:
         """Return the side of the images, which are square for the crops that take no whole images."""
         return height_width(self.size)[0]
+
+    @property
+    def target_size(self) -> tuple[int, int]:
+        """Return the height and width of what a task asks of the pixels of an image of ``size``."""
+        height, width = height_width(self.size)
+        return self.upscale * height, self.upscale * width
 
     @property
     def for_validation(self) -> Config:

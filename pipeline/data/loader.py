@@ -21,11 +21,13 @@ from pipeline.data.config import Config
 from pipeline.data.holdout import source_split, used_rows
 from pipeline.data.loader_settings import LoaderSettings, loader_settings
 from pipeline.data.mixer import partners
+from pipeline.data.patches import PatchDecoder
 from pipeline.data.read_ahead import read_ahead
 from pipeline.data.requests import BatchSampler, Columns, SampleRequest, describe_sample
 from pipeline.data.unlabelled import SEED_OFFSET, UnlabelledSampler, append_unlabelled
 from pipeline.distributed import collectives
 from pipeline.image_size import height_width, size_text
+from pipeline.tasks._image_quality import WINDOW
 from shards.manifest import Manifest
 from shards.read import SplitReader
 
@@ -217,6 +219,8 @@ def _check_images(config: Config, samples: dict[str, NDArray], batch: int) -> No
         )
     if config.crop == "scaled":
         _check_scaled_sizes(config, samples)
+    if config.crop == "patch":
+        _check_pairs(config, samples)
     if config.crop == "keep_ratio" and (note := check_buckets(config, samples, batch)) and collectives.is_main():
         print(note)
 
@@ -274,9 +278,39 @@ def _open(config: Config, split: str, manifest: Manifest | None) -> SplitReader:
             f"data.crop: keep_ratio needs images with boxes, and {folder} has none; prepare shards with boxes, or set "
             "another crop"
         )
-    if config.loader == "memory" or (config.loader == "dali" and config.crop == "pad" and split == "train"):
+    if config.crop == "patch":
+        _check_copies(config, reader)
+    elif config.loader == "memory" or (config.loader == "dali" and config.crop == "pad" and split == "train"):
         _check_sides(config, reader)
     return reader
+
+
+def _check_copies(config: Config, reader: SplitReader) -> None:
+    """Raise ValueError unless the images have copies that are ``data.upscale`` times smaller."""
+    if not reader.has_copies:
+        raise ValueError(
+            f"data.crop: patch needs images with smaller copies, and {reader.folder} has none; prepare shards with "
+            "them, or set another crop"
+        )
+    if reader.manifest.scale != config.upscale:
+        raise ValueError(
+            f"data.upscale: {config.upscale}: the copies in {reader.folder} are {reader.manifest.scale} times smaller; "
+            f"set upscale: {reader.manifest.scale}, or give other shards"
+        )
+
+
+def _check_pairs(config: Config, samples: dict[str, NDArray]) -> None:
+    """Raise ValueError for a training image smaller than a patch, or a validation image that is too small to judge."""
+    for split, key, least in (("train", "size", config.target_size[0]), ("val", "path", 2 * config.upscale + WINDOW)):
+        if split not in samples:
+            continue
+        sides_N = np.minimum(samples[split]["width"], samples[split]["height"])
+        if len(small := np.flatnonzero(sides_N < least)):
+            number, side = samples[split]["id"][small[0]], sides_N[small[0]]
+            raise ValueError(
+                f"data.{key}: {len(small):,} images of {split} have sides below {least} pixels, such as id {number} "
+                f"with {side}; leave them out, or set a smaller data.size"
+            )
 
 
 def _check_scaled_sizes(config: Config, samples: dict[str, NDArray]) -> None:
@@ -328,10 +362,9 @@ def _create_decoders(plan: BatchSampler, settings: LoaderSettings, device: torch
             for split, reader in plan.readers.items()
         }
     if config.loader == "memory":
+        kind = PatchDecoder if config.crop == "patch" else memory.MemoryDecoder
         # One decoder for both splits if images are held out: it keeps the pixels of all of them.
-        decoders = {
-            reader: memory.MemoryDecoder(reader, config, device) for reader in dict.fromkeys(plan.readers.values())
-        }
+        decoders = {reader: kind(reader, config, device) for reader in dict.fromkeys(plan.readers.values())}
         return {split: decoders[reader] for split, reader in plan.readers.items()}
     decoder = _dali().DaliDecoder
     return {

@@ -10,7 +10,7 @@ padded images; H, W and C are as stored.
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -96,18 +96,34 @@ def _columns(table_4R: Tensor, rows: slice, partners: slice) -> Tensor:
 
 
 def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:
-    """Return all images of a split in storage order, [N, H, W, C].
+    """Return all images of a split in storage order, [N, H, W, C]. Raises ValueError as ``decode_images``."""
+    sides_N2 = np.full((len(reader.samples), 2), size)
+    images_NHWC = np.empty((len(sides_N2), size, size, 3), np.uint8)
+    decode_images(reader, reader.bytes, sides_N2, images_NHWC)
+    return images_NHWC
 
-    Raises ValueError, one line, for an image that cannot be decoded.
+
+def decode_images(
+    reader: SplitReader,
+    read: Callable[[NDArray[np.int64]], list[NDArray[np.uint8]]],
+    sides_N2: NDArray[np.int64],
+    out: NDArray[np.uint8] | None = None,
+) -> list[NDArray[np.uint8]]:
+    """Return what ``read`` gives of the rows of a split, decoded, uint8 [H, W, C] each, in ``out`` if it is given.
+
+    ``sides_N2`` are their heights and widths. Raises ValueError, one line, for one that cannot be decoded, or of
+    another size.
     """
-    images_NHWC = np.empty((len(reader.samples), size, size, 3), np.uint8)
+    images = [np.empty((*sides, 3), np.uint8) for sides in sides_N2.tolist()] if out is None else list(out)
 
     def decode_from(start: int) -> None:
-        rows = np.arange(start, min(start + _ROWS_AT_ONCE, len(images_NHWC)))
-        for row, encoded in zip(rows.tolist(), reader.bytes(rows), strict=True):
+        rows = np.arange(start, min(start + _ROWS_AT_ONCE, len(images)))
+        for row, encoded in zip(rows.tolist(), read(rows), strict=True):
             try:
                 with Image.open(io.BytesIO(encoded.tobytes())) as image:
-                    images_NHWC[row] = np.asarray(image.convert("RGB"))
+                    if image.size != (found := images[row].shape[1::-1]):
+                        raise ValueError(f"its size is {image.size}, not {found}")
+                    images[row][:] = np.asarray(image.convert("RGB"))
             except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
                 raise ValueError(
                     f"data.path: {describe_sample(reader, row)} cannot be decoded ({error}); "
@@ -116,5 +132,5 @@ def decode_split(reader: SplitReader, size: int) -> NDArray[np.uint8]:
 
     # Threads suffice: Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor() as pool:
-        list(pool.map(decode_from, range(0, len(images_NHWC), _ROWS_AT_ONCE)))
-    return images_NHWC
+        list(pool.map(decode_from, range(0, len(images), _ROWS_AT_ONCE)))
+    return images

@@ -55,7 +55,8 @@ class Geometry(NamedTuple):
     crops_B2: NDArray[np.int64]
     """(top, left) of the ``size`` × ``size`` crop in the resized box."""
     flips_B: NDArray[np.bool_]
-    """Mask of the images that are mirrored left to right."""
+    """Mask of the images that are mirrored left to right. ``patch`` has [B, 3]: whether an image is mirrored left to
+    right, then top to bottom, and then transposed."""
 
 
 class SampleRequest(NamedTuple):
@@ -130,6 +131,8 @@ def training_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Ge
     if config.crop == "keep_ratio":
         shorts = augment.drawn_shorts(ids, view, seed=config.seed, shorts=config.short_sides)
         return _whole_geometry(config, samples_B, shorts, flips)
+    if config.crop == "patch":
+        return _patch_geometry(config, samples_B, view)
     if config.crop == "pad":
         offsets = augment.pad_crop(ids, view, seed=config.seed, pad=config.pad)
         boxes = _full_boxes(widths, heights)
@@ -149,11 +152,32 @@ def validation_geometry(config: Config, samples_B: NDArray) -> Geometry:
     if config.crop == "scaled":  # the whole image, at its own size
         boxes = _full_boxes(samples_B["width"], samples_B["height"])
         return Geometry(boxes, boxes[:, 2:], np.zeros_like(boxes[:, :2]), np.zeros(len(samples_B), np.bool_))
+    if config.crop == "patch":
+        boxes = _full_boxes(*_low_sides(config, samples_B))
+        return _plain_geometry(boxes, np.zeros((len(boxes), 3), np.bool_))
     if config.crop == "keep_ratio":
         return _whole_geometry(config, samples_B, max(config.short_sides), np.zeros(len(samples_B), np.bool_))
     boxes, size = _middle_boxes(samples_B["width"], samples_B["height"]), config.for_validation.side
     resized, crops = augment.resize_and_centre_crop(boxes[:, 3], boxes[:, 2], config.resize or size, size)
     return Geometry(boxes, resized, crops, np.zeros(len(samples_B), np.bool_))
+
+
+def _patch_geometry(config: Config, samples_B: NDArray, view: ArrayLike) -> Geometry:
+    """Return the geometry of patches of the smaller copies; that of the large images is ``upscale`` times as large."""
+    size, draws = height_width(config.size), {"seed": config.seed}
+    corners_B2 = augment.patches(samples_B["id"], view, *_low_sides(config, samples_B), size=size, **draws)
+    boxes_B4 = np.concatenate([corners_B2, np.broadcast_to(size, corners_B2.shape)], axis=1)
+    return _plain_geometry(boxes_B4, augment.symmetries(samples_B["id"], view, probability=config.flip, **draws))
+
+
+def _plain_geometry(boxes_B4: NDArray[np.int64], flips: NDArray[np.bool_]) -> Geometry:
+    """Return the geometry of boxes that are neither resized nor cropped."""
+    return Geometry(boxes_B4, boxes_B4[:, 2:], np.zeros_like(boxes_B4[:, :2]), flips)
+
+
+def _low_sides(config: Config, samples_B: NDArray) -> tuple[NDArray, NDArray]:
+    """Return the widths and heights of the smaller copies."""
+    return samples_B["width"] // config.upscale, samples_B["height"] // config.upscale
 
 
 def _whole_geometry(
@@ -235,7 +259,9 @@ class BatchSampler:
 
     @property
     def validation_batch(self) -> int:
-        """Return the number of rows of a validation request; the last may have fewer."""
+        """Return the number of rows of a validation batch; the last may have fewer."""
+        if self.config.crop == "patch":  # whole images, whose sizes differ
+            return 1
         return self.config.validation_batch or self.micro_batch
 
     @property

@@ -16,6 +16,7 @@ from pipeline.batch import Batch
 from pipeline.data.config import Config
 from pipeline.data.requests import SampleRequest
 from pipeline.image_size import height_width
+from pipeline.tasks._high import HIGH
 from pipeline.tasks._masks import MASK
 
 
@@ -43,6 +44,10 @@ class SyntheticDecoder:
             size = (batch, *height_width(config.size))
             masks_BHW = torch.randint(mask_classes, size, dtype=torch.uint8, generator=draws, device=device)
             self._targets = {MASK: masks_BHW}
+        if config.crop == "patch":
+            size = (batch, 3, *config.target_size)
+            high_BCHW = torch.randint(256, size, dtype=torch.uint8, generator=draws, device=device)
+            self._targets = {HIGH: high_BCHW}
 
     def __call__(self, requests: Iterator[SampleRequest]) -> Generator[Batch, None, None]:
         """Yield the batch of each request, with one image per row, [B, C, H, W] in float32."""

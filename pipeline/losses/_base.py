@@ -134,6 +134,8 @@ class Loss(nn.Module):
     """Names in ``batch.targets`` that the loss reads; only a task that has them can use it."""
     takes_pixels: ClassVar[bool] = False
     """Whether the loss of logits takes a map of them, whose pixels are its rows; the tasks of pixels need that."""
+    takes_images: ClassVar[bool] = False
+    """Whether the loss of logits takes the images of a task whose logits they are."""
     exported: tuple[str, ...] = ()
     """Attributes that are modules which a finished run leaves, such as for the losses of other runs."""
     capturable: ClassVar[bool] = True

@@ -84,6 +84,11 @@ class LossSpec:
         return _declared(self.loss, "takes_pixels", False) and all(spec.takes_pixels for spec in self._inner)
 
     @property
+    def takes_images(self) -> bool:
+        """Return whether the loss of logits takes images in their place."""
+        return _declared(self.loss, "takes_images", False)
+
+    @property
     def has_label_loss(self) -> bool:
         """Return whether this loss or an inner one has the cross-entropy with the labels as a part."""
         return self.config.has_label_loss() or any(spec.has_label_loss for spec in self._inner)

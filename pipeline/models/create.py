@@ -26,6 +26,7 @@ from pipeline.models import (
     plain_fpn,
     plain_retinanet,
     segmentation,
+    super_resolution,
 )
 from pipeline.models.arguments import check_arguments, failed
 from pipeline.models.from_timm import PREFIX, create_timm_model
@@ -45,8 +46,9 @@ PROJECT_MODELS = {
     **detection.MODELS,
     **plain_retinanet.MODELS,
     **plain_faster_rcnn.MODELS,
+    **super_resolution.MODELS,
 }
-"""This project's networks by name, as functions of the number of classes, with those of segmentation and detection."""
+"""This project's networks by name, as functions of the number of classes, with those of other tasks."""
 
 AUXILIARY = ("googlenet", "inception_v3")
 """Torchvision's networks that return several tensors in training mode, unless ``aux_logits`` is False."""
@@ -63,7 +65,8 @@ def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | Non
     """Return a freshly initialised network that maps images [B, 3, H, W] to logits [B, ``num_classes``].
 
     Those of a segmentation network are a map, [B, ``num_classes``, h, w]. Those of a detector are of its anchors, or of
-    the regions of its second stage, [B, boxes, ``num_classes``].
+    the regions of its second stage, [B, boxes, ``num_classes``]. Those of a network of super-resolution are a larger
+    image.
 
     ``name`` is one of ``known_models()``, or ``timm/<name>``, or ``package.module:factory``, called as
     ``factory(num_classes=…)``. ``arguments`` are more keyword arguments of the factory; ``subclasses`` among them

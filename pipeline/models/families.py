@@ -39,6 +39,7 @@ from pipeline.models.cifar_wrn import CifarWideResNet
 from pipeline.models.detector import Detector
 from pipeline.models.mobilenet_v1 import MobileNetV1
 from pipeline.models.segmenter import Segmenter
+from pipeline.models.super_resolution import Enlarger
 
 HEADS = ("fc", "classifier", "head", "heads")
 POOL_TYPES = ("avgpool", "global_pool")
@@ -301,6 +302,12 @@ def _detector(model: nn.Module) -> Paths:
     return found | of_backbone | model.tap_paths()
 
 
+def _enlarger(model: nn.Module) -> Paths:
+    """Return the paths of a network of super-resolution."""
+    assert isinstance(model, Enlarger)
+    return model.tap_paths()
+
+
 def _plain_stages(model: nn.Module, prefix: str) -> Paths:
     """Return the paths of stages of convolution, BatchNorm and ReLU in the module whose path is ``prefix``."""
     found: Paths = {}
@@ -354,6 +361,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     CifarShuffleNetV2: _stem_and_stages("relu:in", None),
     Segmenter: _segmenter,
     Detector: _detector,
+    Enlarger: _enlarger,
     MobileNetV1: _stem_and_stages("1.2:in", "1.1"),
     ResNet: _resnet,
     MobileNetV2: _mobile,

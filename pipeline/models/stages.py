@@ -39,6 +39,7 @@ The meaning of a name:
   The label is 0 of the background and −1 of what the network did not choose to learn from, as all in evaluation.
 - ``detections`` are the boxes that it finds, [B, 100, 6], the best first: left, top, right, bottom, score and class.
   In training there are none.
+- ``expanding`` is what the last convolution of FSRCNN reads.
 
 In networks for ImageNet, stage n is the last tensor with 1 / 2ⁿ⁺¹ of the image's width. In VGGs a stage is a block, on
 ImageNet as on CIFAR. Where convolutions without padding make odd widths, stage n is the last tensor after n + 1
@@ -49,6 +50,9 @@ activated output is the logits. In ShuffleNetV2, a stage's last activation is of
 
 In segmentation networks, stage n is that of the classification network with the same backbone. The last two are larger
 there by the strides that dilations replace.
+
+In networks of super-resolution all stages have the size of the small image. ``stage1`` and ``stage2`` are the ends of
+the thirds of EDSR's and RCAN's body, and ``stage3`` is the sum after the skip around it.
 """
 
 from __future__ import annotations

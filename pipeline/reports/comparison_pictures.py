@@ -32,7 +32,7 @@ def draw_methods(methods: Sequence[MethodRuns], references: References) -> str:
         "methods",
         f"{task.title} after the last epoch by method and seed. {text}",
         values,
-        xlabel=f"{task.title} after the last epoch, %",
+        xlabel=f"{task.title} after the last epoch, {task.unit}",
         baseline=None if alone is None else ("student alone", alone),
     )
     return page.section("Methods and seeds", page.pictures([("A dot for each seed; mean ± deviation", svg)]))
@@ -52,15 +52,16 @@ def draw_networks(methods: Sequence[MethodRuns], references: References) -> str:
     selected = [page.note(text) for text in dict.fromkeys(notes)]
     if not networks:
         return page.section("Accuracy and cost", *selected)
-    title = methods[0].first_run.task.title
+    task = methods[0].first_run.task
+    title = task.title
     text = "; ".join(
-        f"{network.label} {network.metric:.2f} % with "
+        f"{network.label} {network.metric:.2f} {task.unit} with "
         + ", ".join(f"{cost:.3g} {kind}" for kind, cost in network.costs.items())
         for network in networks
     )
     if len(networks) == 1:
         return page.section("Accuracy and cost", page.paragraph(text), *selected)
-    svg = draw_costs("costs", f"{title} against cost: {text}", networks, ylabel=f"{title}, %")
+    svg = draw_costs("costs", f"{title} against cost: {text}", networks, ylabel=task.title_and_unit)
     return page.section("Accuracy and cost", page.pictures([(f"{title} against what a network costs", svg)]), *selected)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.commands import as_started
@@ -47,15 +47,15 @@ def draw_evaluations(methods: Sequence[MethodRuns], references: References) -> s
             page.note(text, as_started(f"python pipeline/evaluate.py {run.folder}{agreement}")),
         )
     alone = next((run for run in references.alone if run.evaluation), None)
-    titles = methods[0].first_run.task.titles
-    rows = [_row(f"{each.name}, seed {each.run.recipe.seed}", each.evaluation, titles) for each in evaluated]
+    task = methods[0].first_run.task
+    rows = [_row(f"{each.name}, seed {each.run.recipe.seed}", each.evaluation, task) for each in evaluated]
     teacher = next((each.evaluation.teacher for each in evaluated if each.evaluation.teacher), None)
-    rows += [_row(f"teacher {teacher.name}", teacher, titles)] if teacher else []
+    rows += [_row(f"teacher {teacher.name}", teacher, task)] if teacher else []
     columns = list(dict.fromkeys(key for row in rows for key in row))
     values = [[row.get(key, "") for key in columns] for row in rows]
     drawn = [_reliability(evaluated[:_MOST], teacher, alone)]
     drawn += [_gains(number, each, alone) for number, each in enumerate(evaluated[:_MOST])]
-    drawn += _of_task(methods[0].first_run.task, evaluated)
+    drawn += _of_task(task, evaluated)
     sheets = [_sheet(each) for each in evaluated[:_MOST]]
     stale = [
         page.note(f"{run.folder}: evaluation.json is of weights that this run no longer has; evaluate it again.")
@@ -71,7 +71,8 @@ def _heading(run: ReportedRun) -> str:
 
 
 def _also(run: ReportedRun) -> str:
-    return "masks" if run.task.of_pixels else "boxes" if run.task.of_boxes else "calibration"
+    known = {"masks": run.task.of_pixels, "boxes": run.task.of_boxes, "restored images": run.task.of_images}
+    return next((name for name, is_so in known.items() if is_so), "calibration")
 
 
 def _of_task(task: Task, evaluated: Sequence[Evaluated]) -> list[tuple[str, str]]:
@@ -88,14 +89,15 @@ def _of_task(task: Task, evaluated: Sequence[Evaluated]) -> list[tuple[str, str]
 
 
 def _sheet(evaluated: Evaluated) -> str:
-    """Return some images with their masks or boxes, and the colours of the classes; empty without the file."""
+    """Return some images with what networks make of them, and the colours of the classes; empty without the file."""
     name, _, run, evaluation = evaluated
-    sheet = evaluation.masks or evaluation.boxes
+    sheet = evaluation.masks or evaluation.boxes or evaluation.images
     if sheet is None or not (run.folder / sheet.file).is_file():
         return ""
     colours = [(evaluation.classes[number], class_color(number)) for number in sheet.classes]
-    what = "masks. Grey pixels have no class." if evaluation.masks else "boxes. Grey boxes are of crowds."
-    text = f"{name}: validation images with their {what}"
+    masks, boxes = "with their masks. Grey pixels have no class.", "with their boxes. Grey boxes are of crowds."
+    what = masks if evaluation.masks else boxes if evaluation.boxes else "as they are restored; the middle of each"
+    text = f"{name}: validation images {what}"
     return page.sheet(text, sheet.columns, (run.folder / sheet.file).read_bytes(), colours)
 
 
@@ -108,9 +110,10 @@ def _evaluated(methods: Sequence[MethodRuns], references: References) -> list[Ev
     return [Evaluated(method.name, color, run, run.evaluation) for color, method, run in first if run.evaluation]
 
 
-def _row(name: str, evaluation: EvaluationFile | EvaluatedTeacher, titles: Mapping[str, str]) -> dict[str, str]:
+def _row(name: str, evaluation: EvaluationFile | EvaluatedTeacher, task: Task) -> dict[str, str]:
     """Return the figures of a network by the heads of their columns, with units."""
-    heads = {key: f"{title}, %" for key, title in titles.items()} | _HEADS
+    heads = {key: f"{title}, {task.unit_of(key)}" for key, title in task.titles.items()} | _HEADS
+    heads |= {f"bicubic_{key}": f"bicubic {heads[key]}" for key in task.titles}
     known = [(heads.get(key, key), value) for key, value in evaluation.metrics.items()]
     if isinstance(evaluation, EvaluationFile):
         known += [("agreement with the teacher, %", evaluation.agreement), ("KL to the teacher, nats", evaluation.kl)]

@@ -79,14 +79,19 @@ def headline(runs: Sequence[ReportedRun], references: References) -> str:
 
 
 def _numbers(run: ReportedRun, references: References) -> list[tuple[str, str]]:
-    title = run.task.title
+    title, unit = run.task.title, run.task.unit
     epoch = "last epoch" if run.result else "last epoch so far"
-    found = [(f"student, {title} after the {epoch}", _percent(run.last)), ("student, best epoch", _percent(run.best))]
+    found = [
+        (f"student, {title} after the {epoch}", _measured(run.last, unit)),
+        ("student, best epoch", _measured(run.best, unit)),
+    ]
     if run.teaches_itself:
         return [*found, *_paper(run)]
     if references.alone:
-        found.append((f"student trained alone ({_seeds(len(references.alone))})", _percent(references.alone_metric)))
-    found.append(("teacher", _percent(references.teacher_metric)))
+        found.append(
+            (f"student trained alone ({_seeds(len(references.alone))})", _measured(references.alone_metric, unit))
+        )
+    found.append(("teacher", _measured(references.teacher_metric, unit)))
     if run.result and (gap := references.gap_closed(run.last)) is not None:
         found.append(("of the gap to the teacher closed", f"{gap:.0f} %"))
     return [*found, *_paper(run)]
@@ -103,8 +108,8 @@ def _paper(run: ReportedRun) -> list[tuple[str, str]]:
 
 
 def _table(methods: Sequence[MethodRuns], references: References) -> str:
-    title = methods[0].first_run.task.title
-    head = ["method", "seeds", f"{title}, last epoch, %", "best epoch, %", "gap closed", "papers, %"]
+    title, unit = methods[0].first_run.task.title, methods[0].first_run.task.unit
+    head = ["method", "seeds", f"{title}, last epoch, {unit}", f"best epoch, {unit}", "gap closed", f"papers, {unit}"]
     rows = []
     for method in methods:
         runs, first = method.measured, method.first_run
@@ -121,8 +126,8 @@ def _table(methods: Sequence[MethodRuns], references: References) -> str:
     return page.table([head[column] for column in kept], [[row[column] for column in kept] for row in rows])
 
 
-def _percent(value: float | None) -> str:
-    return percent(value) if value is None else f"{percent(value)} %"
+def _measured(value: float | None, unit: str) -> str:
+    return percent(value) if value is None else f"{percent(value)} {unit}"
 
 
 def _seeds(count: int) -> str:

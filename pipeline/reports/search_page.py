@@ -18,9 +18,16 @@ class SearchFacts(NamedTuple):
     folder: str
     metric: str
     """Title of the task's main metric."""
+    unit: str
+    """Unit of that metric."""
     seeds: Sequence[int]
     command: str | None
     """Command that trains with the best values; None without a finished trial."""
+
+    @property
+    def axis(self) -> str:
+        """Return the label of an axis of the metric."""
+        return f"{self.metric}, {self.unit}"
 
 
 def search_page(facts: SearchFacts, keys: Sequence[SearchedKey], trials: Sequence[PlottedTrial]) -> str:
@@ -46,21 +53,21 @@ def _numbers(facts: SearchFacts, trials: Sequence[PlottedTrial]) -> str:
     failed = sum(trial.failed for trial in trials)
     values = [("finished trials", str(len(metrics)))]
     values += [("failed trials", str(failed))] if failed else []
-    values += [(f"best {facts.metric} on held-out images, %", percent(max(metrics)))] if metrics else []
+    values += [(f"best {facts.metric} on held-out images, {facts.unit}", percent(max(metrics)))] if metrics else []
     return page.numbers(values)
 
 
 def _trials_picture(facts: SearchFacts, trials: Sequence[PlottedTrial]) -> tuple[str, str]:
     texts = [f"trial {trial.number} {'failed' if trial.failed else percent(trial.metric)}" for trial in trials]
     caption = f"{facts.metric} on held-out images by trial"
-    return caption, draw_trials("trials", f"{caption}: {', '.join(texts)}", trials, ylabel=f"{facts.metric}, %")
+    return caption, draw_trials("trials", f"{caption}: {', '.join(texts)}", trials, ylabel=facts.axis)
 
 
 def _key_picture(facts: SearchFacts, key: SearchedKey, finished: Sequence[PlottedTrial]) -> tuple[str, str]:
     texts = [f"{json.dumps(trial.values[key.key])}: {percent(trial.metric)}" for trial in finished]
     caption = f"{facts.metric} by {key.key}; filled: the best trial"
     name = f"key-{''.join(letter if letter.isalnum() else '-' for letter in key.key)}"
-    return caption, draw_key(name, f"{caption}. {', '.join(texts)}", key, finished, ylabel=f"{facts.metric}, %")
+    return caption, draw_key(name, f"{caption}. {', '.join(texts)}", key, finished, ylabel=facts.axis)
 
 
 def _table(facts: SearchFacts, keys: Sequence[SearchedKey], trials: Sequence[PlottedTrial]) -> str:

@@ -46,7 +46,7 @@ def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
     if any(curve.y for curve in validation):
         title = f"{task.title} on the validation images by epoch; last: {ends}"
         svg = draw_curves(
-            "validation", title, [*alone, *validation], xlabel="epoch", ylabel=f"{task.title}, %", levels=levels
+            "validation", title, [*alone, *validation], xlabel="epoch", ylabel=task.title_and_unit, levels=levels
         )
         drawn.append((f"{task.title} on the validation images", svg))
     training = [
@@ -54,7 +54,9 @@ def draw_learning(methods: Sequence[MethodRuns], references: References) -> str:
     ]
     measure = task.titles.get(task.training_metric, task.training_metric)
     title = f"{measure} on the training batches by epoch"
-    svg = draw_curves("training", title, training, xlabel="epoch", ylabel=f"{measure}, %")
+    svg = draw_curves(
+        "training", title, training, xlabel="epoch", ylabel=f"{measure}, {task.unit_of(task.training_metric)}"
+    )
     drawn.append((f"{measure} on the training batches, in training mode", svg))
     missing = "" if len(drawn) == 2 else page.note("The run has no evaluation yet, or no validation images.")
     return page.section("Learning curves", page.pictures(drawn), missing)

@@ -68,12 +68,13 @@ class EvaluatedTeacher(_Section):
 
 
 class PictureFile(_Section):
-    """The picture of some images with their masks or boxes: a PNG, whose rows are images."""
+    """The picture of some images with masks or boxes, or as networks restore them: a PNG, whose rows are images."""
 
     file: str
     """Its name, in the same folder."""
     columns: tuple[str, ...]
-    """What its columns are: ``image``, ``truth``, ``teacher`` and ``student``; of boxes all but the first."""
+    """What its columns are: ``image``, ``truth``, ``teacher`` and ``student``; of boxes all but the first. Of restored
+    images the first is ``bicubic``."""
     classes: tuple[NonNegativeInt, ...]
     """The classes that its masks or boxes have."""
 
@@ -120,7 +121,7 @@ class EvaluationFile(_Section):
     samples: NonNegativeInt
     """Number of images."""
     metrics: dict[str, _Number]
-    """``nll`` in nats, all others in percent."""
+    """``nll`` in nats, PSNR in dB, all others in percent. ``bicubic_…`` are those of bicubic interpolation."""
     classes: tuple[str, ...]
     """Names of the classes among which the network chose."""
     per_class: PerClass | None
@@ -131,6 +132,8 @@ class EvaluationFile(_Section):
     """Only of masks."""
     boxes: PictureFile | None = None
     """Only of boxes."""
+    images: PictureFile | None = None
+    """Only of restored images."""
     teacher: EvaluatedTeacher | None
     agreement: _Number
     """Percentage of decisions in which student and teacher agree."""

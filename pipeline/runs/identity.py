@@ -87,6 +87,7 @@ _OPTIONS = {
     "route": None,
     "snapshots": None,
     "train": [],
+    "upscale": 1,
 }
 # Keys whose values are the user's own names, in which nothing is off.
 _VERBATIM = ("arguments", "rates")

@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
     """The exact metrics of the validation split, over the images of all ranks."""
 
     metrics: dict[str, float]
-    """Metrics by name, in percent. The first one decides which weights are the best."""
+    """Metrics by name, in percent or the unit of ``Task.units``. The first one decides which weights are the best."""
     samples: int
     """Number of images."""
     loss: float | None = None
@@ -54,6 +54,8 @@ class Task(ABC):
 
     titles: ClassVar[dict[str, str]]
     """Titles of the metrics of validation, by their name in files; the first is the main one."""
+    units: ClassVar[dict[str, str]] = {}
+    """Unit of a metric by its name in files, where it is not a percentage."""
     training_metric: ClassVar[str]
     """Name of the metric of a training batch in the journal."""
     images_have: ClassVar[str]
@@ -75,19 +77,47 @@ class Task(ABC):
         """Return the title of the main metric."""
         return self.titles[self.metric]
 
+    @property
+    def unit(self) -> str:
+        """Return the unit of the main metric."""
+        return self.unit_of(self.metric)
+
+    @property
+    def title_and_unit(self) -> str:
+        """Return the title of the main metric with its unit."""
+        return f"{self.title}, {self.unit}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether a network answers for places in an image, and not for the image as a whole."""
+        return self.of_pixels or self.of_boxes or self.of_images
+
+    def unit_of(self, metric: str) -> str:
+        """Return the unit of a metric."""
+        return self.units.get(metric, "%")
+
     of_pixels: ClassVar[bool] = False
     """Whether the logits are maps, whose pixels have classes; losses of logits must take such maps then."""
     of_boxes: ClassVar[bool] = False
     """Whether an image has any number of objects, each with a box and a class; the logits are those of anchors."""
+    of_images: ClassVar[bool] = False
+    """Whether the logits are images, which no class stands for."""
     taps: ClassVar[frozenset[str]] = frozenset()
     """Taps that the task reads of each network that it judges."""
 
     def blank_targets(self, rows: int, num_classes: int, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return targets of a batch without any content, on torch's default device, for a trial of the losses.
 
-        ``size`` is the height and width of the images.
+        ``size`` is the height and width of what is asked of the pixels, by default those of the images.
         """
         return {}
+
+    def wrong_logits(self, shape: tuple[int, ...], size: tuple[int, int]) -> str | None:
+        """Return why a network whose logits have that shape, without the batch, cannot be judged; None if it can.
+
+        ``size`` is that of ``blank_targets``.
+        """
+        return None
 
     @abstractmethod
     def measure_batch(self, outputs: Outputs, batch: Batch) -> Tensor:

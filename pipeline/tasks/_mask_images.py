@@ -1,4 +1,4 @@
-"""Masks as images: the colour of each class, and PNG files whose values are the classes."""
+"""Masks as images: the colour of each class, and PNG files whose values are the classes; and PNGs of colours."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ def palette_png(mask_HW: NDArray[np.uint8]) -> bytes:
     """Return a mask as a PNG of one byte for each pixel, the class, which is shown in the colours of the palette."""
     image = Image.fromarray(np.ascontiguousarray(mask_HW, dtype=np.uint8), mode="P")
     image.putpalette(palette().tobytes())
+    return _as_png(image)
+
+
+def rgb_png(image_HWC: NDArray[np.uint8]) -> bytes:
+    """Return an image of red, green and blue as a PNG."""
+    return _as_png(Image.fromarray(np.ascontiguousarray(image_HWC)))
+
+
+def _as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=False)
     return buffer.getvalue()

@@ -249,7 +249,7 @@ def test_masks_that_cannot_be_written_are_one_line_and_other_images_are_done(
     for words, message in (
         ([images, f"out={tmp_path}/masks"], r"0.bmp and \S+/0.png would have the same mask \S+/0.png; rename one"),
         ([images / "1.png", f"out={images}"], "the mask of .* would replace the image"),
-        ([images / "1.png", "out=found.json"], "expected a folder, which gets a mask for each image, got 'found.json'"),
+        ([images / "1.png", "out=found.json"], "expected a folder, which gets a PNG for each image, got 'found.json'"),
     ):
         with pytest.raises(RecipeError, match=message) as refused:
             predict.main([str(WEIGHTS), *map(str, words)])

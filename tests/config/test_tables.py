@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from methods import MULTILABEL, OF_TOKENS
+from methods import MULTILABEL, OF_IMAGES, OF_TOKENS
 
 from pipeline.config.compose import compose
 from pipeline.config.recipe import load_recipe
@@ -44,7 +44,7 @@ def test_the_tables_name_every_method_and_every_network():
     others = {"ab_init", "fsp_init", "ft_init", "pad_init", "subclass_auxiliary"}
     others |= {f"sskd_stage{number}" for number in (1, 2, 3, 4)}
     others |= {"ddkd_paper_literal", "perception_paper_literal"}
-    others |= {"segmentation", "detection", "box_l1", *MULTILABEL, *OF_TOKENS}
+    others |= {"segmentation", "detection", "box_l1", *MULTILABEL, *OF_TOKENS, *OF_IMAGES}
     assert set(known_methods()) - TABLES.methods.keys() == others
     assert TABLES.methods.keys() <= set(known_methods())
     for facts in TABLES.datasets.values():

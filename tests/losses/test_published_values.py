@@ -17,6 +17,7 @@ import published_features
 import published_logits
 import published_maps
 import published_relations
+import published_super_resolution
 import published_survey
 import pytest
 import torch
@@ -30,6 +31,7 @@ FORMULAS = (
     | published_relations.FORMULAS
     | published_diffusion.FORMULAS
     | published_survey.FORMULAS
+    | published_super_resolution.FORMULAS
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import null_gpu
 import pytest
 import torch
-from methods import MULTILABEL, OF_BOXES, OF_MASKS, OF_MODULES, OF_STAGES, OF_TOKENS
+from methods import MULTILABEL, OF_BOXES, OF_IMAGES, OF_MASKS, OF_MODULES, OF_STAGES, OF_TOKENS
 from safetensors.torch import save_file
 from shard_factory import NUM_CLASSES, draw_samples, write_shards
 
@@ -20,7 +20,7 @@ from pipeline.models import create_model
 ROOT = Path(__file__).resolve().parents[2]
 UNDER = str(ROOT / "tests" / "support" / "under_null_gpu.py")
 OF_ONE_RUN = {"ab", "fsp", "pad", "subclass_kd", *OF_MODULES, *OF_STAGES}
-OTHERS = {*OF_ONE_RUN, "kdsvd", "ddkd_paper_literal", *MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES}
+OTHERS = {*OF_ONE_RUN, "kdsvd", "ddkd_paper_literal", *MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_IMAGES}
 METHODS = [name for name in known_methods() if name not in OTHERS]
 """All but those that need another run, one whose eigenvalues the host waits for, and one that equals another here."""
 STORED = Path(__file__).with_name("launches.json")

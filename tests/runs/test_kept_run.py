@@ -98,7 +98,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     old["teacher"]["expect"] = old["teacher"].pop("expect_top1")
     old["teacher"] |= {"accept": ["data.decoder.version"], "route": None, "snapshots": None, **since}
     old["data"] |= {"order_seed": None, "holdout": None, "validation_size": None, "repeat": 1, "augment": []}
-    old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None, "pairs": False}
+    old["data"] |= {"scales": None, "short": None, "long": None, "buckets": None, "pairs": False, "upscale": 1}
     old["data"] |= {"unlabelled": None}
     old["losses"]["ddkd"] |= {"class_maps": None}
     old["losses"]["ddkd"]["feature"] |= {"level_weight": "equal"}

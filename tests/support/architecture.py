@@ -20,6 +20,7 @@ ENTRY_POINTS = {
 """The files of ``pipeline/`` that are commands; a new one is a name here, a line in ``ORDER`` and in CONTRIBUTING."""
 
 ORDER = [
+    {"bicubic"},
     {"batch", "errors", "frozen_model", "image_size", "models", "network_arguments", "nvjpeg", "philox"},
     {"augmentations", "commands", "distributed", "features", "precision", "run_reference"},
     {"tasks"},
@@ -41,7 +42,7 @@ HOMES = {
     "deepspeed": {"pipeline.training.zero"},
     "matplotlib": {"pipeline.plots"},
     "accelerate": {"pipeline.training", "pipeline.builders.session", "pipeline.evaluate", "pipeline.optim.guard"},
-    "torchmetrics": {"pipeline.tasks.classification"},
+    "torchmetrics": {"pipeline.tasks.classification", "pipeline.tasks._image_quality"},
     "torchvision.transforms": set[str](),
     "pickle": {"shards.prepare_cifar"},
     "pyarrow": {"shards.parquet"},
@@ -185,6 +186,7 @@ def unlisted_files_at_the_root(house: House) -> Iterator[str]:
         "cli",
         "distiller",
         "batch",
+        "bicubic",
         "errors",
         "frozen_model",
         "image_size",

@@ -23,6 +23,7 @@ from pipeline.losses._base import Facts, Loss
 from pipeline.losses._peers import PeersLoss
 from pipeline.losses._registry import LossSpec, find_loss, known_losses, load_spec
 from pipeline.tasks import _boxes
+from pipeline.tasks._high import HIGH
 from pipeline.tasks._masks import MASK
 from pipeline.tasks.multilabel import LABELS
 from shards.manifest import IGNORED_VALUE
@@ -167,11 +168,12 @@ def norms_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, NormParameters]:
 
 
 def targets_of(rows: int) -> dict[str, Tensor]:
-    """Return the targets of every task: several classes an image, masks with every sixth stripe of no class, boxes."""
+    """Return the targets of every task: several classes, masks with every sixth stripe of no class, images, boxes."""
     several = (torch.arange(rows * CLASSES).view(rows, CLASSES) % 3 == 0).to(torch.uint8)
     stripes = (torch.arange(rows * MASK_SIZE**2) // 3 % (CLASSES + 1)).view(rows, MASK_SIZE, MASK_SIZE)
     masks = stripes.where(stripes < CLASSES, IGNORED_VALUE).to(torch.uint8)
-    return {LABELS: several, MASK: masks, **boxes_of(rows)}
+    high = (torch.arange(rows * 3 * MAP_SIZE[0] * MAP_SIZE[1]) * 37 % 256).view(rows, 3, *MAP_SIZE).to(torch.uint8)
+    return {LABELS: several, MASK: masks, HIGH: high, **boxes_of(rows)}
 
 
 def boxes_of(rows: int) -> dict[str, Tensor]:
@@ -209,9 +211,11 @@ def with_anchors(features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def logits_shape(spec: LossSpec, *, of_pixels: bool) -> tuple[int, ...]:
-    """Return the shape of an image's logits: of a classifier, a segmenter or a detector."""
+    """Return the shape of an image's logits: of a classifier, a segmenter, a detector, or an enlarged image."""
     if "anchors" in spec.config.taps().student:
         return (ANCHORS, CLASSES)
+    if HIGH in spec.targets or spec.takes_images:
+        return (3, *MAP_SIZE)
     return (CLASSES, *MAP_SIZE) if of_pixels or (spec.takes_pixels and MASK in spec.targets) else (CLASSES,)
 
 

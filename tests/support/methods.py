@@ -36,6 +36,8 @@ OF_MASKS = [name for name in ALL if losses_of(name).keys() & {"ifvd", "segmentat
 """The methods that read the class of every pixel."""
 OF_BOXES = [name for name in ALL if losses_of(name).keys() & {"box_l1", "detection", "fgd"}]
 """The methods for detectors alone."""
+OF_IMAGES = [name for name in ALL if "l1" in losses_of(name)]
+"""The methods for networks that enlarge images."""
 OF_MODULES = [name for name in ALL if "ft" in losses_of(name)]
 """The methods whose losses start with modules that another run left."""
 OF_PEERS = [name for name in ALL if "peers" in keys_of("student", name)]
@@ -44,7 +46,7 @@ OF_STAGES = [
     name for name in ALL if keys_of("student", name) & {"train"} or (keys_of("teacher", name) and name not in OF_PEERS)
 ]
 """The methods with the losses of others, whose students or teachers have several stages."""
-_OTHERS = (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_MODULES, *OF_PEERS, *OF_STAGES)
+_OTHERS = (*MULTILABEL, *OF_TOKENS, *OF_MASKS, *OF_BOXES, *OF_IMAGES, *OF_MODULES, *OF_PEERS, *OF_STAGES)
 METHODS = [name for name in ALL if name not in _OTHERS]
 """The methods for images of one class and any network, in one run."""
 CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for loss in losses_of(name))]

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.batch import Batch, Outputs
 from pipeline.tasks._base import Evaluation
 from pipeline.tasks._boxes import AREAS, BOXES, CLASSES, CROWD, DETECTIONS, LIKELY, SCALES, SIZES
+from pipeline.tasks._high import HIGH
 from pipeline.tasks._masks import MASK, upsampled
 from pipeline.tasks._registry import find_task, known_tasks
 from pipeline.tasks.multilabel import LABELS, MultiLabel, mean_average_precision
@@ -62,21 +63,31 @@ def boxes(seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.cat([moved_N34, scores_N3[..., None], guesses_N3[..., None]], dim=2), targets
 
 
+def pairs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return restored images of values in 0 … 1, the small images, and the true ones, twice as large, uint8."""
+    draws = torch.Generator().manual_seed(seed)
+    truth_NCHW = torch.randint(256, (IMAGES, 3, 16, 18), generator=draws, dtype=torch.uint8)
+    restored_NCHW = (truth_NCHW + 30 * torch.randn(truth_NCHW.shape, generator=draws)) / 255
+    return restored_NCHW, torch.rand(IMAGES, 3, 8, 9, generator=draws), truth_NCHW
+
+
 def batches(rows: np.ndarray, size: int, name: str) -> Iterator[tuple[Outputs, Batch]]:
     """Yield those rows of the split in batches; a row beyond the split is padding, a copy of the last image."""
     logits_NK, labels_N, several_NK = split()
     logits_NKHW, masks_NHW = maps()
     found_N36, objects = boxes()
-    logits = logits_NKHW if find_task(name).of_pixels else logits_NK
+    restored_NCHW, small_NCHW, truth_NCHW = pairs()
+    task = find_task(name)
+    logits = restored_NCHW if task.of_images else logits_NKHW if task.of_pixels else logits_NK
     for start in range(0, len(rows), size):
         part = torch.from_numpy(rows[start : start + size])
         real_B, row_B = part < IMAGES, part.clamp(max=IMAGES - 1)
         labels_B, ids_B = (torch.where(real_B, x, -1) for x in (labels_N[row_B], row_B))
-        targets = {LABELS: several_NK, MASK: masks_NHW, **objects}
+        targets = {LABELS: several_NK, MASK: masks_NHW, HIGH: truth_NCHW, **objects}
         targets = {name: values[row_B] for name, values in targets.items()}
         yield (
             Outputs(logits[row_B], {DETECTIONS: found_N36[row_B]}),
-            Batch(torch.empty(len(part), 0), labels_B, ids_B, {}, targets),
+            Batch(small_NCHW[row_B], labels_B, ids_B, {}, targets),
         )
 
 
@@ -117,6 +128,7 @@ def test_the_loss_is_that_of_the_task_over_real_images_in_float64():
         "classification": cross_entropy(logits_NK, labels_N),
         "multilabel": binary_cross_entropy(logits_NK, several_NK),
         "segmentation": cross_entropy(pixels, masks_NHW.numpy()[masks_NHW.numpy() != IGNORED_VALUE]),
+        "super_resolution": np.abs(pairs()[0].double().numpy() - pairs()[2].numpy() / 255).mean(),
     }
     found = {name: evaluation(0, 1, name, 8).loss for name in known_tasks()}
     assert found.pop("detection") is None
@@ -143,11 +155,13 @@ def test_a_task_measures_what_it_names_and_a_perfect_network_reaches_a_hundred(n
         "detection": labels_N[:, None, None].new_zeros(IMAGES, 1, NUMBER),
         "multilabel": several_NK,
         "segmentation": one_hot(masks_NHW.long() % IGNORED_VALUE, NUMBER).permute(0, 3, 1, 2),
+        "super_resolution": pairs()[2] / 255 + 0.5,
     }
     perfect, ids_N = answers[name] - 0.5, torch.arange(IMAGES)
     features, objects = perfect_boxes()
-    targets = {LABELS: several_NK, MASK: masks_NHW, **objects}
-    batch = Batch(torch.empty(IMAGES, 0, SIDE, SIDE), labels_N, ids_N, {}, targets)
+    targets = {LABELS: several_NK, MASK: masks_NHW, HIGH: pairs()[2], **objects}
+    images = pairs()[1] if task.of_images else torch.empty(IMAGES, 0, SIDE, SIDE)
+    batch = Batch(images, labels_N, ids_N, {}, targets)
     found = task.summarize([task.see(Outputs(perfect, features), batch)])
     assert list(found.metrics) == list(task.titles)
     assert set(found.metrics.values()) == {100.0}
@@ -164,6 +178,7 @@ def test_networks_agree_with_themselves_and_padding_is_no_decision(name: str):
     found_N36 = outputs.features[DETECTIONS]
     twice = 2 * int((found_N36[:IMAGES, :, 4] >= LIKELY).sum())
     expected = {"classification": IMAGES, "multilabel": IMAGES * NUMBER, "segmentation": pixels, "detection": twice}
+    expected["super_resolution"] = pairs()[2].numel()
     assert same == decisions == expected[name]
     other = Outputs(-outputs.logits - 0.25, {DETECTIONS: found_N36 + torch.tensor([0.0, 0, 0, 0, 0, 1])})
     assert task.agreement(outputs, other, batch)[0] < decisions
