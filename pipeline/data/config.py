@@ -173,42 +173,22 @@ class Config(FrozenModel):
         return self
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> Config:
-        unfit = {
+    def _special_batches_fit(self) -> Config:
+        untried = {
             "repeat": self.repeat > 1,
-            "views": self.views is not None,
-            "loader: synthetic": self.loader == "synthetic",
             f"crop: {self.crop}": self.crop in _WITH_TARGETS,
             "mixup and cutmix": self.mixes,
         }
-        if self.pairs and (odd := [key for key, given in unfit.items() if given]):
-            raise ValueError(f"pairs: true does not go with {odd[0]}; remove one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _views_of_a_step_fit(self) -> Config:
-        unfit = {
-            "repeat": self.repeat > 1,
-            "pairs": self.pairs,
-            f"crop: {self.crop}": self.crop in _WITH_TARGETS,
-            "mixup and cutmix": self.mixes,
+        pairs, views = {"pairs": self.pairs}, {"views": self.views is not None}
+        several = {"views_per_step": self.views_per_step > 1}
+        kinds = {
+            "pairs: true": (self.pairs, untried | views | {"loader: synthetic": self.loader == "synthetic"}),
+            f"views_per_step: {self.views_per_step}": (self.views_per_step > 1, untried | pairs),
+            "unlabelled": (self.unlabelled is not None, untried | views | pairs | several),
         }
-        if self.views_per_step > 1 and (odd := [key for key, given in unfit.items() if given]):
-            raise ValueError(f"views_per_step: {self.views_per_step} does not go with {odd[0]}; remove one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _unlabelled_fits(self) -> Config:
-        unfit = {
-            "repeat": self.repeat > 1,
-            "views": self.views is not None,
-            "pairs": self.pairs,
-            "views_per_step": self.views_per_step > 1,
-            f"crop: {self.crop}": self.crop in _WITH_TARGETS,
-            "mixup and cutmix": self.mixes,
-        }
-        if self.unlabelled and (odd := [key for key, given in unfit.items() if given]):
-            raise ValueError(f"unlabelled does not go with {odd[0]}; remove one of them")
+        for kind, (given, others) in kinds.items():
+            if given and (odd := next((key for key, set_too in others.items() if set_too), None)):
+                raise ValueError(f"{kind} does not go with {odd}; remove one of them")
         return self
 
     @model_validator(mode="after")
