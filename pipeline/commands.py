@@ -19,6 +19,7 @@ _SHARDS = (
     "prepare_voc",
     "prepare_ade20k",
     "prepare_coco",
+    "prepare_super_resolution",
     "prepare_demo",
     "prepare_scenes",
     "index",
