@@ -55,7 +55,8 @@ def answer_words(args: Sequence[str]) -> int:
 def help_text(group: str) -> str:
     """Return the names of the commands, each with the first line of its file; with a ``group``, its commands alone."""
     names = [name for name in COMMANDS if name.startswith(group)]
-    lines = [f"  {name:<26}{first_line(COMMANDS[name])}" for name in names]
+    width = max(map(len, names)) + 1
+    lines = [f"  {name:<{width}}{first_line(COMMANDS[name])}" for name in names]
     return "\n".join([*([] if group else [str(__doc__)]), "commands:", *lines])
 
 
