@@ -37,8 +37,6 @@ class PeersLoss(Loss):
     Its parts are those of each peer, ``peer0``, ``peer1`` and so on, whose sum is the loss.
     """
 
-    reads_labels = False
-
     def __init__(self, config: Loss.Config, facts: Facts) -> None:
         super().__init__(config, facts)
         if len(facts.peers) < 2:

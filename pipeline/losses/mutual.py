@@ -28,6 +28,7 @@ class Mutual(PeersLoss):
     """KL divergence of each peer from every other one."""
 
     needs_teacher = False
+    reads_labels = False
 
     class Config(PeersLoss.Config):
         """The config of deep mutual learning, such as ``{temperature: 1.0}``."""

@@ -27,7 +27,6 @@ class PeerEnsemble(PeersLoss):
     """
 
     needs_teacher = False
-    reads_labels = True
     mixed_labels = "soft"
 
     class Config(PeersLoss.Config):

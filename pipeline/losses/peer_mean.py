@@ -20,6 +20,8 @@ from pipeline.losses.soft_ce import soft_ce_loss
 class PeerMean(PeersLoss):
     """Divergence of each peer from the moving averages of all others, which ``teacher.average`` keeps."""
 
+    reads_labels = False
+
     class Config(PeersLoss.Config):
         """The config of averaged peers, such as ``{temperature: 3.0, form: kl}``."""
 
