@@ -86,7 +86,7 @@ def _demo(options: Options) -> list[str]:
 def cifar_overrides(options: Options, method: str) -> list[str]:
     """Return the overrides for a method of the CIFAR pair: shards, and weights in place of the teacher's own run."""
     overrides = [f"data.path={options.cifar_shards}"]
-    if method != "ce":
+    if method not in ("ce", "dml", "pcl", "mmt"):
         weights = options.weights or options.inputs / "resnet56.pt"
         overrides += [f"teacher={{recipe: null, model: cifar_resnet56, weights: {weights}}}"]
     return overrides
