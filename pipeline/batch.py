@@ -5,6 +5,7 @@ Shape suffixes, here and everywhere: B batch, C channels, H W space, K classes, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -69,6 +70,11 @@ class Outputs(NamedTuple):
         batch, _, height, width = self.logits.shape
         maps_BHWK = logits_BK.view(batch, height, width, logits_BK.shape[1])
         return self._replace(logits=maps_BHWK.permute(0, 3, 1, 2))
+
+
+def join_peers(outputs: Sequence[Outputs], exported: int) -> Outputs:
+    """Return the outputs of several networks that train together: those of the ``exported`` one, with all ``peers``."""
+    return outputs[exported]._replace(peers=tuple(outputs))
 
 
 @dataclass(frozen=True)

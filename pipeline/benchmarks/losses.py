@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from pipeline.batch import Batch, Outputs, Progress
+from pipeline.batch import Batch, Outputs, Progress, join_peers
 from pipeline.benchmarks.inputs import draw_batch, draw_outputs
 from pipeline.benchmarks.measure import Lap, Measurement, measure_parts
 from pipeline.builders.meta import probe, probe_models
@@ -84,8 +84,7 @@ def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, 
     exported, peers = recipe.student.export, facts.peers
     student = draw(facts.student_shapes, dtype=precision, layout=layout)
     if peers:
-        of_peers = tuple(draw(peer.student_shapes, dtype=precision, layout=layout) for peer in peers)
-        student = of_peers[exported]._replace(peers=of_peers)
+        student = join_peers([draw(peer.student_shapes, dtype=precision, layout=layout) for peer in peers], exported)
     for x in tensors(student):
         x.requires_grad_()
     if recipe.teacher is None:
@@ -97,8 +96,7 @@ def draw_loss_inputs(recipe: Recipe, facts: Facts, layout: torch.memory_format, 
     of_teacher = partial(draw, dtype=precision, layout=torch.channels_last)
     teacher = of_teacher(facts.teacher_shapes)
     if peers and recipe.teacher.average:
-        averages = tuple(of_teacher(peer.teacher_shapes) for peer in peers)
-        teacher = averages[exported]._replace(peers=averages)
+        teacher = join_peers([of_teacher(peer.teacher_shapes) for peer in peers], exported)
     return LossInputs(student, teacher, batch)
 
 

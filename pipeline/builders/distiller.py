@@ -17,7 +17,7 @@ from pipeline.data.loader import Loader
 from pipeline.distiller import Distiller
 from pipeline.errors import display_path, error_context
 from pipeline.features.checkpointing import checkpoint_blocks
-from pipeline.features.cohort import Cohort, exported_peer
+from pipeline.features.cohort import Cohort, exported_peer, trained_networks
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Facts
 from pipeline.losses._peers import facts_of_peers
@@ -64,7 +64,7 @@ def _facts(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, trained: 
     shapes = probe_trained(recipe, trained, recipe.data.size)
     spec = student_spec(recipe.student, recipe.taps.student)
     spec.check_logits(shapes[recipe.student.export], recipe.task, recipe.data.target_size)
-    networks = trained.members if isinstance(trained, Cohort) else [trained]
+    networks = trained_networks(trained)
     teachers = teacher.members if isinstance(teacher, AveragedPeers) else [teacher] * len(networks)
     found = [
         Facts(

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.batch import PSEUDO, Batch, Outputs, Progress
+from pipeline.batch import PSEUDO, Batch, Outputs, Progress, join_peers
 from pipeline.builders.inheriting import inherited_names
 from pipeline.builders.model_spec import ModelSpec
-from pipeline.builders.peers import peer_specs
+from pipeline.builders.peers import trained_specs
 from pipeline.builders.student import student_spec
 from pipeline.builders.teacher import check_head, teacher_specs
 from pipeline.config.recipe import Recipe
@@ -128,9 +128,8 @@ def _probe_students(
 ) -> tuple[ProbedNetwork, list[ProbedNetwork]]:
     """Return the student, and the networks that train together, of which it is one; an empty list for one alone."""
     config, taps = recipe.student, recipe.taps.student
-    specs = peer_specs(config, taps) or [student_spec(config, taps)]
     # BatchNorm over all ranks counts as BatchNorm; torch's works on GPUs only.
-    specs = [spec._replace(synced=False) for spec in specs]
+    specs = [spec._replace(synced=False) for spec in trained_specs(config, taps)]
     networks = [measure(spec, num_classes, recipe.data.size) for spec in specs]
     student = networks[config.export if config.peers else 0]
     specs[0].check_task(student[1], recipe.task)
@@ -197,8 +196,7 @@ class FakePeers(nn.Module):
 
     def forward(self, images_BCHW: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return the outputs of the exported one, with those of all."""
-        outputs = tuple(peer(images_BCHW) for peer in self.peers)
-        return outputs[self.exported]._replace(peers=outputs)
+        return join_peers([peer(images_BCHW) for peer in self.peers], self.exported)
 
 
 def fake_networks(recipe: Recipe, facts: Facts) -> tuple[nn.Module, nn.Module | None]:

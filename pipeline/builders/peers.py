@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -11,14 +9,20 @@ from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.student import build_student, student_spec
 from pipeline.config.recipe import Recipe, StudentConfig
 from pipeline.errors import error_context
-from pipeline.features.cohort import Cohort, share_modules
+from pipeline.features.cohort import Cohort, share_modules, trained_networks
 from pipeline.features.taps import FeatureTaps
+from pipeline.image_size import Resolution
 
 
 def peer_specs(config: StudentConfig, taps: frozenset[str]) -> list[ModelSpec]:
     """Return the specifications of the networks that train together, with those taps; none without ``peers``."""
     spec, models = student_spec(config, taps), config.peer_models
     return [spec._replace(key=f"student.peers.{number}", model=model) for number, model in enumerate(models)]
+
+
+def trained_specs(config: StudentConfig, taps: frozenset[str]) -> list[ModelSpec]:
+    """Return the specifications of the networks that train: those of ``peers``, or the student's alone."""
+    return peer_specs(config, taps) or [student_spec(config, taps)]
 
 
 def build_trained(
@@ -49,11 +53,7 @@ def peer_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) if number else seed
 
 
-def probe_trained(
-    recipe: Recipe, student: FeatureTaps | Cohort, size: int | tuple[int, int]
-) -> list[dict[str, tuple[int, ...]]]:
+def probe_trained(recipe: Recipe, student: FeatureTaps | Cohort, size: Resolution) -> list[dict[str, tuple[int, ...]]]:
     """Return the shapes of the taps and logits of each network that trains, on images of that size."""
-    if isinstance(student, Cohort):
-        specs: Sequence[ModelSpec] = peer_specs(recipe.student, recipe.taps.student)
-        return [spec.probe(peer, size) for spec, peer in zip(specs, student.members, strict=True)]
-    return [student_spec(recipe.student, recipe.taps.student).probe(student, size)]
+    pairs = zip(trained_specs(recipe.student, recipe.taps.student), trained_networks(student), strict=True)
+    return [spec.probe(network, size) for spec, network in pairs]

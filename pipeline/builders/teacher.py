@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.builders.model_spec import ModelSpec
-from pipeline.builders.peers import peer_specs
-from pipeline.builders.student import print_note, student_spec
+from pipeline.builders.peers import trained_specs
+from pipeline.builders.student import print_note
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import transform_fingerprint
 from pipeline.distributed import collectives
@@ -121,8 +121,7 @@ def teacher_specs(recipe: Recipe, sources: Sequence[Recipe]) -> list[ModelSpec]:
     The first has the taps that the losses read. ``sources`` are the recipes of ``teacher.runs``, in that order.
     """
     if recipe.teacher and recipe.teacher.follows_student:
-        taps = recipe.taps.teacher
-        specs = peer_specs(recipe.student, taps) or [student_spec(recipe.student, taps)]
+        specs = trained_specs(recipe.student, recipe.taps.teacher)
         return [spec._replace(key="teacher", frozen=(), trained=()) for spec in specs]
     check_route(recipe.teacher, sources)
     remaining, found = iter(sources), []

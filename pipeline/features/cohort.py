@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from pipeline.batch import Outputs
+from pipeline.batch import Outputs, join_peers
 from pipeline.features.stagewise import stages_of_modules
 from pipeline.features.taps import FeatureTaps
 from pipeline.image_size import Resolution
@@ -41,13 +41,18 @@ class Cohort(nn.Module):
     def forward(self, images: Tensor, targets: Mapping[str, Tensor] | None = None) -> Outputs:
         """Return the outputs for images [B, C, H, W], or for [V, B, C, H, W], where each peer has views of its own."""
         views = views_of_peers(images, len(self.peers))
-        outputs = tuple(peer(view_BCHW, targets) for peer, view_BCHW in zip(self.peers, views, strict=True))
-        return outputs[self.number]._replace(peers=outputs)
+        pairs = zip(self.peers, views, strict=True)
+        return join_peers([peer(view_BCHW, targets) for peer, view_BCHW in pairs], self.number)
 
 
 def views_of_peers(images: Tensor, peers: int) -> Sequence[Tensor]:
     """Return the images [B, C, H, W] of each peer: its view of [V, B, C, H, W], or the same for all."""
     return images.unbind() if images.ndim == 5 else [images] * peers
+
+
+def trained_networks(student: FeatureTaps | Cohort) -> list[FeatureTaps]:
+    """Return the networks that train: the student alone, or several."""
+    return student.members if isinstance(student, Cohort) else [student]
 
 
 def exported_peer(student: FeatureTaps | Cohort) -> FeatureTaps:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Outputs
+from pipeline.batch import Batch, Outputs, join_peers
 from pipeline.features.cohort import views_of_peers
 from pipeline.features.taps import NormParameters
 from pipeline.image_size import Resolution
@@ -48,8 +48,8 @@ class AveragedPeers(TeacherModule):
         """Return the outputs for the images of a batch, or for a view of them for each peer."""
         views = views_of_peers(batch.images_BCHW, len(self.averages))
         pairs = zip(self.members, views, strict=True)
-        outputs = tuple(average(batch._replace(images_BCHW=view_BCHW)) for average, view_BCHW in pairs)
-        return outputs[self.exported]._replace(peers=outputs)
+        outputs = [average(batch._replace(images_BCHW=view_BCHW)) for average, view_BCHW in pairs]
+        return join_peers(outputs, self.exported)
 
     def shapes(self, image_size: Resolution) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tap and of the logits of the exported peer's average, without the batch."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from followed_students import batch, learn, student_of
 from gloo_ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline import evaluate
-from pipeline.batch import Batch
 from pipeline.errors import RecipeError
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
@@ -26,30 +26,11 @@ Train = Callable[..., None]
 CPU = torch.device("cpu")
 
 
-def student_of(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return create_model("cifar_resnet8", 10)
-
-
 def teacher_of(student: nn.Module, decay: float = 0.75, autocast: torch.dtype | None = None) -> EMATeacher:
     taps = FeatureTaps(student_of(99), stages(student), ("last",))
     teacher = EMATeacher(taps, Averaging(decay=decay), batch=4, device=CPU, autocast=autocast)
     teacher.follow(student)
     return teacher
-
-
-def learn(student: nn.Module, seed: int) -> None:
-    """Change weights and BatchNorm statistics as a step of training does."""
-    torch.manual_seed(seed)
-    student.train()(torch.randn(8, 3, 16, 16) + seed)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-
-
-def batch() -> Batch:
-    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return Batch(images, torch.arange(6), torch.arange(6), {})
 
 
 def test_it_begins_as_the_student_and_follows_its_weights_and_has_its_statistics():

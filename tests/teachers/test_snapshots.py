@@ -9,6 +9,7 @@ import pytest
 import torch
 import training_on_ranks
 import yaml
+from followed_students import batch, learn, student_of
 from gloo_ranks import Ranks
 from loss_cases import every_loss, example
 from resolved import run_of
@@ -16,13 +17,12 @@ from safetensors.torch import load_file
 from tiny_runs import DATA, STRATEGY
 from torch import Tensor, nn
 
-from pipeline.batch import Batch, Outputs, Progress
+from pipeline.batch import Outputs, Progress
 from pipeline.benchmarks.teacher import measure_teacher
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
 from pipeline.exporting.model_card import _describe_teacher
 from pipeline.features.taps import FeatureTaps
-from pipeline.models import create_model
 from pipeline.models.stages import stages
 from pipeline.teachers.snapshots import SnapshotTeacher
 from pipeline.training import start_report
@@ -35,31 +35,12 @@ STEPS = 5
 """Steps of an epoch."""
 
 
-def student_of(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return create_model("cifar_resnet8", 10)
-
-
 def teacher_of(student: nn.Module) -> SnapshotTeacher:
     """Return a teacher whose cycles have two epochs."""
     taps = FeatureTaps(student_of(99), stages(student), ("stage2",))
     teacher = SnapshotTeacher(taps, 2, batch=4, device=CPU, autocast=None)
     teacher.follow(student)
     return teacher
-
-
-def learn(student: nn.Module, seed: int) -> None:
-    """Change weights and BatchNorm statistics as a step of training does."""
-    torch.manual_seed(seed)
-    student.train()(torch.randn(8, 3, 16, 16) + seed)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-
-
-def batch() -> Batch:
-    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return Batch(images, torch.arange(6), torch.arange(6), {})
 
 
 def at(step: int) -> Progress:
