@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel keeps recipes, launchers and Slurm scripts in ``pipeline/files``."""
+"""What pyproject.toml cannot say: a wheel has the photographs of a demo, and recipes and scripts in ``pipeline/files``."""
 
 from setuptools import find_packages, setup
 
@@ -7,6 +7,7 @@ setup(
     packages=[*find_packages(include=["pipeline*", "shards*"]), "pipeline.files"],
     package_dir={"pipeline.files": "."},
     package_data={
+        "shards": ["photographs/*.csv", "photographs/*/*.png"],
         "pipeline.files": [
             "configs/**/*.yaml",
             "configs/**/*.json",

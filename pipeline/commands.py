@@ -20,6 +20,7 @@ _SHARDS = (
     "prepare_ade20k",
     "prepare_coco",
     "prepare_super_resolution",
+    "prepare_photographs",
     "prepare_demo",
     "prepare_scenes",
     "index",

@@ -1,12 +1,11 @@
 """Draw a small, learnable data set of images with masks or boxes, and write it as shards.
 
-    python shards/prepare_scenes.py DESTINATION [--boxes | --scale 2]
+    python shards/prepare_scenes.py DESTINATION [--boxes]
 
 A scene has one to four figures on a background (``shards/scenes.py``). The six classes are the background and five
-shapes. With ``--boxes`` the same images have boxes instead of masks, of the five shapes. With ``--scale`` they have
-smaller copies instead. The images are JPEGs of 96 × 96 pixels, and with copies PNGs. There are 1,600 for training and
-400 for validation, which depend on ``--seed`` alone. This takes about ten seconds. If the folder is complete, nothing
-is done.
+shapes. With ``--boxes`` the same images have boxes instead of masks, of the five shapes. The images are JPEGs of
+96 × 96 pixels. There are 1,600 for training and 400 for validation, which depend on ``--seed`` alone. This takes about
+ten seconds. If the folder is complete, nothing is done.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ import numpy as np
 from PIL import Image
 
 from shards.command import Parser, run_main, up_to
-from shards.copies import PAIRED_CLASSES, encode_pair
 from shards.jpeg import encode_jpeg
-from shards.manifest import COPY_SCALES
 from shards.masks import encode_mask
 from shards.plan import EncodedImage, ImageItem, make_job
 from shards.prepare import add_arguments, prepare
@@ -44,15 +41,11 @@ class DrawnScenes:
     side: int
     seed: int
     has_boxes: bool
-    scale: int | None = None
-    """How many times smaller the copies are; None without copies."""
 
     def load(self, split: str, item: ImageItem) -> EncodedImage:
         """Return a drawn scene. Its random numbers depend on the seed, the split and the scene's number alone."""
         key = np.array([self.seed, 2 * int(item.path) + (split == "val")], np.uint64)
         scene = draw_scene(self.side, np.random.Generator(np.random.Philox(key=key)))
-        if self.scale:
-            return encode_pair(scene.image, self.scale)
         image = encode_jpeg(Image.fromarray(scene.image), _QUALITY)
         if self.has_boxes:
             return EncodedImage(image, self.side, self.side, boxes=boxes_of(scene))
@@ -64,15 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     counts = {"train": options.train, "val": options.val}
     listings = {split: [ImageItem(f"{number:06d}", 0, 0) for number in range(count)] for split, count in counts.items()}
-    source = DrawnScenes(options.size, options.seed, options.boxes, options.scale)
-    if options.scale:
-        transform = {"size": options.size, "scale": options.scale}
-        kind = "png", PAIRED_CLASSES
-    else:
-        transform = {"size": options.size, "quality": _QUALITY}
-        kind = "jpg", SCENE_CLASSES[1:] if options.boxes else SCENE_CLASSES
-    task = "super_resolution" if options.scale else "detection" if options.boxes else "segmentation"
-    job = make_job("prepare_scenes", *kind, listings, source, options, transform, task=task)
+    source = DrawnScenes(options.size, options.seed, options.boxes)
+    classes, task = (SCENE_CLASSES[1:], "detection") if options.boxes else (SCENE_CLASSES, "segmentation")
+    transform = {"size": options.size, "quality": _QUALITY}
+    job = make_job("prepare_scenes", "jpg", classes, listings, source, options, transform, task=task)
     return prepare(job, options.destination, options)
 
 
@@ -88,9 +76,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--size", type=up_to(2**13), default=96, help="side of the images in pixels (default: %(default)s)"
     )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--boxes", action="store_true", help="write the figures' boxes instead of masks")
-    instead.add_argument("--scale", type=int, choices=COPY_SCALES, help="write copies that are so many times smaller")
+    parser.add_argument("--boxes", action="store_true", help="write the figures' boxes instead of masks")
     add_arguments(parser)
     return parser
 

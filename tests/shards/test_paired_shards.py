@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from pathlib import Path
@@ -16,7 +17,8 @@ from shards.documents import DamagedFile
 from shards.imresize import reduced_to_bytes
 from shards.manifest import read_manifest
 from shards.plan import Unusable
-from shards.prepare_scenes import main as prepare_scenes
+from shards.prepare_photographs import PHOTOGRAPHS
+from shards.prepare_photographs import main as prepare_photographs
 from shards.prepare_super_resolution import main as prepare
 from shards.read import SplitReader
 from shards.stage import stage_shards
@@ -132,11 +134,15 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: list[str],
         prepare([str(tmp_path / "source"), str(tmp_path / "out"), "--scale", "2", *options])
 
 
-def test_scenes_can_have_copies(tmp_path: Path):
-    options = ["--scale", "3", "--train", "6", "--val", "2", "--size", "48", "--jobs", "1"]
-    assert prepare_scenes([str(tmp_path / "out"), *options]) == 0
-    assert read_manifest(tmp_path / "out").scale == 3
+def test_the_photographs_of_the_project_have_an_author_and_a_licence_each(tmp_path: Path):
+    assert prepare_photographs([str(tmp_path / "out"), "--scale", "3"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.scale, manifest.splits["train"].samples, manifest.splits["val"].samples) == (3, 8, 4)
     assert verify(tmp_path / "out", 1) == []
+    with (PHOTOGRAPHS / "images.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {path.relative_to(PHOTOGRAPHS).as_posix() for path in PHOTOGRAPHS.rglob("*.png")}
+    assert all(row["author"] and "creativecommons.org/licenses/by/" in row["licence"] for row in rows.values())
 
 
 def test_a_copy_that_is_not_the_image_is_found(folder: Path, capsys: pytest.CaptureFixture[str]):
