@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel has the photographs of a demo, and recipes and scripts in ``pipeline/files``."""
+"""What pyproject.toml cannot say: a wheel keeps a demo's photographs, and recipes and scripts as ``pipeline/files``."""
 
 from setuptools import find_packages, setup
 
@@ -18,6 +18,6 @@ setup(
             "launchers/deepspeed/*.json",
             "slurm/*.sh",
             "slurm/logs/.gitignore",
-        ]
+        ],
     },
 )
