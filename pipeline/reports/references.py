@@ -69,7 +69,10 @@ def _teacher(runs: Sequence[ReportedRun], notes: list[str]) -> tuple[ReportedRun
     ]
     metric = next((value for value in known if value is not None), None)
     if metric is None and teacher is not None and same_data(teacher, runs[0]):
-        metric = teacher.last
+        if any(run.recipe.teacher and run.recipe.teacher.weights for run in runs):
+            notes.append("The teacher has other weights than its run's last; evaluate.py agreement=yes measures them.")
+        else:
+            metric = teacher.last
     return teacher, metric
 
 

@@ -106,6 +106,8 @@ def print_table(run: Run) -> None:
         if each.result and each.result.peers:
             values = ", ".join(f"{name} {percent(value)}" for name, value in each.result.peers.items())
             print(f"peers of {each.folder}: {values}")
+    if run.teachers and run.recipe.teacher and (weights := run.recipe.teacher.weights):
+        print(f"note: the teacher's weights are {weights}, and its line here is that of its run's last ones")
     holdout = run.recipe.data.holdout
     if holdout and any(teacher.recipe.data.holdout != holdout for teacher in run.teachers):
         print("note: students are measured on held-out training images, the teacher on its own validation images")

@@ -15,6 +15,8 @@ from html_page import draw
 
 from pipeline import report
 from pipeline.errors import RecipeError
+from pipeline.reports.references import find_references
+from pipeline.reports.reported_run import read_run
 from shards.documents import DamagedFile
 
 Train = Callable[..., None]
@@ -130,6 +132,17 @@ def test_a_seed_that_is_not_finished_does_not_count_in_the_mean(run_train: Train
     table = draw("runs/ce", "runs/part").text.partition("Learning curves")[0]
     assert "1 of 2" in table
     assert "77.00" not in table
+
+
+def test_the_metric_of_a_teachers_run_is_not_shown_for_other_weights(trained: Path):
+    other = shutil.copytree(trained / "ddkd", trained / "replaced")
+    measured = json.loads((trained / "teacher" / "result.json").read_text())["top1"]
+    assert find_references([read_run(other)]).teacher_metric == measured
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    change(other / "recipe.yaml", teacher={**recipe["teacher"], "weights": "best.safetensors"})
+    found = find_references([read_run(other)])
+    assert found.teacher_metric is None
+    assert "The teacher has other weights than its run's last" in " ".join(found.notes)
 
 
 def test_runs_of_several_teachers_have_no_share_of_the_gap(trained: Path):

@@ -216,7 +216,9 @@ def test_a_teacher_has_exactly_one_source(keys: dict[str, str]):
     Config.model_validate({"recipe": "r.yaml"})
 
 
-def test_a_runs_network_may_be_given_other_weights(run_train: Callable[..., None], recipes: Path):
+def test_a_runs_network_may_be_given_other_weights(
+    run_train: Callable[..., None], recipes: Path, capsys: pytest.CaptureFixture[str]
+):
     words = ("teacher.weights=best.safetensors", "teacher.fold=false", "data.mean=[0.1, 0.2, 0.3]")
     with pytest.raises(RecipeError, match=r"holds no finished run of .*teacher\.yaml; train it: "):
         build_teacher(run_of("ddkd.yaml", words), CPU)
@@ -228,3 +230,6 @@ def test_a_runs_network_may_be_given_other_weights(run_train: Callable[..., None
     assert isinstance(teacher, Teacher)
     assert all(torch.equal(value, best[key]) for key, value in teacher.taps.model.state_dict().items())
     assert teacher.renormalization is not None  # to what the run's images were normalised with
+    capsys.readouterr()
+    run_train("ddkd.yaml", "compare=[]", "teacher.weights=runs/teacher/student_best.safetensors")
+    assert "note: the teacher's weights are runs/teacher/student_best.safetensors, and" in capsys.readouterr().out
