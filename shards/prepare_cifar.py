@@ -1,11 +1,11 @@
 """Write CIFAR-100 as shards.
 
-    python shards/prepare_cifar.py SOURCE DESTINATION [--train-per-class 100]
+    python shards/prepare_cifar.py SOURCE DESTINATION [--train-per-class 100] [--superclasses]
 
 SOURCE is the official ``cifar-100-python.tar.gz``, or the unpacked folder ``cifar-100-python``. Its 50,000 training
 images become the split ``train``, its 10,000 test images the split ``val``. An id is the image's row in the official
-file; with --train-per-class only the kept rows are counted. Labels are the 100 fine ones in the official order. Images
-are PNGs, which keep every pixel: JPEG would cost three points of accuracy.
+file; with --train-per-class only the kept rows are counted. Labels are the 100 fine ones in the official order, or the
+20 coarse ones with --superclasses. Images are PNGs, which keep every pixel: JPEG would cost three points of accuracy.
 """
 
 from __future__ import annotations
@@ -92,15 +92,15 @@ def _content(source: Path, name: str) -> bytes:
     return read_archive(source, (name,))[name]
 
 
-def _class_names(source: Path) -> list[str]:
-    names = _column(source, "meta", "fine_label_names")
+def _class_names(source: Path, kind: str) -> list[str]:
+    names = _column(source, "meta", f"{kind}_label_names")
     if not isinstance(names, list) or not all(isinstance(name, bytes) and name.isascii() for name in names):
-        raise ValueError(f"{source} is damaged or not CIFAR-100: the fine_label_names of meta are not names")
+        raise ValueError(f"{source} is damaged or not CIFAR-100: the {kind}_label_names of meta are not names")
     return [name.decode() for name in names]
 
 
-def _listing(source: Path, name: str, classes: int) -> list[ImageItem]:
-    pixels, labels = _column(source, name, "data"), _column(source, name, "fine_labels")
+def _listing(source: Path, name: str, kind: str, classes: int) -> list[ImageItem]:
+    pixels, labels = _column(source, name, "data"), _column(source, name, f"{kind}_labels")
     fits = (
         isinstance(labels, list)
         and all(type(label) is int and 0 <= label < classes for label in labels)
@@ -130,6 +130,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--train-per-class", type=positive, metavar="N", help="only the first N training images of every class"
     )
+    parser.add_argument(
+        "--superclasses", action="store_true", help="label the images by the 20 superclasses instead of the 100 classes"
+    )
     add_arguments(parser)
     return parser
 
@@ -138,8 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     source = options.source.resolve()
-    classes = _class_names(source)
-    listings = {split: _listing(source, name, len(classes)) for split, name in FILES.items()}
+    kind = "coarse" if options.superclasses else "fine"
+    classes = _class_names(source, kind)
+    listings = {split: _listing(source, name, kind, len(classes)) for split, name in FILES.items()}
     if options.train_per_class:
         listings["train"] = _first_of_each_class(listings["train"], options.train_per_class)
     job = make_job("prepare_cifar", "png", classes, listings, CifarFiles(source), options, {})

@@ -10,6 +10,8 @@ from typing import Any
 import null_gpu
 import pytest
 import torch
+import training_on_ranks
+import yaml
 from methods import MULTILABEL, OF_BOXES, OF_IMAGES, OF_MASKS, OF_MODULES, OF_STAGES, OF_TOKENS
 from safetensors.torch import save_file
 from shard_factory import NUM_CLASSES, draw_samples, write_shards
@@ -134,6 +136,46 @@ def test_runs_side_by_side_each_replay_their_own_graph_and_never_wait(
     assert found["steps"] == 9
     assert (found["captures"], found["replays"]) == (number, number)
     assert (found["waits"], found["pageable"]) == (0, 0)
+
+
+MOVED = {
+    "a route": "teacher={model: null, weights: null, recipe: kept.yaml, route: {epochs: [1, 2], each: 1}}",
+    "snapshots": "teacher={model: null, weights: null, snapshots: {cycles: 2}}",
+    "a stage": "student.train=[stage2]",
+}
+SHORT = ("batch=16", "epochs=2", "losses={ce: null, kd: {ramp: {from: 1}}}")
+"""Its second epoch begins with the seventh step, and a teacher that moves does so there."""
+
+
+@pytest.fixture(scope="module")
+def plain(environment: dict[str, str], place: Path) -> dict[str, Any]:
+    """What is seen of such a run with a plain teacher. ``kept.yaml`` is a run that keeps the weights of its epochs."""
+    recipe = {
+        "base": str(ROOT / "configs" / "cifar100" / "resnet56_resnet20.yaml"),
+        "losses": {"ce": {}},
+        "teacher": None,
+        "data": {"path": "shards"},
+        "epochs": 2,
+        "schedule": {"milestones": [1]},
+        "checkpoints": {"export_epochs": [1, 2]},
+        "folder": "kept",
+    }
+    (place / "kept.yaml").write_text(yaml.safe_dump(recipe))
+    training_on_ranks.train(0, 1, place, ["kept.yaml"])
+    return watched(environment, place, "kd:fp32", words=SHORT)["kd:fp32"]
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_teacher_that_moves_and_a_stage_alone_are_captured_and_make_no_step_wait(
+    environment: dict[str, str], place: Path, plain: dict[str, Any], name: str
+):
+    (found,) = watched(environment, place, "kd:fp32", words=(*SHORT, MOVED[name])).values()
+    assert "error" not in found
+    for counts, expected in ((found, plain), (found["replayed"], plain["replayed"])):
+        assert (counts["pageable"], counts["captures"]) == (0, expected["captures"])
+        # The anchors of a route are in the host's memory: the host waits where one takes the place of another.
+        assert (counts["waits"] > expected["waits"]) == (name == "a route")
+    assert (found["replayed"]["replays"], found["replayed"]["allocations"]) == (1, 0)
 
 
 def test_no_augmentation_waits_for_the_gpu(environment: dict[str, str], place: Path):

@@ -22,12 +22,17 @@ from shards.verify import verify
 ROOT = Path(__file__).resolve().parents[2]
 OFFICIAL = ROOT.parent / "shared/data/cifar100"
 CLASSES = [b"apple", b"aquarium_fish", b"baby"]
+FAMILIES, FAMILY = [b"fish", b"fruit"], [1, 0, 0]
+"""Names of the superclasses, and the superclass of each class."""
+
+META = {b"fine_label_names": CLASSES, b"coarse_label_names": FAMILIES}
 
 
 def rows(count: int, seed: int) -> dict[bytes, object]:
     random = np.random.default_rng(seed)
-    labels = random.integers(0, 3, count).tolist()
-    return {b"data": random.integers(0, 256, (count, 3072), np.uint8), b"fine_labels": labels, b"coarse_labels": labels}
+    fine = random.integers(0, 3, count).tolist()
+    coarse = [FAMILY[label] for label in fine]
+    return {b"data": random.integers(0, 256, (count, 3072), np.uint8), b"fine_labels": fine, b"coarse_labels": coarse}
 
 
 def write_pickles(folder: Path, **contents: object) -> Path:
@@ -39,20 +44,18 @@ def write_pickles(folder: Path, **contents: object) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_pickles(
-        tmp_path / "cifar-100-python", train=rows(7, 0), test=rows(5, 1), meta={b"fine_label_names": CLASSES}
-    )
+    return write_pickles(tmp_path / "cifar-100-python", train=rows(7, 0), test=rows(5, 1), meta=META)
 
 
-def prepare(source: Path, destination: Path) -> Path:
-    assert main([str(source), str(destination), "--jobs", "1", "--samples-per-shard", "3"]) == 0
+def prepare(source: Path, destination: Path, *options: str) -> Path:
+    assert main([str(source), str(destination), "--jobs", "1", "--samples-per-shard", "3", *options]) == 0
     return destination
 
 
-def assert_holds(folder: Path, split: str, content: dict[bytes, object]) -> None:
+def assert_holds(folder: Path, split: str, content: dict[bytes, object], labels: bytes = b"fine_labels") -> None:
     reader = SplitReader(folder, split)
     data = np.asarray(content[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    assert reader.labels_by_id().tolist() == content[b"fine_labels"]
+    assert reader.labels_by_id().tolist() == content[labels]
     for sample_id, view in zip(reader.samples["id"], reader.bytes(np.arange(len(reader.samples))), strict=True):
         np.testing.assert_array_equal(decode(view), data[sample_id])
 
@@ -174,3 +177,19 @@ def test_the_first_images_of_every_class_can_be_taken_alone(source, tmp_path):
         destination, "train", {b"data": content[b"data"][first], b"fine_labels": [labels[row] for row in first]}
     )
     assert_holds(destination, "val", rows(5, 1))
+
+
+def test_the_superclasses_can_be_the_labels_of_the_same_images(source, tmp_path):
+    folder = prepare(source, tmp_path / "coarse", "--superclasses")
+    assert_holds(folder, "train", rows(7, 0), b"coarse_labels")
+    assert_holds(folder, "val", rows(5, 1), b"coarse_labels")
+    assert read_manifest(folder).classes == ("fish", "fruit")
+    with pytest.raises(ValueError, match="was prepared with another classes"):
+        main([str(source), str(folder), "--jobs", "1", "--samples-per-shard", "3"])
+
+
+def test_a_source_without_superclasses_is_refused_in_one_line(source, tmp_path, run):
+    write_pickles(source, meta={b"fine_label_names": CLASSES})
+    done = run("prepare_cifar.py", source, tmp_path / "out", "--superclasses")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "meta has no coarse_label_names" in done.stderr

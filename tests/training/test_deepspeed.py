@@ -86,6 +86,7 @@ COMPILED = [
     f"losses={json.dumps(method('ddkd'))}",
     "losses.ddkd.diffusion.compile=true",
 ]
+SNAPSHOTS = ["teacher.snapshots.cycles=5", "losses.soft_ce={teacher_temperature: 3.0, ramp: {from: 1}}"]
 CRCD = [COMPILED[0], f"losses={json.dumps(method('crcd'))}"]
 RECIPES: dict[str, Any] = {
     "base": {
@@ -98,13 +99,27 @@ RECIPES: dict[str, Any] = {
         "schedule": {"kind": "cosine", "rate": 0.01, "warmup_epochs": 0.5},
         "journal": {"every_steps": 1, "trackers": []},
     },
-    "teacher": {"student": {"model": "cifar_resnet20"}, "epochs": 1},
+    "teacher": {"student": {"model": "cifar_resnet20"}, "epochs": 2, "checkpoints": {"export_epochs": [1, 2]}},
     # A connector for each stage, and variances that no weight decay may touch.
     "vid": {**DISTILLED, "losses": method("vid")},
     "ddkd": {**DISTILLED, "losses": method("ddkd")},
     # Of the features alone: the student's head learns nothing.
     "headless": {**DISTILLED, "losses": {"ce": None, "fitnet": method("fitnet")["fitnet"]}},
     "bursting": {"losses": {"training_rank:Bursting": {}}},
+    # Teachers that move with the run, and a student of which one stage trains.
+    "route": {
+        "teacher": {"recipe": "teacher.yaml", "route": {"epochs": [1, 2], "each": 2}},
+        "losses": {"kd": method("kd")["kd"]},
+    },
+    "snapshots": {
+        "teacher": {"snapshots": {"cycles": 5}},
+        "losses": {"soft_ce": {"teacher_temperature": 3.0, "ramp": {"from": 1}}},
+    },
+    "stage": {
+        "student": {"model": "cifar_resnet8", "train": ["stage2"]},
+        "teacher": {"recipe": "teacher.yaml"},
+        "losses": {"ce": None, "stage_mse": {"stages": ["stage2"]}},
+    },
 }
 
 
@@ -210,6 +225,25 @@ def test_adam_and_adamw_are_those_of_ddp_also_over_a_stop(place: Place, stage: i
     for rank in (0, 1):
         assert largest_difference(ddp[rank].weights, whole[rank].weights) < ROUNDING
         assert largest_difference(whole[rank].weights, parts[rank].weights) == 0
+
+
+@on_ranks
+@pytest.mark.parametrize("recipe", ["route", "snapshots", "stage"])
+@pytest.mark.parametrize("stage", [1, 2], ids="zero{}".format)
+def test_moving_teachers_and_stages_alone_are_those_of_ddp_also_over_a_stop(place: Place, stage: int, recipe: str):
+    runs = [f"{recipe}-{way}-{stage}" for way in ("ddp", "whole", "parts")]
+    ddp = place.train(runs[0], f"{recipe}.yaml")
+    whole = place.train(runs[1], f"{recipe}.yaml", stage=stage)
+    place.train(runs[2], f"{recipe}.yaml", "stop.steps=5", stage=stage)  # within the second anchor and third cycle
+    parts = place.train(runs[2], f"{recipe}.yaml", stage=stage)
+    assert [training.error for training in (*ddp, *whole, *parts)] == [None] * 6
+    for rank in (0, 1):
+        assert largest_difference(ddp[rank].weights, whole[rank].weights) < ROUNDING
+        assert largest_difference(whole[rank].weights, parts[rank].weights) == 0
+    lines = [trace(place.folder / "runs" / name / "journal.jsonl") for name in runs]
+    assert lines[1] == lines[2]
+    for a, b in zip(*lines[:2], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 @on_ranks
@@ -408,6 +442,7 @@ def test_batch_accumulation_clipping_and_precision_are_the_recipes(recipe, setti
         ({"stage": 3}, CRCD, "losses.crcd: under ZeRO-3 no rank has all weights of the head; use zero2.json"),
         ({}, ["student.peers=2"], "student.peers: networks that train together were not tried under DeepSpeed"),
         ({"stage": 3}, ["teacher.average.decay=0.9"], "teacher.average: under ZeRO-3 no rank has all weights"),
+        ({"stage": 3}, SNAPSHOTS, "teacher.snapshots: under ZeRO-3 no rank has all weights"),
         ({"stage": 3}, ["student.train=[head]"], "student.train: stages alone are not trained under ZeRO-3; use"),
     ],
     ids=lambda value: None,
