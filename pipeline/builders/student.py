@@ -16,9 +16,10 @@ from pipeline.errors import error_context
 from pipeline.features.patterns import rate_multipliers
 from pipeline.features.taps import FeatureTaps
 from pipeline.models import create_model
+from pipeline.models.fitting import fit_state
 from pipeline.models.published import published_normalization
 from pipeline.models.segmentation import backbone_network
-from pipeline.models.weights import head_tensors, load_weights
+from pipeline.models.weights import head_tensors, load_weights, meta_model, modules_by_name
 from pipeline.models.weights_file import is_file
 from pipeline.optim.optimizer import check_optimizer
 from pipeline.runs.card import Card
@@ -83,9 +84,22 @@ def load_start(run: Run, student: FeatureTaps) -> None:
         check_student(Path(weights))
         classes, new = run.manifest.num_classes, start.head == "new"
         head = head_tensors(model, classes, arguments) if new else frozenset[str]()
-        options = {"arguments": arguments, "left_out": head, "part": start.part}
+        options = {"arguments": arguments, "left_out": head, "part": start.parts or start.part}
         note = load_weights(student.model, weights, model, start.weights_key, **options)
     print_note("student.start", note)
+
+
+def check_parts(model: nn.Module, config: StudentConfig, source: StudentConfig, num_classes: int) -> None:
+    """Raise RecipeError if the student cannot take the parts that ``start`` names from the ``source`` run's student.
+
+    Only names and shapes are compared, so both networks may be on the meta device.
+    """
+    if config.start and config.start.parts:
+        with error_context("student.start"):
+            other = meta_model(source.model, num_classes, source.arguments).state_dict()
+            parts = modules_by_name(model, config.start.parts)
+            named = f"these parts of {config.model}"
+            fit_state(other, parts, str(config.start.recipe), named, part=True, prefixed=False)
 
 
 def check_optimizer_section(recipe: Recipe, model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from pipeline.builders.meta import (
     trial_targets,
     with_unlabelled,
 )
-from pipeline.builders.student import check_optimizer_section
+from pipeline.builders.student import check_optimizer_section, check_parts
 from pipeline.config.measured import count_seeds, mean_and_deviation, measured
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.config.source import RecipeSource
@@ -123,6 +123,8 @@ def summarize(loaded: LoadedRecipe) -> Report:
     built = probe_models(recipe, [source.recipe for source in loaded.teachers], probe, manifest)
     trained = [taps.model for _, taps in built.peers]
     check_optimizer_section(recipe, torch.nn.ModuleList(trained) if trained else built.student[1].model)
+    if loaded.start:
+        check_parts(built.student[1].model, recipe.student, loaded.start.recipe.student, built.facts.num_classes)
     losses = _try_losses(recipe, built.facts)
     # Without shards, the number of samples is assumed if the recipe does not say it, and there is a note.
     labels = None if built.note else built.facts.labels_by_id

@@ -52,6 +52,9 @@ class StartConfig(RunReference):
     """``new``: the classifier keeps its random initialisation, so the weights may be of other classes."""
     part: Literal["all", "backbone"] = "all"
     """``backbone``: the heads keep their random initialisation, so the weights may be a classification network's."""
+    parts: tuple[str, ...] = ()
+    """Modules that alone begin with the weights, such as ``[feature_extraction, mapping]``; the others keep their
+    random initialisation. The weights may be those of another network that has the same modules. Default: all."""
 
     @model_validator(mode="after")
     def _one_source(self) -> StartConfig:
@@ -61,6 +64,10 @@ class StartConfig(RunReference):
             raise ValueError("give weights (a file) or recipe (a run's student)")
         if self.part == "backbone" and self.head == "new":
             raise ValueError("part: backbone leaves every head as it is; remove head")
+        if self.parts and (self.part == "backbone" or self.head == "new"):
+            raise ValueError(
+                f"parts names all that begins with the weights; remove {'part' if self.part == 'backbone' else 'head'}"
+            )
         return self
 
 

@@ -62,6 +62,7 @@ def fit_state(
     arguments: Mapping[str, Any] | None = None,
     *,
     part: bool = False,
+    prefixed: bool = True,
 ) -> Fitted:
     """Return the weights of ``model`` that are found in ``content``; the model itself is not changed.
 
@@ -69,11 +70,12 @@ def fit_state(
     raw and averaged weights, ``key`` selects one of them. Without ``key`` the raw weights are taken, and the note names
     the others. The network's tensors in ``left_out`` may have any shape or be missing, and are not in the result.
     ``arguments`` are those that the network was built with. With ``part``, the model is a part of a network, such as
-    its backbone, and the file may have other modules besides. Raises ValueError, in one line, for weights of another
+    its backbone, and the file may have other modules besides. Without ``prefixed``, names are taken as they are: under
+    a prefix, a few modules may have the names of others. Raises ValueError, in one line, for weights of another
     architecture.
     """
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    found = _under_key(list(_candidates(content, model, wanted, part)), source, key)
+    found = _under_key(list(_candidates(content, model, wanted, part=part, prefixed=prefixed)), source, key)
     wanted = _without(wanted, left_out)
     fitting = [candidate._replace(state=_without(candidate.state, left_out)) for candidate in found]
     fitting = [candidate for candidate in fitting if not _misfits(candidate.state, wanted)]
@@ -103,7 +105,9 @@ def _under_key(everything: list[Candidate], source: str, key: str | None) -> lis
     return found
 
 
-def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor], part: bool) -> Iterator[Candidate]:
+def _candidates(
+    content: Any, model: nn.Module, wanted: Mapping[str, Tensor], *, part: bool, prefixed: bool
+) -> Iterator[Candidate]:
     """Yield a candidate for each mapping with tensors, each set of names and each prefix.
 
     The sets of names are ours and those of well-known code. Of a ``part``, other modules are left out, not other layers
@@ -116,7 +120,7 @@ def _candidates(content: Any, model: nn.Module, wanted: Mapping[str, Tensor], pa
     for path, mapping in mappings(content):
         tensors = {name: value for name, value in mapping.items() if isinstance(value, Tensor)}
         for ours in ours_by_name if tensors else ():
-            for prefix in _prefixes(tensors, ours):
+            for prefix in _prefixes(tensors, ours) if prefixed else [""] if ours else []:
                 stripped = {
                     name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
                 }

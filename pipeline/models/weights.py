@@ -6,7 +6,7 @@ The weights must be of exactly the network's architecture.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,8 @@ from pipeline.models.segmentation import backbone_network
 from pipeline.models.stages import stages
 from pipeline.models.weights_file import is_file, read_file
 
-FilledPart = Literal["all", "backbone"]
-"""Part of a network that weights fill."""
+FilledPart = Literal["all", "backbone"] | tuple[str, ...]
+"""Part of a network that weights fill: all, its backbone, or some of its modules by name."""
 
 
 def load_weights(
@@ -44,7 +44,8 @@ def load_weights(
     several weights that fit, ``key`` selects among them. ``fit_state`` explains how weights are found in a file. The
     model was built with ``arguments``. It keeps its own tensors for the names in ``left_out``, such as those of
     ``head_tensors``. With ``part="backbone"``, only the backbone is filled, from weights of a classification network or
-    of any network with such a backbone.
+    of any network with such a backbone. With the names of modules, only these are filled, from weights of any network
+    that has them.
 
     Returns a line about weights that were chosen or left out, or "". Raises ValueError or FileNotFoundError if the
     weights cannot be read, are of another architecture, or contain invalid values. The model is then unchanged.
@@ -66,7 +67,7 @@ def head_tensors(name: str, num_classes: int, arguments: Mapping[str, Any] | Non
 
     Raises ValueError for a network without such tensors.
     """
-    ours, other = (_meta_model(name, count, arguments).state_dict() for count in (num_classes, num_classes + 1))
+    ours, other = (meta_model(name, count, arguments).state_dict() for count in (num_classes, num_classes + 1))
     found = frozenset(key for key, value in ours.items() if key not in other or value.shape != other[key].shape)
     if not found:
         raise ValueError(f"no tensor of {name} depends on the number of classes, so it has no classifier; remove head")
@@ -93,13 +94,13 @@ def weights_sha256(
 
     def digest() -> str:
         left_out = head_tensors(name, num_classes, arguments) if new_head else frozenset[str]()
-        model = _meta_model(name, num_classes, arguments)
+        model = meta_model(name, num_classes, arguments)
         if headless is not None:
             without_head(model, stages(model) | dict(headless))
         return _sha256(_read_fitted(_part_of(model, part), source, name, key, left_out, arguments, part).state)
 
     options: list[Any] = [*(["new head"] if new_head else []), *([dict(arguments)] if arguments else [])]
-    options += ["part: backbone"] if part == "backbone" else []
+    options += [] if part == "all" else [f"part: {part}" if isinstance(part, str) else ["parts", *part]]
     # Lists and not pairs, because the remembered ones are compared after JSON.
     options += [] if headless is None else [["head: none", *map(list, sorted(headless.items()))]]
     return memoized_by_file(Path(source), [name, num_classes, key, *options], digest) if is_file(source) else digest()
@@ -115,21 +116,23 @@ def _read_fitted(
     part: FilledPart,
 ) -> Fitted:
     """Return the weights of ``model``, a part of the network ``name``, from ``source``, with their values checked."""
-    of_backbone = part == "backbone"
-    published = backbone_network(name) if of_backbone else name
+    published = backbone_network(name) if part == "backbone" else name
     content: Any = read_file(Path(source)) if is_file(source) else published_weights(published, source, arguments)
     if isinstance(model, Detector) and not is_file(source):
         content = fitted_classes(content, model, published, source)
-    named = f"the backbone of {name}" if of_backbone else name
-    fitted = fit_state(content, model, source, named, key, left_out, arguments, part=of_backbone)
+    named = name if part == "all" else f"{'the backbone' if part == 'backbone' else 'these parts'} of {name}"
+    options = {"part": part != "all", "prefixed": isinstance(part, str)}
+    fitted = fit_state(content, model, source, named, key, left_out, arguments, **options)
     check_finite(fitted.state, model, source)
     return fitted
 
 
 def _part_of(model: nn.Module, part: FilledPart) -> nn.Module:
-    """Return the part of the network that weights fill. Raises ValueError for a network without a backbone."""
+    """Return the part of the network that weights fill. Raises ValueError for a network without it."""
     if part == "all":
         return model
+    if part != "backbone":
+        return modules_by_name(model, part)
     # The backbone of a detector is that of its pyramid.
     backbone = model.backbone.body if isinstance(model, Detector) else getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
@@ -137,7 +140,17 @@ def _part_of(model: nn.Module, part: FilledPart) -> nn.Module:
     return backbone
 
 
-def _meta_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+def modules_by_name(model: nn.Module, names: Sequence[str]) -> nn.ModuleDict:
+    """Return modules of the network by their names. Raises ValueError if one is not there or has no tensors."""
+    known = {name: module for name, module in model.named_children() if module.state_dict()}
+    if unknown := next((name for name in names if name not in known), None):
+        raise ValueError(
+            f"parts: {type(model).__name__} has no module {unknown!r} with weights; it has {', '.join(known)}"
+        )
+    return nn.ModuleDict({name: known[name] for name in names})
+
+
+def meta_model(name: str, num_classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Return the network, of which only names and shapes are needed, on the meta device if it can be built there."""
     with torch.random.fork_rng():
         try:

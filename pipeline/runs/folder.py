@@ -69,6 +69,7 @@ def _advice_to_go_on(run: Run, epochs: int) -> str | None:
     words = [f"student.start.weights={shlex.quote(str(run.folder / STUDENT))}"]
     words += ["student.start.head=keep"] if start and start.head == "new" else []
     words += ["student.start.part=all"] if start and start.part == "backbone" else []
+    words += ["student.start.parts=[]"] if start and start.parts else []
     words += ["student.inherit=[]"] if run.recipe.student.inherit else []
     words += [f"student.start.{key}=null" for key in ("recipe", "method") if start and getattr(start, key)]
     words += [f"epochs={further}", "folder=ANOTHER"]

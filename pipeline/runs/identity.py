@@ -51,6 +51,7 @@ _OPTIONS = {
     "weights_key": None,
     "head": "keep",
     "part": "all",
+    "parts": [],
     "arguments": {},
     "freeze": [],
     "inherit": [],

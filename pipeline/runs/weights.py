@@ -80,7 +80,7 @@ def name_by_content(
         if Path(weights).is_file():
             with error_context(key):
                 options = {"new_head": section.get("head") == "new", "headless": removed}
-                options |= {"part": section.get("part", "all")}
+                options |= {"part": tuple(section.get("parts") or ()) or section.get("part", "all")}
                 key_in_file = section["weights_key"]
                 found = weights_sha256(weights, model, classes, key_in_file, arguments=arguments, **options)
             # The digest is that of the weights which the key selects, so the key has no more meaning.
