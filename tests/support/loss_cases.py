@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from extractors import tiny_extractor
 from methods import config_of
 from torch import Tensor, nn
 
@@ -52,6 +53,7 @@ STUDENT_SHAPES = {
     "subclasses": (3 * CLASSES,),
     "last": (8, 4, 4),
     "stem": (3, 8, 8),
+    "full": (3, *MAP_SIZE),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
     "fpn.p3": (8, 8, 12),
@@ -231,6 +233,8 @@ def facts_of(
     labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
     shapes = ({"logits": logits, **shapes} for shapes in (student_shapes, teacher_shapes))
     facts = Facts(CLASSES, *shapes, len(labels_by_id), labels_by_id, norms_of(teacher_shapes), autocast=autocast)
+    if spec.extractors:
+        facts = replace(facts, extractors={spec.name: tiny_extractor()})
     if spec.config.reads_head_weights():
         facts = replace(facts, **dict(zip(HEADS, heads_of(student_shapes["embedding"][0]), strict=True)))
     return facts
@@ -259,6 +263,7 @@ def example(
         student, teacher = of_equal_widths(student), of_equal_widths(teacher)
     student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
     logits = logits_shape(spec, of_pixels=of_pixels)
+    student_shapes |= {"full": logits} if "full" in student_shapes else {}
     facts = facts_of(spec, rows, logits, student_shapes, teacher_shapes, autocast)
     assert facts.labels_by_id is not None
     labels = facts.labels_by_id[:rows]
@@ -278,9 +283,11 @@ def example(
 
 
 def batch_of(rows: int, labels_B: Tensor, read: Iterable[str], dtype: torch.dtype) -> Batch:
-    """Return blank images with those of the targets that a loss reads."""
+    """Return blank images with the targets that a loss reads. Images to enlarge have values, and ``MAP_SIZE``."""
     targets = {name: x for name, x in targets_of(rows).items() if name in read}
     images_BCHW = torch.zeros(rows, 3, *(BOXED_SIZE if _boxes.BOXES in targets else (4, 4)), dtype=dtype)
+    if HIGH in targets:
+        images_BCHW = (targets[HIGH].flip(0).to(dtype) * 3 % 256) / 255
     return Batch(images_BCHW, labels_B, torch.arange(rows), {}, targets)
 
 
@@ -312,6 +319,7 @@ class Inputs(NamedTuple):
     """Height and width of maps of logits, whose pixels are the rows of logits; () for other logits."""
     image_size: tuple[int, ...]
     """Height and width of the images."""
+    images: list[Any]
     heads: list[list[list[float]]]
     """Weights of the last layers of student and teacher, if the loss reads them."""
 
@@ -332,6 +340,7 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         {name: x.tolist() for name, x in case.batch.targets.items()},
         tuple(case.student.logits.shape[2:]),
         tuple(case.batch.images_BCHW.shape[2:]),
+        case.batch.images_BCHW.tolist(),
         [
             x.tolist()
             for x in (facts.student_head and facts.student_head.weight, facts.teacher_head_KD)
