@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.benchmarks.measure import Measurement, measure
 from pipeline.builders.meta import probe, probe_models
-from pipeline.builders.student import student_spec
+from pipeline.builders.peers import trained_specs
 from pipeline.config.recipe import LoadedRecipe
 from pipeline.diagnostics.network import bus_bandwidth
 from pipeline.distiller import Distiller
@@ -54,7 +54,7 @@ def bucket_sizes(loaded: LoadedRecipe) -> list[tuple[int, torch.dtype]]:
     """Return the number of elements and the dtype of each bucket that DDP sends."""
     recipe = loaded.recipe
     facts = probe_models(recipe, [named.recipe for named in loaded.teachers], probe).facts
-    spec = student_spec(recipe.student, recipe.taps.student)
+    spec = trained_specs(recipe.student, recipe.taps.student)[recipe.student.export]
     student = spec.build(facts.num_classes)
     spec.select_stages(student, recipe.data.size)
     distiller = Distiller(student, recipe.losses, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.builders.extractors import load_extractors
 from pipeline.builders.inheriting import inherit_weights
 from pipeline.builders.peers import build_trained, probe_trained
 from pipeline.builders.student import (
@@ -66,6 +67,7 @@ def _facts(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, trained: 
     spec.check_logits(shapes[recipe.student.export], recipe.task, recipe.data.target_size)
     networks = trained_networks(trained)
     teachers = teacher.members if isinstance(teacher, AveragedPeers) else [teacher] * len(networks)
+    extractors = load_extractors(recipe)
     found = [
         Facts(
             num_classes=loader.num_classes,
@@ -78,6 +80,7 @@ def _facts(recipe: Recipe, loader: Loader, teacher: AnyTeacher | None, trained: 
             teacher_head_KD=of_peer.head_KD if of_peer else None,
             autocast=AUTOCAST[recipe.precision],
             unlabelled_ratio=recipe.data.unlabelled_ratio,
+            extractors=extractors,
         )
         for of_student, network, of_peer in zip(shapes, networks, teachers, strict=True)
     ]

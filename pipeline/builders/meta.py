@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import PSEUDO, Batch, Outputs, Progress, join_peers
+from pipeline.builders.extractors import BUILT_CLASSES, extractor_specs
 from pipeline.builders.inheriting import inherited_names
 from pipeline.builders.model_spec import ModelSpec
 from pipeline.builders.peers import trained_specs
@@ -106,8 +107,17 @@ def probe_models(
         teacher_head_KD=_teacher_head(recipe.teacher, teachers),
         autocast=AUTOCAST[recipe.precision],
         unlabelled_ratio=recipe.data.unlabelled_ratio,
+        extractors=_probe_extractors(recipe, measure),
     )
     return ProbedModels(student, peers, teachers, _with_peers(facts, recipe, peers, teachers), note)
+
+
+def _probe_extractors(
+    recipe: Recipe, measure: Callable[[ModelSpec, int, Resolution], ProbedNetwork]
+) -> dict[str, FeatureTaps]:
+    """Return the frozen networks whose features losses compare images by, without weights, by the name of the loss."""
+    found = extractor_specs(recipe)
+    return {name: measure(spec, BUILT_CLASSES, recipe.data.target_size)[1] for name, (spec, _) in found.items()}
 
 
 def _with_peers(facts: Facts, recipe: Recipe, peers: list[ProbedNetwork], teachers: list[ProbedNetwork]) -> Facts:

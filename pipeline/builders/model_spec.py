@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from pipeline.distributed.sync_batchnorm import synchronize_batchnorms
@@ -17,6 +18,7 @@ from pipeline.models import create_model
 from pipeline.models.arguments import ArgumentError
 from pipeline.models.detector import Detector
 from pipeline.models.headless import without_head
+from pipeline.models.slimmable import Slimmable
 from pipeline.models.stages import stages
 from pipeline.tasks._registry import find_task
 
@@ -44,6 +46,8 @@ class ModelSpec(NamedTuple):
     """Names of the stages that alone train, if there are any."""
     synced: bool = False
     """Whether its BatchNorms take the statistics of all ranks."""
+    within_json: str = ""
+    """Arguments of the wider network of which it is a part, as JSON; empty if it is a network of its own."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -56,16 +60,28 @@ class ModelSpec(NamedTuple):
 
     def create(self, num_classes: int) -> nn.Module:
         """Return the plain network, freshly initialised, its frozen parameters without gradients."""
-        try:
-            with error_context(f"{self.key}.model"):
-                model = create_model(self.model, num_classes, self.arguments)
-        except RecipeError as error:
-            if isinstance(error.__cause__, ArgumentError):
-                raise RecipeError(f"{self.key}.arguments: {error.__cause__}") from error
-            raise
+        model = self._create_within(num_classes) if self.within_json else self._create("arguments", num_classes)
         with error_context(f"{self.key}.freeze"):
             freeze(model, self.frozen)
         return model
+
+    def _create(self, key: str, num_classes: int, more: dict[str, Any] | None = None) -> nn.Module:
+        """Return the network with its arguments and ``more``, which are the recipe's under ``key``."""
+        try:
+            with error_context(f"{self.key}.model"):
+                return create_model(self.model, num_classes, {**self.arguments, **(more or {})})
+        except RecipeError as error:
+            if isinstance(error.__cause__, ArgumentError):
+                raise RecipeError(f"{self.key}.{key}: {error.__cause__}") from error
+            raise
+
+    def _create_within(self, num_classes: int) -> nn.Module:
+        """Return the network as a part of the wider one, whose weights are its own."""
+        with torch.device("meta"):  # it needs no weights, and draws none
+            part = self._create("arguments", num_classes)
+        whole = self._create("within", num_classes, json.loads(self.within_json))
+        with error_context(f"{self.key}.within"):
+            return Slimmable(whole, part)
 
     def tapped(self, model: nn.Module) -> FeatureTaps:
         """Return a network of ``create`` with its taps."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 
@@ -21,8 +23,12 @@ def peer_specs(config: StudentConfig, taps: frozenset[str]) -> list[ModelSpec]:
 
 
 def trained_specs(config: StudentConfig, taps: frozenset[str]) -> list[ModelSpec]:
-    """Return the specifications of the networks that train: those of ``peers``, or the student's alone."""
-    return peer_specs(config, taps) or [student_spec(config, taps)]
+    """Return the specifications of the networks that train: those of ``peers``, or the student's alone.
+
+    A student within another is the part of a network that answers as it does.
+    """
+    within = json.dumps(config.within, sort_keys=True) if config.within else ""
+    return peer_specs(config, taps) or [student_spec(config, taps)._replace(within_json=within)]
 
 
 def build_trained(
@@ -32,7 +38,8 @@ def build_trained(
     config = recipe.student
     specs = peer_specs(config, recipe.taps.student)
     if not specs:
-        return build_student(student_spec(config, recipe.taps.student), num_classes, recipe.seed, layout)
+        (spec,) = trained_specs(config, recipe.taps.student)
+        return build_student(spec, num_classes, recipe.seed, layout)
     models = []
     # The first one comes last: what is drawn after the student is then what is drawn after it without peers.
     for number in reversed(range(len(specs))):

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.batch import Progress
 from pipeline.builders.distiller import build_distiller
-from pipeline.builders.meta import image_flops, student_macs
+from pipeline.builders.meta import count_parameters, image_flops, student_macs
 from pipeline.builders.shared import SharedParts
 from pipeline.builders.student import weights_layout
 from pipeline.config.recipe import Recipe
@@ -20,6 +20,7 @@ from pipeline.distributed.launcher import Launch
 from pipeline.errors import display_path, error_context
 from pipeline.features.cohort import Cohort, exported_peer
 from pipeline.features.taps import FeatureTaps
+from pipeline.models.slimmable import exported_network
 from pipeline.optim.ema import EMA
 from pipeline.optim.guard import FiniteGuard
 from pipeline.optim.optimizer import allocate_state, create_optimizer
@@ -51,7 +52,7 @@ def open_session(run: Run, launch: Launch, parts: SharedParts | None = None) -> 
     accelerator = create_accelerator(recipe, launch, run.folder)
     loader, teacher, unwrapped = _build(run, launch, accelerator, parts)
     # Counted before ``prepare``: under ZeRO-3, the parameters are empty afterwards.
-    parameters = sum(parameter.numel() for parameter in exported_peer(unwrapped.student).parameters())
+    parameters = count_parameters(exported_network(exported_peer(unwrapped.student).model))
     averages = _averages(recipe, unwrapped.student, teacher)
     if accelerator.is_main_process:
         open_folder(run)

@@ -20,7 +20,7 @@ from pipeline.builders.meta import (
     trial_targets,
     with_unlabelled,
 )
-from pipeline.builders.student import check_optimizer_section, check_parts
+from pipeline.builders.student import check_optimizer_section, check_parts, student_spec
 from pipeline.config.measured import count_seeds, mean_and_deviation, measured
 from pipeline.config.recipe import LoadedRecipe, Recipe
 from pipeline.config.source import RecipeSource
@@ -65,6 +65,8 @@ class Report(NamedTuple):
     """Images of all epochs together, None if neither the recipe nor shards say how many an epoch has."""
     cache_size: str = ""
     """Size of a cache with the answers of this recipe, empty if there is no cache or its size is not known."""
+    whole: NetworkSummary | None = None
+    """The network that trains, of which the student is a part; None for a student that trains alone."""
 
     @property
     def training_macs(self) -> float:
@@ -74,7 +76,7 @@ class Report(NamedTuple):
         stored vectors, such as CRD with its banks: they have less of a backward.
         """
         teacher_macs = 0.0 if self.cache else sum(teacher.macs for teacher in self.teachers)
-        trained_macs = sum(peer.macs for peer in self.peers) or self.student.macs
+        trained_macs = sum(peer.macs for peer in self.peers) or (self.whole or self.student).macs
         return 3 * (trained_macs + self.auxiliary_macs) + teacher_macs
 
     def __str__(self) -> str:
@@ -86,6 +88,9 @@ class Report(NamedTuple):
         if self.peers:
             names = " and ".join(f"{count} {name}" for name, count in Counter(peer.name for peer in self.peers).items())
             lines += [f"          one of {len(self.peers)} peers that train together: {names}"]
+        if self.whole:
+            size = f"{self.whole.parameters:,} parameters; both take {self.whole.macs / 1e9:.3f} GMAC"
+            lines += [f"          the first channels of a network of {size}"]
         lines += [line for teacher in self.teachers for line in _describe_network("teacher", teacher)]
         lines += [f"          answers from {self.cache}"] if self.cache else []
         auxiliary = ", ".join(f"{name} {count:,}" for name, count in self.auxiliary.items() if count) or "no"
@@ -132,10 +137,11 @@ def summarize(loaded: LoadedRecipe) -> Report:
     cached = recipe.data.samples or (None if labels is None else len(labels))  # a cache has held-out images, too
     runs = measured(loaded.source)
     paper = load_tables().published_text(loaded.source) if load_tables().table_of(loaded.source) else None
+    student, whole = _exported_part(recipe, built)
     ours = f"{mean_and_deviation([run.last for run in runs])} ({count_seeds(runs)})" if runs else ""
     return Report(
         loaded.source,
-        built.student[0],
+        student,
         [network for network, _ in built.peers],
         [network for network, _ in built.teachers],
         _answers_folder(recipe),
@@ -145,7 +151,17 @@ def summarize(loaded: LoadedRecipe) -> Report:
         ours or ("not measured yet" if paper else ""),
         samples and recipe.epochs * recipe.data.rows_per_image * samples * (1 + recipe.data.unlabelled_ratio),
         _cache_size(recipe, built, cached),
+        whole,
     )
+
+
+def _exported_part(recipe: Recipe, built: ProbedModels) -> tuple[NetworkSummary, NetworkSummary | None]:
+    """Return the summary of the student, and that of the network that trains if the student is a part of it."""
+    trained = built.student[0]
+    if not recipe.student.within:
+        return trained, None
+    alone, _ = probe(student_spec(recipe.student, frozenset()), built.facts.num_classes, recipe.data.size)
+    return alone._replace(shapes=trained.shapes), trained
 
 
 def _answers_folder(recipe: Recipe) -> str | None:

@@ -110,6 +110,9 @@ class StudentConfig(FrozenModel):
     """``peers``: number of the one whose weights the run leaves, from 0; ``model`` is its network."""
     shared: str | None = None
     """``peers``: stage up to which all have the same modules, such as ``stage2``; null shares nothing."""
+    within: Arguments = None
+    """Arguments of a wider network, such as ``{features: 256}``, whose first channels are the student. Its other
+    arguments are the student's. Both train with one set of weights, and the run leaves the student's part of it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,6 +142,13 @@ class StudentConfig(FrozenModel):
         untried = ("start", "inherit", "freeze", "train", "compile", "checkpoint")
         if key := next((key for key in untried if getattr(self, key)), None):
             raise ValueError(f"peers do not go with {key}; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _within_alone(self) -> StudentConfig:
+        untried = ("peers", "start", "inherit", "freeze", "train", "compile", "checkpoint", "sync_batchnorm")
+        if self.within and (key := next((key for key in untried if getattr(self, key)), None)):
+            raise ValueError(f"within does not go with {key}; remove one of them")
         return self
 
     @property
@@ -430,6 +440,18 @@ class Recipe(FrozenModel):
         return self
 
     @model_validator(mode="after")
+    def _losses_have_their_rows(self) -> Recipe:
+        rows = self.batch // self.accumulation
+        for name, spec in self.losses.items():
+            if (least := spec.config.least_rows()) > rows:
+                found = f"{rows}, batch: {self.batch} by accumulation: {self.accumulation}"
+                raise ValueError(
+                    f"the loss {name!r} compares {least} images of a micro-batch, got {found}; raise batch, or lower "
+                    f"the number in losses.{name}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _pairs_stay_together(self) -> Recipe:
         needing = [name for name, spec in self.losses.items() if spec.needs_pairs]
         if needing and not self.data.pairs:
@@ -462,6 +484,14 @@ class Recipe(FrozenModel):
             raise ValueError(f"data.views_per_step: {views} is not the number of student.peers, {count}; set 1 or that")
         if views > 1 and self.teacher and not average:
             raise ValueError("data.views_per_step: a teacher answers for one view of an image; set 1")
+        return self
+
+    @model_validator(mode="after")
+    def _within_has_another_teacher(self) -> Recipe:
+        if self.student.within and not find_task(self.task).of_images:
+            raise ValueError(f"student.within is for task: super_resolution, and this is task: {self.task}; remove it")
+        if self.student.within and self.teacher and self.teacher.follows_student:
+            raise ValueError(f"teacher.{self.teacher.kind} was not tried with student.within; remove one of them")
         return self
 
     @model_validator(mode="after")

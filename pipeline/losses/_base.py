@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch, Outputs, Progress, labelled_rows
 from pipeline.features.names import OPTIONAL, group_of, numbered
-from pipeline.features.taps import NormParameters
+from pipeline.features.taps import FeatureTaps, NormParameters
 from pipeline.frozen_model import FrozenModel
 from pipeline.optim.schedule import Ramp, ramp_factor
 from pipeline.precision import autocast, autocast_call, promote_to_float32
@@ -59,6 +59,10 @@ class Facts:
     """Weights of the layer that computes the teacher's logits; None if it is not one linear layer, or not there."""
     unlabelled_ratio: int = 0
     """Images without a label in a training batch, for each one with a label."""
+    extractors: Mapping[str, FeatureTaps] = field(default_factory=dict)
+    """The frozen networks that losses name in their configs, by the name of the loss."""
+    extractor: FeatureTaps | None = None
+    """The one of them that the loss itself names; None for a loss that names none."""
     peers: tuple[Facts, ...] = ()
     """The facts of each network that trains, if several train together (``student.peers``)."""
 
@@ -109,6 +113,10 @@ class Loss(nn.Module):
         def has_label_loss(self) -> bool:
             """Return whether a part is the cross-entropy with the labels, which counts once in a recipe."""
             return False
+
+        def least_rows(self) -> int:
+            """Return the smallest number of rows, of all ranks together, for which the loss is defined."""
+            return 1
 
         def needs_pairs(self) -> bool:
             """Return whether every second row must be another image of the class of the one before: ``data.pairs``."""

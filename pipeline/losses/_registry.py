@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, create_model
 
 from pipeline.losses._base import Facts, Loss
+from pipeline.losses._extractor import ExtractorConfig
 from pipeline.losses._peers import EachPeer, PeersLoss
 from pipeline.run_reference import RunReference
 
@@ -38,7 +39,7 @@ class LossSpec:
         # Losses that tap the maps of logits as features pool them to one size.
         if self.reads_teachers_head and self.takes_pixels and "logits" not in self.config.taps().student:
             _check_maps(self.name, facts)
-        loss = self.loss(self.config, facts)
+        loss = self.loss(self.config, replace(facts, extractor=facts.extractors.get(self.name)))
         loss.labelled_only = self.reads_labels
         return loss
 
@@ -56,6 +57,11 @@ class LossSpec:
     def runs(self) -> dict[str, RunReference]:
         """The runs whose auxiliary modules this loss starts with, by the key of its config."""
         return {key: value for key, value in self.config if isinstance(value, RunReference)}
+
+    @property
+    def extractors(self) -> dict[str, ExtractorConfig]:
+        """The frozen networks whose features this loss compares images by, by the key of its config."""
+        return {key: value for key, value in self.config if isinstance(value, ExtractorConfig)}
 
     @property
     def scopes(self) -> frozenset[str]:

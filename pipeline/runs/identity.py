@@ -20,7 +20,7 @@ from pipeline.data.holdout import training_images
 from pipeline.distributed.launcher import Launch
 from pipeline.errors import RecipeError, display_path, error_context
 from pipeline.runs.files import IDENTITY, LOSS_MODULES, Identity, Result, read_identity, read_result, route_file
-from pipeline.runs.weights import name_by_content, with_normalization
+from pipeline.runs.weights import name_by_content, name_extractors, with_normalization
 from pipeline.teachers.cache import Cache, open_cache
 from pipeline.teachers.config import Config as TeacherConfig
 from pipeline.teachers.pseudo import PseudoLabels, has_pseudo_labels
@@ -76,6 +76,7 @@ _OPTIONS = {
     "peers": None,
     "export": 0,
     "shared": None,
+    "within": None,
     "views_per_step": 1,
     "half": False,
     "kd_weight": 1.0,
@@ -91,7 +92,7 @@ _OPTIONS = {
     "upscale": 1,
 }
 # Keys whose values are the user's own names, in which nothing is off.
-_VERBATIM = ("arguments", "rates")
+_VERBATIM = ("arguments", "rates", "within")
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,7 @@ def identity(
     if route := teacher.get("route"):
         route["sha256"] = _route_digests(recipe, teachers[0], begun)
     _name_loss_runs(tree, recipe, of_losses, begun)
+    name_extractors(tree, recipe, run)
     for section in (*(teacher.get("members") or ()), teacher, tree["student"]["start"] or {}):
         for key in _NOT_IDENTITY_REFERENCE:
             section.pop(key, None)

@@ -89,6 +89,26 @@ def name_by_content(
             section |= {"weights": known, "weights_key": None}
 
 
+def name_extractors(tree: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Replace the files of the networks that losses compare images by in an identity by the digests of their tensors.
+
+    Published weights keep their name. If a file is gone, the digest is that of the run in ``folder``.
+    """
+    begun = read_identity(folder)
+    for name, spec in recipe.losses.items():
+        for key, network in spec.extractors.items():
+            weights, known = network.weights, ((begun and begun.losses.get(name)) or {}).get(key) or {}
+            if not is_file(weights):
+                continue
+            if Path(weights).is_file():
+                with error_context(f"losses.{name}.{key}.weights"):
+                    options = {"arguments": network.arguments, "headless": network.paths}
+                    digest = CONTENT + weights_sha256(weights, network.model, 1, network.weights_key, **options)
+            else:
+                digest = known.get("weights", weights)
+            tree["losses"][name][key] |= {"weights": digest, "weights_key": None}
+
+
 def _weights_keys(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the sections of a recipe that may name weights, by the key of the weights: start, then teachers."""
     teacher = tree.get("teacher") or {}

@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.distributed import collectives
 from pipeline.features.taps import FeatureTaps
 from pipeline.losses._base import Loss
+from pipeline.models.slimmable import exported_network
 from pipeline.models.states import file_bytes
 from pipeline.optim.ema import EMA
 from pipeline.runs.card import Card
@@ -51,7 +52,7 @@ def export(student: FeatureTaps, path: Path, accelerator: Accelerator, card: Car
     # Both contexts run collectives, so every rank enters them before the main process writes.
     with collectives.average_buffers(student), zero.gather_parameters(student):
         if accelerator.is_main_process:
-            export_student(student.model, path, card)
+            export_student(exported_network(student.model), path, card)
 
 
 def export_auxiliary(losses: nn.ModuleDict, path: Path, accelerator: Accelerator) -> None:

@@ -179,6 +179,8 @@ def _check_recipe(recipe: Recipe, stage: int) -> None:
         raise RecipeError("compress: DeepSpeed sends the gradients itself, in float32; remove the key, or use DDP")
     if recipe.student.peers:
         raise RecipeError("student.peers: networks that train together were not tried under DeepSpeed; use DDP")
+    if recipe.student.within:
+        raise RecipeError("student.within: a part of a network was not tried under DeepSpeed; use DDP")
     # The frozen teacher is left out: ZeRO does not partition it.
     compiled = _compiled_key(dump_recipe(recipe.model_copy(update={"teacher": None})))
     if stage == 3 and compiled:

@@ -95,7 +95,7 @@ def test_methods_and_overlays_that_a_page_names_exist(page: Path):
     methods = {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")}
     overlays = {path.stem for path in (ROOT / "configs").glob("*/overlays/*.yaml")}
     text = page.read_text()
-    named = {word for found in re.findall(r"\bmethods?=([a-z_,]+)", text) for word in found.split(",") if word}
+    named = {word for found in re.findall(r"\bmethods?=([a-z0-9_,]+)", text) for word in found.split(",") if word}
     assert named <= methods
     assert {
         word for found in re.findall(r"\bwith=([a-z0-9_,]+)", text) for word in found.split(",") if word

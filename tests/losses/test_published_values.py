@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import published_csd
 import published_diffusion
 import published_features
 import published_logits
@@ -32,6 +33,7 @@ FORMULAS = (
     | published_diffusion.FORMULAS
     | published_survey.FORMULAS
     | published_super_resolution.FORMULAS
+    | published_csd.FORMULAS
 )
 
 

@@ -86,7 +86,7 @@ def test_a_run_of_the_same_recipe_writes_the_same_recipe_and_identity(folder: Pa
     assert (new["folder"], new["stop"]["steps"], new["teacher"]["accept"]) == ("anew", 1, ["data.decoder.version"])
     old |= {"task": "classification"}
     old["student"] |= {"arguments": None, "freeze": [], "checkpoint": False, "sync_batchnorm": False, "inherit": []}
-    old["student"] |= {"peers": None, "export": 0, "shared": None, "train": []}
+    old["student"] |= {"peers": None, "export": 0, "shared": None, "train": [], "within": None}
     old["data"] |= {"views_per_step": 1}
     old["checkpoints"] |= {"export_epochs": []}
     old["schedule"] |= {"every": None, "cycles": None}

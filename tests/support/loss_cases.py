@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from extractors import tiny_extractor
 from methods import config_of
 from torch import Tensor, nn
 
@@ -55,6 +56,7 @@ STUDENT_SHAPES = {
     "stem": (3, 8, 8),
     "code": (3, 4, 4),
     "expanding": (5, 6, 4),
+    "full": (3, *MAP_SIZE),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
     "fpn.p3": (8, 8, 12),
@@ -235,6 +237,8 @@ def facts_of(
     labels_by_id = np.append(np.arange(rows + 8) * 2 % CLASSES, [-1, 0])
     shapes = ({"logits": logits, **shapes} for shapes in (student_shapes, teacher_shapes))
     facts = Facts(CLASSES, *shapes, len(labels_by_id), labels_by_id, norms_of(teacher_shapes), autocast=autocast)
+    if spec.extractors:
+        facts = replace(facts, extractors={spec.name: tiny_extractor()})
     if spec.config.reads_head_weights():
         facts = replace(facts, **dict(zip(HEADS, heads_of(student_shapes["embedding"][0]), strict=True)))
     return facts
@@ -263,6 +267,7 @@ def example(
         student, teacher = of_equal_widths(student), of_equal_widths(teacher)
     student_shapes, teacher_shapes = shapes_of(taps.student, student), shapes_of(taps.teacher, teacher)
     logits = logits_shape(spec, of_pixels=of_pixels)
+    student_shapes |= {"full": logits} if "full" in student_shapes else {}
     facts = facts_of(spec, rows, logits, student_shapes, teacher_shapes, autocast)
     assert facts.labels_by_id is not None
     labels = facts.labels_by_id[:rows]
@@ -284,11 +289,13 @@ def example(
 def batch_of(
     rows: int, labels_B: Tensor, read: Iterable[str], dtype: torch.dtype, code: tuple[int, ...] | None
 ) -> Batch:
-    """Return blank images with those of the targets that a loss reads; for a ``code``, images of its shape."""
+    """Return blank images with the targets that a loss reads. For ``code``, they have values and its shape."""
     targets = {name: x for name, x in targets_of(rows).items() if name in read}
     images_BCHW = torch.zeros(rows, 3, *(BOXED_SIZE if _boxes.BOXES in targets else (4, 4)), dtype=dtype)
     if code is not None:
         images_BCHW = (torch.arange(rows * math.prod(code)) * 37 % 256).view(rows, *code).to(dtype) / 255
+    if HIGH in targets:
+        images_BCHW = (targets[HIGH].flip(0).to(dtype) * 3 % 256) / 255
     return Batch(images_BCHW, labels_B, torch.arange(rows), {}, targets)
 
 

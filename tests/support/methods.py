@@ -8,7 +8,7 @@ from pipeline.config.compose import compose
 from pipeline.config.source import RecipeSource, known_methods, method_file
 from pipeline.losses._registry import find_loss
 
-WITHOUT_TEACHER = ("ce", "ab", "fsp", "bce", "byot", "cs_kd", "subclass_auxiliary", "dml", "pcl", "mmt")
+WITHOUT_TEACHER = ("ce", "ab", "fsp", "bce", "byot", "cs_kd", "subclass_auxiliary", "dml", "pcl", "mmt", "csd")
 
 
 def losses_of(method: str) -> dict[str, Any]:
@@ -53,9 +53,19 @@ CAPTURABLE = [name for name in METHODS if all(find_loss(loss).capturable for los
 """Those of them whose step a CUDA graph can record."""
 
 
+_SMALL: dict[str, dict[str, Any]] = {
+    "csd": {
+        "phi": {"model": "extractors:Tiny", "weights": "tiny.pt", "stages": {"logits": "head"}, "taps": ["one", "two"]},
+        "level_weights": [0.25, 1.0],
+        "negatives": 1,
+    }
+}
+"""What a loss has in tests instead of its method's: networks for images of a few pixels, and few images."""
+
+
 def config_of(loss: str) -> dict[str, Any]:
-    """Return the config of a loss: that of the method of its name, or else of another method that uses it."""
+    """Return a loss's config, with ``_SMALL``: that of the method of its name, or else of another that uses it."""
     names = sorted(ALL, key=lambda name: (name != loss, name))
     found = next((losses[loss] for losses in map(losses_of, names) if loss in losses), None)
     assert found is not None, f"no method under configs/methods/ uses the loss {loss}"
-    return found
+    return {**found, **_SMALL.get(loss, {})}
