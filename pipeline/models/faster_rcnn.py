@@ -33,8 +33,9 @@ Size = tuple[int, int]
 class FasterRCNNDetector(Detector, FasterRCNN):  # type: ignore[misc]  # another forward
     """Faster R-CNN with levels from P``first`` on, of which the coarsest is a pool of the one before.
 
-    Its logits are those of the regions, [B, R, K], without the background's. R is 512 in training, where the boxes and
-    the draws of an image choose its regions, and 1000 in evaluation. An image with fewer has zeros behind them.
+    Its logits are those of the regions, [B, R, K], without the background's. R is 512 by default in training, where the
+    boxes and the draws of an image choose its regions, and 1000 in evaluation. An image with fewer has zeros behind
+    them.
     """
 
     heads = ("rpn", "roi_heads")

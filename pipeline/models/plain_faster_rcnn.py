@@ -16,6 +16,8 @@ from pipeline.models.plain_retinanet import ANCHOR_RATIOS, ANCHOR_SIZES, plain_p
 
 POOLED = 7
 """Side of a region's features."""
+LEARNT_REGIONS = 64
+"""Regions of an image that the second stage learns from: an eighth of torchvision's, for small images."""
 
 
 def plain_fasterrcnn(num_classes: int, *, width: int = 16, depth: int = 2, channels: int = 32) -> Detector:
@@ -30,6 +32,7 @@ def plain_fasterrcnn(num_classes: int, *, width: int = 16, depth: int = 2, chann
         first=3,
         rpn_anchor_generator=AnchorGenerator(sizes, (ANCHOR_RATIOS,) * len(sizes)),
         box_roi_pool=MultiScaleRoIAlign(["stage3", "stage4"], POOLED, sampling_ratio=2),
+        box_batch_size_per_image=LEARNT_REGIONS,
     )
     model.roi_heads.box_head = TwoMLPHead(channels * POOLED**2, 4 * channels)
     model.roi_heads.box_predictor = FastRCNNPredictor(4 * channels, num_classes + 1)

@@ -18,6 +18,7 @@ from pipeline.features.taps import FeatureTaps, tap_shapes
 from pipeline.models import box_sampling, create_model
 from pipeline.models.box_sampling import sample_labels
 from pipeline.models.headless import without_head
+from pipeline.models.plain_faster_rcnn import LEARNT_REGIONS
 from pipeline.models.stages import stages
 from pipeline.tasks._boxes import BOXES, CLASSES, CROWD, DETECTIONS, DRAWS
 
@@ -133,7 +134,7 @@ def test_a_stage_runs_only_where_something_reads_what_it_computes():
         assert work_of(plain(*wanted).eval()) == (1, 0, (2, 0))
     for wanted in ([], ["roi.boxes"], ["rpn.class", "roi.class"], [DETECTIONS]):
         assert work_of(plain(*wanted).eval()) == (1, 1, (2, 1000, 5))
-    assert work_of(plain("fpn.p3").train(), targets=boxes_of(2)) == (1, 1, (2, 512, 5))
+    assert work_of(plain("fpn.p3").train(), targets=boxes_of(2)) == (1, 1, (2, LEARNT_REGIONS, 5))
 
 
 def test_training_without_a_batchs_boxes_is_one_line():
@@ -186,7 +187,7 @@ def test_regions_have_the_label_and_the_box_of_the_object_they_overlap_by_half()
     with torch.no_grad():
         found = taps(images(3), targets).features
     anchors_B = (found["rpn.targets"], 256, 128)
-    regions_B = (found["roi.targets"], 512, 128)
+    regions_B = (found["roi.targets"], LEARNT_REGIONS, LEARNT_REGIONS // 4)
     for image in range(3):
         wanted_N = (targets[CLASSES][image] >= 0) & ~targets[CROWD][image]
         objects_N4, classes_N = targets[BOXES][image][wanted_N], targets[CLASSES][image][wanted_N]
