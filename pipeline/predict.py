@@ -210,7 +210,15 @@ def _masks(
 def _enlarged(
     model: nn.Module, card: Card, paths: Sequence[Path], arguments: PredictArguments, targets: Mapping[Path, Path]
 ) -> bool:
-    """Print the sizes of each image, write the enlarged ones, and return whether an image could not be read."""
+    """Print the sizes of each image, write the enlarged ones, and return whether an image could not be read.
+
+    Raises RecipeError for a network that is given the large image.
+    """
+    if getattr(model, "takes_targets", False):
+        raise RecipeError(
+            f"command line: {card.model} is given the large image, and there is none to enlarge an image by; take a "
+            "student that learned from it"
+        )
     rows = [["image", "pixels", "enlarged"]]
     failed = False
     for path in dict.fromkeys(paths):

@@ -95,7 +95,7 @@ def cifar_overrides(options: Options, method: str) -> list[str]:
 def all_methods() -> list[str]:
     """Return the methods that need no earlier run, no masks, no boxes and no larger images."""
     left_out = ("ab", "fsp", "ft", "pad", "subclass_kd", "box_l1", "detection", "fgd", "ifvd", "segmentation")
-    left_out += ("l1", "image_l1", "fakd", "srkd")
+    left_out += ("l1", "image_l1", "fakd", "srkd", "pisr", "pisr_teacher")
     in_stages = ("rco", "snapshot_distillation", "sskd")
     return [name for name in known_methods() if name not in left_out and not name.startswith(in_stages)]
 

@@ -32,6 +32,12 @@ def check_arguments(
         raise ArgumentError(f"{name} takes no argument {unknown[0]!r}; {takes}")
 
 
+def needed_arguments(factory: Callable[..., Any]) -> list[str]:
+    """Return the names of the keyword arguments without which a factory cannot be called."""
+    parameters = signature(factory).parameters.values()
+    return [each.name for each in parameters if each.kind == Parameter.KEYWORD_ONLY and each.default is Parameter.empty]
+
+
 def failed(name: str, arguments: Mapping[str, Any], error: Exception) -> ArgumentError:
     """Return the error for arguments with which a factory raised ``error``."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__

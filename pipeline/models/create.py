@@ -22,13 +22,14 @@ from pipeline.models import (
     cifar_wrn,
     detection,
     mobilenet_v1,
+    pisr,
     plain_faster_rcnn,
     plain_fpn,
     plain_retinanet,
     segmentation,
     super_resolution,
 )
-from pipeline.models.arguments import check_arguments, failed
+from pipeline.models.arguments import check_arguments, failed, needed_arguments
 from pipeline.models.from_timm import PREFIX, create_timm_model
 from pipeline.models.stages import stages
 from pipeline.models.subclasses import SUBCLASSES, check_number, split_head
@@ -47,6 +48,7 @@ PROJECT_MODELS = {
     **plain_retinanet.MODELS,
     **plain_faster_rcnn.MODELS,
     **super_resolution.MODELS,
+    **pisr.MODELS,
 }
 """This project's networks by name, as functions of the number of classes, with those of other tasks."""
 
@@ -96,11 +98,12 @@ def create_model(name: str, num_classes: int, arguments: Mapping[str, Any] | Non
 
 
 def _from_project(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
-    if not arguments:
-        return PROJECT_MODELS[name](num_classes)
-    check_arguments(name, arguments, [PROJECT_MODELS[name]])
+    factory = PROJECT_MODELS[name]
+    if not arguments and not needed_arguments(factory):
+        return factory(num_classes)
+    check_arguments(name, arguments, [factory])
     try:
-        return PROJECT_MODELS[name](num_classes, **arguments)
+        return factory(num_classes, **arguments)
     except Exception as error:  # a value of another type or out of range may raise nearly any error
         raise failed(name, arguments, error) from error
 

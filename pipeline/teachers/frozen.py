@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class Teacher(TeacherModule):
         # Every forward has exactly self.batch images: kernels are chosen by the shape of their input, and different
         # kernels round differently. With one shape, a cache, a live teacher and any number of ranks give the same bits.
         with torch.inference_mode(), autocast:
-            chunks = [self.taps(chunk) for chunk in images_BCHW.split(self.batch)]
+            chunks = [self.taps(*chunk) for chunk in self._chunks(images_BCHW, batch.targets)]
         # torch.cat copies, even a single chunk. It runs outside of inference mode, because autograd refuses to save
         # tensors of that mode for the backward of a loss.
         rows = len(batch.images_BCHW)
@@ -90,18 +91,33 @@ class Teacher(TeacherModule):
         """Stay in evaluation mode, also when ``train()`` of a parent module is called."""
         return super().train(False)
 
+    def _chunks(
+        self, images_BCHW: Tensor, targets: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor] | None]]:
+        """Yield the prepared images chunk by chunk, each with its targets for a network that takes some, or None."""
+        takes_targets = getattr(self.taps.model, "takes_targets", False)
+        padded = {name: _pad_to_multiple(x, self.batch) for name, x in targets.items()} if takes_targets else None
+        for start in range(0, len(images_BCHW), self.batch):
+            rows = slice(start, start + self.batch)
+            yield images_BCHW[rows], padded and {name: x[rows] for name, x in padded.items()}
+
     def _prepared(self, images_BCHW: Tensor) -> Tensor:
         """Return the images in the network's normalisation, precision, size and memory format, in complete chunks."""
         if self.renormalization is not None:
             scale_C11, shift_C11 = self.renormalization
             images_BCHW = images_BCHW * scale_C11 + shift_C11
         # Padding rows cannot change the others: in evaluation mode, no layer mixes the rows of a batch.
-        if padding := -len(images_BCHW) % self.batch:
-            images_BCHW = F.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, padding))
+        images_BCHW = _pad_to_multiple(images_BCHW, self.batch)
         if self.resize is not None:  # in chunks, like the forward, because kernels are chosen by the shape
             resized = [_resize(chunk, self.resize) for chunk in images_BCHW.split(self.batch)]
             images_BCHW = torch.cat(resized)
         return images_BCHW.to(self.dtype, memory_format=torch.channels_last)
+
+
+def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Return the tensor with rows of zeros behind its own, so that their number is a multiple of ``multiple``."""
+    padding = -len(x) % multiple
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) if padding else x
 
 
 def _resize(images_BCHW: Tensor, size: int) -> Tensor:

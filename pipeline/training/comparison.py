@@ -88,7 +88,7 @@ def compare_networks(
     with evaluating(student), collectives.average_buffers(student):
         for batch in map(classes.select_images, batches):
             with zero.deepspeed_autocast(accelerator):
-                ours = classes.select_logits(student(batch.images_BCHW))
+                ours = classes.select_logits(student(batch.images_BCHW, batch.targets))
             outputs = {"student": ours}
             columns = [batch.ids_B[:, None], task.detail_rows(ours, batch)]
             if teacher is not None:

@@ -59,7 +59,7 @@ def evaluate(
     with evaluating(student), collectives.average_buffers(student), zero.deepspeed_autocast(accelerator):
         if isinstance(student, Cohort):
             return measure_peers(task, student, batches)
-        return measure_split(task, lambda batch: student(batch.images_BCHW), batches)
+        return measure_split(task, lambda batch: student(batch.images_BCHW, batch.targets), batches)
 
 
 def check_teacher(task: Task, config: Config | None, teacher: AnyTeacher | None, loader: Loader) -> None:

@@ -71,11 +71,12 @@ class LossObserver:
             with closing(self.loader.validation()) as batches:  # pyright: ignore[reportArgumentType]
                 batch = next(iter(batches))
             images_BCHW, labels_B, ids_B = (x[:OBSERVED_ROWS].clone() for x in batch[:3])
-            self.batch = Batch(images_BCHW, labels_B, ids_B, {}, {})
+            targets = {name: x[:OBSERVED_ROWS].clone() for name, x in batch.targets.items()}
+            self.batch = Batch(images_BCHW, labels_B, ids_B, {}, targets)
         if self.answers is None or (self.teacher and self.teacher.moves):
             cached = self.teacher is None or isinstance(self.teacher, CachedTeacher)
             self.answers = None if cached or self.teacher is None else self.teacher(self.batch)
         student = self.distiller.student
         with evaluating(student), self.accelerator.autocast():
-            outputs = student(self.batch.images_BCHW)
+            outputs = student(self.batch.images_BCHW, self.batch.targets)
         return {name: loss.observe(outputs, self.answers) for name, loss in self.losses.items()}

@@ -37,7 +37,7 @@ LARGE = [
 
 def without_table(path: Path) -> str:
     """Return the method by which a pair that is in no table is tried: DDKD, or one that fits its task."""
-    others = {"demo_detection": "diffkd", "demo_super_resolution": "fakd", "rcan_x4": "fakd"}
+    others = {"demo_detection": "diffkd", "demo_super_resolution": "fakd", "rcan_x4": "fakd", "fsrcnn_x2": "pisr"}
     return "diffkd" if path.parent.name in ("bccd", "coco") else others.get(path.stem, "ddkd")
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.shufflenetv2 import InvertedResidual
 
 from pipeline.features.taps import FeatureTaps
-from pipeline.models import create_model, known_models, super_resolution
+from pipeline.models import create_model, known_models, pisr, super_resolution
 from pipeline.models.cifar_mobilenet_v2 import LinearBottleneck
 from pipeline.models.cifar_shufflenet_v2 import ShuffleUnitV2
 from pipeline.models.create import PROJECT_MODELS
@@ -159,7 +159,7 @@ def test_the_networks_of_the_segmentation_demo_are_small(arguments: dict[str, An
 
 
 def test_every_network_of_ours_is_in_the_tables():
-    others = SEGMENTATION.keys() | DETECTION.keys() | super_resolution.MODELS.keys()
+    others = SEGMENTATION.keys() | DETECTION.keys() | super_resolution.MODELS.keys() | pisr.MODELS.keys()
     assert PROJECT_MODELS.keys() == CIFAR.keys() | {"mobilenet_v1"} | others
 
 

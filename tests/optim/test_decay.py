@@ -8,7 +8,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from pipeline.models import super_resolution
+from pipeline.models import pisr, super_resolution
 from pipeline.models.cifar_resnet import MODELS as RESNETS
 from pipeline.models.create import PROJECT_MODELS, create_model
 from pipeline.optim.optimizer import Config, create_optimizer
@@ -47,7 +47,7 @@ def decayed(network: nn.Module, config: Config = SPARING) -> set[str]:
 
 def on_meta(name: str) -> nn.Module:
     with torch.device("meta"):
-        return create_model(name, 10, {"scale": 2} if name in super_resolution.MODELS else None)
+        return create_model(name, 10, {"scale": 2} if name in {**super_resolution.MODELS, **pisr.MODELS} else None)
 
 
 @pytest.mark.parametrize("name", TIMM)

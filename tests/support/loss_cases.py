@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ STUDENT_SHAPES = {
     "subclasses": (3 * CLASSES,),
     "last": (8, 4, 4),
     "stem": (3, 8, 8),
+    "code": (3, 4, 4),
+    "expanding": (5, 6, 4),
     "stage1": (4, 8, 8),
     "stage2": (8, 4, 4),
     "fpn.p3": (8, 8, 12),
@@ -70,6 +73,7 @@ TEACHER_SHAPES = {
     "subclasses": (3 * CLASSES,),
     "last": (16, 4, 4),
     "stem": (4, 6, 8),
+    "expanding": (7, 4, 6),
     "stage1": (3, 8, 8),
     "stage2": (6, 8, 8),
     "stage3": (16, 2, 2),
@@ -273,14 +277,18 @@ def example(
         return Outputs(made(logits), with_anchors({stage: made(shape) for stage, shape in shapes.items()}))
 
     read = {*spec.targets, MASK} if of_pixels else spec.targets
-    batch = batch_of(rows, torch.from_numpy(labels), read, dtype)
+    batch = batch_of(rows, torch.from_numpy(labels), read, dtype, student_shapes.get("code"))
     return Example(loss, outputs(student_shapes), outputs(teacher_shapes), batch)
 
 
-def batch_of(rows: int, labels_B: Tensor, read: Iterable[str], dtype: torch.dtype) -> Batch:
-    """Return blank images with those of the targets that a loss reads."""
+def batch_of(
+    rows: int, labels_B: Tensor, read: Iterable[str], dtype: torch.dtype, code: tuple[int, ...] | None
+) -> Batch:
+    """Return blank images with those of the targets that a loss reads; for a ``code``, images of its shape."""
     targets = {name: x for name, x in targets_of(rows).items() if name in read}
     images_BCHW = torch.zeros(rows, 3, *(BOXED_SIZE if _boxes.BOXES in targets else (4, 4)), dtype=dtype)
+    if code is not None:
+        images_BCHW = (torch.arange(rows * math.prod(code)) * 37 % 256).view(rows, *code).to(dtype) / 255
     return Batch(images_BCHW, labels_B, torch.arange(rows), {}, targets)
 
 
@@ -312,6 +320,7 @@ class Inputs(NamedTuple):
     """Height and width of maps of logits, whose pixels are the rows of logits; () for other logits."""
     image_size: tuple[int, ...]
     """Height and width of the images."""
+    images: list[Any]
     heads: list[list[list[float]]]
     """Weights of the last layers of student and teacher, if the loss reads them."""
 
@@ -332,6 +341,7 @@ def inputs_of(case: Example, seed: int) -> Inputs:
         {name: x.tolist() for name, x in case.batch.targets.items()},
         tuple(case.student.logits.shape[2:]),
         tuple(case.batch.images_BCHW.shape[2:]),
+        case.batch.images_BCHW.tolist(),
         [
             x.tolist()
             for x in (facts.student_head and facts.student_head.weight, facts.teacher_head_KD)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from math import log, pi
+
 import torch
 from published_cases import Case, Formulas, Outcome
 from published_survey import maps_of
 from torch import Tensor
 
+from pipeline.batch import Batch, Outputs, Progress
 from pipeline.bicubic import bicubic_upscaled
+from pipeline.losses._base import Facts
+from pipeline.losses._registry import load_spec
 from pipeline.losses.fakd import fakd_loss
 from pipeline.tasks._image_quality import quality
 from shards.imresize import reduced, reduced_to_bytes
@@ -15,6 +20,12 @@ from shards.imresize import reduced, reduced_to_bytes
 SCALES = (2, 3, 4)
 NOTHING: tuple[Tensor, dict[str, Tensor]] = torch.zeros((), requires_grad=True), {}
 """What is differentiated where nothing is learned."""
+
+
+MODULES = [
+    f"{head}.{key}" for head in ("mean", "scale") for key in ("0.weight", "0.bias", "1.weight", "2.weight", "2.bias")
+]
+"""Published names of the parameters of both predictors."""
 
 
 def imresize(case: Case) -> Outcome:
@@ -43,4 +54,35 @@ def fakd_affinity(case: Case) -> Outcome:
     return {"loss": loss}, loss, leaves
 
 
-FORMULAS: Formulas = {formula.__name__: formula for formula in (imresize, sr_metrics, fakd_affinity)}
+def pisr_laplace(case: Case) -> Outcome:
+    """Add the constant of the likelihood, ½ log 2π for each channel, which has no gradient and is left out here."""
+    hyper = case["hyper"]
+    student, restored = (case[f"in.student_{kind}"].requires_grad_() for kind in ("feature", "image"))
+    teacher, rows = case["in.teacher_feature"], torch.zeros(len(student))
+    shapes = {"expanding": tuple(student.shape[1:])}
+    loss = load_spec("pisr", {"scale": hyper["scale_factor"], "eps": hyper["eps"]}).build(Facts(1, shapes, shapes))
+    names = {f"param.{key}": key.replace("mean", "location") for key in MODULES}
+    loss.double().load_state_dict({own: case[name] for name, own in names.items()}, strict=True)
+    outputs = (Outputs(x, {"expanding": x}) for x in (student, teacher))
+    (value,) = loss(*outputs, Batch(student, rows, rows, {})).values()
+    l1, laplace = (restored - case["in.image"]).abs().mean(), value + teacher.shape[1] * log(2 * pi) / 2
+    total = l1 + hyper["weight"] * laplace
+    leaves = {name: loss.get_parameter(own) for name, own in names.items()}
+    leaves |= {"student_feature": student, "student_image": restored}
+    return {"loss": total, "l1": l1, "laplace": laplace}, total, leaves
+
+
+def pisr_teacher(case: Case) -> Outcome:
+    code, restored = (case[key].requires_grad_() for key in ("in.code", "in.teacher_image"))
+    # The published code has one colour, and ``imitation`` takes three: the same three times.
+    shapes, rows = {"code": (3, *code.shape[2:])}, torch.zeros(len(code))
+    loss = load_spec("imitation", {"weight": case["hyper"]["weight"]}).build(Facts(1, shapes))
+    outputs = Outputs(restored, {"code": code.expand(-1, 3, -1, -1)})
+    imitation = loss.parts(outputs, outputs, Batch(case["in.low"].expand(-1, 3, -1, -1), rows, rows, {}), Progress(1))
+    total = (restored - case["in.image"]).abs().mean() + imitation["imitation"]
+    return {"loss": total}, total, {"code": code, "teacher_image": restored}
+
+
+FORMULAS: Formulas = {
+    formula.__name__: formula for formula in (imresize, sr_metrics, fakd_affinity, pisr_laplace, pisr_teacher)
+}
