@@ -7,7 +7,8 @@
     python pipeline/export.py RUN format=hub [push=OWNER/NAME]              a repository of the Hugging Face hub
 
 RUN is the folder of a finished run. A file takes any number of normalised images [B, 3, size, size] and returns their
-logits [B, classes]. A segmenter returns maps [B, classes, height, width], smaller than the image. ``fold=yes``
+logits [B, classes]. A segmenter returns maps [B, classes, height, width], smaller than the image. A network of
+super-resolution takes images of any height and width, and returns larger ones. ``fold=yes``
 folds BatchNorms into convolutions. ``out=PATH`` names the file or folder, which is below RUN by default. ``images=64``
 is the number of validation images that are compared. ``push`` uploads the folder, ``private=yes`` to a private
 repository.
@@ -35,16 +36,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.builders.loader import build_loader
 from pipeline.builders.student import student_from_card
 from pipeline.cli import entry
 from pipeline.config.arguments import parse_command_args, parse_recipe_args, split_command_args
 from pipeline.config.recipe import LoadedRecipe
-from pipeline.data.loader import Loader
 from pipeline.distributed.launcher import read_launch
 from pipeline.errors import RecipeError
+from pipeline.exporting.checked_images import first_images, first_parts, smaller_parts
 from pipeline.exporting.comparison import compare_outputs
 from pipeline.exporting.formats import FORMATS, Format
 from pipeline.exporting.hub import push_to_hub
@@ -90,8 +91,11 @@ def main(args: Sequence[str]) -> None:
     file = student_file(arguments.weights, folder)
     if find_task(loaded.recipe.task).of_boxes:
         raise RecipeError(f"command line: {folder}: no format holds a detector's boxes; use {file} with predict.py")
-    if find_task(loaded.recipe.task).of_images:
-        raise RecipeError(f"command line: {folder}: no format is checked for larger images; use {file} with predict.py")
+    if find_task(loaded.recipe.task).of_images and not chosen.ending:
+        raise RecipeError(
+            f"command line: format={arguments.format} has no model card for larger images; give format=onnx, pt2 or "
+            "torchscript"
+        )
     path = (
         Path(arguments.out)
         if arguments.out
@@ -133,26 +137,22 @@ def _open_student(loaded: LoadedRecipe, manifest: Manifest, file: Path, argument
         classes = f"{loader.num_classes} classes, and {file} has {len(card.classes)}"
         raise RecipeError(f"data.path: {recipe.data.path} has {classes}; give the shards that it was trained on")
     model = student_from_card(file, card)
-    images_BCHW = _validation_images(loader, arguments.images)
-    with torch.no_grad():
-        logits_BK = torch.cat([model(piece_BCHW) for piece_BCHW in images_BCHW.split(AT_ONCE)])
+    of_images = find_task(recipe.task).of_images
+    images_BCHW = (first_parts if of_images else first_images)(loader, arguments.images)
+    logits_BK = _answers(model, images_BCHW)
+    others_BCHW = smaller_parts(images_BCHW)
+    other_size = (others_BCHW, _answers(model, others_BCHW)) if of_images else None
     if arguments.fold:
         print(f"{fold_batchnorms(model, images_BCHW[:1])} BatchNorms are folded")
     evaluation = file.parent / EVALUATIONS.get(file.name, "")
     known = read_evaluation(evaluation) if evaluation.is_file() else None
     description = model_card(loaded, file, card, known)
-    return TrainedStudent(model, images_BCHW, logits_BK, card, arguments.fold, description)
+    return TrainedStudent(model, images_BCHW, logits_BK, card, arguments.fold, description, other_size)
 
 
-def _validation_images(loader: Loader, count: int) -> Tensor:
-    """Return the first validation images [B, C, H, W], ``count`` of them or all if there are fewer."""
-    taken, rows = [], 0
-    for batch in loader.validation():
-        taken.append(batch.images_BCHW[batch.labels_B >= 0].float().contiguous())
-        rows += len(taken[-1])
-        if rows >= count:
-            break
-    return torch.cat(taken)[:count]
+@torch.no_grad()
+def _answers(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    return torch.cat([model(piece_BCHW) for piece_BCHW in images_BCHW.split(AT_ONCE)])
 
 
 @contextmanager

@@ -27,9 +27,11 @@ class OutputComparison(NamedTuple):
     """Number of images of which both have the same answer."""
     answer: str = "top-1"
     """What is the answer: the largest logit, or of images with several classes all decisions, or of a segmenter the
-    largest logit of every pixel."""
+    largest logit of every pixel. An enlarged image has none, and ``same`` is 0."""
 
     def __str__(self) -> str:
+        if not self.answer:
+            return f"largest difference of a value {self.largest_difference:.2g} on {self.images} parts in two sizes"
         return (
             f"largest difference of a logit {self.largest_difference:.2g}, the same {self.answer} on {self.same} of "
             f"{self.images} validation images"
@@ -38,11 +40,15 @@ class OutputComparison(NamedTuple):
 
 def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) -> OutputComparison:
     """Run the exported network on the first image alone, then on all. Raises RecipeError if it differs."""
-    scale = max(1.0, student.logits_BK.abs().max().item())
-    _run_on(student, run, slice(0, 1), scale)
-    pieces = [slice(start, start + AT_ONCE) for start in range(0, len(student.images_BCHW), AT_ONCE)]
-    logits_BK, expected_BK = torch.cat([_run_on(student, run, piece, scale) for piece in pieces]), student.logits_BK
+    images_BCHW, expected_BK = student.images_BCHW, student.logits_BK
+    scale = max(1.0, expected_BK.abs().max().item())
+    _run_on(images_BCHW[:1], expected_BK[:1], run, scale)
+    logits_BK = _run_pieces(images_BCHW, expected_BK, run, scale)
     difference = (logits_BK - expected_BK).abs().max().item()
+    if student.other_size:
+        others_BK = _run_pieces(*student.other_size, run, scale)
+        largest = max(difference, (others_BK - student.other_size[1]).abs().max().item())
+        return OutputComparison(len(logits_BK), largest, 0, "")
     if LABELS in find_task(student.card.task).targets:
         same_B = ((logits_BK > 0) == (expected_BK > 0)).all(1)
         return OutputComparison(len(logits_BK), difference, int(same_B.sum()), "decisions")
@@ -51,11 +57,16 @@ def compare_outputs(student: TrainedStudent, run: Callable[[Tensor], Tensor]) ->
     return OutputComparison(len(logits_BK), difference, int(same.view(len(same), -1).all(1).sum()), answer)
 
 
-def _run_on(student: TrainedStudent, run: Callable[[Tensor], Tensor], rows: slice, scale: float) -> Tensor:
-    """Return the exported network's logits of some images."""
-    expected_BK = student.logits_BK[rows]
+def _run_pieces(images_BCHW: Tensor, expected_BK: Tensor, run: Callable[[Tensor], Tensor], scale: float) -> Tensor:
+    """Return the exported network's logits of all images, some at once."""
+    pieces = zip(images_BCHW.split(AT_ONCE), expected_BK.split(AT_ONCE), strict=True)
+    return torch.cat([_run_on(*piece, run, scale) for piece in pieces])
+
+
+def _run_on(images_BCHW: Tensor, expected_BK: Tensor, run: Callable[[Tensor], Tensor], scale: float) -> Tensor:
+    """Return the exported network's logits of some images. Raises RecipeError if they differ from the student's."""
     try:
-        logits_BK = run(student.images_BCHW[rows].contiguous())
+        logits_BK = run(images_BCHW.contiguous())
     except Exception as error:  # the libraries that run the file raise errors of their own
         raise RecipeError(f"the exported file cannot take {len(expected_BK)} images: {_first_line(error)}") from error
     if logits_BK.shape != expected_BK.shape:

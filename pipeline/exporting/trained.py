@@ -37,6 +37,8 @@ class TrainedStudent(NamedTuple):
     """Whether BatchNorms are folded into convolutions, so that the weights are no longer those of the factory."""
     description: str = ""
     """The model card, in Markdown."""
+    other_size: tuple[Tensor, Tensor] | None = None
+    """Images of another height and width, and the student's answers, of a network that takes any."""
 
     @property
     def two_images(self) -> Tensor:
@@ -62,10 +64,11 @@ def inference(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def trace_student(student: TrainedStudent, *, any_size: bool = False) -> torch.export.ExportedProgram:
     """Return the program of the network for any number of images. Raises RecipeError that names what prevents it.
 
-    With ``any_size`` it is for images of any height and width, too, if the network is.
+    With ``any_size``, or for a student with images of another size, it is for any height and width, too, if the network
+    is.
     """
     example, sizes = student.two_images, ({0: torch.export.Dim("batch")},)
-    if any_size:
+    if any_size or student.other_size:
         sizes = ({**sizes[0], 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
     with naming_operations(), torch.no_grad():
         program = torch.export.export(student.model, (example,), dynamic_shapes=sizes)

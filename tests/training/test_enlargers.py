@@ -18,8 +18,14 @@ from safetensors.torch import load_file
 from training_on_ranks import train
 
 from pipeline import evaluate, export, predict, report
+from pipeline.builders.student import student_from_card
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import RecipeError
+from pipeline.exporting.comparison import compare_outputs
+from pipeline.exporting.formats import FORMATS
+from pipeline.exporting.trained import TrainedStudent
+from pipeline.models import create_model
+from pipeline.runs.card import Card, read_card
 from pipeline.training.journal import trace
 
 DATA = {"loader": "memory", "crop": "patch", "upscale": 2, "size": 12, "repeat": 3}
@@ -31,6 +37,7 @@ STRATEGY = {
     "schedule": {"kind": "cosine", "rate": 0.005},
     "journal": {"every_steps": 1, "trackers": []},
 }
+CARD = {"mean": (0, 0, 0), "std": (1, 1, 1), "size": 12, "identity": "0" * 64}
 SMALL = {"scale": 2, "blocks": 3, "levels": 1.0, "residual": True}
 EVERY = {"l1": {}, "image_l1": {}, "fakd": {"stages": "all"}, "srkd": {"stages": "all"}}
 Train = Callable[..., None]
@@ -128,8 +135,48 @@ def test_predict_writes_images_of_twice_the_size(
     predict.main([weights, str(tmp_path / "images"), f"out={tmp_path / 'large'}"])
     assert [size_of_file(tmp_path / "large" / f"{number}.png") for number in range(2)] == [(18, 34), (60, 24)]
     assert "30 × 12  60 × 24" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="no format is checked for larger images"):
+
+
+@pytest.mark.parametrize(("name", "residual"), [("onnx", "false"), ("pt2", "true"), ("torchscript", "true")])
+def test_an_exported_file_enlarges_images_of_any_size(
+    recipes_of_pairs: Path, run_train: Train, capsys: pytest.CaptureFixture[str], name: str, residual: str
+):
+    run_train("teacher.yaml", "epochs=1", f"student.arguments.residual={residual}")
+    run = recipes_of_pairs / "runs/teacher"
+    export.main([str(run), f"format={name}", "images=3"])
+    assert capsys.readouterr().out.rstrip().endswith(" on 3 parts in two sizes")
+    weights = run / "student.safetensors"
+    network = student_from_card(weights, read_card(weights))
+    written = FORMATS[name].run(run / "export" / f"student-{name}.{name}")
+    for size in ((9, 17), (30, 12)):
+        images = torch.rand(2, 3, *size)
+        torch.testing.assert_close(written(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+def test_bicubic_interpolation_in_a_network_is_no_onnx(recipes_of_pairs: Path, run_train: Train):
+    run_train("teacher.yaml", "epochs=1")
+    with pytest.raises(RecipeError, match="the network cannot be exported: the operation aten") as refused:
         export.main([str(recipes_of_pairs / "runs/teacher"), "format=onnx"])
+    assert "\n" not in str(refused.value)
+    assert not [*(recipes_of_pairs / "runs/teacher/export").iterdir()]
+
+
+def test_a_file_that_enlarges_images_of_one_size_alone_is_refused():
+    images = torch.rand(2, 3, 12, 12)
+    network = create_model("edsr_baseline", 1, {**SMALL, "features": 4}).eval()
+    card = Card(task="super_resolution", model="edsr_baseline", arguments={}, classes=("image",), **CARD)
+    answers = [network(each).detach() for each in (images, images[:, :, :8, :6])]
+    student = TrainedStudent(network, images, answers[0], card, other_size=(images[:, :, :8, :6], answers[1]))
+    assert compare_outputs(student, lambda x: network(x).detach()).largest_difference == 0
+    with pytest.raises(RecipeError, match=r"the exported file returns \[2, 3, 24, 24\] for \[2, 3, 16, 12\]"):
+        compare_outputs(student, lambda x: answers[0][: len(x)])
+
+
+@pytest.mark.parametrize("name", ["hub", "timm"])
+def test_a_folder_for_a_hub_is_refused(recipes_of_pairs: Path, run_train: Train, name: str):
+    run_train("teacher.yaml", "epochs=1")
+    with pytest.raises(RecipeError, match=f"format={name} has no model card for larger images; give format=onnx, pt2"):
+        export.main([str(recipes_of_pairs / "runs/teacher"), f"format={name}"])
 
 
 REFUSED = [

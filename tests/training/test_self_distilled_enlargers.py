@@ -118,6 +118,26 @@ def test_the_losses_fall_and_a_stopped_run_goes_on_bit_for_bit(folder: Path, run
         create_model("edsr_baseline", 1, ARGUMENTS).load_state_dict(weights[0], strict=True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["precision=bf16", "data.channels_last=true"],
+        ["batch=12", "accumulation=2"],
+        ["losses.csd.normalize=false"],
+        ["losses.csd.contrast_weight=0"],
+        ["optimizer.rates={whole.body: 0.1}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_strategies_train_both_networks_with_finite_losses(folder: Path, run_train: Train, words: list[str]):
+    run_train("csd.yaml", "stop.steps=2", *words)
+    steps = [line for line in trace(folder / "runs/csd/journal.jsonl") if "total" in line]
+    parts = {"l1", "csd/full", "csd/contrast"} - ({"csd/contrast"} if words[0].endswith("weight=0") else set())
+    for line in steps:
+        assert line["total"] == pytest.approx(sum(line[part] for part in parts), rel=1e-3)
+        assert 0 < line["total"] < 2
+
+
 def test_a_checkpoint_has_the_whole_network_and_nothing_of_the_frozen_one(folder: Path, run_train: Train):
     run_train("csd.yaml", "stop.steps=2")
     (path,) = (folder / "runs/csd/checkpoints").glob("step-*/distiller.safetensors")
