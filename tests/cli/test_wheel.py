@@ -47,13 +47,15 @@ def run(wheel: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[s
     return python(wheel, folder, "-m", "pipeline", *words)
 
 
-def test_it_has_every_module_recipe_and_script_and_nothing_else(wheel: Path):
+def test_it_has_every_module_recipe_script_and_photograph_and_nothing_else(wheel: Path):
     found = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
     modules = {name for name in tracked("pipeline", "shards") if name.endswith(".py")}
+    photographs = {name for name in tracked("shards") if name.startswith("shards/photographs/")}
+    assert len(photographs) == 13  # with the list of their authors
     files = {name for name in tracked(*FOLDERS) if name.startswith(("configs/", "slurm/"))}
     files |= {name for name in tracked("launchers") if name.endswith((".yaml", ".json", ".sh"))}
     assert len(files) > 80
-    expected = modules | {f"pipeline/files/{name}" for name in files}
+    expected = modules | photographs | {f"pipeline/files/{name}" for name in files}
     assert {name for name in found if ".dist-info/" not in name} == expected
 
 

@@ -76,6 +76,7 @@ def test_the_losses_are_torchvisions_to_the_last_bit_with_the_same_choice(name: 
     parts = {"rpn_anchor_generator": model.rpn.anchor_generator, "rpn_head": model.rpn.head}
     heads = {f"box_{part}": getattr(model.roi_heads, f"box_{part}") for part in ("roi_pool", "head", "predictor")}
     plain: Any = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "_skip_resize": True}
+    plain |= {"box_batch_size_per_image": model.roi_heads.fg_bg_sampler.batch_size_per_image}
     theirs: Any = FasterRCNN(model.backbone, **parts, **heads, **plain).train()
     for number, stage in enumerate((theirs.rpn, theirs.roi_heads)):
         stage.fg_bg_sampler = SameChoice(stage.fg_bg_sampler, batch.targets[DRAWS][:, number].tolist())

